@@ -1,0 +1,23 @@
+"""SparseInst: real-time instance segmentation as a Detectron2 plugin.
+
+Importing this package registers the model with Detectron2; :func:`add_sparse_inst_config` adds its keys to a config.
+"""
+
+__version__ = "0.1.0"
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "SparseInst is a plugin of Detectron2, which is not installed in this Python environment. Detectron2 has no "
+        "release on PyPI under its own name. Install it as "
+        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html says, or, without a compiler, its "
+        "redistribution (Python code only):\n"
+        "    pip install --no-deps --only-binary=:all: --python-version 3.10 "
+        "--target $(python -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))') sal-detectron2==0.7.2"
+    ) from error
+
+from sparseinst import modeling  # noqa: F401  (registers the model)
+from sparseinst.config import add_sparse_inst_config, get_config_file
+
+__all__ = ["__version__", "add_sparse_inst_config", "get_config_file"]

@@ -1,0 +1,136 @@
+"""Every configuration key that SparseInst adds to Detectron2, with its default, unit and meaning."""
+
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+_PACKAGE_DIR = Path(__file__).resolve().parent
+
+
+def add_sparse_inst_config(cfg: CfgNode) -> None:
+    """Add SparseInst's keys to a Detectron2 config, in place.
+
+    No default of Detectron2's own is changed except ``MODEL.MASK_ON``. A model needs two more keys
+    than the defaults given here: ``MODEL.META_ARCHITECTURE SparseInst`` and
+    ``MODEL.RESNETS.OUT_FEATURES [res3, res4, res5]`` (or another backbone and its feature names).
+
+    Args:
+        cfg: what :func:`detectron2.config.get_cfg` returns.
+    """
+    cfg.MODEL.MASK_ON = True
+
+    cfg.MODEL.SPARSE_INST = CfgNode()
+    sparse_inst = cfg.MODEL.SPARSE_INST
+    # A prediction is kept while sqrt(class probability * objectness) is above this; before rescoring. In [0, 1].
+    sparse_inst.CLS_THRESHOLD = 0.005
+    # A pixel belongs to the mask where its probability is above this; also used by the rescoring. In (0, 1).
+    sparse_inst.MASK_THRESHOLD = 0.45
+    # Most instances returned for one image, best scores first.
+    sparse_inst.MAX_DETECTIONS = 100
+    # Of two masks of one class whose IoU is above this, the lower score is dropped. 0: off, as published.
+    sparse_inst.MASK_NMS_THRESHOLD = 0.0
+    # "SparseInstDatasetMapper" (ours) or "DatasetMapper" (Detectron2's); read by train_net.py.
+    sparse_inst.DATASET_MAPPER = "SparseInstDatasetMapper"
+
+    sparse_inst.ENCODER = CfgNode()
+    sparse_inst.ENCODER.NAME = "InstanceContextEncoder"
+    # Norm of the encoder's convolutions ("", "BN", "GN", "SyncBN", ...). Published models have none.
+    sparse_inst.ENCODER.NORM = ""
+    # Backbone features, two to four, finest first; the first one's grid is the decoder's.
+    sparse_inst.ENCODER.IN_FEATURES = ["res3", "res4", "res5"]
+    sparse_inst.ENCODER.NUM_CHANNELS = 256
+
+    sparse_inst.DECODER = CfgNode()
+    sparse_inst.DECODER.NAME = "BaseIAMDecoder"
+    # Instance activation maps per image (N): no image can have more predictions.
+    sparse_inst.DECODER.NUM_MASKS = 100
+    sparse_inst.DECODER.NUM_CLASSES = 80
+    # Dimension D of mask kernels and mask features.
+    sparse_inst.DECODER.KERNEL_DIM = 128
+    # Mask grid over decoder grid.
+    sparse_inst.DECODER.SCALE_FACTOR = 2.0
+    # Return the activation maps of the kept instances as `pred_iams`.
+    sparse_inst.DECODER.OUTPUT_IAM = False
+    # Activation maps per instance (G); only the group decoders read it.
+    sparse_inst.DECODER.GROUPS = 4
+    # Norm of the 3x3 convolutions of both branches. Published models have none.
+    sparse_inst.DECODER.NORM = ""
+    # Standard deviation of the initial weights of iam_conv.
+    sparse_inst.DECODER.IAM_INIT_STD = 0.01
+    sparse_inst.DECODER.INST = CfgNode()
+    sparse_inst.DECODER.INST.DIM = 256
+    sparse_inst.DECODER.INST.CONVS = 4
+    sparse_inst.DECODER.MASK = CfgNode()
+    sparse_inst.DECODER.MASK.DIM = 256
+    sparse_inst.DECODER.MASK.CONVS = 4
+
+    sparse_inst.LOSS = CfgNode()
+    sparse_inst.LOSS.NAME = "SparseInstCriterion"
+    # "labels": loss_ce; "masks": loss_mask, loss_dice, loss_objectness.
+    sparse_inst.LOSS.ITEMS = ("labels", "masks")
+    sparse_inst.LOSS.CLASS_WEIGHT = 2.0
+    sparse_inst.LOSS.MASK_PIXEL_WEIGHT = 5.0
+    sparse_inst.LOSS.MASK_DICE_WEIGHT = 2.0
+    sparse_inst.LOSS.OBJECTNESS_WEIGHT = 1.0
+
+    sparse_inst.MATCHER = CfgNode()
+    sparse_inst.MATCHER.NAME = "SparseInstMatcher"
+    # Matching score = class probability ** BETA * DICE ** ALPHA.
+    sparse_inst.MATCHER.ALPHA = 0.8
+    sparse_inst.MATCHER.BETA = 0.2
+
+    # Names and keys of published YAML files, kept so that those files load.
+    cfg.MODEL.PVT = CfgNode()
+    cfg.MODEL.PVT.NAME = "b1"
+    cfg.MODEL.PVT.OUT_FEATURES = ["p2", "p3", "p4"]
+    cfg.MODEL.PVT.LINEAR = False
+    cfg.MODEL.CSPNET = CfgNode()
+    cfg.MODEL.CSPNET.NAME = "darknet53"
+    cfg.MODEL.CSPNET.NORM = ""
+    cfg.MODEL.CSPNET.OUT_FEATURES = ["csp1", "csp2", "csp3", "csp4"]
+
+    # "ADAMW" or "SGD".
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    # Learning rate of the backbone's parameters over BASE_LR.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    cfg.SOLVER.AMSGRAD = False
+    # Batch size that BASE_LR was chosen for: BASE_LR is multiplied by IMS_PER_BATCH over this. 0: off.
+    cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
+    # Each step's IMS_PER_BATCH images go through the model in this many parts; losses are normalised over all.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # Periodic checkpoints kept, the newest; the best and the final one are kept besides. 0: all.
+    cfg.SOLVER.MAX_CHECKPOINTS = 5
+    # Type of automatic mixed precision (SOLVER.AMP.ENABLED): "float16" or "bfloat16".
+    cfg.SOLVER.AMP.DTYPE = "float16"
+
+    # A user's own data: a COCO json and its image folder. Where set, they replace DATASETS.TRAIN or DATASETS.TEST.
+    cfg.DATASETS.TRAIN_JSON = ""
+    cfg.DATASETS.TRAIN_IMAGES = ""
+    cfg.DATASETS.TEST_JSON = ""
+    cfg.DATASETS.TEST_IMAGES = ""
+
+
+def get_config_file(name: str) -> str:
+    """Path of a config file that comes with the package.
+
+    Args:
+        name: path below ``configs/``, with or without ``.yaml``: ``"sparse_inst_r50_giam"``,
+            ``"quick/shapes.yaml"``.
+
+    Returns:
+        Absolute path of the file.
+
+    Raises:
+        ValueError: there is no such file; the message lists those that there are.
+    """
+    for configs_dir in (_PACKAGE_DIR / "configs", _PACKAGE_DIR.parent / "configs"):
+        for candidate in (configs_dir / name, configs_dir / f"{name}.yaml"):
+            if candidate.is_file():
+                return str(candidate)
+    present = sorted(
+        str(path.relative_to(configs_dir))
+        for configs_dir in (_PACKAGE_DIR / "configs", _PACKAGE_DIR.parent / "configs")
+        for path in configs_dir.rglob("*")
+        if path.suffix in (".yaml", ".py") and path.name != "__init__.py"
+    )
+    raise ValueError(f"No config file named {name!r}. There are: {', '.join(present) or 'none'}")

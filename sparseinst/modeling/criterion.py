@@ -1,0 +1,158 @@
+"""The training losses. Letters: see structures.py."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.utils import comm
+from detectron2.utils.registry import Registry
+from torch import nn
+from torch.nn import functional as F
+
+from sparseinst.modeling.losses import binary_mask_iou, dice_loss, mask_bce_loss, sigmoid_focal_loss
+from sparseinst.modeling.matcher import build_sparse_inst_matcher
+from sparseinst.modeling.structures import InstanceTargets, LossNormalizer, MatchedPairs
+
+SPARSE_INST_CRITERION_REGISTRY = Registry("SPARSE_INST_CRITERION")
+SPARSE_INST_CRITERION_REGISTRY.__doc__ = """
+Criteria: modules called as ``criterion(outputs, targets, normalizer)`` with the decoder's dict, one InstanceTargets per
+image and a LossNormalizer or None; return a dict of weighted scalar losses. Built as ``Name(cfg)``.
+"""
+
+LOSS_ITEMS = ("labels", "masks")
+
+
+@SPARSE_INST_CRITERION_REGISTRY.register()
+class SparseInstCriterion(nn.Module):
+    """Matches predictions with ground truth and computes four losses, weighted (paper, equations 5 to 7).
+
+    All of it runs in float32, whatever the autocast. ``loss_ce`` and ``loss_dice`` are sums divided by the number of
+    instances; ``loss_mask`` and ``loss_objectness`` are means over the matched pairs.
+
+    Args:
+        matcher: assigns predictions to instances.
+        items: which losses: "labels" (``loss_ce``) and "masks" (the other three).
+        class_weight: weight of ``loss_ce``.
+        mask_pixel_weight: weight of ``loss_mask``.
+        mask_dice_weight: weight of ``loss_dice``.
+        objectness_weight: weight of ``loss_objectness``.
+
+    Raises:
+        ValueError: an item that is not one of these.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        matcher,
+        items: Sequence[str] = LOSS_ITEMS,
+        class_weight: float = 2.0,
+        mask_pixel_weight: float = 5.0,
+        mask_dice_weight: float = 2.0,
+        objectness_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not items or set(items) - set(LOSS_ITEMS):
+            raise ValueError(f"MODEL.SPARSE_INST.LOSS.ITEMS is {tuple(items)}; known items are {LOSS_ITEMS}")
+        self.matcher = matcher
+        self.items = tuple(items)
+        self.class_weight = class_weight
+        self.mask_pixel_weight = mask_pixel_weight
+        self.mask_dice_weight = mask_dice_weight
+        self.objectness_weight = objectness_weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        loss = cfg.MODEL.SPARSE_INST.LOSS
+        return {
+            "matcher": build_sparse_inst_matcher(cfg),
+            "items": loss.ITEMS,
+            "class_weight": loss.CLASS_WEIGHT,
+            "mask_pixel_weight": loss.MASK_PIXEL_WEIGHT,
+            "mask_dice_weight": loss.MASK_DICE_WEIGHT,
+            "objectness_weight": loss.OBJECTNESS_WEIGHT,
+        }
+
+    def forward(
+        self,
+        outputs: dict[str, torch.Tensor],
+        targets: list[InstanceTargets],
+        normalizer: LossNormalizer | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Losses of one batch.
+
+        Args:
+            outputs: the decoder's dict.
+            targets: ground truth, one per image.
+            normalizer: what to divide by, where this batch is a part of a larger one (gradient accumulation). By
+                default the number of instances, averaged over the ranks, and of this batch's own matched pairs.
+
+        Returns:
+            ``loss_ce`` where items has "labels"; ``loss_objectness``, ``loss_dice`` and ``loss_mask`` where it has
+            "masks". Scalars, weighted. Without any instance the last three are 0, with a gradient of 0.
+        """
+        outputs = {name: outputs[name].float() for name in ("pred_logits", "pred_masks", "pred_scores")}
+        with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
+            pairs = self.matcher(outputs, targets)
+            if normalizer is None:
+                normalizer = LossNormalizer(
+                    mean_over_ranks(sum(len(target.gt_classes) for target in targets), outputs["pred_logits"].device),
+                    max(1, sum(len(pair.gt_idx) for pair in pairs)),
+                )
+            losses = {}
+            if "labels" in self.items:
+                losses["loss_ce"] = self.class_weight * self._class_loss(outputs, targets, pairs, normalizer)
+            if "masks" in self.items:
+                losses.update(self._mask_losses(outputs, targets, pairs, normalizer))
+        return losses
+
+    def _class_loss(
+        self,
+        outputs: dict[str, torch.Tensor],
+        targets: list[InstanceTargets],
+        pairs: list[MatchedPairs],
+        normalizer: LossNormalizer,
+    ) -> torch.Tensor:
+        class_logits = outputs["pred_logits"]
+        one_hot = torch.zeros_like(class_logits)
+        for image_one_hot, target, pair in zip(one_hot, targets, pairs):
+            image_one_hot[pair.prediction_idx, target.gt_classes[pair.gt_idx]] = 1.0
+        return sigmoid_focal_loss(class_logits, one_hot).sum() / normalizer.num_instances
+
+    def _mask_losses(
+        self,
+        outputs: dict[str, torch.Tensor],
+        targets: list[InstanceTargets],
+        pairs: list[MatchedPairs],
+        normalizer: LossNormalizer,
+    ) -> dict[str, torch.Tensor]:
+        # Indexing image by image keeps the pairs of each image its own, however many instances the others have.
+        mask_logits = torch.cat([masks[pair.prediction_idx] for masks, pair in zip(outputs["pred_masks"], pairs)])
+        objectness_logits = torch.cat(
+            [scores[pair.prediction_idx, 0] for scores, pair in zip(outputs["pred_scores"], pairs)]
+        )
+        gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
+        # Sums over zero pairs are 0 and still hang on the graph, so every parameter gets a gradient.
+        objectness_loss = F.binary_cross_entropy_with_logits(
+            objectness_logits, binary_mask_iou(mask_logits, gt_masks), reduction="sum"
+        )
+        return {
+            "loss_objectness": self.objectness_weight * objectness_loss / normalizer.num_matched,
+            "loss_dice": self.mask_dice_weight * dice_loss(mask_logits, gt_masks).sum() / normalizer.num_instances,
+            "loss_mask": self.mask_pixel_weight * mask_bce_loss(mask_logits, gt_masks).sum() / normalizer.num_matched,
+        }
+
+
+def mean_over_ranks(count: float, device: torch.device) -> float:
+    """max(1, mean of ``count`` over all ranks): every rank gets the same number."""
+    if comm.get_world_size() > 1:
+        total = torch.tensor(float(count), device=device)
+        torch.distributed.all_reduce(total)
+        count = total.item() / comm.get_world_size()
+    return max(1.0, float(count))
+
+
+def build_sparse_inst_criterion(cfg: CfgNode) -> nn.Module:
+    """Build the criterion that MODEL.SPARSE_INST.LOSS.NAME names."""
+    return SPARSE_INST_CRITERION_REGISTRY.get(cfg.MODEL.SPARSE_INST.LOSS.NAME)(cfg)

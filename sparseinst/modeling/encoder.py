@@ -1,0 +1,165 @@
+"""The feature encoder between backbone and decoder. Letters: see structures.py."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.utils.registry import Registry
+from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
+from torch import nn
+from torch.nn import functional as F
+
+SPARSE_INST_ENCODER_REGISTRY = Registry("SPARSE_INST_ENCODER")
+SPARSE_INST_ENCODER_REGISTRY.__doc__ = """
+Encoders: modules called with the backbone's dict of feature maps; return one map (B, C, H, W). Built as
+``Name(cfg, input_shape)`` with the backbone's ShapeSpecs by name; have ``output_shape()``, a ShapeSpec.
+"""
+
+POOL_SIZES = (1, 2, 3, 6)
+
+
+class PyramidPooling(nn.Module):
+    """Context of the whole map: adaptive average pooling to four sizes, beside the map itself.
+
+    Args:
+        channels: channels of input and output.
+        norm: norm of the convolutions, as :func:`detectron2.layers.get_norm` takes it.
+    """
+
+    def __init__(self, channels: int, norm: str = "") -> None:
+        super().__init__()
+        branch_channels = channels // 4
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), _conv(channels, branch_channels, 1, norm)) for size in POOL_SIZES
+        )
+        self.bottleneck = _conv(channels + len(POOL_SIZES) * branch_channels, channels, 1, norm)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) to the same shape."""
+        size = features.shape[-2:]
+        branches = [
+            F.interpolate(F.relu(stage(features)), size=size, mode="bilinear", align_corners=False)
+            for stage in self.stages
+        ]
+        return F.relu(self.bottleneck(torch.cat([*branches, features], dim=1)))
+
+
+@SPARSE_INST_ENCODER_REGISTRY.register()
+class InstanceContextEncoder(nn.Module):
+    """Fuses two to four backbone levels, with pooled context, into one map at the finest level's grid.
+
+    Paper, section 3.3 and figure 3. Level i of the docstrings below is counted from the finest.
+
+    Args:
+        input_shape: the backbone's ShapeSpecs by feature name; channels are read, strides where they are known.
+        in_features: names of the levels, finest first.
+        num_channels: width of the encoder, C.
+        norm: norm of the convolutions, "" for none as published.
+
+    Raises:
+        ValueError: a feature that the backbone does not give; levels that are not two to four, or not finest first;
+            a width that cannot be divided by 4.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: dict[str, ShapeSpec],
+        in_features: Sequence[str] = ("res3", "res4", "res5"),
+        num_channels: int = 256,
+        norm: str = "",
+    ) -> None:
+        super().__init__()
+        _check_levels(input_shape, in_features)
+        if num_channels < 4 or num_channels % 4:
+            raise ValueError(
+                f"MODEL.SPARSE_INST.ENCODER.NUM_CHANNELS is {num_channels}; it must be a positive multiple of 4 "
+                "(pyramid pooling has four branches of a quarter of it)"
+            )
+        self.in_features = tuple(in_features)
+        self.num_channels = num_channels
+        self.stride = input_shape[self.in_features[0]].stride
+
+        # The published checkpoints count both lists from the deepest level.
+        deepest_first = [input_shape[name].channels for name in reversed(self.in_features)]
+        self.fpn_laterals = nn.ModuleList(_conv(channels, num_channels, 1, norm) for channels in deepest_first)
+        self.fpn_outputs = nn.ModuleList(_conv(num_channels, num_channels, 3, norm) for _ in deepest_first)
+        self.ppm = PyramidPooling(num_channels, norm)
+        self.fusion = _conv(num_channels * len(deepest_first), num_channels, 1, norm)
+
+        for conv in (*self.fpn_laterals, *self.fpn_outputs):
+            c2_xavier_fill(conv)
+        c2_msra_fill(self.fusion)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        encoder = cfg.MODEL.SPARSE_INST.ENCODER
+        return {
+            "input_shape": input_shape,
+            "in_features": encoder.IN_FEATURES,
+            "num_channels": encoder.NUM_CHANNELS,
+            "norm": encoder.NORM,
+        }
+
+    def output_shape(self) -> ShapeSpec:
+        """Channels and stride of the output."""
+        return ShapeSpec(channels=self.num_channels, stride=self.stride)
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Fuse the levels.
+
+        Args:
+            features: the backbone's output; ``in_features`` are read, each (B, channels of the level, h, w).
+
+        Returns:
+            (B, C, H, W), the grid of the first of ``in_features``.
+        """
+        deepest_first = [features[name] for name in reversed(self.in_features)]
+        top_down = self.ppm(self.fpn_laterals[0](deepest_first[0]))
+        levels = [self.fpn_outputs[0](top_down)]
+        for feature, lateral, output in zip(deepest_first[1:], self.fpn_laterals[1:], self.fpn_outputs[1:]):
+            # Resizing to the level's own size, not by 2: levels of any stride, and of odd sizes, fit.
+            top_down = lateral(feature) + F.interpolate(top_down, size=feature.shape[-2:], mode="nearest")
+            levels.append(output(top_down))
+        size = levels[-1].shape[-2:]
+        finest_first = [
+            level if level.shape[-2:] == size else F.interpolate(level, size=size, mode="bilinear", align_corners=False)
+            for level in reversed(levels)
+        ]
+        return self.fusion(torch.cat(finest_first, dim=1))
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> Conv2d:
+    return Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        padding=kernel_size // 2,
+        bias=not norm,
+        norm=get_norm(norm, out_channels),
+    )
+
+
+def _check_levels(input_shape: dict[str, ShapeSpec], in_features: Sequence[str]) -> None:
+    missing = [name for name in in_features if name not in input_shape]
+    if missing:
+        raise ValueError(
+            f"MODEL.SPARSE_INST.ENCODER.IN_FEATURES names {missing}, but the backbone gives {list(input_shape)}. Set "
+            "it to some of these, or have the backbone give more: MODEL.RESNETS.OUT_FEATURES for ResNets, the "
+            "OUT_FEATURES of MODEL.BACKBONE.NAME's own section for others"
+        )
+    if not 2 <= len(in_features) <= 4:
+        raise ValueError(f"MODEL.SPARSE_INST.ENCODER.IN_FEATURES is {list(in_features)}: two to four levels are needed")
+    strides = [input_shape[name].stride for name in in_features]
+    if None not in strides and strides != sorted(strides):
+        raise ValueError(
+            f"MODEL.SPARSE_INST.ENCODER.IN_FEATURES is {list(in_features)} with strides {strides}: "
+            "name the finest level (the smallest stride) first"
+        )
+
+
+def build_sparse_inst_encoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
+    """Build the encoder that MODEL.SPARSE_INST.ENCODER.NAME names."""
+    return SPARSE_INST_ENCODER_REGISTRY.get(cfg.MODEL.SPARSE_INST.ENCODER.NAME)(cfg, input_shape)

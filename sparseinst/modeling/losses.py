@@ -1,0 +1,101 @@
+"""Scores and losses as functions of tensors, in float32. Letters: see structures.py.
+
+Sources: equations of the paper (arXiv 2203.12827, section 3.4) and of the focal loss (arXiv 1708.02002).
+"""
+
+import torch
+import torch.nn.functional as F
+
+DICE_EPS = 1e-4
+IOU_EPS = 1e-6
+
+
+def pairwise_dice_score(mask_probs: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
+    """DICE of every prediction with every instance: 2 sum(m t) / (sum(m^2) + sum(t^2) + 1e-4).
+
+    Args:
+        mask_probs: (N, P) in [0, 1]; P is the number of pixels.
+        gt_masks: (M, P) in [0, 1].
+
+    Returns:
+        (N, M) in [0, 1].
+    """
+    intersection = mask_probs @ gt_masks.T
+    total = mask_probs.square().sum(1)[:, None] + gt_masks.square().sum(1)[None, :]
+    return 2 * intersection / (total + DICE_EPS)
+
+
+def dice_loss(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
+    """1 - DICE of each pair.
+
+    Args:
+        mask_logits: (P, ...) one mask per pair.
+        gt_masks: the same shape, in [0, 1].
+
+    Returns:
+        (P,) in [0, 1].
+    """
+    mask_probs = mask_logits.flatten(1).sigmoid()
+    gt_masks = gt_masks.flatten(1)
+    total = mask_probs.square().sum(1) + gt_masks.square().sum(1)
+    return 1 - 2 * (mask_probs * gt_masks).sum(1) / (total + DICE_EPS)
+
+
+def mask_bce_loss(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of each pair, mean over its pixels.
+
+    Args:
+        mask_logits: (P, ...) one mask per pair.
+        gt_masks: the same shape, in [0, 1].
+
+    Returns:
+        (P,) not negative.
+    """
+    loss = F.binary_cross_entropy_with_logits(mask_logits, gt_masks, reduction="none")
+    return loss.flatten(1).mean(1)
+
+
+def sigmoid_focal_loss(
+    logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0
+) -> torch.Tensor:
+    """Focal loss of each logit: -alpha_t (1 - p_t)^gamma log(p_t).
+
+    Args:
+        logits: any shape.
+        targets: the same shape, 0 or 1.
+        alpha: weight of the positives; that of the negatives is 1 - alpha.
+        gamma: how much easy ones are discounted.
+
+    Returns:
+        The shape of ``logits``, not negative.
+    """
+    probs = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    prob_of_other = probs * (1 - targets) + (1 - probs) * targets
+    alpha_t = alpha * targets + (1 - alpha) * (1 - targets)
+    return alpha_t * prob_of_other**gamma * cross_entropy
+
+
+@torch.no_grad()
+def binary_mask_iou(
+    mask_logits: torch.Tensor,
+    gt_masks: torch.Tensor,
+    prob_threshold: float = 0.4,
+    gt_threshold: float = 0.5,
+) -> torch.Tensor:
+    """IoU of each pair's thresholded masks, the objectness target: intersection / (union + 1e-6). No gradient.
+
+    Args:
+        mask_logits: (P, ...) one mask per pair.
+        gt_masks: the same shape, in [0, 1].
+        prob_threshold: a pixel is predicted where its probability is at least this.
+        gt_threshold: a pixel is the instance's where its target is above this.
+
+    Returns:
+        (P,) in [0, 1].
+    """
+    predicted = mask_logits.flatten(1).sigmoid() >= prob_threshold
+    target = gt_masks.flatten(1) > gt_threshold
+    intersection = (predicted & target).sum(1)
+    union = (predicted | target).sum(1)
+    return intersection / (union + IOU_EPS)
