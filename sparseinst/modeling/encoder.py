@@ -24,16 +24,15 @@ class PyramidPooling(nn.Module):
 
     Args:
         channels: channels of input and output.
-        norm: norm of the convolutions, as :func:`detectron2.layers.get_norm` takes it.
     """
 
-    def __init__(self, channels: int, norm: str = "") -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         branch_channels = channels // 4
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), _conv(channels, branch_channels, 1, norm)) for size in POOL_SIZES
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Conv2d(channels, branch_channels, 1)) for size in POOL_SIZES
         )
-        self.bottleneck = _conv(channels + len(POOL_SIZES) * branch_channels, channels, 1, norm)
+        self.bottleneck = nn.Conv2d(channels + len(POOL_SIZES) * branch_channels, channels, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) to the same shape."""
@@ -55,7 +54,8 @@ class InstanceContextEncoder(nn.Module):
         input_shape: the backbone's ShapeSpecs by feature name; channels are read, strides where they are known.
         in_features: names of the levels, finest first.
         num_channels: width of the encoder, C.
-        norm: norm of the convolutions, "" for none as published.
+        norm: norm of laterals, outputs and fusion, "" for none as published; pyramid pooling has none, since a norm over
+            its maps of one pixel says nothing.
 
     Raises:
         ValueError: a feature that the backbone does not give; levels that are not two to four, or not finest first;
@@ -86,7 +86,7 @@ class InstanceContextEncoder(nn.Module):
         deepest_first = [input_shape[name].channels for name in reversed(self.in_features)]
         self.fpn_laterals = nn.ModuleList(_conv(channels, num_channels, 1, norm) for channels in deepest_first)
         self.fpn_outputs = nn.ModuleList(_conv(num_channels, num_channels, 3, norm) for _ in deepest_first)
-        self.ppm = PyramidPooling(num_channels, norm)
+        self.ppm = PyramidPooling(num_channels)
         self.fusion = _conv(num_channels * len(deepest_first), num_channels, 1, norm)
 
         for conv in (*self.fpn_laterals, *self.fpn_outputs):

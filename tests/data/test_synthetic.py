@@ -1,0 +1,317 @@
+"""The drawn-shapes data set keeps its promises, above all that nothing but the outline tells a class."""
+
+import json
+from itertools import combinations
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from pycocotools import mask as mask_util
+from scipy import stats
+from shapely.geometry import Polygon
+
+from sparseinst.data.synthetic import (
+    CLASS_NAMES,
+    MAX_OBJECTS,
+    MIN_VISIBLE,
+    SHAPES,
+    TEXTURES,
+    ShapeScene,
+    annotate_scene,
+    compose_scene,
+    draw_shapes_image,
+    image_generator,
+    paint_scene,
+    write_shapes_dataset,
+)
+
+SIZE = 128
+NUM_IMAGES = 250
+SEED = 7
+IMAGE_AREA = SIZE * SIZE
+LOWEST_P_VALUE = 0.001
+
+
+class Drawn(NamedTuple):
+    scene: ShapeScene
+    image: np.ndarray
+    annotations: list[dict]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Drawn]:
+    sample = []
+    for index in range(NUM_IMAGES):
+        rng = image_generator(SEED, index)
+        scene = compose_scene(rng, SIZE, SIZE)
+        sample.append(Drawn(scene, paint_scene(rng, scene), annotate_scene(scene)))
+    return sample
+
+
+def decode(segmentation: list | dict, height: int = SIZE, width: int = SIZE) -> np.ndarray:
+    """Boolean mask (H, W) of COCO polygons or of an uncompressed RLE."""
+    encoded = mask_util.frPyObjects(segmentation, height, width)
+    return mask_util.decode(mask_util.merge(encoded) if isinstance(encoded, list) else encoded).astype(bool)
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> float:
+    return (first & second).sum() / (first | second).sum()
+
+
+def test_four_shapes_of_one_area_and_different_outlines():
+    assert CLASS_NAMES == ["disc", "triangle", "cross", "bar"]
+    for outline in SHAPES.values():
+        polygon = Polygon(outline)
+        assert polygon.area == pytest.approx(1)
+        assert polygon.centroid.coords[0] == pytest.approx((0, 0), abs=1e-9)
+    # Perimeters at area 1: disc 2 sqrt(pi), triangle 6 / 3 ** 0.75, plus of five squares 12 / sqrt(5), 1:4 bar 5.
+    perimeters = [Polygon(outline).length for outline in SHAPES.values()]
+    assert perimeters == pytest.approx([3.545, 4.559, 5.367, 5.0], abs=0.01)
+
+
+def test_an_image_is_a_function_of_seed_and_index(drawn):
+    for index in (0, 5):
+        image, annotations = draw_shapes_image(image_generator(SEED, index), SIZE, SIZE)
+        assert np.array_equal(image, drawn[index].image)
+        assert annotations == drawn[index].annotations
+    other, _ = draw_shapes_image(image_generator(SEED + 1, 0), SIZE, SIZE)
+    assert not np.array_equal(other, drawn[0].image)
+
+
+def test_images_are_rgb_bytes_with_noise(drawn):
+    for item in drawn[:5]:
+        assert item.image.shape == (SIZE, SIZE, 3) and item.image.dtype == np.uint8
+        assert len(np.unique(item.image.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_one_to_eight_objects_and_some_empty_images(drawn):
+    counts = np.bincount([len(item.annotations) for item in drawn], minlength=MAX_OBJECTS + 1)
+    assert len(counts) == MAX_OBJECTS + 1
+    assert 0.02 <= counts[0] / NUM_IMAGES <= 0.10
+    assert (counts[1:] > 0.05 * NUM_IMAGES).all()
+
+
+def test_areas_are_half_a_percent_to_twenty(drawn):
+    for item in drawn:
+        for shape, annotation in zip(item.scene.objects, item.annotations, strict=True):
+            full_area = Polygon(shape.outline).area
+            assert 0.005 <= full_area / IMAGE_AREA <= 0.20
+            assert 0.005 <= annotation["area"] / IMAGE_AREA <= 0.20
+            visible_area = sum(Polygon(polygon).area for polygon in shape.visible)
+            assert visible_area >= MIN_VISIBLE * full_area * (1 - 1e-9)
+
+
+def test_objects_lie_inside_the_image(drawn):
+    for item in drawn:
+        for shape in item.scene.objects:
+            assert (shape.outline >= 0).all() and (shape.outline <= SIZE).all()
+
+
+def test_a_quarter_of_the_objects_overlap_another(drawn):
+    num_objects = num_overlapping = 0
+    for item in drawn:
+        polygons = [Polygon(shape.outline) for shape in item.scene.objects]
+        overlapping = [
+            pair for pair in combinations(range(len(polygons)), 2) if polygons[pair[0]].intersects(polygons[pair[1]])
+        ]
+        num_objects += len(polygons)
+        num_overlapping += len({index for pair in overlapping for index in pair})
+    assert 0.15 <= num_overlapping / num_objects <= 0.35
+
+
+def test_the_visible_parts_do_not_overlap(drawn):
+    for item in drawn:
+        masks = [decode(annotation["segmentation"]) for annotation in item.annotations]
+        for first, second in combinations(masks, 2):
+            # Both polygons' boundaries run through the same pixels.
+            assert (first & second).sum() <= 0.1 * min(first.sum(), second.sum())
+
+
+def test_polygons_are_the_pixels_that_are_drawn(drawn):
+    ious = []
+    for item in drawn[:40]:
+        for index, annotation in enumerate(item.annotations):
+            # The pixels that an object is drawn on are those that change with its colour.
+            painted = []
+            for level in (0.0, 255.0):
+                objects = list(item.scene.objects)
+                objects[index] = objects[index]._replace(texture="flat", tones=np.full((2, 3), level))
+                painted.append(paint_scene(np.random.default_rng(0), item.scene._replace(objects=objects)))
+            change = painted[1].astype(float).mean(axis=2) - painted[0].astype(float).mean(axis=2)
+            ious.append(iou(change > 127, decode(annotation["segmentation"])))
+    assert len(ious) > 100
+    # The smallest objects are 5 pixels thick, and pycocotools rounds corners to a fifth of a pixel.
+    assert np.mean(ious) > 0.95 and min(ious) > 0.85
+
+
+def test_area_and_box_are_those_of_the_mask(drawn):
+    for item in drawn[:40]:
+        for annotation in item.annotations:
+            mask = decode(annotation["segmentation"])
+            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+            height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+            assert annotation["area"] == mask.sum()
+            assert annotation["bbox"] == [columns[0], rows[0], width, height]
+
+
+def test_objects_stand_out_from_the_background(drawn):
+    for item in drawn:
+        for shape in item.scene.objects:
+            assert np.linalg.norm(shape.tones[0] - item.scene.background_tones[0]) > 100
+
+
+# What must not depend on the class. Each gets a name and a value per object.
+MEASURES = ("red", "green", "blue", "area", "centre x", "centre y")
+
+
+@pytest.fixture(scope="module")
+def measured(drawn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of all objects: class (n,), texture (n,) as an index, and MEASURES (n, 6), from pixels and visible masks."""
+    classes, textures, values = [], [], []
+    for item in drawn:
+        for shape, annotation in zip(item.scene.objects, item.annotations, strict=True):
+            mask = decode(annotation["segmentation"])
+            y, x = np.nonzero(mask)
+            classes.append(shape.class_index)
+            textures.append(list(TEXTURES).index(shape.texture))
+            values.append([*item.image[mask].mean(axis=0), mask.sum(), x.mean(), y.mean()])
+    return np.array(classes), np.array(textures), np.array(values)
+
+
+def p_values(classes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Kolmogorov-Smirnov tests (K, 6) of each class against all others, measure by measure."""
+    return np.array(
+        [
+            [stats.ks_2samp(column[classes == index], column[classes != index]).pvalue for column in values.T]
+            for index in range(len(CLASS_NAMES))
+        ]
+    )
+
+
+def contingency_p_value(classes: np.ndarray, labels: np.ndarray) -> float:
+    table = np.zeros((classes.max() + 1, labels.max() + 1))
+    np.add.at(table, (classes, labels), 1)
+    return stats.chi2_contingency(table).pvalue
+
+
+def test_classes_are_equally_common(measured):
+    classes, _, _ = measured
+    assert stats.chisquare(np.bincount(classes, minlength=len(CLASS_NAMES))).pvalue > LOWEST_P_VALUE
+
+
+def test_colour_area_and_position_do_not_tell_the_class(measured):
+    classes, _, values = measured
+    found = p_values(classes, values)
+    assert (found > LOWEST_P_VALUE).all(), dict(zip(MEASURES, found.min(axis=0), strict=True))
+
+
+def test_texture_and_overlap_do_not_tell_the_class(drawn, measured):
+    classes, textures, _ = measured
+    assert contingency_p_value(classes, textures) > LOWEST_P_VALUE
+    hidden = [
+        len(shape.visible) > 1 or len(shape.visible[0]) != len(shape.outline)
+        for item in drawn
+        for shape in item.scene.objects
+    ]
+    assert contingency_p_value(classes, np.array(hidden, int)) > LOWEST_P_VALUE
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_the_comparison_notices_a_bias(measured, name):
+    classes, _, values = measured
+    values = values.copy()
+    column = MEASURES.index(name)
+    # Discs a little redder, larger, further right: a shift by half the spread.
+    values[classes == 0, column] += 0.5 * values[:, column].std()
+    assert p_values(classes, values)[0, column] < LOWEST_P_VALUE
+
+
+def test_the_comparison_notices_a_biased_texture(measured):
+    classes, textures, _ = measured
+    textures = textures.copy()
+    discs = np.flatnonzero(classes == 0)
+    textures[discs[: len(discs) // 3]] = 0
+    assert contingency_p_value(classes, textures) < LOWEST_P_VALUE
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_a_crowd_is_a_group_of_touching_shapes_of_one_class(index):
+    rng = image_generator(3, index)
+    scene = compose_scene(rng, SIZE, SIZE, with_crowd=True)
+    members = [shape for shape in scene.objects if shape.is_crowd]
+    crowds = [annotation for annotation in annotate_scene(scene) if annotation["iscrowd"]]
+    assert len(members) == 7 and len({shape.class_index for shape in members}) == 1
+    assert len(crowds) == 1 and crowds[0]["category_id"] == members[0].class_index + 1
+    mask = decode(crowds[0]["segmentation"])
+    assert mask.sum() == crowds[0]["area"]
+    num_parts = cv2.connectedComponents(mask.astype(np.uint8))[0] - 1
+    assert num_parts <= 3
+    union = np.any([decode([shape.outline.reshape(-1).tolist()]) for shape in members], axis=0)
+    assert iou(mask, union) > 0.9
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 200), (201, 77)])
+def test_any_image_size(size):
+    height, width = size
+    for index in range(10):
+        image, annotations = draw_shapes_image(image_generator(0, index), height, width, with_crowd=index == 0)
+        assert image.shape == (height, width, 3)
+        for annotation in annotations:
+            assert annotation["area"] == decode(annotation["segmentation"], height, width).sum()
+            x, y, box_width, box_height = annotation["bbox"]
+            assert x + box_width <= width and y + box_height <= height
+
+
+def test_too_small_an_image_is_refused():
+    with pytest.raises(ValueError, match="at least 64 pixels, not 63 x 128"):
+        draw_shapes_image(image_generator(0, 0), 63, 128)
+
+
+def test_the_json_is_a_function_of_the_seed_and_starts_the_same_at_any_length(tmp_path):
+    first = write_shapes_dataset(tmp_path / "first", 4, seed=2)
+    second = write_shapes_dataset(tmp_path / "second", 4, seed=2)
+    longer = write_shapes_dataset(tmp_path / "longer", 6, seed=2)
+    assert first.read_bytes() == second.read_bytes()
+    short, long = json.loads(first.read_text()), json.loads(longer.read_text())
+    assert long["images"][:4] == short["images"]
+    assert long["annotations"][: len(short["annotations"])] == short["annotations"]
+    for image in short["images"]:
+        pictures = [(tmp_path / folder / "train" / image["file_name"]).read_bytes() for folder in ("first", "longer")]
+        assert pictures[0] == pictures[1]
+
+
+def test_detectron2_loads_what_is_written(tmp_path):
+    json_path = write_shapes_dataset(tmp_path, 30, seed=0, split="val")
+    content = json.loads(json_path.read_text())
+    assert [category["id"] for category in content["categories"]] == [1, 2, 3, 4]
+    assert [image["id"] for image in content["images"]] == list(range(1, 31))
+    assert [annotation["id"] for annotation in content["annotations"]] == list(
+        range(1, len(content["annotations"]) + 1)
+    )
+    assert content["info"]["seed"] == 0 and content["info"]["size"] == SIZE
+    assert sum(annotation["iscrowd"] for annotation in content["annotations"]) == 1
+
+    name = "shapes_of_test_synthetic"
+    register_coco_instances(name, {}, str(json_path), str(tmp_path / "val"))
+    try:
+        records = DatasetCatalog.get(name)
+        assert MetadataCatalog.get(name).thing_classes == CLASS_NAMES
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert len(records) == 30 and any(not record["annotations"] for record in records)
+    assert sum(len(record["annotations"]) for record in records) == len(content["annotations"])
+    picture = cv2.imread(records[0]["file_name"])
+    image, _ = draw_shapes_image(image_generator(0, 0), SIZE, SIZE, with_crowd=True)
+    # JPEG takes a little; channels swapped would be far off.
+    assert np.abs(picture[..., ::-1].astype(float) - image).mean() < 10
+
+
+def test_numbers_out_of_range_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="images of 'train' must be at least 1, not 0"):
+        write_shapes_dataset(tmp_path, 0, seed=0)
+    with pytest.raises(ValueError, match="seed of 'val' must not be negative, not -1"):
+        write_shapes_dataset(tmp_path, 1, seed=-1, split="val")

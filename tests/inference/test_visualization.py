@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Boxes, Instances
+
+from sparseinst.inference import draw_iams, draw_instances
+
+METADATA = Metadata(name="visualization_test", thing_classes=["circle", "square"])
+
+
+def scene(height, width):
+    """A red picture with two instances, whose activation maps peak at the left and at the right."""
+    image = np.full((height, width, 3), (255, 0, 0), np.uint8)
+    masks = torch.zeros((2, height, width), dtype=torch.bool)
+    masks[0, : height // 2, : width // 4] = True
+    masks[1, height // 2 :, 3 * width // 4 :] = True
+    instances = Instances((height, width))
+    instances.pred_masks = masks
+    instances.pred_boxes = Boxes(
+        torch.tensor(
+            [[0, 0, width // 4, height // 2], [3 * width // 4, height // 2, width, height]], dtype=torch.float32
+        )
+    )
+    instances.scores = torch.tensor([0.9, 0.8])
+    instances.pred_classes = torch.tensor([1, 0])
+    maps = torch.full((2, 4, 6, 8), -5.0)
+    maps[0, :, :, 0] = 3
+    maps[1, :, :, -1] = 3
+    instances.pred_iams = maps
+    return image, instances
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn_size"),
+    [((480, 600), (480, 600)), ((481, 641), (481, 641)), ((100, 150), (480, 720)), ((20, 500), (64, 1600))],
+)
+def test_small_pictures_are_enlarged(size, drawn_size):
+    image, instances = scene(*size)
+    before = image.copy(), instances.pred_boxes.tensor.clone()
+    picture = draw_instances(image, instances, METADATA)
+    assert picture.shape == (*drawn_size, 3) and picture.dtype == np.uint8
+    assert draw_instances(image, instances[:0], METADATA).shape == picture.shape
+    assert np.array_equal(image, before[0]) and torch.equal(instances.pred_boxes.tensor, before[1])
+
+
+@pytest.mark.parametrize("size", [(480, 600), (120, 160)])
+def test_masks_are_where_they_belong_and_red_stays_red(size):
+    image, instances = scene(*size)
+    picture = draw_instances(image, instances, METADATA).astype(int)
+    height, width = picture.shape[:2]
+    changed = np.abs(picture - (255, 0, 0)).max(-1) > 40
+    assert changed[height // 4, width // 8] and changed[3 * height // 4, 7 * width // 8]
+    # Away from masks, boxes and names.
+    assert not changed[: height // 3, width // 2 : 3 * width // 4].any()
+    assert np.abs(picture[height // 6, width // 2] - (255, 0, 0)).max() <= 1
+
+
+def test_nothing_found_is_the_plain_picture():
+    image, instances = scene(480, 500)
+    image[:, :100] = (1, 2, 3)
+    picture = draw_instances(image, instances[:0], METADATA)
+    assert np.array_equal(picture, image) and picture is not image
+
+
+def test_drawings_repeat():
+    image, instances = scene(60, 80)
+    assert np.array_equal(draw_instances(image, instances, METADATA), draw_instances(image, instances, METADATA))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2)])
+def test_smallest_pictures(size):
+    image = np.zeros((*size, 3), np.uint8)
+    instances = Instances(size)
+    instances.pred_masks = torch.ones((1, *size), dtype=torch.bool)
+    instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, size[1], size[0]]]))
+    instances.scores = torch.tensor([0.5])
+    instances.pred_classes = torch.tensor([0])
+    instances.pred_iams = torch.zeros((1, 1, 1, 1))
+    assert draw_instances(image, instances, METADATA).ndim == 3
+    assert draw_iams(image, instances, METADATA).ndim == 3
+
+
+@pytest.mark.parametrize("normalization", ["sigmoid", "softmax"])
+def test_heat_is_where_the_map_is_high(normalization):
+    image, instances = scene(192, 256)
+    sheet = draw_iams(image, instances, METADATA, normalization=normalization).astype(int)
+    # Cells are 256 wide with gaps of 6 and captions of 22; five of them in a row, two rows.
+    assert sheet.shape == (2 * (192 + 22 + 6) + 6, 5 * (256 + 6) + 6, 3)
+    for row, (hot, cold) in enumerate([(5, 250), (250, 5)]):
+        y = 6 + row * 220 + 22 + 96
+        for column in range(1, 5):
+            x = 6 + column * 262
+            # The colour map goes from dark blue to dark red.
+            red = sheet[y, x + hot] - sheet[y, x + cold]
+            assert red[0] > 40, (row, column)
+    assert np.abs(sheet[6 + 22 + 10, 6 + 128] - (255, 0, 0)).max() <= 1
+
+
+def test_activation_maps_of_few_many_and_no_instances():
+    image, instances = scene(100, 256)
+    one = draw_iams(image, instances[:1], METADATA)
+    assert draw_iams(image, instances, METADATA, max_instances=1).shape == one.shape
+    assert draw_iams(image, instances, METADATA).shape[0] > one.shape[0]
+    assert draw_iams(image, instances[:0], METADATA).shape == (100 + 22 + 12, 256 + 12, 3)
+
+
+def test_activation_maps_need_the_key():
+    image, instances = scene(20, 30)
+    with pytest.raises(ValueError, match="normalization is 'none'"):
+        draw_iams(image, instances, METADATA, normalization="none")
+    instances.remove("pred_iams")
+    with pytest.raises(ValueError, match="MODEL.SPARSE_INST.DECODER.OUTPUT_IAM"):
+        draw_iams(image, instances, METADATA)

@@ -1,0 +1,282 @@
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+
+from sparseinst.engine.setup import load_config
+from sparseinst.inference import VideoReader, VideoWriter
+from sparseinst.tools import demo
+from tests.red_segmenter import red_segmenter_config
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before():
+    """The command sets up loggers for the process; the other tests need theirs as they were."""
+    loggers = [logging.getLogger(name) for name in ("fvcore", "detectron2", "sparseinst")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
+        logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def no_window(monkeypatch):
+    monkeypatch.setattr(cv2, "currentUIFramework", lambda: "")
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """A window that records; "q" is pressed at the third picture."""
+    pictures = []
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(cv2, "currentUIFramework", lambda: "QT5")
+    monkeypatch.setattr(cv2, "imshow", lambda title, picture: pictures.append((title, np.array(picture))))
+    monkeypatch.setattr(cv2, "waitKey", lambda wait_ms: ord("q") if len(pictures) >= 3 else -1)
+    return pictures
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """The stub's config and weights."""
+    cfg = red_segmenter_config()
+    classes = {"names": ["red thing", "blue thing"], "category_ids": [3, 8]}
+    torch.save({"model": {"scores": torch.tensor([0.9, 0.3])}, "classes": classes}, tmp_path / "model.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.dump())
+    return str(path)
+
+
+def save_scene(path, background=(90, 160, 90), red=True, size=(48, 64)):
+    """A red block at x 8..39, y 8..23, and a blue one that is found with a low score."""
+    pixels = np.full((*size, 3), background, np.uint8)
+    if red:
+        pixels[8:24, 8:40] = (250, 20, 20)
+        pixels[30:40, 40:60] = (20, 20, 250)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def pixels_of(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def run(config_file, *arguments):
+    return demo.main(["--config-file", config_file, *map(str, arguments)])
+
+
+def test_a_picture_is_drawn_in_its_colours(tmp_path, config_file, capsys):
+    path = save_scene(tmp_path / "in" / "a.png")
+    output = tmp_path / "new" / "out"
+    assert run(config_file, "--input", path, "--output", output) == 0
+    picture = pixels_of(output / "a.png")
+    assert picture.shape == (480, 640, 3)
+    # The background keeps its colour; over the red block lies a mask; the blue one is below the threshold.
+    assert np.abs(picture[300, 200] - (90, 160, 90)).max() <= 1
+    assert np.abs(picture[200, 300] - (250, 20, 20)).max() > 40
+    assert np.abs(picture[350, 500] - (20, 20, 250)).max() <= 1
+    assert "1 of 1 pictures" in (printed := capsys.readouterr().out) and str(output) in printed
+
+
+def test_threshold(tmp_path, config_file):
+    path = save_scene(tmp_path / "in" / "a.png")
+    assert run(config_file, "--input", path, "--output", tmp_path / "out", "--confidence-threshold", 0.2) == 0
+    assert np.abs(pixels_of(tmp_path / "out" / "a.png")[350, 500] - (20, 20, 250)).max() > 40
+
+
+def test_nothing_found_is_the_plain_picture(tmp_path, config_file):
+    path = save_scene(tmp_path / "in" / "a.png", red=False, size=(500, 520))
+    assert run(config_file, "--input", path, "--output", tmp_path / "out", "--show-iams") == 0
+    assert np.array_equal(pixels_of(tmp_path / "out" / "a.png"), pixels_of(path))
+    assert (tmp_path / "out" / "iams" / "a.png").is_file()
+
+
+def test_folders_globs_and_equal_names(tmp_path, config_file):
+    for name in ("one/a.png", "one/b.JPG", "two/a.png", "two/a_2.png", "three/deep/c.bmp"):
+        save_scene(tmp_path / name)
+    (tmp_path / "one" / "notes.txt").write_text("no picture")
+    inputs = [tmp_path / "one", tmp_path / "two" / "*.png", tmp_path / "three" / "**" / "*", tmp_path / "one" / "a.png"]
+    assert run(config_file, "--input", *inputs, "--output", tmp_path / "out") == 0
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["a.png", "a_2.png", "a_3.png", "b.JPG", "c.png"]
+
+
+def test_output_names_are_unlike_whatever_the_case():
+    paths = [Path(name) for name in ("x/a.png", "y/A.PNG", "z/a.bmp", "z/a_2.png", "w/a.jpg")]
+    names = demo.output_names(paths)
+    assert names == ["a.png", "A_3.PNG", "a_4.png", "a_2.png", "a.jpg"]
+
+
+def test_unreadable_files_are_passed_and_named(tmp_path, config_file, capsys):
+    good = [save_scene(tmp_path / "in" / name) for name in ("a.png", "c.png")]
+    (tmp_path / "in" / "b.png").write_bytes(b"no picture")
+    assert run(config_file, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert "b.png" in captured.err and "2 of 3 pictures" in captured.out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in good]
+
+
+def test_json_is_cocos(tmp_path, config_file):
+    paths = [save_scene(tmp_path / "in" / "a.png", red=False), save_scene(tmp_path / "in" / "b.png")]
+    file = tmp_path / "results" / "found.json"
+    # Without --output nothing is drawn, and no window is needed.
+    assert run(config_file, "--input", tmp_path / "in", "--json", file, "--confidence-threshold", 0) == 0
+    data = COCO(str(tmp_path / "results" / "found_images.json"))
+    assert [image["file_name"] for image in data.loadImgs([1, 2])] == [str(path) for path in paths]
+    assert [image["height"] for image in data.loadImgs([1, 2])] == [48, 48]
+    assert {category["id"]: category["name"] for category in data.loadCats([3, 8])} == {3: "red thing", 8: "blue thing"}
+    found = data.loadRes(str(file)).loadAnns([1, 2])
+    assert [(x["image_id"], x["category_id"]) for x in found] == [(2, 3), (2, 8)]
+    assert np.allclose(found[0]["bbox"], [8, 8, 32, 16], atol=1) and found[0]["score"] == pytest.approx(0.9)
+    assert mask_api.area(found[0]["segmentation"]) == pytest.approx(32 * 16, abs=60)
+
+
+def test_iam_picture(tmp_path, config_file, capsys):
+    path = save_scene(tmp_path / "in" / "a.png")
+    output = tmp_path / "out"
+    assert run(config_file, "--input", path, "--output", output, "--show-iams") == 0
+    # One row: the picture, and four maps.
+    assert pixels_of(output / "iams" / "a.png").shape == (192 + 22 + 12, 5 * 262 + 6, 3)
+    assert (output / "a.png").is_file() and "iams" in capsys.readouterr().out
+
+
+def test_a_video_is_drawn_frame_by_frame(tmp_path, config_file, capsys):
+    clip = tmp_path / "in" / "clip.mp4"
+    with VideoWriter(clip, 10) as writer:
+        for index in range(6):
+            frame = np.full((48, 64, 3), (90, 160, 90), np.uint8)
+            frame[8:24, index * 4 : index * 4 + 32] = (250, 20, 20)
+            writer.write(frame)
+    file = tmp_path / "found.json"
+    assert run(config_file, "--video-input", clip, "--output", tmp_path / "out", "--json", file) == 0
+    with VideoReader(tmp_path / "out" / "clip.mp4") as reader:
+        assert reader.fps == 10
+        frames = list(reader)
+    assert len(frames) == 6 and frames[0].shape == (48, 64, 3)
+    # Rows that no name reaches.
+    assert np.abs(frames[0][44, 60].astype(int) - (90, 160, 90)).max() < 40
+    images = json.loads((tmp_path / "found_images.json").read_text())["images"]
+    assert [image["frame"] for image in images] == [1, 2, 3, 4, 5, 6]
+    assert {result["image_id"] for result in json.loads(file.read_text())} == {1, 2, 3, 4, 5, 6}
+    assert "6 frames" in capsys.readouterr().out
+
+    assert run(config_file, "--video-input", clip, "--output", tmp_path / "named.mp4") == 0
+    assert (tmp_path / "named.mp4").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "{tmp}/none/*.jpg", "--output", "{tmp}/out"], "none/*.jpg"),
+        (["--input", "{tmp}/empty", "--output", "{tmp}/out"], "empty"),
+        (["--input", "{tmp}/in/a.png", "--output", "{tmp}/in"], "--output"),
+        (["--input", "{tmp}/in/iams/a.png", "--output", "{tmp}/in"], "--output"),
+        (["--input", "{tmp}/in/a.png", "--output", "{tmp}/out.jpg"], "--output is a folder"),
+        (["--input", "{tmp}/in/a.png", "--output", "{tmp}/model.pth"], "must be a folder"),
+        (["--input", "{tmp}/in/a.png"], "opencv-python"),
+        (["--input", "{tmp}/in/a.png", "--json", "{tmp}/x.json", "--show-iams"], "--output"),
+        (["--webcam", "--output", "{tmp}/out"], "opencv-python"),
+        (["--video-input", "{tmp}/in/none.mp4", "--output", "{tmp}/out"], "none.mp4"),
+        (["--video-input", "{tmp}/in/a.png", "--output", "{tmp}/in/a.avi"], ".mp4"),
+        (["--video-input", "{tmp}/in/clip.mp4", "--output", "{tmp}/in"], "overwrite"),
+        (["--video-input", "{tmp}/in/clip.mp4", "--output", "{tmp}/out", "--show-iams"], "--input"),
+        (["--input", "{tmp}/in/a.png", "--output", "{tmp}/out", "--mask-nms", "1.5"], "--mask-nms"),
+        (["--input", "{tmp}/in/a.png", "--output", "{tmp}/out", "--confidence-threshold", "50"], "--confidence"),
+        (["--input", "{tmp}/in/a.png", "--output", "{tmp}/out", "--opts", "MODEL.WEIGHT", "x"], "MODEL.WEIGHT"),
+        (["--input", "{tmp}/in/a.png", "--output", "{tmp}/out", "--opts", "MODEL.WEIGHTS", "x.pth"], "x.pth"),
+    ],
+)
+def test_wrong_arguments_are_told(tmp_path, config_file, capsys, arguments, message):
+    save_scene(tmp_path / "in" / "a.png")
+    save_scene(tmp_path / "in" / "iams" / "a.png")
+    with VideoWriter(tmp_path / "in" / "clip.mp4", 10) as writer:
+        writer.write(np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "empty").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(config_file, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
+    assert message in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_window(tmp_path, config_file, shown):
+    for name in "abcd":
+        save_scene(tmp_path / "in" / f"{name}.png")
+    assert run(config_file, "--input", tmp_path / "in") == 0
+    assert [title for title, _ in shown] == ["a.png", "b.png", "c.png"]
+    # OpenCV's windows take BGR.
+    assert np.abs(shown[0][1][350, 500].astype(int) - (250, 20, 20)).max() <= 1
+
+
+def test_webcam(tmp_path, config_file, shown, monkeypatch):
+    clip = tmp_path / "clip.mp4"
+    with VideoWriter(clip, 10) as writer:
+        for _ in range(6):
+            writer.write(np.full((48, 64, 3), (90, 160, 90), np.uint8))
+    monkeypatch.setattr(demo, "VideoReader", lambda source: VideoReader({2: clip}[source]))
+    assert run(config_file, "--webcam", 2, "--output", tmp_path / "out") == 0
+    assert len(shown) == 3
+    with VideoReader(tmp_path / "out" / "webcam.mp4") as reader:
+        assert len(list(reader)) == 3
+
+
+def test_flags_set_the_keys(tmp_path, config_file, monkeypatch):
+    seen = []
+    monkeypatch.setattr(demo, "run_images", lambda args, cfg: seen.append(cfg.MODEL.SPARSE_INST) or 0)
+    common = ["--input", "a.png", "--output", tmp_path]
+    key = "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD"
+    assert run(config_file, *common, "--mask-nms", 0.5, "--show-iams") == 0
+    assert run(config_file, *common, "--opts", key, "0.7") == 0
+    assert [(keys.MASK_NMS_THRESHOLD, keys.DECODER.OUTPUT_IAM) for keys in seen] == [(0.5, True), (0.7, False)]
+
+
+def test_load_config(tmp_path, config_file, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING, "sparseinst"):
+        # A name of the package's, a file's path, an override.
+        cfg = load_config("sparse_inst_r50_giam", ["INPUT.MIN_SIZE_TEST", "320"])
+    assert cfg.MODEL.META_ARCHITECTURE == "SparseInst" and cfg.INPUT.MIN_SIZE_TEST == 320
+    assert cfg.MODEL.DEVICE == "cpu" and "running on the CPU" in caplog.text
+    caplog.clear()
+    assert load_config(config_file).MODEL.META_ARCHITECTURE == "RedSegmenter"
+    assert not caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_config("sparse_inst_r50_giam").MODEL.DEVICE == "cuda"
+
+
+def test_load_config_names_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="no_such_file"):
+        load_config("no_such_file.yaml")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("MODEL:\n  SPARSEINST: 1\nVERSION: 2\n")
+    with pytest.raises(ValueError, match="wrong.yaml.*SPARSEINST"):
+        load_config(str(wrong))
+    with pytest.raises(ValueError, match="overrides"):
+        load_config("sparse_inst_r50_giam", ["SOLVER.BASE_LR"])
+
+
+def test_the_script_and_the_module_are_one_command(tmp_path):
+    for command in (["demo/demo.py"], ["-m", "sparseinst.tools.demo"]):
+        result = subprocess.run(
+            [sys.executable, *command, "--help"],
+            cwd=REPO,
+            env={"PYTHONPATH": str(REPO), "PATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "--confidence-threshold" in result.stdout

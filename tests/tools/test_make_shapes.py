@@ -1,0 +1,86 @@
+"""The command that writes the drawn-shapes data set."""
+
+import json
+
+import pytest
+
+from sparseinst.tools import make_shapes
+
+
+def run(folder, *more: str) -> int:
+    return make_shapes.main(["--output", str(folder), "--train", "3", "--val", "2", "--size", "64", *more])
+
+
+def contents(folder) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of every file below a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+def test_writes_both_splits_and_nothing_else(tmp_path):
+    assert run(tmp_path / "new" / "shapes") == 0
+    assert set(contents(tmp_path)) == {
+        "new/shapes/shapes_settings.json",
+        "new/shapes/train.json",
+        "new/shapes/val.json",
+        *(f"new/shapes/train/00000{index}.jpg" for index in range(3)),
+        *(f"new/shapes/val/00000{index}.jpg" for index in range(2)),
+    }
+    train, val = (json.loads((tmp_path / "new/shapes" / f"{split}.json").read_text()) for split in ("train", "val"))
+    assert (train["info"]["seed"], val["info"]["seed"]) == (0, 1)
+    for content in (train, val):
+        assert sum(annotation["iscrowd"] for annotation in content["annotations"]) == 1
+
+
+def test_a_second_run_leaves_the_data_set_as_it_is(tmp_path, capsys):
+    run(tmp_path / "shapes")
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert run(tmp_path / "shapes") == 0
+    assert contents(tmp_path) == before
+    assert "already there" in capsys.readouterr().out
+
+
+def test_other_settings_need_overwrite(tmp_path, capsys):
+    run(tmp_path / "shapes")
+    before = contents(tmp_path)
+    assert run(tmp_path / "shapes", "--val-seed", "5") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert run(tmp_path / "shapes", "--val-seed", "5", "--overwrite") == 0
+    assert json.loads((tmp_path / "shapes/val.json").read_text())["info"]["seed"] == 5
+
+
+def test_files_of_the_user_are_kept(tmp_path, capsys):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    assert run(folder, "--overwrite") == 2
+    assert "change --output" in capsys.readouterr().err
+    (folder / "thesis.txt").rename(tmp_path / "thesis.txt")
+    assert run(folder) == 0
+    (tmp_path / "thesis.txt").rename(folder / "thesis.txt")
+    assert run(folder, "--val-seed", "5", "--overwrite") == 2
+    assert "thesis.txt" in capsys.readouterr().err
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+    write = make_shapes.write_shapes_dataset
+
+    def interrupted(output_dir, num_images, seed, size, *, split, progress):
+        if split == "val":
+            raise KeyboardInterrupt
+        return write(output_dir, num_images, seed, size, split=split, progress=progress)
+
+    monkeypatch.setattr(make_shapes, "write_shapes_dataset", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "shapes")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(("--size", "32"), "size"), (("--val", "0"), "'val'")])
+def test_numbers_out_of_range_leave_nothing(tmp_path, capsys, arguments, message):
+    assert run(tmp_path / "shapes", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
