@@ -9,12 +9,14 @@ try:
     import detectron2  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "SparseInst is a plugin of Detectron2, which is not installed in this Python environment. Detectron2 has no "
-        "release on PyPI under its own name. Install it as "
-        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html says, or, without a compiler, its "
-        "redistribution (Python code only):\n"
-        "    pip install --no-deps --only-binary=:all: --python-version 3.10 "
-        "--target $(python -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))') sal-detectron2==0.7.2"
+        f"SparseInst is a plugin of Detectron2, which cannot be imported here ({error}). Detectron2 has no release on "
+        "PyPI under its own name. Install it as its guide says:\n"
+        "    https://detectron2.readthedocs.io/en/latest/tutorials/install.html\n"
+        "or, without a compiler, its redistribution (Python code only), then what it needs:\n"
+        "    python -m pip install --no-deps --only-binary=:all: --python-version 3.10 "
+        '--target "$(python -c \'import sysconfig; print(sysconfig.get_path("purelib"))\')" sal-detectron2==0.7.2\n'
+        "    python -m pip install black cloudpickle hydra-core matplotlib omegaconf packaging "
+        "'setuptools<81' tensorboard"
     ) from error
 
 from sparseinst import modeling  # noqa: F401  (registers the model)

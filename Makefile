@@ -1,0 +1,124 @@
+# `make help` lists the commands. Each sets up on its own what it needs, in $(VENV), and can be run again at any time.
+
+VENV ?= .venv
+# `make VENV=~/envs/d2`: not every shell expands the ~ there.
+override VENV := $(patsubst ~/%,$(HOME)/%,$(VENV))
+# What makes $(VENV), where there is none yet: the first Python that SparseInst runs on.
+IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	"$$python" -c '$(IS_SUPPORTED)' 2>/dev/null && echo "$$python" && break; done)
+# Worker processes of the test suite.
+TEST_WORKERS ?= 2
+# The redistribution of Detectron2 that is installed where none can be imported. Its wheel is tagged cp310, but its
+# Python code runs on 3.11 to 3.13 too, and nothing here needs its compiled operators.
+DETECTRON2 := sal-detectron2==0.7.2
+# Free space that a first installation takes at its peak, in GB: $(VENV) ends up with 6, the rest are downloads.
+DISK_GB := 10
+FREE_GB = $$(df -Pk "$(VENV)" | awk 'NR == 2 { print int($$4 / 1048576) }')
+
+, := ,
+VENV_PYTHON := $(VENV)/bin/python
+PIP := "$(VENV_PYTHON)" -m pip
+PIP_INSTALL := $(PIP) install --quiet --disable-pip-version-check --no-warn-conflicts
+# There when $(VENV) was made here, not by the user.
+OURS := $(VENV)/.sparseinst-venv
+# There when everything is installed as these files say: an interrupted or outdated installation is repeated.
+INSTALLED := $(VENV)/.sparseinst-installed-$(shell \
+	{ echo "$(DETECTRON2) $(CURDIR)"; cat requirements.txt setup.py; } | cksum | tr ' ' '-')
+
+QUICK_CONFIG := configs/quick/shapes.yaml
+QUICK_OUTPUT := output/quick
+QUICK_DATA := datasets/shapes
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format clean install environment install-pinned install-beside-detectron2
+
+help:
+	@echo 'make quickstart   data, training, evaluation and pictures of a small SparseInst on the CPU, in minutes'
+	@echo 'make test         the whole test suite'
+	@echo 'make lint         style checks'
+	@echo 'make format       rewrites the files as the style checks want them'
+	@echo 'make clean        removes what these commands made, except $(VENV)'
+	@echo
+	@echo 'Settings: VENV=FOLDER     virtual environment, made where there is none; a Detectron2 that is in it is kept'
+	@echo '          PYTHON=COMMAND  the Python, 3.11 to 3.13, that makes it'
+
+quickstart: install
+	@echo '== 1 of 4: drawing the data set'
+	"$(VENV_PYTHON)" -m sparseinst.tools.make_shapes --output $(QUICK_DATA)
+	@echo '== 2 of 4: training from random weights, about 6 minutes on 2 cores'
+	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) OUTPUT_DIR $(QUICK_OUTPUT)
+	@echo '== 3 of 4: evaluation on images of another seed'
+	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) --eval-only \
+		OUTPUT_DIR $(QUICK_OUTPUT) MODEL.WEIGHTS $(QUICK_OUTPUT)/model_final.pth
+	@echo '== 4 of 4: pictures of those images'
+	"$(VENV_PYTHON)" demo/demo.py --config-file $(QUICK_CONFIG) --input '$(QUICK_DATA)/val/00000*.jpg' \
+		--output $(QUICK_OUTPUT)/pictures --opts MODEL.WEIGHTS $(QUICK_OUTPUT)/model_final.pth
+	@echo '== Done. The tables of AP and speed are above and in $(QUICK_OUTPUT)/results.json, pictures in $(QUICK_OUTPUT)/pictures'
+
+test: install
+	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile
+
+lint: install
+	"$(VENV_PYTHON)" -m ruff check .
+	"$(VENV_PYTHON)" -m ruff format --check .
+
+format: install
+	"$(VENV_PYTHON)" -m ruff check --fix .
+	"$(VENV_PYTHON)" -m ruff format .
+
+clean:
+	rm -rf $(QUICK_OUTPUT) $(QUICK_DATA) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find configs demo sparseinst tests -name __pycache__ -prune -exec rm -rf {} +
+
+install: $(INSTALLED)
+
+# Stops with one line that says what is missing.
+STOP = { echo "$(1)" >&2; exit 1; }
+
+$(INSTALLED):
+	@$(PIP) --version >/dev/null 2>&1 || $(MAKE) --no-print-directory environment
+	@"$(VENV_PYTHON)" -c '$(IS_SUPPORTED)' || $(call STOP,SparseInst needs Python 3.11 to 3.13; \
+		$(VENV) has $$("$(VENV_PYTHON)" --version). Name another: make VENV=FOLDER)
+	@rm -f "$(VENV)"/.sparseinst-installed-*
+	@if [ ! -e "$(OURS)" ] && "$(VENV_PYTHON)" -c 'import detectron2' 2>/dev/null; \
+		then $(MAKE) --no-print-directory install-beside-detectron2; \
+		else $(MAKE) --no-print-directory install-pinned; fi
+	@"$(VENV_PYTHON)" -W ignore -c 'import cv2, detectron2, sparseinst' || \
+		$(call STOP,The installation in $(VENV) does not work: the reason is above)
+	@touch "$@"
+
+environment:
+	@[ ! -e "$(VENV)" ] || [ -e "$(OURS)" ] || $(call STOP,$(VENV) is there$(,) but has no bin/python with pip in it: \
+		remove it$(,) repair it$(,) or name another: make VENV=FOLDER)
+	@[ -n "$(PYTHON)" ] || $(call STOP,SparseInst needs Python 3.11 to 3.13$(,) and there is none on the PATH. \
+		Install one$(,) or name it: make PYTHON=COMMAND)
+	@"$(PYTHON)" -c '$(IS_SUPPORTED)' || $(call STOP,SparseInst needs Python 3.11 to 3.13; \
+		$(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=COMMAND)
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || $(call STOP,$(PYTHON) has no module venv. \
+		Install it; on Debian and Ubuntu: apt install $$("$(PYTHON)" -c \
+		'import sys; print("python3.%d-venv" % sys.version_info[1])'))
+	@echo "Making $(VENV) with $$("$(PYTHON)" --version)"
+	@mkdir -p "$(VENV)"
+	@touch "$(OURS)"
+	@rm -rf "$(VENV)/bin" "$(VENV)/lib" "$(VENV)/lib64"
+	@"$(PYTHON)" -m venv "$(VENV)"
+
+install-pinned:
+	@"$(VENV_PYTHON)" -c 'import torch' 2>/dev/null || [ "$(FREE_GB)" -ge $(DISK_GB) ] || \
+		$(call STOP,The installation takes $(DISK_GB) GB in $(VENV)$(,) where $(FREE_GB) GB are free. \
+		Name a folder with more: make VENV=FOLDER)
+	@echo 'Installing the versions of requirements.txt in $(VENV): 3 GB to download, 6 GB on disk, 3 to 15 minutes'
+	@$(PIP_INSTALL) --constraint requirements.txt setuptools wheel
+	@$(PIP_INSTALL) --no-build-isolation --requirement requirements.txt
+	@echo 'Installing $(DETECTRON2)'
+	@$(PIP_INSTALL) --no-deps --upgrade --only-binary=:all: --python-version 3.10 $(DETECTRON2) \
+		--target "$$("$(VENV_PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@echo 'Installing SparseInst, editable'
+	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+
+# The versions of torch and all else were chosen for that Detectron2: only what is missing is added.
+install-beside-detectron2:
+	@echo 'Installing SparseInst, editable, beside the Detectron2 of $(VENV), with what else is missing there'
+	@$(PIP_INSTALL) --editable \
+		".[dev$$("$(VENV_PYTHON)" -c 'from importlib.util import find_spec; print("" if find_spec("cv2") else ",headless")')]"

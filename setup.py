@@ -1,0 +1,47 @@
+"""Metadata of the package; tool settings are in pyproject.toml, the versions `make` installs in requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """`__version__` of sparseinst/__init__.py, read as text: importing it needs Detectron2."""
+    text = (ROOT / "sparseinst" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
+
+
+setup(
+    name="sparseinst",
+    version=read_version(),
+    description="SparseInst: real-time instance segmentation, as a Detectron2 plugin",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["sparseinst", "sparseinst.*"]), "sparseinst.configs"],
+    package_dir={"sparseinst.configs": "configs"},
+    package_data={"sparseinst.configs": ["**/*.yaml", "**/*.py"]},
+    # Detectron2 is missing on purpose: no package index has it under its own name, so sparseinst/__init__.py looks for
+    # it and says how to get it. OpenCV is missing because any of its distributions will do: see the extras.
+    install_requires=[
+        "torch>=2.4,<3",
+        "torchvision>=0.19,<1",
+        "numpy>=1.24,<3",
+        "scipy>=1.10,<2",
+        "fvcore>=0.1.5.post20220512,<0.2",
+        "iopath>=0.1.9,<0.2",
+        "pycocotools>=2.0.6,<3",
+        "shapely>=2.0,<3",
+        "tqdm>=4.64,<5",
+    ],
+    extras_require={
+        "headless": ["opencv-python-headless>=4.7"],
+        "gui": ["opencv-python>=4.7"],
+        "timm": ["timm>=1.0,<2"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.8"],
+    },
+)

@@ -1,0 +1,1 @@
+"""Training and evaluation: optimizer, trainer, evaluation, hooks, and how a command's config is made."""

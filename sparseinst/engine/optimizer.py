@@ -1,0 +1,133 @@
+"""The optimizer that the SOLVER keys ask for."""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+NORM_MODULES = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD, as SOLVER.OPTIMIZER says, with gradient clipping as SOLVER.CLIP_GRADIENTS says.
+
+    CLIP_TYPE "full_model" clips the norm of all gradients together; Detectron2's own types clip each parameter.
+
+    Args:
+        cfg: the SOLVER keys are read.
+        model: its parameters that require a gradient are optimized.
+
+    Raises:
+        ValueError: an unknown SOLVER.OPTIMIZER.
+    """
+    solver = cfg.SOLVER
+    base_lr = learning_rate(cfg)
+    groups = parameter_groups(
+        model,
+        base_lr=base_lr,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        backbone_multiplier=solver.BACKBONE_MULTIPLIER,
+    )
+    if solver.OPTIMIZER == "ADAMW":
+        optimizer = torch.optim.AdamW(groups, lr=base_lr, amsgrad=solver.AMSGRAD)
+    elif solver.OPTIMIZER == "SGD":
+        optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    else:
+        raise ValueError(f'SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be "ADAMW" or "SGD"')
+
+    clip = solver.CLIP_GRADIENTS
+    if clip.ENABLED and clip.CLIP_TYPE == "full_model":
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+        def clip_full_model(*_) -> None:
+            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+
+        optimizer.register_step_pre_hook(clip_full_model)
+        return optimizer
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def learning_rate(cfg: CfgNode) -> float:
+    """SOLVER.BASE_LR, times IMS_PER_BATCH / REFERENCE_BATCH_SIZE where the latter is not 0."""
+    solver = cfg.SOLVER
+    if not solver.REFERENCE_BATCH_SIZE:
+        return solver.BASE_LR
+    scaled = solver.BASE_LR * solver.IMS_PER_BATCH / solver.REFERENCE_BATCH_SIZE
+    logger.info(
+        "The learning rate follows the batch: SOLVER.BASE_LR %g was chosen for REFERENCE_BATCH_SIZE %d images; "
+        "IMS_PER_BATCH is %d, so it is %g",
+        solver.BASE_LR,
+        solver.REFERENCE_BATCH_SIZE,
+        solver.IMS_PER_BATCH,
+        scaled,
+    )
+    return scaled
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    base_lr: float,
+    weight_decay: float,
+    weight_decay_norm: float = 0.0,
+    weight_decay_bias: float | None = None,
+    bias_lr_factor: float = 1.0,
+    backbone_multiplier: float = 1.0,
+) -> list[dict]:
+    """Parameter groups by the type of module that owns the parameter, not by its name.
+
+    Args:
+        model: parameters that do not require a gradient are left out.
+        base_lr: learning rate.
+        weight_decay: of weights.
+        weight_decay_norm: of weight and bias of normalisation layers.
+        weight_decay_bias: of all other biases; None: as weights.
+        bias_lr_factor: factor of all biases' learning rate.
+        backbone_multiplier: factor of the learning rate of parameters under ``backbone``.
+
+    Returns:
+        As torch's optimizers take them; as few groups as there are different settings.
+    """
+    groups = []
+    for name, parameter, module in _owned_parameters(model):
+        is_bias = name.endswith("bias")
+        lr = base_lr
+        decay = weight_decay
+        if is_bias:
+            lr *= bias_lr_factor
+            decay = weight_decay if weight_decay_bias is None else weight_decay_bias
+        if isinstance(module, NORM_MODULES):
+            decay = weight_decay_norm
+        if name.startswith("backbone."):
+            lr *= backbone_multiplier
+        groups.append({"params": [parameter], "lr": lr, "weight_decay": decay})
+    return reduce_param_groups(groups)
+
+
+def _owned_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, nn.Module]]:
+    seen: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                yield f"{module_name}.{name}".lstrip("."), parameter, module

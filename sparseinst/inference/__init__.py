@@ -1,0 +1,17 @@
+"""Predictions for pictures and videos, and drawings of them."""
+
+from sparseinst.inference.predictor import ImageReadError, Predictor, read_image, to_coco_results
+from sparseinst.inference.video import VideoReader, VideoWriter, draw_video
+from sparseinst.inference.visualization import draw_iams, draw_instances
+
+__all__ = [
+    "ImageReadError",
+    "Predictor",
+    "VideoReader",
+    "VideoWriter",
+    "draw_iams",
+    "draw_instances",
+    "draw_video",
+    "read_image",
+    "to_coco_results",
+]

@@ -1,0 +1,137 @@
+"""Video files: read frames, write frames, draw predictions with colours that follow the objects."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import cv2
+import numpy as np
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
+from detectron2.utils.video_visualizer import VideoVisualizer
+from detectron2.utils.visualizer import ColorMode
+
+FALLBACK_FPS = 25.0
+
+
+class VideoReader:
+    """The frames of a video file or of a camera, in RGB. Iterate over it; it is a context manager too.
+
+    Args:
+        source: path of a file, or the index of a camera.
+
+    Attributes:
+        fps: frames per second; 25 where the source does not say.
+        num_frames: as the file's header says, None where it does not (cameras).
+
+    Raises:
+        ValueError: it cannot be opened.
+    """
+
+    def __init__(self, source: str | os.PathLike | int) -> None:
+        if isinstance(source, int):
+            name = f"camera {source}"
+        else:
+            source = name = os.fspath(source)
+            if not Path(source).is_file():
+                raise ValueError(f"There is no video file {name}")
+        self._capture = cv2.VideoCapture(source)
+        if not self._capture.isOpened():
+            raise ValueError(f"OpenCV cannot open {name} as a video")
+        fps = self._capture.get(cv2.CAP_PROP_FPS)
+        self.fps = fps if fps > 0 else FALLBACK_FPS
+        num_frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        self.num_frames = num_frames if num_frames > 0 else None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Frame by frame, (height, width, 3) uint8 in RGB, until the source ends."""
+        while True:
+            found, frame = self._capture.read()
+            if not found:
+                return
+            yield np.ascontiguousarray(frame[:, :, ::-1])
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._capture.release()
+
+
+class VideoWriter:
+    """Writes frames to an .mp4 file; a context manager, the file is complete when it is left.
+
+    OpenCV writes even sizes only: of an odd height or width the last row or column is left out.
+
+    Args:
+        path: file to write; its folder is made. It must end in .mp4.
+        fps: frames per second.
+        codec: four letters; OpenCV's PyPI wheels have "mp4v" and do not have "avc1".
+
+    Raises:
+        ValueError: another extension; OpenCV has no such codec (at the first frame).
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: float, codec: str = "mp4v") -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() != ".mp4":
+            raise ValueError(f"A video is written as .mp4; the name {self.path} ends in {self.path.suffix!r}")
+        self._fps = fps
+        self._codec = codec
+        self._writer: cv2.VideoWriter | None = None
+        self._size: tuple[int, int] | None = None
+
+    def write(self, frame_rgb: np.ndarray) -> None:
+        """Append a frame (height, width, 3) uint8 in RGB.
+
+        Raises:
+            ValueError: OpenCV cannot open the file with this codec; the frame has another size than the first one.
+        """
+        size = frame_rgb.shape[:2]
+        if self._writer is None:
+            # Only the first frame tells the size for sure: a turned phone video has another one in its header.
+            self._open(size)
+        if size != self._size:
+            raise ValueError(f"The frames of {self.path} are {self._size} (height, width); found one of {size}")
+        self._writer.write(np.ascontiguousarray(frame_rgb[:, :, ::-1]))
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.release()
+
+    def _open(self, size: tuple[int, int]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fourcc = cv2.VideoWriter.fourcc(*self._codec)
+        writer = cv2.VideoWriter(str(self.path), fourcc, self._fps, size[::-1])
+        if not writer.isOpened():
+            raise ValueError(
+                f"OpenCV {cv2.__version__} cannot write {self.path} with the codec {self._codec!r}: the codec is not "
+                "in this build, or the file cannot be made"
+            )
+        self._writer, self._size = writer, size
+
+
+def draw_video(frames: Iterable[tuple[np.ndarray, Instances]], metadata: Metadata) -> Iterator[np.ndarray]:
+    """Draw masks, names and scores on the frames of one video, an object in one colour from frame to frame.
+
+    Args:
+        frames: each frame, (height, width, 3) uint8 in RGB, with its instances on the CPU.
+        metadata: holds ``thing_classes``.
+
+    Yields:
+        The drawn frames, of the same size.
+    """
+    visualizer = VideoVisualizer(metadata, ColorMode.IMAGE)
+    for frame, instances in frames:
+        if len(instances) == 0:
+            yield frame
+        else:
+            yield visualizer.draw_instance_predictions(frame, instances).get_image()

@@ -1,0 +1,157 @@
+"""Pictures of predictions: the instances, and the activation maps that they come from."""
+
+import colorsys
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.visualizer import Visualizer
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+
+# A picture is enlarged until its short side has this many pixels, so that names can be read, ...
+_MIN_SHORT_SIDE = 480
+# ... but not beyond this long side.
+_MAX_ENLARGED_SIDE = 1600
+# Long side of one cell of the picture of activation maps, its caption's height, the gap between cells.
+_CELL_SIDE = 256
+_CAPTION_HEIGHT = 22
+_GAP = 6
+
+
+def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
+    """Draw masks, boxes, names and scores.
+
+    Args:
+        image_rgb: (height, width, 3) uint8, RGB.
+        instances: all that is to be drawn, in the picture's size, on the CPU.
+        metadata: holds ``thing_classes``.
+
+    Returns:
+        (height, width, 3) uint8, RGB; a small picture enlarged so that its short side has 480 pixels. The same for the
+        same arguments. Without instances the picture itself, enlarged alike.
+    """
+    height, width = image_rgb.shape[:2]
+    scale = max(1.0, min(_MIN_SHORT_SIDE / min(height, width), _MAX_ENLARGED_SIDE / max(height, width)))
+    size = (round(height * scale), round(width * scale))
+    picture = _resize(image_rgb, size)
+    if len(instances) == 0:
+        return picture
+    boxes = Boxes(instances.pred_boxes.tensor.clone())
+    boxes.scale(size[1] / width, size[0] / height)
+    visualizer = Visualizer(picture, metadata, font_size_scale=1.4)
+    drawing = visualizer.overlay_instances(
+        boxes=boxes,
+        masks=_resize_masks(instances.pred_masks, size),
+        labels=[_caption(instances, index, metadata) for index in range(len(instances))],
+        assigned_colors=[_color(index) for index in range(len(instances))],
+        alpha=0.45,
+    )
+    return drawing.get_image()
+
+
+def draw_iams(
+    image_rgb: np.ndarray,
+    instances: Instances,
+    metadata: Metadata,
+    *,
+    max_instances: int = 8,
+    normalization: str = "sigmoid",
+) -> np.ndarray:
+    """Draw what each instance was pooled from: a row with its mask, then its activation maps as heat over the picture.
+
+    Args:
+        image_rgb: (height, width, 3) uint8, RGB.
+        instances: as the model returns them, with ``pred_iams`` (n, G, h, w): logits that cover the picture.
+        metadata: holds ``thing_classes``.
+        max_instances: rows, at most; the first instances are drawn.
+        normalization: what the model does to its logits, "sigmoid" or "softmax". A map is drawn over its maximum.
+
+    Returns:
+        The grid of pictures, uint8, RGB.
+
+    Raises:
+        ValueError: the instances have no ``pred_iams``; an unknown normalisation.
+    """
+    if not instances.has("pred_iams"):
+        raise ValueError("The instances have no activation maps: set MODEL.SPARSE_INST.DECODER.OUTPUT_IAM to True")
+    if normalization not in ("sigmoid", "softmax"):
+        raise ValueError(f'normalization is {normalization!r}; it must be "sigmoid" or "softmax"')
+    height, width = image_rgb.shape[:2]
+    scale = _CELL_SIDE / max(height, width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    picture = _resize(image_rgb, size)
+    instances = instances[:max_instances]
+    if len(instances) == 0:
+        return _grid([[(picture, "nothing found")]])
+
+    masks = _resize_masks(instances.pred_masks, size)
+    rows = []
+    for index in range(len(instances)):
+        masked = picture.copy()
+        masked[masks[index]] = picture[masks[index]] * 0.45 + np.array(_color(index)) * 255 * 0.55
+        heat_maps = _heat_maps(instances.pred_iams[index], size, normalization)
+        rows.append(
+            [(masked, _caption(instances, index, metadata))]
+            + [(_overlay_heat(picture, heat), f"map {group + 1}") for group, heat in enumerate(heat_maps)]
+        )
+    return _grid(rows)
+
+
+def _caption(instances: Instances, index: int, metadata: Metadata) -> str:
+    return f"{metadata.thing_classes[int(instances.pred_classes[index])]} {float(instances.scores[index]):.0%}"
+
+
+def _color(index: int) -> tuple[float, float, float]:
+    # Steps of the golden ratio around the circle of hues: neighbours in rank are far apart.
+    return colorsys.hsv_to_rgb((0.33 + index * 0.618034) % 1, 0.85, 1.0)
+
+
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if image.shape[:2] == size:
+        return image.copy()
+    interpolation = cv2.INTER_AREA if size[0] < image.shape[0] else cv2.INTER_CUBIC
+    return cv2.resize(image, size[::-1], interpolation=interpolation)
+
+
+def _resize_masks(masks: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    if masks.shape[-2:] == size:
+        return masks.numpy()
+    # One by one: many masks of a large picture as float would take gigabytes.
+    resized = [F.interpolate(mask[None, None].float(), size=size, mode="bilinear")[0, 0] >= 0.5 for mask in masks]
+    return torch.stack(resized).numpy()
+
+
+def _heat_maps(iam_logits: torch.Tensor, size: tuple[int, int], normalization: str) -> np.ndarray:
+    """Logits (G, h, w) to maps (G, *size) whose maximum is 1."""
+    logits = iam_logits.float()
+    peaks = logits.amax(dim=(1, 2), keepdim=True)
+    # The softmax's denominator cancels when a map is divided by its maximum.
+    maps = (logits - peaks).exp() if normalization == "softmax" else logits.sigmoid() / peaks.sigmoid()
+    return F.interpolate(maps[None], size=size, mode="bilinear")[0].clamp(0, 1).numpy()
+
+
+def _overlay_heat(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    heat_bgr = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_TURBO)
+    gray = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[:, :, None]
+    return (0.4 * gray + 0.6 * heat_bgr[:, :, ::-1]).astype(np.uint8)
+
+
+def _grid(rows: Sequence[Sequence[tuple[np.ndarray, str]]]) -> np.ndarray:
+    """Rows of equally many captioned pictures of one size, as one picture."""
+    height, width = rows[0][0][0].shape[:2]
+    cell_width = max(width, _CELL_SIDE // 2)
+    step_y, step_x = height + _CAPTION_HEIGHT + _GAP, cell_width + _GAP
+    sheet = Image.new("RGB", (len(rows[0]) * step_x + _GAP, len(rows) * step_y + _GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
+    for row_index, row in enumerate(rows):
+        for column_index, (picture, caption) in enumerate(row):
+            x, y = _GAP + column_index * step_x, _GAP + row_index * step_y
+            pen.text((x, y), caption, fill="black", font=font)
+            sheet.paste(Image.fromarray(picture), (x, y + _CAPTION_HEIGHT))
+    return np.asarray(sheet)
