@@ -54,7 +54,8 @@ quickstart: install
 	@echo '== 4 of 4: pictures of those images'
 	"$(VENV_PYTHON)" demo/demo.py --config-file $(QUICK_CONFIG) --input '$(QUICK_DATA)/val/00000*.jpg' \
 		--output $(QUICK_OUTPUT)/pictures --opts MODEL.WEIGHTS $(QUICK_OUTPUT)/model_final.pth
-	@echo '== Done. The tables of AP and speed are above and in $(QUICK_OUTPUT)/results.json, pictures in $(QUICK_OUTPUT)/pictures'
+	@echo '== Done. Tables of AP and speed: above, and $(QUICK_OUTPUT)/results.json'
+	@echo '         Pictures: $(QUICK_OUTPUT)/pictures'
 
 test: install
 	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile

@@ -34,7 +34,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
 
     sparse_inst.ENCODER = CfgNode()
     sparse_inst.ENCODER.NAME = "InstanceContextEncoder"
-    # Norm of the encoder's convolutions, but for pyramid pooling ("", "BN", "GN", "SyncBN", ...). Published models have none.
+    # Norm of the encoder's convolutions but for pyramid pooling: "", "BN", "GN", ... Published models have none.
     sparse_inst.ENCODER.NORM = ""
     # Backbone features, two to four, finest first; the first one's grid is the decoder's.
     sparse_inst.ENCODER.IN_FEATURES = ["res3", "res4", "res5"]

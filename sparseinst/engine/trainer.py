@@ -62,7 +62,10 @@ class Trainer(SimpleTrainer):
         self._loader_iter = None
 
         self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), classes=CheckpointedClasses(class_info(cfg.DATASETS.TRAIN[0]))
+            model,
+            cfg.OUTPUT_DIR,
+            trainer=weakref.proxy(self),
+            classes=CheckpointedClasses(class_info(cfg.DATASETS.TRAIN[0])),
         )
         self.register_hooks(self.build_hooks(model))
 
@@ -179,7 +182,7 @@ class CheckpointedClasses:
         if ClassInfo(**state_dict) != self.classes:
             raise ValueError(
                 f"The checkpoint that --resume found was trained on the classes {state_dict['names'][:5]}, ..., but "
-                f"DATASETS.TRAIN has {self.classes.names[:5]}, ...: choose another OUTPUT_DIR, or train without --resume"
+                f"DATASETS.TRAIN has {self.classes.names[:5]}, ...: choose another OUTPUT_DIR, or leave out --resume"
             )
 
 

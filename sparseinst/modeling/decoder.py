@@ -277,9 +277,7 @@ def _conv_stack(in_channels: int, dim: int, num_convs: int, norm: str) -> nn.Seq
         )
     layers: list[nn.Module] = []
     for index in range(num_convs):
-        conv = Conv2d(
-            in_channels if index == 0 else dim, dim, 3, padding=1, bias=not norm, norm=get_norm(norm, dim)
-        )
+        conv = Conv2d(in_channels if index == 0 else dim, dim, 3, padding=1, bias=not norm, norm=get_norm(norm, dim))
         c2_msra_fill(conv)
         layers += [conv, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)

@@ -48,14 +48,14 @@ class PyramidPooling(nn.Module):
 class InstanceContextEncoder(nn.Module):
     """Fuses two to four backbone levels, with pooled context, into one map at the finest level's grid.
 
-    Paper, section 3.3 and figure 3. Level i of the docstrings below is counted from the finest.
+    Paper, section 3.3 and figure 3.
 
     Args:
         input_shape: the backbone's ShapeSpecs by feature name; channels are read, strides where they are known.
         in_features: names of the levels, finest first.
         num_channels: width of the encoder, C.
-        norm: norm of laterals, outputs and fusion, "" for none as published; pyramid pooling has none, since a norm over
-            its maps of one pixel says nothing.
+        norm: norm of laterals, outputs and fusion, "" for none as published; pyramid pooling has none, since a norm
+            over its maps of one pixel says nothing.
 
     Raises:
         ValueError: a feature that the backbone does not give; levels that are not two to four, or not finest first;

@@ -56,9 +56,7 @@ def test_equals_brute_force(seed, num_masks, num_instances):
 
 def test_a_batch_is_matched_image_by_image():
     problems = [random_problem(seed, 4, count) for seed, count in enumerate([2, 0, 6])]
-    outputs = {
-        name: torch.cat([problem[0][name] for problem in problems]) for name in ("pred_logits", "pred_masks")
-    }
+    outputs = {name: torch.cat([problem[0][name] for problem in problems]) for name in ("pred_logits", "pred_masks")}
     together = SparseInstMatcher()(outputs, [targets for _, targets in problems])
     for (alone_outputs, targets), pair in zip(problems, together):
         (alone,) = SparseInstMatcher()(alone_outputs, [targets])

@@ -34,6 +34,7 @@ def loggers_as_before():
 
 @pytest.fixture(autouse=True)
 def no_window(monkeypatch):
+    monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(cv2, "currentUIFramework", lambda: "")
 
 
@@ -41,7 +42,6 @@ def no_window(monkeypatch):
 def shown(monkeypatch):
     """A window that records; "q" is pressed at the third picture."""
     pictures = []
-    monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(cv2, "currentUIFramework", lambda: "QT5")
     monkeypatch.setattr(cv2, "imshow", lambda title, picture: pictures.append((title, np.array(picture))))
     monkeypatch.setattr(cv2, "waitKey", lambda wait_ms: ord("q") if len(pictures) >= 3 else -1)
@@ -219,6 +219,15 @@ def test_window(tmp_path, config_file, shown):
     assert [title for title, _ in shown] == ["a.png", "b.png", "c.png"]
     # OpenCV's windows take BGR.
     assert np.abs(shown[0][1][350, 500].astype(int) - (250, 20, 20)).max() <= 1
+
+
+def test_without_a_display_there_is_no_window(tmp_path, config_file, shown, monkeypatch, capsys):
+    # Qt ends the process there.
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert run(config_file, "--input", save_scene(tmp_path / "in" / "a.png")) == 2
+    assert "--output" in capsys.readouterr().err and not shown
 
 
 def test_webcam(tmp_path, config_file, shown, monkeypatch):

@@ -1,0 +1,86 @@
+"""Evaluation: the evaluators, the limit of detections, the speed table."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+
+from sparseinst.engine.evaluation import (
+    STAGES,
+    StageTimer,
+    build_evaluator,
+    evaluate,
+    evaluate_and_time,
+    speed_table,
+)
+from tests.shapes_data import register_shapes
+from tests.tiny_model import random_input, tiny_cfg, tiny_model
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return register_shapes(tmp_path_factory.mktemp("shapes"), "evaluation_val", 7)
+
+
+def make_cfg(dataset, output_dir, *opts):
+    return tiny_cfg(
+        "DATASETS.TEST", (dataset,), "OUTPUT_DIR", str(output_dir), "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, *opts
+    )
+
+
+def test_results_and_speed_are_written(dataset, tmp_path):
+    cfg = make_cfg(dataset, tmp_path)
+    results = evaluate_and_time(cfg, tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4))
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= results["segm"].keys()
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["results"]["segm"]["AP50"] == pytest.approx(results["segm"]["AP50"])
+    speed = written["speed"]
+    assert set(speed["stages"]) == {*STAGES, "total"}
+    assert speed["num_batches"] == 2 and speed["warmup_batches"] == 5 and speed["batch_size"] == 1
+    assert speed["images_per_second"] > 0 and speed["peak_memory_mb"] > 50
+    assert speed["precision"] == "float32" and "cpu" in speed["device"]
+
+
+def test_timed_stages_give_the_model_s_own_answer():
+    model = tiny_model()
+    timer = StageTimer(model).eval()
+    x = random_input(50, 70)
+    with torch.no_grad():
+        timed, plain = timer([x])[0]["instances"], model([x])[0]["instances"]
+    assert torch.equal(timed.pred_masks, plain.pred_masks) and torch.equal(timed.scores, plain.scores)
+
+
+def test_speed_summary_by_hand():
+    timer = StageTimer(tiny_model())
+    # Five batches of warm-up, then two of 2 images: 1 + 2 + 3 ms and 3 + 4 + 5 ms.
+    timer.seconds = [(9.0, 9.0, 9.0)] * 5 + [(0.001, 0.002, 0.003), (0.003, 0.004, 0.005)]
+    timer.batch_sizes = [2] * 7
+    speed = timer.summary()
+    assert [speed["stages"][name]["median_ms"] for name in (*STAGES, "total")] == pytest.approx([2, 3, 4, 9])
+    assert speed["stages"]["total"]["p95_ms"] == pytest.approx(np.percentile([6, 12], 95))
+    assert speed["images_per_second"] == pytest.approx(4 / 0.018)
+    assert "post-processing" in speed_table(speed)
+
+
+def test_a_single_batch_is_not_all_warm_up():
+    timer = StageTimer(tiny_model())
+    timer.seconds, timer.batch_sizes = [(0.001, 0.001, 0.001)], [1]
+    assert timer.summary()["num_batches"] == 1
+
+
+def test_evaluator_by_type(dataset, tmp_path):
+    cfg = make_cfg(dataset, tmp_path, "MODEL.SPARSE_INST.MAX_DETECTIONS", 300)
+    assert build_evaluator(cfg, dataset)._max_dets_per_image[-1] == 300
+    assert build_evaluator(make_cfg(dataset, tmp_path), dataset)._max_dets_per_image[-1] == 100
+    MetadataCatalog.get("evaluation_unknown").set(evaluator_type="panoptic")
+    with pytest.raises(ValueError, match="panoptic"):
+        build_evaluator(cfg, "evaluation_unknown")
+
+
+def test_several_data_sets(dataset, tmp_path, tmp_path_factory):
+    other = register_shapes(tmp_path_factory.mktemp("shapes"), "evaluation_other", 3, seed=1)
+    cfg = make_cfg(dataset, tmp_path, "DATASETS.TEST", (dataset, other))
+    results = evaluate(cfg, tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4))
+    assert set(results) == {dataset, other} and "segm" in results[other]

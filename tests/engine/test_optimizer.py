@@ -1,0 +1,94 @@
+"""Parameter groups, learning rate, gradient clipping."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparseinst.engine.optimizer import build_optimizer, learning_rate, parameter_groups
+from tests.tiny_model import tiny_cfg, tiny_model
+
+
+class _Model(nn.Module):
+    """Names that say nothing: a norm called `bn`, a convolution called `norm`."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential()
+        self.backbone.norm = nn.Conv2d(1, 1, 1)
+        self.backbone.bn = nn.BatchNorm2d(1)
+        self.head = nn.Linear(1, 1)
+        self.frozen = nn.Linear(1, 1).requires_grad_(False)
+        self.tied = self.head
+
+
+def settings_by_name(model, groups):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+def test_groups_by_module_type():
+    model = _Model()
+    groups = parameter_groups(
+        model, base_lr=1.0, weight_decay=0.05, weight_decay_bias=0.01, bias_lr_factor=2.0, backbone_multiplier=0.1
+    )
+    expected = {
+        "backbone.norm.weight": (0.1, 0.05),
+        "backbone.norm.bias": (0.2, 0.01),
+        "backbone.bn.weight": (0.1, 0.0),
+        "backbone.bn.bias": (0.2, 0.0),
+        "head.weight": (1.0, 0.05),
+        "head.bias": (2.0, 0.01),
+    }
+    found = settings_by_name(model, groups)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values), name
+
+
+def test_biases_are_decayed_as_weights_by_default():
+    model = tiny_model()
+    cfg = tiny_cfg("SOLVER.WEIGHT_DECAY", 0.05)
+    found = settings_by_name(model, build_optimizer(cfg, model).param_groups)
+    assert found["decoder.inst_branch.cls_score.bias"][1] == 0.05
+    assert found["backbone.stem.conv1.weight"][1] == 0.05
+    assert found["backbone.stem.conv1.norm.weight"][1] == 0
+    assert found.keys() == dict(model.named_parameters()).keys()
+
+
+def test_optimizers():
+    model = _Model()
+    optimizer = build_optimizer(tiny_cfg(), model)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["eps"] == 1e-8
+    optimizer = build_optimizer(tiny_cfg("SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.8), model)
+    assert type(optimizer) is torch.optim.SGD and optimizer.defaults["momentum"] == 0.8
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER"):
+        build_optimizer(tiny_cfg("SOLVER.OPTIMIZER", "LAMB"), model)
+
+
+def test_learning_rate_follows_the_batch():
+    cfg = tiny_cfg("SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", 8)
+    assert learning_rate(cfg) == 0.01
+    cfg.SOLVER.REFERENCE_BATCH_SIZE = 64
+    assert learning_rate(cfg) == pytest.approx(0.01 / 8)
+    assert build_optimizer(cfg, _Model()).param_groups[0]["lr"] == pytest.approx(0.01 / 8)
+
+
+@pytest.mark.parametrize("clip_type", ["full_model", "norm", "value"])
+def test_gradient_clipping(clip_type):
+    # Two parameters with gradients 30 and 40: a joint norm of 50. SGD with learning rate 1 moves them by the
+    # clipped gradients.
+    model = nn.ModuleDict({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)})
+    cfg = tiny_cfg(
+        "SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0, "SOLVER.BASE_LR", 1.0, "SOLVER.WEIGHT_DECAY", 0.0,
+        "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type,
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 5.0,
+    )  # fmt: skip
+    optimizer = build_optimizer(cfg, model)
+    parameters = [model["a"].weight, model["b"].weight]
+    before = [parameter.item() for parameter in parameters]
+    for parameter, gradient in zip(parameters, (30.0, 40.0)):
+        parameter.grad = torch.full_like(parameter, gradient)
+    optimizer.step()
+    moved = [old - parameter.item() for old, parameter in zip(before, parameters)]
+    assert moved == pytest.approx([3.0, 4.0] if clip_type == "full_model" else [5.0, 5.0], rel=1e-4)

@@ -1,0 +1,177 @@
+"""The training loop: accumulation, mixed precision, checkpoints, resuming, hooks, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from sparseinst.engine.trainer import Trainer
+from tests.shapes_data import CLASS_NAMES, register_shapes
+from tests.tiny_model import tiny_cfg
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    return register_shapes(folder, "trainer_train"), register_shapes(folder, "trainer_val", 4, seed=1)
+
+
+def make_cfg(shapes, output_dir, *opts):
+    return tiny_cfg(
+        "DATASETS.TRAIN", shapes[:1], "DATASETS.TEST", shapes[1:], "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4,
+        "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 0, "SOLVER.STEPS", (3,),
+        "SOLVER.BASE_LR", 1e-3, "OUTPUT_DIR", str(output_dir), "SEED", 3, *opts,
+    )  # fmt: skip
+
+
+def run(cfg, resume=False):
+    torch.manual_seed(0)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    return trainer, trainer.train()
+
+
+def read_metrics(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.json").read_text().splitlines()]
+
+
+def test_trains_evaluates_and_keeps_a_bounded_number_of_checkpoints(shapes, tmp_path):
+    cfg = make_cfg(shapes, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_CHECKPOINTS", 2, "TEST.EVAL_PERIOD", 2)
+    trainer, results = run(cfg)
+    assert {"bbox", "segm"} <= results.keys()
+    assert results["segm"]["AP"] >= 0
+    # The best and the final one are kept beside the newest periodic ones.
+    names = sorted(path.name for path in tmp_path.glob("model_*.pth"))
+    assert set(names) - {"model_best.pth"} == {"model_0000002.pth", "model_0000003.pth", "model_final.pth"}
+    metrics = read_metrics(tmp_path)
+    assert {"loss_ce", "loss_mask", "loss_dice", "loss_objectness", "total_loss", "lr", "segm/AP"} <= metrics[-1].keys()
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_checkpoints_carry_the_classes_and_load_with_stock_parts(shapes, tmp_path):
+    cfg = make_cfg(shapes, tmp_path, "SOLVER.MAX_ITER", 1)
+    trainer, _ = run(cfg)
+    model = build_model(cfg)
+    rest = DetectionCheckpointer(model).load(str(tmp_path / "model_final.pth"))
+    assert rest["classes"] == {"names": CLASS_NAMES, "category_ids": [1, 2, 3, 4]}
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_resumes_from_the_last_checkpoint(shapes, tmp_path):
+    run(make_cfg(shapes, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 2))
+    first = torch.load(tmp_path / "model_final.pth")
+    trainer, _ = run(make_cfg(shapes, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 2), resume=True)
+    assert trainer.start_iter == 2 and trainer.iter == 4
+    second = torch.load(tmp_path / "model_final.pth")
+    assert (first["iteration"], second["iteration"]) == (1, 3)
+    steps = [state["step"].item() for state in second["trainer"]["optimizer"]["state"].values()]
+    assert set(steps) == {4}
+
+
+def test_resuming_with_other_classes_is_refused(shapes, tmp_path):
+    run(make_cfg(shapes, tmp_path, "SOLVER.MAX_ITER", 1))
+    trainer = Trainer(make_cfg(shapes, tmp_path))
+    trainer.checkpointer.checkpointables["classes"].classes = trainer.checkpointer.checkpointables[
+        "classes"
+    ].classes._replace(names=["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match="--resume"):
+        trainer.resume_or_load(resume=True)
+
+
+def step_gradients(cfg, batches):
+    """Gradients that one step leaves, and the losses that it logs."""
+    torch.manual_seed(0)
+    trainer = Trainer(cfg)
+    trainer.iter, trainer.max_iter = 0, 1
+    trainer._loader_iter = iter(batches)
+    with EventStorage() as trainer.storage:
+        trainer.run_step()
+        losses = {name: value for name, (value, _) in trainer.storage.latest().items() if "loss" in name}
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters()}, losses
+
+
+def test_accumulated_steps_equal_one_large_batch(shapes, tmp_path):
+    # FrozenBN: batch statistics of parts differ from those of the whole.
+    opts = ("MODEL.RESNETS.NORM", "FrozenBN", "INPUT.RANDOM_FLIP", "none")
+    whole_cfg = make_cfg(shapes, tmp_path, *opts)
+    batch = next(iter(Trainer(whole_cfg).data_loader))
+    assert len({len(x["instances"]) for x in batch}) > 1
+    whole, whole_losses = step_gradients(whole_cfg, [batch])
+    parts, part_losses = step_gradients(
+        make_cfg(shapes, tmp_path, *opts, "SOLVER.ACCUMULATE_STEPS", 2), [batch[:1], batch[1:]]
+    )
+    assert part_losses == pytest.approx(whole_losses, rel=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_accumulation_divides_the_batch(shapes, tmp_path):
+    trainer = Trainer(make_cfg(shapes, tmp_path, "SOLVER.ACCUMULATE_STEPS", 2))
+    assert len(next(iter(trainer.data_loader))) == 2
+    with pytest.raises(ValueError, match="ACCUMULATE_STEPS"):
+        Trainer(make_cfg(shapes, tmp_path, "SOLVER.ACCUMULATE_STEPS", 3))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_on_the_cpu(shapes, tmp_path, dtype):
+    cfg = make_cfg(shapes, tmp_path, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", dtype, "DATASETS.TEST", ())
+    trainer, _ = run(cfg)
+    assert trainer.grad_scaler.is_enabled() == (dtype == "float16")
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+    state = torch.load(tmp_path / "model_final.pth")["trainer"]
+    assert bool(state["grad_scaler"]) == (dtype == "float16")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(shapes, tmp_path):
+    trainer = Trainer(make_cfg(shapes, tmp_path))
+    with torch.no_grad():
+        trainer.model.decoder.inst_branch.objectness.bias.fill_(float("nan"))
+    before = trainer.model.encoder.fusion.weight.clone()
+    with pytest.raises(FloatingPointError, match="iteration=0"):
+        trainer.train()
+    assert torch.equal(trainer.model.encoder.fusion.weight, before)
+
+
+def test_visualisation_and_precise_bn(shapes, tmp_path):
+    cfg = make_cfg(
+        shapes, tmp_path, "VIS_PERIOD", 2, "SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 2,
+        "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2,
+    )  # fmt: skip
+    trainer = Trainer(cfg)
+    pictures = {}
+    put_image = EventStorage.put_image
+    EventStorage.put_image = lambda self, name, picture: pictures.setdefault(name, picture)
+    try:
+        trainer.train()
+    finally:
+        EventStorage.put_image = put_image
+    assert set(pictures) == {"train/ground_truth", "train/predictions", "train/activation_maps"}
+    assert all(picture.shape[0] == 3 for picture in pictures.values())
+    assert trainer.model.training and not trainer.model.decoder.output_iam
+
+
+def test_stock_mapper_by_name(shapes, tmp_path):
+    for mask_format in ("polygon", "bitmask"):
+        cfg = make_cfg(
+            shapes, tmp_path, "MODEL.SPARSE_INST.DATASET_MAPPER", "DatasetMapper", "INPUT.MASK_FORMAT", mask_format,
+            "SOLVER.MAX_ITER", 1, "DATASETS.TEST", (),
+        )  # fmt: skip
+        run(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("TEST.AUG.ENABLED", True),
+        ("SOLVER.AMP.DTYPE", "float8"),
+        ("MODEL.SPARSE_INST.DATASET_MAPPER", "Mine"),
+        ("DATASETS.TRAIN", ()),
+    ],
+)
+def test_refused_by_name(shapes, tmp_path, key, value):
+    with pytest.raises(ValueError, match=key.split(".")[-1]):
+        Trainer(make_cfg(shapes, tmp_path, key, value))
