@@ -46,7 +46,7 @@ def test_default_trainer_mapper_eval_hook_and_checkpointers(shapes, tmp_path, ma
     assert type(trainer.optimizer).__name__ == "SGD"  # always, whatever SOLVER.OPTIMIZER says
 
     def evaluate():
-        evaluator = COCOEvaluator(shapes[1], output_dir=str(tmp_path))
+        evaluator = COCOEvaluator(shapes[1], tasks=("bbox", "segm"), output_dir=str(tmp_path))
         return DefaultTrainer.test(cfg, trainer.model, evaluators=[evaluator])
 
     trainer.register_hooks([EvalHook(3, evaluate), BestCheckpointer(3, trainer.checkpointer, "segm/AP")])
@@ -151,7 +151,9 @@ def test_lazy_config_builds_the_model_of_its_yaml():
         settings = [
             {
                 key: value
-                for key, value in vars(model.get_submodule(part) if "matcher" not in part else model.criterion.matcher).items()
+                for key, value in vars(
+                    model.get_submodule(part) if "matcher" not in part else model.criterion.matcher
+                ).items()
                 if isinstance(value, int | float | tuple) and not key.startswith("_")
             }
             for model in (from_lazy, from_yaml)

@@ -42,7 +42,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     # COCO's own limit is 100; a smaller one would only rename its columns.
     limit = max_detections if max_detections > 100 else None
     if evaluator_type == "coco":
-        return COCOEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=limit)
+        # Named, since it would look for masks in the predictions, and a model may find nothing.
+        tasks = ("bbox", "segm")
+        return COCOEvaluator(dataset_name, tasks=tasks, output_dir=output_dir, max_dets_per_image=limit)
     if evaluator_type == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=limit)
     raise ValueError(

@@ -79,6 +79,11 @@ def test_evaluator_by_type(dataset, tmp_path):
         build_evaluator(cfg, "evaluation_unknown")
 
 
+def test_a_model_that_finds_nothing_has_results(dataset, tmp_path):
+    model = tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "MODEL.SPARSE_INST.CLS_THRESHOLD", 1.0)
+    assert {"bbox", "segm"} <= evaluate(make_cfg(dataset, tmp_path), model).keys()
+
+
 def test_several_data_sets(dataset, tmp_path, tmp_path_factory):
     other = register_shapes(tmp_path_factory.mktemp("shapes"), "evaluation_other", 3, seed=1)
     cfg = make_cfg(dataset, tmp_path, "DATASETS.TEST", (dataset, other))

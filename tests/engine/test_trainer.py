@@ -47,7 +47,8 @@ def test_trains_evaluates_and_keeps_a_bounded_number_of_checkpoints(shapes, tmp_
     names = sorted(path.name for path in tmp_path.glob("model_*.pth"))
     assert set(names) - {"model_best.pth"} == {"model_0000002.pth", "model_0000003.pth", "model_final.pth"}
     metrics = read_metrics(tmp_path)
-    assert {"loss_ce", "loss_mask", "loss_dice", "loss_objectness", "total_loss", "lr", "segm/AP"} <= metrics[-1].keys()
+    written = set().union(*metrics)
+    assert {"loss_ce", "loss_mask", "loss_dice", "loss_objectness", "total_loss", "lr", "segm/AP"} <= written
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
@@ -106,7 +107,7 @@ def test_accumulated_steps_equal_one_large_batch(shapes, tmp_path):
     )
     assert part_losses == pytest.approx(whole_losses, rel=1e-5)
     for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        assert (parts[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
 
 
 def test_accumulation_divides_the_batch(shapes, tmp_path):
