@@ -43,6 +43,8 @@ class Trainer(SimpleTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg)
         model = build_model(cfg)
+        if cfg.SOLVER.CHANNELS_LAST:
+            model.to(memory_format=torch.channels_last)
         logger.info("Model:\n%s", model)
         self.device = torch.device(cfg.MODEL.DEVICE)
         optimizer = build_optimizer(cfg, model)

@@ -9,7 +9,7 @@ from detectron2.utils.registry import Registry
 from torch import nn
 from torch.nn import functional as F
 
-from sparseinst.modeling.losses import binary_mask_iou, dice_loss, mask_bce_loss, sigmoid_focal_loss
+from sparseinst.modeling.losses import activation_loss, binary_mask_iou, dice_loss, mask_bce_loss, sigmoid_focal_loss
 from sparseinst.modeling.matcher import build_sparse_inst_matcher
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer, MatchedPairs
 
@@ -36,6 +36,7 @@ class SparseInstCriterion(nn.Module):
         mask_pixel_weight: weight of ``loss_mask``.
         mask_dice_weight: weight of ``loss_dice``.
         objectness_weight: weight of ``loss_objectness``.
+        iam_weight: weight of ``loss_iam``, see :func:`activation_loss`; 0, as published: no such loss.
 
     Raises:
         ValueError: an item that is not one of these.
@@ -51,6 +52,7 @@ class SparseInstCriterion(nn.Module):
         mask_pixel_weight: float = 5.0,
         mask_dice_weight: float = 2.0,
         objectness_weight: float = 1.0,
+        iam_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if not items or set(items) - set(LOSS_ITEMS):
@@ -61,6 +63,7 @@ class SparseInstCriterion(nn.Module):
         self.mask_pixel_weight = mask_pixel_weight
         self.mask_dice_weight = mask_dice_weight
         self.objectness_weight = objectness_weight
+        self.iam_weight = iam_weight
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -72,6 +75,7 @@ class SparseInstCriterion(nn.Module):
             "mask_pixel_weight": loss.MASK_PIXEL_WEIGHT,
             "mask_dice_weight": loss.MASK_DICE_WEIGHT,
             "objectness_weight": loss.OBJECTNESS_WEIGHT,
+            "iam_weight": loss.IAM_WEIGHT,
         }
 
     def forward(
@@ -90,9 +94,11 @@ class SparseInstCriterion(nn.Module):
 
         Returns:
             ``loss_ce`` where items has "labels"; ``loss_objectness``, ``loss_dice`` and ``loss_mask`` where it has
-            "masks". Scalars, weighted. Without any instance the last three are 0, with a gradient of 0.
+            "masks"; ``loss_iam`` where it has a weight. Scalars, weighted. Without any instance all but ``loss_ce`` are
+            0, with a gradient of 0.
         """
-        outputs = {name: outputs[name].float() for name in ("pred_logits", "pred_masks", "pred_scores")}
+        names = ("pred_logits", "pred_masks", "pred_scores") + ("iam_weights",) * (self.iam_weight > 0)
+        outputs = {name: outputs[name].float() for name in names}
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
             pairs = self.matcher(outputs, targets)
             if normalizer is None:
@@ -105,6 +111,8 @@ class SparseInstCriterion(nn.Module):
                 losses["loss_ce"] = self.class_weight * self._class_loss(outputs, targets, pairs, normalizer)
             if "masks" in self.items:
                 losses.update(self._mask_losses(outputs, targets, pairs, normalizer))
+            if self.iam_weight > 0:
+                losses["loss_iam"] = self.iam_weight * self._iam_loss(outputs, targets, pairs, normalizer)
         return losses
 
     def _class_loss(
@@ -142,6 +150,21 @@ class SparseInstCriterion(nn.Module):
             "loss_dice": self.mask_dice_weight * dice_loss(mask_logits, gt_masks).sum() / normalizer.num_instances,
             "loss_mask": self.mask_pixel_weight * mask_bce_loss(mask_logits, gt_masks).sum() / normalizer.num_matched,
         }
+
+    def _iam_loss(
+        self,
+        outputs: dict[str, torch.Tensor],
+        targets: list[InstanceTargets],
+        pairs: list[MatchedPairs],
+        normalizer: LossNormalizer,
+    ) -> torch.Tensor:
+        num_masks = outputs["pred_logits"].shape[1]
+        # Group-major maps to (B, N, G, H, W).
+        iam_weights = outputs["iam_weights"].unflatten(1, (-1, num_masks)).transpose(1, 2)
+        matched_iams = torch.cat([maps[pair.prediction_idx] for maps, pair in zip(iam_weights, pairs)])
+        gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
+        gt_masks = F.interpolate(gt_masks[:, None], size=matched_iams.shape[-2:], mode="area")[:, 0]
+        return activation_loss(matched_iams, gt_masks).sum() / normalizer.num_matched
 
 
 def mean_over_ranks(count: float, device: torch.device) -> float:

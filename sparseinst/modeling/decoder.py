@@ -1,6 +1,7 @@
 """The IAM decoder: instance activation maps, the vectors they pool, and the masks. Letters: see structures.py."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -40,27 +41,58 @@ def append_coordinates(features: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, y, features], dim=1)
 
 
-def pool_instances(iam_logits: torch.Tensor, features: torch.Tensor, normalization: str = "sigmoid") -> torch.Tensor:
-    """Pool features by activation maps that are normalised to sum to 1 (paper, equation 1 and section 3.2).
-
-    In float32, whatever the autocast: over a large map the normalised weights leave float16's range.
+def normalize_iams(iam_logits: torch.Tensor, normalization: str = "sigmoid") -> torch.Tensor:
+    """Activation maps that sum to 1 (paper, section 3.2), in float32 whatever the autocast.
 
     Args:
         iam_logits: (B, R, H, W), R maps.
-        features: (B, C, H, W).
         normalization: "sigmoid": sigmoid, divided by its sum (at least 1e-6); "softmax" over H * W.
 
     Returns:
-        (B, R, C) float32.
+        (B, R, H, W) float32 in [0, 1].
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast(iam_logits.device.type, enabled=False):
         weights = iam_logits.float().flatten(2)
         if normalization == "softmax":
             weights = weights.softmax(-1)
         else:
             weights = weights.sigmoid()
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=IAM_SUM_FLOOR)
-        return torch.bmm(weights, features.float().flatten(2).transpose(1, 2))
+        return weights.unflatten(2, iam_logits.shape[-2:])
+
+
+def pool_instances(iam_weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Sum the features, weighted by each activation map (paper, equation 1).
+
+    In float32, whatever the autocast: over a large map the weights leave float16's range.
+
+    Args:
+        iam_weights: (B, R, H, W) float32, each map summing to 1.
+        features: (B, C, H, W).
+
+    Returns:
+        (B, R, C) float32.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.bmm(iam_weights.flatten(2), features.float().flatten(2).transpose(1, 2))
+
+
+class InstanceBranchOutput(NamedTuple):
+    """What the instance branch predicts.
+
+    Attributes:
+        class_logits: (B, N, K).
+        mask_kernels: (B, N, D).
+        objectness_logits: (B, N, 1).
+        iam_logits: (B, G * N, H, W), group-major.
+        iam_weights: (B, G * N, H, W) float32, the maps that the features were pooled with; each sums to 1.
+    """
+
+    class_logits: torch.Tensor
+    mask_kernels: torch.Tensor
+    objectness_logits: torch.Tensor
+    iam_logits: torch.Tensor
+    iam_weights: torch.Tensor
 
 
 class InstanceBranch(nn.Module):
@@ -74,7 +106,7 @@ class InstanceBranch(nn.Module):
         num_classes: K.
         kernel_dim: D.
         num_groups: maps per instance, G; they are the groups of ``iam_conv`` too.
-        iam_normalization: "sigmoid" or "softmax", see :func:`pool_instances`.
+        iam_normalization: "sigmoid" or "softmax", see :func:`normalize_iams`.
         with_fc: put a linear layer and ReLU between the pooled vectors and the heads.
         norm: norm of the 3x3 convolutions, "" for none as published.
         iam_init_std: standard deviation of ``iam_conv``'s initial weights.
@@ -130,25 +162,28 @@ class InstanceBranch(nn.Module):
         if self.fc is not None:
             c2_xavier_fill(self.fc)
 
-    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, features: torch.Tensor) -> InstanceBranchOutput:
         """Predict the instances.
 
         Args:
             features: (B, 2 + C, H, W), coordinates first.
 
         Returns:
-            class logits (B, N, K), mask kernels (B, N, D), objectness logits (B, N, 1), IAM logits (B, G * N, H, W).
+            Class logits, mask kernels, objectness logits and the activation maps.
         """
         features = self.inst_convs(features)
         iam_logits = self.iam_conv(features)
         if self.iam_normalization == "softmax":
             iam_logits = iam_logits + self.softmax_bias
-        vectors = pool_instances(iam_logits, features, self.iam_normalization)
+        iam_weights = normalize_iams(iam_logits, self.iam_normalization)
+        vectors = pool_instances(iam_weights, features)
         # Map g * N + n is group g of instance n; an instance's vectors are joined in group order.
         vectors = vectors.unflatten(1, (self.num_groups, -1)).transpose(1, 2).flatten(2)
         if self.fc is not None:
             vectors = F.relu(self.fc(vectors))
-        return self.cls_score(vectors), self.mask_kernel(vectors), self.objectness(vectors), iam_logits
+        return InstanceBranchOutput(
+            self.cls_score(vectors), self.mask_kernel(vectors), self.objectness(vectors), iam_logits, iam_weights
+        )
 
 
 class MaskBranch(nn.Module):
@@ -235,16 +270,18 @@ class BaseIAMDecoder(nn.Module):
     def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Decode the encoder's map (B, C, H, W) into the dict that structures.py describes."""
         features = append_coordinates(features)
-        class_logits, mask_kernels, objectness_logits, iam_logits = self.inst_branch(features)
+        instances = self.inst_branch(features)
         mask_features = self.mask_branch(features)
-        mask_logits = torch.bmm(mask_kernels, mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
+        mask_logits = torch.bmm(instances.mask_kernels, mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
         outputs = {
-            "pred_logits": class_logits,
+            "pred_logits": instances.class_logits,
             "pred_masks": self._to_mask_grid(mask_logits),
-            "pred_scores": objectness_logits,
+            "pred_scores": instances.objectness_logits,
         }
+        if self.training:
+            outputs["iam_weights"] = instances.iam_weights
         if self.output_iam:
-            outputs["pred_iam"] = self._to_mask_grid(iam_logits)
+            outputs["pred_iam"] = self._to_mask_grid(instances.iam_logits)
         return outputs
 
     def _to_mask_grid(self, maps: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 DICE_EPS = 1e-4
 IOU_EPS = 1e-6
+IAM_INSIDE_FLOOR = 1e-6
 
 
 def pairwise_dice_score(mask_probs: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
@@ -99,3 +100,20 @@ def binary_mask_iou(
     intersection = (predicted & target).sum(1)
     union = (predicted | target).sum(1)
     return intersection / (union + IOU_EPS)
+
+
+def activation_loss(iam_weights: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
+    """How much of each pair's activation maps lies outside the instance: -log of the share inside, mean over groups.
+
+    Not in the paper. A map that is spread over the picture pools every object at once, which masks can be learned from
+    but classes cannot.
+
+    Args:
+        iam_weights: (P, G, H, W), each map summing to 1.
+        gt_masks: (P, H, W) in [0, 1].
+
+    Returns:
+        (P,) not negative; at most -log(1e-6), where nothing lies inside.
+    """
+    inside = (iam_weights * gt_masks[:, None]).flatten(2).sum(2)
+    return -inside.clamp(min=IAM_INSIDE_FLOOR, max=1.0).log().mean(1)

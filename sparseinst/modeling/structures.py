@@ -16,7 +16,8 @@ boolean, except a target's, which are fractions in [0, 1].
 
 The decoder returns a dict with the published names: ``pred_logits`` (B, N, K) class logits, ``pred_masks``
 (B, N, Hm, Wm) mask logits, ``pred_scores`` (B, N, 1) objectness logits and, where asked for, ``pred_iam``
-(B, G * N, Hm, Wm) raw activation-map logits, group-major.
+(B, G * N, Hm, Wm) raw activation-map logits, group-major. In training it adds ``iam_weights`` (B, G * N, H, W), the
+activation maps as they were pooled with, each summing to 1; only a criterion with LOSS.IAM_WEIGHT needs them.
 """
 
 from typing import NamedTuple

@@ -110,6 +110,16 @@ def test_accumulated_steps_equal_one_large_batch(shapes, tmp_path):
         assert (parts[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
 
 
+def test_channels_last_gives_the_same_gradients(shapes, tmp_path):
+    cfg = make_cfg(shapes, tmp_path)
+    batch = next(iter(Trainer(cfg).data_loader))
+    plain, _ = step_gradients(cfg, [batch])
+    cfg = make_cfg(shapes, tmp_path, "SOLVER.CHANNELS_LAST", True)
+    assert Trainer(cfg).model.encoder.fpn_outputs[0].weight.is_contiguous(memory_format=torch.channels_last)
+    for name, gradient in step_gradients(cfg, [batch])[0].items():
+        assert (plain[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+
+
 def test_accumulation_divides_the_batch(shapes, tmp_path):
     trainer = Trainer(make_cfg(shapes, tmp_path, "SOLVER.ACCUMULATE_STEPS", 2))
     assert len(next(iter(trainer.data_loader))) == 2

@@ -10,6 +10,7 @@ from sparseinst.modeling.decoder import (
     InstanceBranch,
     MaskBranch,
     append_coordinates,
+    normalize_iams,
     pool_instances,
 )
 
@@ -35,7 +36,7 @@ def test_coordinates_of_one_pixel_are_finite():
 @pytest.mark.parametrize("normalization", ["sigmoid", "softmax"])
 def test_pooling_against_a_loop(normalization):
     logits, features = torch.randn(2, 3, 4, 5), torch.randn(2, 6, 4, 5)
-    pooled = pool_instances(logits, features, normalization)
+    pooled = pool_instances(normalize_iams(logits, normalization), features)
     for b in range(2):
         for r in range(3):
             weights = logits[b, r].sigmoid() if normalization == "sigmoid" else logits[b, r].exp()
@@ -46,25 +47,24 @@ def test_pooling_against_a_loop(normalization):
 @pytest.mark.parametrize("normalization", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("logit", [0.0, 1e4, -10.0])
 def test_weights_sum_to_one(normalization, logit):
-    pooled = pool_instances(torch.full((1, 2, 3, 4), logit), torch.ones(1, 1, 3, 4), normalization)
+    pooled = pool_instances(normalize_iams(torch.full((1, 2, 3, 4), logit), normalization), torch.ones(1, 1, 3, 4))
     torch.testing.assert_close(pooled, torch.ones(1, 2, 1))
 
 
 def test_the_sum_has_a_floor():
     # sigmoid(-1e4) is 0: the vector is 0, not NaN. With a sum of 2e-7 the floor of 1e-6 divides.
-    assert pool_instances(torch.full((1, 1, 1, 2), -1e4), torch.ones(1, 1, 1, 2)).item() == 0
+    assert normalize_iams(torch.full((1, 1, 1, 2), -1e4)).tolist() == [[[[0, 0]]]]
     logits = torch.full((1, 1, 1, 2), math.log(1e-7))
-    assert pool_instances(logits, torch.ones(1, 1, 1, 2)).item() == pytest.approx(0.2, rel=1e-4)
+    assert normalize_iams(logits).sum().item() == pytest.approx(0.2, rel=1e-4)
 
 
 def test_pooling_is_float32_under_autocast():
     logits, features = torch.randn(1, 3, 4, 5), torch.randn(1, 6, 4, 5)
+    plain = pool_instances(normalize_iams(logits), features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(pool_instances(logits, features), pool_instances(logits, features))
-        pooled = pool_instances(logits, features)
-    assert torch.equal(pooled, pool_instances(logits, features))
+        assert torch.equal(pool_instances(normalize_iams(logits), features), plain)
     # Over a large map the weights leave float16's range; the result does not.
-    half = pool_instances(torch.zeros(1, 1, 400, 400).half(), torch.ones(1, 1, 400, 400).half())
+    half = pool_instances(normalize_iams(torch.zeros(1, 1, 400, 400).half()), torch.ones(1, 1, 400, 400).half())
     # (Summing 160,000 numbers rounds by 1e-4 in float32 too.)
     torch.testing.assert_close(half, torch.ones(1, 1, 1), rtol=1e-3, atol=0)
 
@@ -92,10 +92,10 @@ def test_vectors_are_joined_in_group_order():
         branch.cls_score.bias.zero_()
         branch.cls_score.weight[:, 8] = 1.0
     features = append_coordinates(torch.randn(1, 6, 7, 6))
-    class_logits, _, _, iam_logits = branch(features)
+    output = branch(features)
     convolved = branch.inst_convs(features)
-    expected = pool_instances(iam_logits[:, 5:], convolved)[..., 0]
-    torch.testing.assert_close(class_logits[..., 0], expected)
+    expected = pool_instances(normalize_iams(output.iam_logits[:, 5:]), convolved)[..., 0]
+    torch.testing.assert_close(output.class_logits[..., 0], expected)
 
 
 def test_softmax_bias_does_nothing():
@@ -119,6 +119,7 @@ def test_output_dict_and_mask_product():
         "pred_masks": (2, 5, 10, 14),
         "pred_scores": (2, 5, 1),
     }
+    assert decoder.train()(features)["iam_weights"].shape == (2, 5, 5, 7)
     with_coordinates = append_coordinates(features)
     kernels, mask_features = decoder.inst_branch(with_coordinates)[1], decoder.mask_branch(with_coordinates)
     masks = torch.einsum("bnd,bdhw->bnhw", kernels, mask_features)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparseinst.modeling.losses import (
+    activation_loss,
     binary_mask_iou,
     dice_loss,
     mask_bce_loss,
@@ -97,3 +98,13 @@ def test_saturated_logits_are_finite(logit):
         )
         (gradient,) = torch.autograd.grad(total, logits)
         assert torch.isfinite(total) and torch.isfinite(gradient).all()
+
+
+def test_activation_loss_by_hand():
+    # Two groups on a 2x2 grid, the instance covers the left column. Map 1 has 0.5 inside, map 2 all of it; on the
+    # second pair both have nothing inside, which costs the floor's -log(1e-6).
+    left, right = torch.tensor([[0.5, 0.0], [0.5, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    maps = torch.stack([torch.stack([torch.full((2, 2), 0.25), left]), torch.stack([right, right])])
+    masks = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).expand(2, 2, 2)
+    expected = torch.tensor([math.log(2) / 2, -math.log(1e-6)])
+    torch.testing.assert_close(activation_loss(maps, masks), expected)

@@ -1,0 +1,95 @@
+"""The command: training, evaluation and resuming on a user's own data, several processes, and clear errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.shapes_data import CLASS_NAMES, write_shapes
+from tests.tiny_model import tiny_cfg
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Config file and data, as command-line arguments."""
+    folder = tmp_path_factory.mktemp("train net")  # with a space
+    config = folder / "tiny.yaml"
+    cfg = tiny_cfg(
+        "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2,
+        "SOLVER.STEPS", (), "SOLVER.WARMUP_ITERS", 0,
+    )  # fmt: skip
+    config.write_text(cfg.dump())
+    train_json, train_images = write_shapes(folder, 6)
+    test_json, test_images = write_shapes(folder, 3, seed=1, split="test")
+    return [
+        "--config-file", str(config), "--train-json", train_json, "--train-images", train_images,
+        "--test-json", test_json, "--test-images", test_images,
+    ]  # fmt: skip
+
+
+def run(*args, cwd=REPO):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(REPO)}
+    command = [sys.executable, str(REPO / "train_net.py"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_train_then_evaluate_then_resume(workspace, tmp_path):
+    trained = run(*workspace, "OUTPUT_DIR", tmp_path, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((tmp_path / "classes.json").read_text()) == {
+        "names": CLASS_NAMES,
+        "category_ids": [1, 2, 3, 4],
+    }
+    assert "sparseinst" in trained.stdout and "total_loss" in trained.stdout
+
+    weights = tmp_path / "model_final.pth"
+    evaluated = run(*workspace, "--eval-only", "OUTPUT_DIR", tmp_path / "eval", "MODEL.WEIGHTS", weights)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "post-processing" in evaluated.stdout and "images/s" in evaluated.stdout
+    assert "segm" in json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
+
+    resumed = run(*workspace, "--resume", "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 3)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Starting training from iteration 2" in resumed.stdout
+
+
+def test_two_processes_on_the_cpu(workspace, tmp_path):
+    trained = run(*workspace, "--num-gpus", 2, "OUTPUT_DIR", tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert (tmp_path / "model_final.pth").is_file()
+    assert "segm" in trained.stdout
+
+
+def test_expected_results_are_verified(workspace, tmp_path):
+    expected = "[['segm', 'AP', 99.0, 0.5]]"
+    failed = run(*workspace, "--eval-only", "OUTPUT_DIR", tmp_path, "TEST.EXPECTED_RESULTS", expected)
+    assert failed.returncode != 0
+    assert "failed" in failed.stdout + failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 80], "MODEL.SPARSE_INST.DECODER.NUM_CLASSES 4"),
+        (["TEST.AUG.ENABLED", True], "TEST.AUG.ENABLED"),
+        (["MODEL.MASK_ON", False], "MODEL.MASK_ON"),
+        (["SOLVER.NO_SUCH_KEY", 1], "NO_SUCH_KEY"),
+        (["DATASETS.TRAIN_JSON", "missing.json", "--train-json", ""], "missing.json"),
+        (["--config-file", "no_such_config"], "no_such_config"),
+    ],
+)
+def test_errors_are_one_line_that_names_the_key(workspace, tmp_path, args, message):
+    flags = [arg for arg in args if str(arg).startswith("--")]
+    if flags:
+        start = args.index(flags[0])
+        args, flags = args[:start] + args[start + 2 :], args[start : start + 2]
+    failed = run(*workspace, *flags, "OUTPUT_DIR", tmp_path, *args)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    error = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and message in error[0]
