@@ -57,6 +57,9 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     sparse_inst.DECODER.NORM = ""
     # Standard deviation of the initial weights of iam_conv.
     sparse_inst.DECODER.IAM_INIT_STD = 0.01
+    # Tie each instance's maps to a place: instances stand on a grid over the picture, and their logits fall by this
+    # times the squared distance, in grid cells. 0: no place preferred, as published.
+    sparse_inst.DECODER.LOCATION_PRIOR = 0.0
     sparse_inst.DECODER.INST = CfgNode()
     sparse_inst.DECODER.INST.DIM = 256
     sparse_inst.DECODER.INST.CONVS = 4
@@ -72,8 +75,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     sparse_inst.LOSS.MASK_PIXEL_WEIGHT = 5.0
     sparse_inst.LOSS.MASK_DICE_WEIGHT = 2.0
     sparse_inst.LOSS.OBJECTNESS_WEIGHT = 1.0
-    # Weight of loss_iam, which draws each activation map into its instance. 0: no such loss, as published. On small data
-    # it is what lets the classes be learned.
+    # Weight of loss_iam, which draws each activation map into its instance. 0: no such loss, as published.
     sparse_inst.LOSS.IAM_WEIGHT = 0.0
 
     sparse_inst.MATCHER = CfgNode()

@@ -41,6 +41,29 @@ def append_coordinates(features: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, y, features], dim=1)
 
 
+def location_prior(num_masks: int, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+    """Logits that fall with the squared distance from each instance's place on a grid over the picture.
+
+    Not in the paper. The grid has as many cells as there are instances, or a few more, about as many rows as columns.
+
+    Args:
+        num_masks: N.
+        height, width: of the maps.
+
+    Returns:
+        (N, height, width) float32, not positive: minus the squared distance, in cells of the grid.
+    """
+    rows = max(1, round(math.sqrt(num_masks)))
+    columns = math.ceil(num_masks / rows)
+    index = torch.arange(num_masks, device=device)
+    # In cells: centres of the grid's cells, and of the map's pixels.
+    place_y, place_x = index // columns + 0.5, index % columns + 0.5
+    y = (torch.arange(height, device=device) + 0.5) * rows / height
+    x = (torch.arange(width, device=device) + 0.5) * columns / width
+    distance_y, distance_x = y - place_y[:, None], x - place_x[:, None]
+    return -(distance_y.square()[:, :, None] + distance_x.square()[:, None, :])
+
+
 def normalize_iams(iam_logits: torch.Tensor, normalization: str = "sigmoid") -> torch.Tensor:
     """Activation maps that sum to 1 (paper, section 3.2), in float32 whatever the autocast.
 
@@ -110,6 +133,7 @@ class InstanceBranch(nn.Module):
         with_fc: put a linear layer and ReLU between the pooled vectors and the heads.
         norm: norm of the 3x3 convolutions, "" for none as published.
         iam_init_std: standard deviation of ``iam_conv``'s initial weights.
+        location_prior: factor of :func:`location_prior`, which is added to the logits; 0 for none as published.
 
     Raises:
         ValueError: ``dim`` cannot be divided by ``num_groups``; an unknown normalisation.
@@ -129,6 +153,7 @@ class InstanceBranch(nn.Module):
         with_fc: bool = False,
         norm: str = "",
         iam_init_std: float = 0.01,
+        location_prior: float = 0.0,
     ) -> None:
         super().__init__()
         if num_groups < 1 or dim % num_groups:
@@ -140,6 +165,7 @@ class InstanceBranch(nn.Module):
             raise ValueError(f'iam_normalization is {iam_normalization!r}; it must be "sigmoid" or "softmax"')
         self.num_groups = num_groups
         self.iam_normalization = iam_normalization
+        self.location_prior = location_prior
 
         self.inst_convs = _conv_stack(in_channels + 2, dim, num_convs, norm)
         self.iam_conv = nn.Conv2d(dim, num_groups * num_masks, 3, padding=1, groups=num_groups)
@@ -175,6 +201,10 @@ class InstanceBranch(nn.Module):
         iam_logits = self.iam_conv(features)
         if self.iam_normalization == "softmax":
             iam_logits = iam_logits + self.softmax_bias
+        if self.location_prior > 0:
+            num_masks = iam_logits.shape[1] // self.num_groups
+            prior = location_prior(num_masks, *iam_logits.shape[-2:], device=iam_logits.device)
+            iam_logits = iam_logits + self.location_prior * prior.repeat(self.num_groups, 1, 1)
         iam_weights = normalize_iams(iam_logits, self.iam_normalization)
         vectors = pool_instances(iam_weights, features)
         # Map g * N + n is group g of instance n; an instance's vectors are joined in group order.
@@ -249,6 +279,7 @@ class BaseIAMDecoder(nn.Module):
                 kernel_dim=decoder.KERNEL_DIM,
                 norm=decoder.NORM,
                 iam_init_std=decoder.IAM_INIT_STD,
+                location_prior=decoder.LOCATION_PRIOR,
                 **cls.instance_branch_variant(cfg),
             ),
             "mask_branch": MaskBranch(

@@ -10,6 +10,7 @@ from sparseinst.modeling.decoder import (
     InstanceBranch,
     MaskBranch,
     append_coordinates,
+    location_prior,
     normalize_iams,
     pool_instances,
 )
@@ -106,6 +107,36 @@ def test_softmax_bias_does_nothing():
         branch.softmax_bias += 3
     for old, new in zip(before[:3], branch(features)[:3]):
         torch.testing.assert_close(old, new)
+
+
+def test_location_prior_by_hand():
+    # Six instances on a grid of 2 rows and 3 columns over 4x6 pixels: cells of 2x2. Instance 4 is in the middle of the
+    # lower row: its place is pixel coordinate (3, 3), half a pixel, so a quarter of a cell, from the four pixels there.
+    prior = location_prior(6, 4, 6)
+    assert prior.shape == (6, 4, 6)
+    assert prior[4, 2:, 2:4].tolist() == [[-0.125, -0.125]] * 2
+    # One row up: 1.5 pixels = 0.75 cells above the place.
+    assert prior[4, 1, 2].item() == -(0.75**2 + 0.25**2)
+    for index in range(6):
+        row, column = divmod(index, 3)
+        peak = (prior[index] == prior[index].max()).nonzero()
+        assert peak.amin(0).tolist() == [2 * row, 2 * column] and len(peak) == 4
+
+
+@pytest.mark.parametrize(("num_masks", "size"), [(1, (1, 1)), (7, (3, 5)), (20, (1, 9))])
+def test_location_prior_of_any_size_is_finite(num_masks, size):
+    prior = location_prior(num_masks, *size)
+    assert prior.shape == (num_masks, *size) and torch.isfinite(prior).all()
+
+
+def test_location_prior_moves_the_maps_of_every_group():
+    branch = make_branch(num_groups=2, num_masks=4, location_prior=3.0).eval()
+    features = append_coordinates(torch.zeros(1, 6, 8, 8))
+    weights = branch(features).iam_weights.unflatten(1, (2, 4))[0]
+    for group in weights:
+        # The quarter of the picture that the instance stands in has most of the weight.
+        quarters = [group[i, 4 * (i // 2) :, 4 * (i % 2) :][:4, :4].sum() for i in range(4)]
+        assert min(quarters) > 0.5
 
 
 def test_output_dict_and_mask_product():
