@@ -83,6 +83,8 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Matching score = class probability ** BETA * DICE ** ALPHA.
     sparse_inst.MATCHER.ALPHA = 0.8
     sparse_inst.MATCHER.BETA = 0.2
+    # ... times the share of the activation maps that lies inside the instance, ** GAMMA. 0: off, as published.
+    sparse_inst.MATCHER.GAMMA = 0.0
 
     # Names and keys of published YAML files, kept so that those files load.
     cfg.MODEL.PVT = CfgNode()

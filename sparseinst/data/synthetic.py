@@ -49,9 +49,9 @@ MIN_VISIBLE = 0.5  # of an object's full area
 
 # Full area over image area. A little inside the promised 0.5 % to 20 %, because rasterising adds or takes a few pixels.
 _AREA_RANGE = (0.0056, 0.195)
-_MAX_COVERAGE = 0.42  # sum of all full areas over image area; more cannot be placed
+_MAX_COVERAGE = 0.46  # sum of all full areas over image area; more cannot be placed
 _MIN_HIDDEN_AREA = 0.0125  # an object that may be hidden by half is at least this large
-_PAIR_SHARE = 0.29  # of the possible pairs; makes about a quarter of the objects overlap another
+_PAIR_SHARE = 0.265  # of the possible pairs; makes about a quarter of the objects overlap another
 
 # The largest extent of a shape of area 1, over all classes: what an object's distance to the border is judged by.
 _REACH = max(float(np.linalg.norm(outline, axis=1).max()) for outline in SHAPES.values())
@@ -169,7 +169,8 @@ def _draw_slots(rng: np.random.Generator, image_size: tuple[int, int], num_slots
     smallest = np.sqrt(_AREA_RANGE[0]) * scale
     while True:
         num_pairs = int(rng.binomial((num_slots - crowd) // 2, _PAIR_SHARE))
-        rows = rng.uniform(smallest, largest, (32, num_slots))
+        # Large ones are drawn more often: layouts that hold many of them are the ones that find no room.
+        rows = smallest + (largest - smallest) * np.sqrt(rng.uniform(size=(32, num_slots)))
         if crowd:
             rows[:, -1] = rng.uniform(0.55, 0.75) * largest
         fitting = np.flatnonzero((rows**2).sum(axis=1) <= _MAX_COVERAGE * height * width)
@@ -294,7 +295,9 @@ def compose_scene(rng: np.random.Generator, height: int, width: int, *, with_cro
         raise ValueError(f"Images of shapes need a size of at least {MIN_SIZE} pixels, not {height} x {width}")
     most = MAX_OBJECTS // 2 if with_crowd else MAX_OBJECTS
     is_empty = rng.random() < EMPTY_SHARE and not with_crowd
-    num_objects = 0 if is_empty else int(rng.integers(1, most + 1))
+    # Few objects are likelier than many, since many leave no room for large ones.
+    counts = np.arange(1, most + 1)
+    num_objects = 0 if is_empty else int(rng.choice(counts, p=counts[::-1] / counts.sum()))
     background = str(rng.choice(list(BACKGROUNDS)))
     background_tones = _draw_tones(rng, [])
     # Classes are drawn once: drawn again with every layout that failed, those that fit easily would be more common.

@@ -9,7 +9,14 @@ from detectron2.utils.registry import Registry
 from torch import nn
 from torch.nn import functional as F
 
-from sparseinst.modeling.losses import activation_loss, binary_mask_iou, dice_loss, mask_bce_loss, sigmoid_focal_loss
+from sparseinst.modeling.losses import (
+    activation_loss,
+    binary_mask_iou,
+    dice_loss,
+    mask_bce_loss,
+    masks_on_grid,
+    sigmoid_focal_loss,
+)
 from sparseinst.modeling.matcher import build_sparse_inst_matcher
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer, MatchedPairs
 
@@ -97,8 +104,7 @@ class SparseInstCriterion(nn.Module):
             "masks"; ``loss_iam`` where it has a weight. Scalars, weighted. Without any instance all but ``loss_ce`` are
             0, with a gradient of 0.
         """
-        names = ("pred_logits", "pred_masks", "pred_scores") + ("iam_weights",) * (self.iam_weight > 0)
-        outputs = {name: outputs[name].float() for name in names}
+        outputs = {name: output.float() for name, output in outputs.items()}
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
             pairs = self.matcher(outputs, targets)
             if normalizer is None:
@@ -163,7 +169,7 @@ class SparseInstCriterion(nn.Module):
         iam_weights = outputs["iam_weights"].unflatten(1, (-1, num_masks)).transpose(1, 2)
         matched_iams = torch.cat([maps[pair.prediction_idx] for maps, pair in zip(iam_weights, pairs)])
         gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
-        gt_masks = F.interpolate(gt_masks[:, None], size=matched_iams.shape[-2:], mode="area")[:, 0]
+        gt_masks = masks_on_grid(gt_masks, matched_iams.shape[-2:])
         return activation_loss(matched_iams, gt_masks).sum() / normalizer.num_matched
 
 

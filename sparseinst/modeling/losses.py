@@ -102,6 +102,11 @@ def binary_mask_iou(
     return intersection / (union + IOU_EPS)
 
 
+def masks_on_grid(gt_masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Targets (M, Hm, Wm) averaged over the cells of a coarser grid, (M, *size)."""
+    return F.interpolate(gt_masks[:, None], size=size, mode="area")[:, 0]
+
+
 def activation_loss(iam_weights: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
     """How much of each pair's activation maps lies outside the instance: -log of the share inside, mean over groups.
 

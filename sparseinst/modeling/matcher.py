@@ -5,7 +5,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.utils.registry import Registry
 from scipy.optimize import linear_sum_assignment
 
-from sparseinst.modeling.losses import pairwise_dice_score
+from sparseinst.modeling.losses import masks_on_grid, pairwise_dice_score
 from sparseinst.modeling.structures import InstanceTargets, MatchedPairs
 
 SPARSE_INST_MATCHER_REGISTRY = Registry("SPARSE_INST_MATCHER")
@@ -21,10 +21,13 @@ def matching_scores(
     targets: InstanceTargets,
     alpha: float = 0.8,
     beta: float = 0.2,
+    iam_weights: torch.Tensor | None = None,
+    gamma: float = 0.0,
 ) -> torch.Tensor:
     """Score of every prediction for every instance of one image: p(class)^beta * DICE^alpha (paper, equation 4).
 
-    The paper ties the exponents (beta = 1 - alpha); the published code does not.
+    The paper ties the exponents (beta = 1 - alpha); the published code does not. Not in either: with ``iam_weights``
+    the score is multiplied by the share of the prediction's activation maps inside the instance, to the power gamma.
 
     Args:
         class_logits: (N, K).
@@ -32,6 +35,8 @@ def matching_scores(
         targets: the image's ground truth.
         alpha: exponent of the DICE score.
         beta: exponent of the class probability.
+        iam_weights: (G * N, H, W), group-major, each map summing to 1.
+        gamma: exponent of the share inside.
 
     Returns:
         (N, M) float32 in [0, 1].
@@ -39,7 +44,12 @@ def matching_scores(
     with torch.autocast(class_logits.device.type, enabled=False):
         class_probs = class_logits.float().sigmoid()[:, targets.gt_classes]
         dice = pairwise_dice_score(mask_logits.float().flatten(1).sigmoid(), targets.gt_masks.flatten(1))
-        return class_probs**beta * dice**alpha
+        scores = class_probs**beta * dice**alpha
+        if iam_weights is not None:
+            maps = iam_weights.float().unflatten(0, (-1, len(class_logits))).mean(0)
+            gt_masks = masks_on_grid(targets.gt_masks, maps.shape[-2:])
+            scores = scores * (maps.flatten(1) @ gt_masks.flatten(1).T).clamp(0, 1) ** gamma
+        return scores
 
 
 @SPARSE_INST_MATCHER_REGISTRY.register()
@@ -49,24 +59,28 @@ class SparseInstMatcher:
     Args:
         alpha: exponent of the DICE score (MATCHER.ALPHA).
         beta: exponent of the class probability (MATCHER.BETA).
+        gamma: exponent of the share of the activation maps inside the instance (MATCHER.GAMMA); 0, as published: the
+            maps are not looked at.
     """
 
     @configurable
-    def __init__(self, *, alpha: float = 0.8, beta: float = 0.2) -> None:
+    def __init__(self, *, alpha: float = 0.8, beta: float = 0.2, gamma: float = 0.0) -> None:
         self.alpha = alpha
         self.beta = beta
+        self.gamma = gamma
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         matcher = cfg.MODEL.SPARSE_INST.MATCHER
-        return {"alpha": matcher.ALPHA, "beta": matcher.BETA}
+        return {"alpha": matcher.ALPHA, "beta": matcher.BETA, "gamma": matcher.GAMMA}
 
     @torch.no_grad()
     def __call__(self, outputs: dict[str, torch.Tensor], targets: list[InstanceTargets]) -> list[MatchedPairs]:
         """Match one batch.
 
         Args:
-            outputs: the decoder's dict; ``pred_logits`` (B, N, K) and ``pred_masks`` (B, N, Hm, Wm) are read.
+            outputs: the decoder's dict; ``pred_logits`` (B, N, K), ``pred_masks`` (B, N, Hm, Wm) and, with gamma,
+                ``iam_weights`` (B, G * N, H, W) are read.
             targets: ground truth, one per image.
 
         Returns:
@@ -76,9 +90,12 @@ class SparseInstMatcher:
             ValueError: a score is not finite.
         """
         device = outputs["pred_logits"].device
+        iam_weights = outputs["iam_weights"] if self.gamma > 0 else [None] * len(targets)
         scores = [
-            matching_scores(class_logits, mask_logits, target, self.alpha, self.beta)
-            for class_logits, mask_logits, target in zip(outputs["pred_logits"], outputs["pred_masks"], targets)
+            matching_scores(class_logits, mask_logits, target, self.alpha, self.beta, maps, self.gamma)
+            for class_logits, mask_logits, target, maps in zip(
+                outputs["pred_logits"], outputs["pred_masks"], targets, iam_weights
+            )
         ]
         # One copy to the host for the whole batch: every copy waits for the device.
         shapes = [tuple(score.shape) for score in scores]

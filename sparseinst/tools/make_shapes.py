@@ -13,7 +13,7 @@ from sparseinst.data.synthetic import write_shapes_dataset
 
 SETTINGS_FILE = "shapes_settings.json"
 # Raised when the same settings come to give other data, so that an older data set is not taken for a new one.
-_GENERATOR_VERSION = 1
+_GENERATOR_VERSION = 2
 
 
 def make_shapes(
