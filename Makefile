@@ -12,6 +12,8 @@ TEST_WORKERS ?= 2
 # The redistribution of Detectron2 that is installed where none can be imported. Its wheel is tagged cp310, but its
 # Python code runs on 3.11 to 3.13 too, and nothing here needs its compiled operators.
 DETECTRON2 := sal-detectron2==0.7.2
+# For a test of Detectron2's LVISEvaluator. Without what it names as needed: opencv-python, which needs libGL.
+LVIS := lvis==0.5.3
 # Free space that a first installation takes at its peak, in GB: $(VENV) ends up with 6, the rest are downloads.
 DISK_GB := 10
 FREE_GB = $$(df -Pk "$(VENV)" | awk 'NR == 2 { print int($$4 / 1048576) }')
@@ -24,7 +26,7 @@ PIP_INSTALL := $(PIP) install --quiet --disable-pip-version-check --no-warn-conf
 OURS := $(VENV)/.sparseinst-venv
 # There when everything is installed as these files say: an interrupted or outdated installation is repeated.
 INSTALLED := $(VENV)/.sparseinst-installed-$(shell \
-	{ echo "$(DETECTRON2) $(CURDIR)"; cat requirements.txt setup.py; } | cksum | tr ' ' '-')
+	{ echo "$(DETECTRON2) $(LVIS) $(CURDIR)"; cat requirements.txt setup.py; } | cksum | tr ' ' '-')
 
 QUICK_CONFIG := configs/quick/shapes.yaml
 QUICK_OUTPUT := output/quick
@@ -115,6 +117,7 @@ install-pinned:
 	@echo 'Installing $(DETECTRON2)'
 	@$(PIP_INSTALL) --no-deps --upgrade --only-binary=:all: --python-version 3.10 $(DETECTRON2) \
 		--target "$$("$(VENV_PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@$(PIP_INSTALL) --no-deps $(LVIS)
 	@echo 'Installing SparseInst, editable'
 	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 

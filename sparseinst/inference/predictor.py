@@ -197,13 +197,18 @@ def _check_array(image: np.ndarray) -> None:
         )
 
 
+def check_weights_file(weights: str) -> None:
+    """Check that MODEL.WEIGHTS, unless it is empty or a URL, names a file. Raises ValueError."""
+    if weights and "://" not in weights and not Path(weights.split("?")[0]).is_file():
+        raise ValueError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
+
+
 def _load_weights(model: nn.Module, weights: str) -> tuple[dict, list[str]]:
     """Load a checkpoint; returns what else it holds, and the names of the parameters that it did not fill."""
     if not weights:
         logger.warning("MODEL.WEIGHTS is empty: THE WEIGHTS ARE RANDOM, and so is everything that is predicted")
         return {}, []
-    if "://" not in weights and not Path(weights.split("?")[0]).is_file():
-        raise ValueError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
+    check_weights_file(weights)
     missing: list[str] = []
 
     def keep_missing(_: nn.Module, incompatible_keys) -> None:

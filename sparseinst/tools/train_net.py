@@ -18,6 +18,7 @@ from sparseinst.data.coco_json import check_num_classes, class_info, register_us
 from sparseinst.engine.evaluation import evaluate_and_time
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import Trainer, check_test_config
+from sparseinst.inference.predictor import check_weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_num_classes(cfg, splits)
     if args.eval_only:
         check_test_config(cfg)
+    if not args.resume:
+        check_weights_file(cfg.MODEL.WEIGHTS)
     cfg.freeze()
     Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sparseinst")

@@ -79,6 +79,7 @@ def test_expected_results_are_verified(workspace, tmp_path):
         (["TEST.AUG.ENABLED", True], "TEST.AUG.ENABLED"),
         (["MODEL.MASK_ON", False], "MODEL.MASK_ON"),
         (["SOLVER.NO_SUCH_KEY", 1], "NO_SUCH_KEY"),
+        (["MODEL.WEIGHTS", "no_such_weights.pth"], "no_such_weights.pth"),
         (["DATASETS.TRAIN_JSON", "missing.json", "--train-json", ""], "missing.json"),
         (["--config-file", "no_such_config"], "no_such_config"),
     ],
