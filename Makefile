@@ -48,13 +48,14 @@ help:
 quickstart: install
 	@echo '== 1 of 4: drawing the data set'
 	"$(VENV_PYTHON)" -m sparseinst.tools.make_shapes --output $(QUICK_DATA)
-	@echo '== 2 of 4: training from random weights, about 6 minutes on 2 cores'
+	@echo '== 2 of 4: training from random weights, about 5 minutes on 2 cores'
 	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) OUTPUT_DIR $(QUICK_OUTPUT)
 	@echo '== 3 of 4: evaluation on images of another seed'
 	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) --eval-only \
 		OUTPUT_DIR $(QUICK_OUTPUT) MODEL.WEIGHTS $(QUICK_OUTPUT)/model_final.pth
 	@echo '== 4 of 4: pictures of those images'
-	"$(VENV_PYTHON)" demo/demo.py --config-file $(QUICK_CONFIG) --input '$(QUICK_DATA)/val/00000*.jpg' \
+	"$(VENV_PYTHON)" demo/demo.py --config-file $(QUICK_CONFIG) --confidence-threshold 0.4 \
+		--input '$(QUICK_DATA)/val/00000*.jpg' \
 		--output $(QUICK_OUTPUT)/pictures --opts MODEL.WEIGHTS $(QUICK_OUTPUT)/model_final.pth
 	@echo '== Done. Tables of AP and speed: above, and $(QUICK_OUTPUT)/results.json'
 	@echo '         Pictures: $(QUICK_OUTPUT)/pictures'
