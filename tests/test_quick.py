@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
