@@ -86,7 +86,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # ... times the share of the activation maps that lies inside the instance, ** GAMMA. 0: off, as published.
     sparse_inst.MATCHER.GAMMA = 0.0
 
-    # Names and keys of published YAML files, kept so that those files load.
+    # Of published YAML files, kept so that users' files load; nothing reads them: those backbones are not here yet.
     cfg.MODEL.PVT = CfgNode()
     cfg.MODEL.PVT.NAME = "b1"
     cfg.MODEL.PVT.OUT_FEATURES = ["p2", "p3", "p4"]

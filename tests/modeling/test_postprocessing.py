@@ -3,6 +3,8 @@
 import pytest
 import torch
 from detectron2.structures import BitMasks
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sparseinst.modeling import postprocessing
@@ -158,3 +160,41 @@ def test_saturated_and_equal_logits_are_finite(logit):
     )  # fmt: skip
     assert torch.isfinite(detections.scores).all()
     assert len(detections.scores) == (0 if logit < 0 else 3)
+
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**16),
+    num_masks=st.integers(0, 8),
+    mask_size=sizes,
+    image_size=sizes,
+    padding=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    output_size=sizes,
+    mask_threshold=st.floats(0.05, 0.95),
+    max_detections=st.integers(0, 6),
+)
+def test_detections_of_any_size(
+    seed, num_masks, mask_size, image_size, padding, output_size, mask_threshold, max_detections
+):
+    generator = torch.Generator().manual_seed(seed)
+    detections = detect(
+        torch.randn(num_masks, 3, generator=generator),
+        torch.randn(num_masks, generator=generator),
+        torch.randn(num_masks, *mask_size, generator=generator) * 3,
+        padded_size=(image_size[0] + padding[0], image_size[1] + padding[1]),
+        image_size=image_size,
+        output_size=output_size,
+        cls_threshold=0.3,
+        mask_threshold=mask_threshold,
+        max_detections=max_detections,
+    )
+    count = len(detections.scores)
+    assert count <= min(num_masks, max_detections)
+    assert {len(field) for field in detections} == {count}
+    assert (detections.scores.diff() <= 0).all() and ((detections.scores >= 0) & (detections.scores <= 1)).all()
+    assert detections.masks.shape == (count, *output_size) and detections.masks.flatten(1).any(1).all()
+    assert torch.equal(detections.boxes, BitMasks(detections.masks).get_bounding_boxes().tensor)
+    assert len(set(detections.prediction_idx.tolist())) == count
