@@ -59,7 +59,7 @@ def test_train_then_evaluate_then_resume(workspace, tmp_path):
 
 
 def test_two_processes_on_the_cpu(workspace, tmp_path):
-    trained = run(*workspace, "--num-gpus", 2, "OUTPUT_DIR", tmp_path)
+    trained = run(*workspace, "--num-gpus", 2, "--dist-url", "auto", "OUTPUT_DIR", tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert (tmp_path / "model_final.pth").is_file()
     assert "segm" in trained.stdout
