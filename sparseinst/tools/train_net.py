@@ -80,20 +80,21 @@ def main(args: argparse.Namespace) -> dict:
         if args.eval_only:
             model = build_model(cfg)
             model.eval()
+            if not cfg.MODEL.WEIGHTS and not args.resume:
+                logger.warning("MODEL.WEIGHTS is empty: the weights are random, and so are the results")
+            DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         else:
             trainer = Trainer(cfg)
-    except ValueError as error:
+            trainer.resume_or_load(resume=args.resume)
+    except (ValueError, FileNotFoundError) as error:
+        # FileNotFoundError: a builtin data set that is not on this machine.
         sys.exit(f"error: {error}")
 
     if args.eval_only:
-        if not cfg.MODEL.WEIGHTS and not args.resume:
-            logger.warning("MODEL.WEIGHTS is empty: the weights are random, and so are the results")
-        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = evaluate_and_time(cfg, model)
     else:
         if comm.is_main_process():
             class_info(cfg.DATASETS.TRAIN[0]).save(Path(cfg.OUTPUT_DIR) / "classes.json")
-        trainer.resume_or_load(resume=args.resume)
         results = trainer.train()
     if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
         verify_results(cfg, results)

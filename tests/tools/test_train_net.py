@@ -72,6 +72,13 @@ def test_expected_results_are_verified(workspace, tmp_path):
     assert "failed" in failed.stdout + failed.stderr
 
 
+def test_a_builtin_data_set_that_is_not_there(tmp_path):
+    failed = run("--config-file", "sparse_inst_r50_giam", "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path, cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert "error: " in failed.stderr and "instances_train2017.json" in failed.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
