@@ -16,6 +16,7 @@ from sparseinst.modeling import (
     GroupIAMDecoder,
     LossNormalizer,
 )
+from sparseinst.modeling.postprocessing import detect
 from sparseinst.modeling.sparse_inst import gt_masks_tensor
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
@@ -147,8 +148,13 @@ def test_activation_maps_of_the_kept_instances():
     # Two groups; the mask grid of 64x96 is 16x24, of which the image covers 13x18 cells.
     assert instances.pred_iams.shape == (len(instances), 2, 13, 18)
     maps = outputs["pred_iam"][0].unflatten(0, (2, 6)).transpose(0, 1)[..., :13, :18]
-    for kept in instances.pred_iams:
-        assert any(torch.equal(kept, candidate) for candidate in maps)
+    detections = detect(
+        outputs["pred_logits"][0], outputs["pred_scores"][0, :, 0], outputs["pred_masks"][0],
+        padded_size=(64, 96), image_size=(50, 70), output_size=(50, 70),
+        cls_threshold=0.005, mask_threshold=0.45, max_detections=100,
+    )  # fmt: skip
+    assert detections.prediction_idx.tolist() != sorted(detections.prediction_idx.tolist())
+    assert torch.equal(instances.pred_iams, maps[detections.prediction_idx])
     assert not tiny_model()([x])[0]["instances"].has("pred_iams")
 
 
