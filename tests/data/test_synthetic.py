@@ -13,15 +13,17 @@ from pycocotools import mask as mask_util
 from scipy import stats
 from shapely.geometry import Polygon
 
-from sparseinst.data.synthetic import (
+from sparseinst.data.shape_scenes import (
     CLASS_NAMES,
     MAX_OBJECTS,
     MIN_VISIBLE,
     SHAPES,
-    TEXTURES,
     ShapeScene,
-    annotate_scene,
     compose_scene,
+)
+from sparseinst.data.shape_textures import TEXTURES
+from sparseinst.data.synthetic import (
+    annotate_scene,
     draw_shapes_image,
     image_generator,
     paint_scene,
