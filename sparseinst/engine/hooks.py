@@ -33,6 +33,7 @@ class VisualizationHook(HookBase):
         self.metadata = MetadataCatalog.get(dataset_name)
 
     def after_step(self) -> None:
+        """Draw the first image of the step's first batch, every ``period`` steps."""
         if (self.trainer.iter + 1) % self.period == 0:
             for name, picture in self.draw(self.trainer.batches[0][0]).items():
                 self.trainer.storage.put_image(f"train/{name}", picture.transpose(2, 0, 1))

@@ -162,9 +162,11 @@ class Trainer(SimpleTrainer):
         )
 
     def state_dict(self) -> dict:
+        """As SimpleTrainer's, with the state of the gradient scaler."""
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Take what :meth:`state_dict` gave."""
         super().load_state_dict(state_dict)
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
@@ -177,6 +179,7 @@ class CheckpointedClasses:
         self.classes = classes
 
     def state_dict(self) -> dict:
+        """The classes as plain types."""
         return self.classes._asdict()
 
     def load_state_dict(self, state_dict: dict) -> None:

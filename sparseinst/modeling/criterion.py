@@ -115,10 +115,19 @@ class SparseInstCriterion(nn.Module):
             losses = {}
             if "labels" in self.items:
                 losses["loss_ce"] = self.class_weight * self._class_loss(outputs, targets, pairs, normalizer)
+            gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
             if "masks" in self.items:
-                losses.update(self._mask_losses(outputs, targets, pairs, normalizer))
+                mask_logits = matched_predictions(outputs["pred_masks"], pairs)
+                objectness_logits = matched_predictions(outputs["pred_scores"], pairs)[:, 0]
+                losses.update(self._mask_losses(mask_logits, objectness_logits, gt_masks, normalizer))
             if self.iam_weight > 0:
-                losses["loss_iam"] = self.iam_weight * self._iam_loss(outputs, targets, pairs, normalizer)
+                # Group-major maps to (B, N, G, H, W).
+                num_masks = outputs["pred_logits"].shape[1]
+                iam_weights = outputs["iam_weights"].unflatten(1, (-1, num_masks)).transpose(1, 2)
+                loss = activation_loss(
+                    matched_predictions(iam_weights, pairs), masks_on_grid(gt_masks, iam_weights.shape[-2:])
+                )
+                losses["loss_iam"] = self.iam_weight * loss.sum() / normalizer.num_matched
         return losses
 
     def _class_loss(
@@ -136,17 +145,11 @@ class SparseInstCriterion(nn.Module):
 
     def _mask_losses(
         self,
-        outputs: dict[str, torch.Tensor],
-        targets: list[InstanceTargets],
-        pairs: list[MatchedPairs],
+        mask_logits: torch.Tensor,
+        objectness_logits: torch.Tensor,
+        gt_masks: torch.Tensor,
         normalizer: LossNormalizer,
     ) -> dict[str, torch.Tensor]:
-        # Indexing image by image keeps the pairs of each image its own, however many instances the others have.
-        mask_logits = torch.cat([masks[pair.prediction_idx] for masks, pair in zip(outputs["pred_masks"], pairs)])
-        objectness_logits = torch.cat(
-            [scores[pair.prediction_idx, 0] for scores, pair in zip(outputs["pred_scores"], pairs)]
-        )
-        gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
         # Sums over zero pairs are 0 and still hang on the graph, so every parameter gets a gradient.
         objectness_loss = F.binary_cross_entropy_with_logits(
             objectness_logits, binary_mask_iou(mask_logits, gt_masks), reduction="sum"
@@ -157,20 +160,20 @@ class SparseInstCriterion(nn.Module):
             "loss_mask": self.mask_pixel_weight * mask_bce_loss(mask_logits, gt_masks).sum() / normalizer.num_matched,
         }
 
-    def _iam_loss(
-        self,
-        outputs: dict[str, torch.Tensor],
-        targets: list[InstanceTargets],
-        pairs: list[MatchedPairs],
-        normalizer: LossNormalizer,
-    ) -> torch.Tensor:
-        num_masks = outputs["pred_logits"].shape[1]
-        # Group-major maps to (B, N, G, H, W).
-        iam_weights = outputs["iam_weights"].unflatten(1, (-1, num_masks)).transpose(1, 2)
-        matched_iams = torch.cat([maps[pair.prediction_idx] for maps, pair in zip(iam_weights, pairs)])
-        gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
-        gt_masks = masks_on_grid(gt_masks, matched_iams.shape[-2:])
-        return activation_loss(matched_iams, gt_masks).sum() / normalizer.num_matched
+
+def matched_predictions(predictions: torch.Tensor, pairs: list[MatchedPairs]) -> torch.Tensor:
+    """What belongs to the matched predictions of all images, one after the other.
+
+    Image by image, so that the pairs of each image stay its own, however many instances the others have.
+
+    Args:
+        predictions: (B, N, ...).
+        pairs: one per image.
+
+    Returns:
+        (P, ...), P pairs in all.
+    """
+    return torch.cat([values[pair.prediction_idx] for values, pair in zip(predictions, pairs)])
 
 
 def mean_over_ranks(count: float, device: torch.device) -> float:

@@ -87,6 +87,7 @@ class SparseInst(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the model's tensors are, and images are moved to."""
         return self.pixel_mean.device
 
     def forward(
