@@ -135,8 +135,9 @@ class Trainer(SimpleTrainer):
 
         self.optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
-        inputs = [()] if self.accumulate_steps == 1 else [(self._normalizer(),)] * self.accumulate_steps
-        for index, (batch, normalizer) in enumerate(zip(self.batches, inputs)):
+        # A criterion need not take a normalizer where each step has one batch.
+        normalizer = () if self.accumulate_steps == 1 else (self._normalizer(),)
+        for index, batch in enumerate(self.batches):
             # Ranks exchange gradients once a step.
             is_last = index + 1 == self.accumulate_steps
             distributed = isinstance(self.model, DistributedDataParallel)
