@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -203,6 +204,18 @@ def check_weights_file(weights: str) -> None:
         raise ValueError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
 
 
+@contextlib.contextmanager
+def explained_download(weights: str) -> Iterator[None]:
+    """Turn a failed download of MODEL.WEIGHTS into a ValueError that says what to do instead."""
+    try:
+        yield
+    except URLError as error:
+        raise ValueError(
+            f"MODEL.WEIGHTS {weights} cannot be downloaded ({error.reason}). Name a file that is on this machine, or "
+            'set MODEL.WEIGHTS "" to start from random weights'
+        ) from error
+
+
 def _load_weights(model: nn.Module, weights: str) -> tuple[dict, list[str]]:
     """Load a checkpoint; returns what else it holds, and the names of the parameters that it did not fill."""
     if not weights:
@@ -217,7 +230,8 @@ def _load_weights(model: nn.Module, weights: str) -> tuple[dict, list[str]]:
     # The checkpointer only logs what it did not find; a model half random would predict nonsense without a word.
     handle = model.register_load_state_dict_post_hook(keep_missing)
     try:
-        checkpoint = DetectionCheckpointer(model).load(weights)
+        with explained_download(weights):
+            checkpoint = DetectionCheckpointer(model).load(weights)
     finally:
         handle.remove()
     parameter_names = {name for name, _ in model.named_parameters()}

@@ -18,7 +18,7 @@ from sparseinst.data.coco_json import check_num_classes, class_info, register_us
 from sparseinst.engine.evaluation import evaluate_and_time
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import Trainer, check_test_config
-from sparseinst.inference.predictor import check_weights_file
+from sparseinst.inference.predictor import check_weights_file, explained_download
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +77,16 @@ def main(args: argparse.Namespace) -> dict:
     """
     try:
         cfg = setup(args)
-        if args.eval_only:
-            model = build_model(cfg)
-            model.eval()
-            if not cfg.MODEL.WEIGHTS and not args.resume:
-                logger.warning("MODEL.WEIGHTS is empty: the weights are random, and so are the results")
-            DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        else:
-            trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=args.resume)
+        with explained_download(cfg.MODEL.WEIGHTS):
+            if args.eval_only:
+                model = build_model(cfg)
+                model.eval()
+                if not cfg.MODEL.WEIGHTS and not args.resume:
+                    logger.warning("MODEL.WEIGHTS is empty: the weights are random, and so are the results")
+                DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            else:
+                trainer = Trainer(cfg)
+                trainer.resume_or_load(resume=args.resume)
     except (ValueError, FileNotFoundError) as error:
         # FileNotFoundError: a builtin data set that is not on this machine.
         sys.exit(f"error: {error}")

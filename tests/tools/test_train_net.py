@@ -87,6 +87,7 @@ def test_a_builtin_data_set_that_is_not_there(tmp_path):
         (["MODEL.MASK_ON", False], "MODEL.MASK_ON"),
         (["SOLVER.NO_SUCH_KEY", 1], "NO_SUCH_KEY"),
         (["MODEL.WEIGHTS", "no_such_weights.pth"], "no_such_weights.pth"),
+        (["MODEL.WEIGHTS", "http://127.0.0.1:9/weights.pth"], "cannot be downloaded"),
         (["DATASETS.TRAIN_JSON", "missing.json", "--train-json", ""], "missing.json"),
         (["--config-file", "no_such_config"], "no_such_config"),
     ],
