@@ -19,7 +19,7 @@ except ImportError as error:
         "'setuptools<81' tensorboard"
     ) from error
 
-from sparseinst import modeling  # noqa: F401  (registers the model)
+from sparseinst import backbones, modeling  # noqa: F401  (registers backbones and model)
 from sparseinst.config import add_sparse_inst_config, get_config_file
 
 __all__ = ["__version__", "add_sparse_inst_config", "get_config_file"]

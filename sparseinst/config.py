@@ -86,15 +86,30 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # ... times the share of the activation maps that lies inside the instance, ** GAMMA. 0: off, as published.
     sparse_inst.MATCHER.GAMMA = 0.0
 
-    # Of published YAML files, kept so that users' files load; nothing reads them: those backbones are not here yet.
+    # BACKBONE.NAME build_pyramid_vision_transformer: PVTv2 "b0" to "b5"; LINEAR, with any NAME, is the linear b2.
     cfg.MODEL.PVT = CfgNode()
     cfg.MODEL.PVT.NAME = "b1"
+    # Of p1 to p4, strides 4 to 32.
     cfg.MODEL.PVT.OUT_FEATURES = ["p2", "p3", "p4"]
     cfg.MODEL.PVT.LINEAR = False
+    # BACKBONE.NAME build_cspnet_backbone: "darknet53" or "cspdarknet53".
     cfg.MODEL.CSPNET = CfgNode()
     cfg.MODEL.CSPNET.NAME = "darknet53"
+    # "" and "BN": batch norms that train; "FrozenBN", "SyncBN".
     cfg.MODEL.CSPNET.NORM = ""
+    # Of csp0 to csp4, strides 2 to 32.
     cfg.MODEL.CSPNET.OUT_FEATURES = ["csp1", "csp2", "csp3", "csp4"]
+    # BACKBONE.NAME build_timm_backbone: any model of timm that gives feature maps.
+    cfg.MODEL.TIMM = CfgNode()
+    cfg.MODEL.TIMM.NAME = "resnet18"
+    # Of res1 to res5, strides 2 to 32.
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res4", "res5"]
+    # "" leaves the model's norms as they are; "FrozenBN" freezes its batch norms, "SyncBN" synchronises them.
+    cfg.MODEL.TIMM.NORM = ""
+    # Have timm download its weights. MODEL.WEIGHTS is loaded over them.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    # Further keyword arguments of timm.create_model, for example drop_path_rate.
+    cfg.MODEL.TIMM.ARGS = CfgNode(new_allowed=True)
 
     # "ADAMW" or "SGD".
     cfg.SOLVER.OPTIMIZER = "ADAMW"
