@@ -86,6 +86,13 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # ... times the share of the activation maps that lies inside the instance, ** GAMMA. 0: off, as published.
     sparse_inst.MATCHER.GAMMA = 0.0
 
+    # Besides paths and URLs, MODEL.WEIGHTS can be timm://NAME, weights that timm downloads, and package://NAME/PATH,
+    # a file of an installed Python package.
+    # Share of the backbone's tensors that MODEL.WEIGHTS must fill at the start of a training. 0 allows anything.
+    cfg.MODEL.MIN_BACKBONE_COVERAGE = 0.9
+    # Read pickles that run code when they are read: only for files from someone you trust.
+    cfg.MODEL.TRUSTED_WEIGHTS = False
+
     # BACKBONE.NAME build_pyramid_vision_transformer: PVTv2 "b0" to "b5"; LINEAR, with any NAME, is the linear b2.
     cfg.MODEL.PVT = CfgNode()
     cfg.MODEL.PVT.NAME = "b1"
@@ -106,8 +113,6 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res4", "res5"]
     # "" leaves the model's norms as they are; "FrozenBN" freezes its batch norms, "SyncBN" synchronises them.
     cfg.MODEL.TIMM.NORM = ""
-    # Have timm download its weights. MODEL.WEIGHTS is loaded over them.
-    cfg.MODEL.TIMM.PRETRAINED = False
     # Further keyword arguments of timm.create_model, for example drop_path_rate.
     cfg.MODEL.TIMM.ARGS = CfgNode(new_allowed=True)
 

@@ -32,7 +32,6 @@ class TimmBackbone(Backbone):
             synchronises them.
         freeze_at: everything up to the last map of stride ``2 ** freeze_at`` is frozen, 0 for nothing. In a ResNet 2 is
             the stem and the first stage, as Detectron2 counts.
-        pretrained: start from the weights that timm downloads.
         to_published, from_published: change a name of the timm model into that of the state dict, and back.
         model_args: further keyword arguments of ``timm.create_model``.
 
@@ -48,7 +47,6 @@ class TimmBackbone(Backbone):
         *,
         norm: str = "",
         freeze_at: int = 0,
-        pretrained: bool = False,
         to_published: Callable[[str], str] = str,
         from_published: Callable[[str], str] = str,
         model_args: Mapping | None = None,
@@ -67,7 +65,7 @@ class TimmBackbone(Backbone):
                 f"{', '.join(map(str, indices))}. Choose others as OUT_FEATURES and ENCODER.IN_FEATURES"
             )
         out_indices = tuple(indices[stride] for stride in strides.values())
-        self.body = create(pretrained=pretrained, out_indices=out_indices)
+        self.body = create(out_indices=out_indices)
         self.channels_last_features = str(getattr(self.body, "output_fmt", "")).endswith("NHWC")
         self._strides = dict(strides)
         self._channels = dict(zip(strides, self.body.feature_info.channels()))
@@ -117,7 +115,6 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         {name: FEATURE_STRIDES[name] for name in timm_cfg.OUT_FEATURES},
         norm=timm_cfg.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        pretrained=timm_cfg.PRETRAINED,
         model_args=timm_cfg.ARGS,
     )
 
@@ -134,14 +131,14 @@ def _import_timm() -> ModuleType:
     return timm
 
 
-def _create_model(model_name: str, pretrained: bool = False, **model_args) -> nn.Module:
+def _create_model(model_name: str, **model_args) -> nn.Module:
     timm = _import_timm()
     if model_name not in timm.list_models() and model_name.split(".")[0] not in timm.list_models():
         raise ValueError(
             f"timm {timm.__version__} has no model {model_name!r}. Similar names: "
             f"{', '.join(timm.list_models(f'*{model_name[:6]}*')[:5]) or 'none'}; all: timm.list_models()"
         )
-    create = functools.partial(timm.create_model, model_name, features_only=True, pretrained=pretrained, **model_args)
+    create = functools.partial(timm.create_model, model_name, features_only=True, **model_args)
     try:
         try:
             # Models with position tables and windows otherwise take one size only.
