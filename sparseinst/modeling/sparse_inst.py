@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sparseinst.modeling.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.encoder import build_sparse_inst_encoder
+from sparseinst.modeling.losses import masks_on_grid
 from sparseinst.modeling.postprocessing import detect
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
 
@@ -35,6 +36,7 @@ class SparseInst(nn.Module):
         mask_threshold: a pixel belongs to a mask where its probability is above this.
         max_detections: most instances per image.
         mask_nms_threshold: IoU above which the worse of two masks of a class is dropped; 0: off.
+        antialiased_targets: see :meth:`prepare_targets`.
     """
 
     @configurable
@@ -51,6 +53,7 @@ class SparseInst(nn.Module):
         mask_threshold: float = 0.45,
         max_detections: int = 100,
         mask_nms_threshold: float = 0.0,
+        antialiased_targets: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -64,6 +67,7 @@ class SparseInst(nn.Module):
         self.mask_threshold = mask_threshold
         self.max_detections = max_detections
         self.mask_nms_threshold = mask_nms_threshold
+        self.antialiased_targets = antialiased_targets
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -83,6 +87,7 @@ class SparseInst(nn.Module):
             "mask_threshold": sparse_inst.MASK_THRESHOLD,
             "max_detections": sparse_inst.MAX_DETECTIONS,
             "mask_nms_threshold": sparse_inst.MASK_NMS_THRESHOLD,
+            "antialiased_targets": sparse_inst.ANTIALIASED_TARGETS,
         }
 
     @property
@@ -129,7 +134,11 @@ class SparseInst(nn.Module):
     def prepare_targets(
         self, batched_inputs: list[dict], images: ImageList, mask_size: Sequence[int]
     ) -> list[InstanceTargets]:
-        """Ground truth on the mask grid: padded as the images are, then resized bilinearly, without antialiasing."""
+        """Ground truth on the mask grid: padded as the images are, then reduced.
+
+        As published bilinearly, which looks at the two pixels on either side of a cell's centre; antialiased: to the
+        share of each cell that the instance covers.
+        """
         padded_height, padded_width = images.tensor.shape[-2:]
         targets = []
         for x in batched_inputs:
@@ -137,7 +146,10 @@ class SparseInst(nn.Module):
             masks = gt_masks_tensor(instances)
             height, width = instances.image_size
             masks = F.pad(masks.float(), (0, padded_width - width, 0, padded_height - height))
-            masks = F.interpolate(masks[:, None], size=tuple(mask_size), mode="bilinear", align_corners=False)[:, 0]
+            if self.antialiased_targets:
+                masks = masks_on_grid(masks, tuple(mask_size))
+            else:
+                masks = F.interpolate(masks[:, None], size=tuple(mask_size), mode="bilinear", align_corners=False)[:, 0]
             targets.append(InstanceTargets(instances.gt_classes, masks))
         return targets
 
