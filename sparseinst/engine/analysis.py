@@ -8,7 +8,6 @@ import torchvision  # noqa: F401  registers torch.ops.torchvision
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
-from tabulate import tabulate
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -112,8 +111,8 @@ def _deform_conv_flops(_, weight_shape, *__, out_shape, **___) -> int:
     return 2 * out_shape.numel() * weight_shape[1:].numel()
 
 
-def _matrix_vector_flops(*shapes, out_shape, **_) -> int:
-    return 2 * out_shape.numel() * shapes[-1].numel()
+def _vector_product_flops(first_shape, *_, **__) -> int:
+    return 2 * first_shape.numel()
 
 
 # What PyTorch's own counter takes for zero. Four products for each element that is resized bilinearly: with them the
@@ -121,8 +120,8 @@ def _matrix_vector_flops(*shapes, out_shape, **_) -> int:
 _BILINEAR = torch.ops.aten.upsample_bilinear2d
 _FORMULAS = {
     torch.ops.torchvision.deform_conv2d: _deform_conv_flops,
-    torch.ops.aten.mv: _matrix_vector_flops,
-    torch.ops.aten.dot: lambda a_shape, *_, **__: 2 * a_shape.numel(),
+    torch.ops.aten.mv: _vector_product_flops,
+    torch.ops.aten.dot: _vector_product_flops,
     _BILINEAR: lambda *_, out_shape, **__: 8 * out_shape.numel(),
 }
 
@@ -137,7 +136,7 @@ def analyze(model: SparseInst, size: Sequence[int]) -> Analysis:
     parameters that were published for it (with the four buffers of each norm it would be 32.90 M).
 
     Args:
-        model: in eval mode, on any device; the image is run through it there.
+        model: in eval mode; the image is run through it, on its device.
         size: height and width of the image, pixels; it is padded as the model pads images.
 
     Raises:
@@ -171,10 +170,8 @@ def analyze(model: SparseInst, size: Sequence[int]) -> Analysis:
         )
 
     total = cost()
-    branches = {
-        f"decoder: {BRANCH_NAMES.get(name, name)}": cost(f"decoder.{name}")
-        for name, _ in model.decoder.named_children()
-    }
+    names = [name for name, _ in model.decoder.named_children()]
+    branches = {f"decoder: {BRANCH_NAMES.get(name, name)}": cost(f"decoder.{name}") for name in names}
     parts = {"backbone": cost("backbone"), "encoder": cost("encoder"), **branches}
     parts["decoder: mask product"] = _difference(cost("decoder"), branches.values())
     other = _difference(total, parts.values())
@@ -206,24 +203,3 @@ def analyze_config(cfg: CfgNode, size: Sequence[int] | None = None) -> Analysis:
         if cfg.INPUT.MIN_SIZE_TEST:
             size = ResizeShortestEdge.get_output_shape(*size, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     return analyze(build_model(cfg).eval(), size)
-
-
-def parts_table(analysis: Analysis) -> str:
-    """One model's parts as a markdown table, with the decoder's sum and the total."""
-    costs = dict(analysis.parts)
-    decoder_costs = [cost for name, cost in costs.items() if name.startswith("decoder: ")]
-    costs |= {"decoder": Cost(*map(sum, zip(*decoder_costs))), "total": analysis.total}
-    return _table("part", costs)
-
-
-def models_table(analyses: dict[str, Analysis]) -> str:
-    """Several models' totals, by name, as a markdown table."""
-    return _table("model", {name: analysis.total for name, analysis in analyses.items()})
-
-
-def _table(heading: str, costs: dict[str, Cost]) -> str:
-    rows = [
-        [name, cost.parameters / 1e6, cost.multiply_adds / 1e9, cost.activations / 1e6] for name, cost in costs.items()
-    ]
-    headers = [heading, "parameters, M", "multiply-adds, G", "activations, M"]
-    return tabulate(rows, headers=headers, floatfmt=("", ".2f", ".1f", ".1f"), tablefmt="github")

@@ -7,9 +7,31 @@ import sys
 from pathlib import Path
 
 import yaml
+from tabulate import tabulate
 
-from sparseinst.engine.analysis import Analysis, analyze_config, models_table, parts_table
+from sparseinst.engine.analysis import Analysis, Cost, analyze_config
 from sparseinst.engine.setup import load_config
+
+
+def parts_table(analysis: Analysis) -> str:
+    """One model's parts as a markdown table, with the decoder's sum and the total."""
+    costs = dict(analysis.parts)
+    decoder_costs = [cost for name, cost in costs.items() if name.startswith("decoder: ")]
+    costs |= {"decoder": Cost(*map(sum, zip(*decoder_costs))), "total": analysis.total}
+    return _table("part", costs)
+
+
+def models_table(analyses: dict[str, Analysis]) -> str:
+    """Several models' totals, by name, as a markdown table."""
+    return _table("model", {name: analysis.total for name, analysis in analyses.items()})
+
+
+def _table(heading: str, costs: dict[str, Cost]) -> str:
+    rows = [
+        [name, cost.parameters / 1e6, cost.multiply_adds / 1e9, cost.activations / 1e6] for name, cost in costs.items()
+    ]
+    headers = [heading, "parameters, M", "multiply-adds, G", "activations, M"]
+    return tabulate(rows, headers=headers, floatfmt=("", ".2f", ".1f", ".1f"), tablefmt="github")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,9 +86,10 @@ def main(argv: list[str] | None = None) -> int:
         print(parts_table(*analyses.values()))
     else:
         print(models_table({Path(name).stem: analysis for name, analysis in analyses.items()}))
+    print()
     for size in sorted({analysis.size for analysis in analyses.values()}):
         names = [Path(name).stem for name, analysis in analyses.items() if analysis.size == size]
-        print(f"\nOne image of {size[0]} x {size[1]} pixels, padding included: {', '.join(names)}")
+        print(f"One image of {size[0]} x {size[1]} pixels, padding included: {', '.join(names)}")
     for name, analysis in analyses.items():
         if analysis.uncounted:
             print(f"warning: {name}: counted as zero: {', '.join(analysis.uncounted)}", file=sys.stderr)
