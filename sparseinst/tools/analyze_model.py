@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -70,12 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0, or 1 where a config does not give a model that can be analysed.
     """
     args = build_parser().parse_args(argv)
-    # That there is no GPU is no news here.
-    logging.getLogger("sparseinst").setLevel(logging.ERROR)
+    # Here it is no news that there is no GPU.
+    opts = [*args.opts, "MODEL.DEVICE", "cpu"]
     analyses: dict[str, Analysis] = {}
     for config_file in args.config_file:
         try:
-            analyses[config_file] = analyze_config(load_config(config_file, args.opts), args.size)
+            analyses[config_file] = analyze_config(load_config(config_file, opts), args.size)
         # Detectron2's builders and registries tell of wrong keys by any of these; ImportError: timm is missing.
         except (ValueError, KeyError, AssertionError, RuntimeError, ImportError, OSError, yaml.YAMLError) as error:
             message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())

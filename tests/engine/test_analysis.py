@@ -42,11 +42,11 @@ def rows(images):
 
 
 class Attention(nn.Module):
-    """Of 96 queries in 4 heads of dimension 8, each with 24 keys of the same dimension and values of dimension 4."""
+    """Of 96 queries in 4 heads of dimension 8, each with 24 keys and values."""
 
     def forward(self, images):
         query = images[:, :, :, :32].reshape(1, 4, 96, 8)
-        return F.scaled_dot_product_attention(query, query[:, :, :24], query[:, :, :24, :4])
+        return F.scaled_dot_product_attention(query, query[:, :, :24], query[:, :, :24])
 
 
 class OffsetConv(DeformConv2d):
@@ -80,11 +80,11 @@ class OffsetConv(DeformConv2d):
         (lambda x: rows(x)[0] @ rows(x)[1], (0, 96, 1)),
         (lambda x: torch.bmm(x[0], x[0].transpose(1, 2)), (0, 3 * 32 * 64 * 32, 3 * 32 * 32)),
         (lambda x: torch.einsum("bchw,bdhw->bcd", x, x), (0, 3 * 2048 * 3, 9)),
-        # 4 heads: 96 * 8 * 24 for the weights, 96 * 24 * 4 for their sum of the values.
-        (Attention(), (0, 4 * (96 * 8 * 24 + 96 * 24 * 4), 4 * (96 * 24 + 96 * 4))),
+        # 4 heads: the weights from 8 products each, then the sums of 24 values.
+        (Attention(), (0, 4 * (96 * 24 * 8 + 96 * 8 * 24), 4 * (96 * 24 + 96 * 8))),
         # Four products for each of 64 * 128 pixels of 3 channels, which are no activations.
         (nn.Upsample(scale_factor=2, mode="bilinear"), (0, 4 * 3 * 64 * 128, 0)),
-        (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(True), nn.MaxPool2d(2), nn.Softmax(1), nn.Hardswish()), (6, 0, 0)),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Hardswish(True), nn.Softmax(1)), (6, 0, 0)),
         (FrozenBatchNorm2d(3), (0, 0, 0)),
     ],
     ids=[

@@ -28,8 +28,9 @@ def cells(output: str) -> dict[str, list[str]]:
     return {name.strip(): [cell.strip() for cell in row] for name, *row in rows}
 
 
-def test_one_config_is_a_table_of_parts(config, capsys):
-    assert analyze_model.main(["--config-file", config, "--size", "250", "300"]) == 0
+def test_one_config_is_a_table_of_parts(config, capsys, caplog):
+    opts = ["--opts", "MODEL.DEVICE", "cuda"]
+    assert analyze_model.main(["--config-file", config, "--size", "250", "300", *opts]) == 0
     printed = capsys.readouterr()
     table = cells(printed.out)
     assert list(table) == [
@@ -45,7 +46,8 @@ def test_one_config_is_a_table_of_parts(config, capsys):
     decoder = [cost for name, cost in analysis.parts.items() if name.startswith("decoder")]
     assert table["decoder"][2] == f"{sum(cost.activations for cost in decoder) / 1e6:.1f}"
     assert "256 x 320" in printed.out
-    assert printed.err == ""
+    # Not a word of the GPU that need not be there.
+    assert printed.err == "" and caplog.text == ""
 
 
 def test_several_configs_are_a_table_of_models(config, tmp_path, capsys):
