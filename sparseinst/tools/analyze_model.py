@@ -86,9 +86,11 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(models_table({Path(name).stem: analysis for name, analysis in analyses.items()}))
     print()
-    for size in sorted({analysis.size for analysis in analyses.values()}):
+    sizes = sorted({analysis.size for analysis in analyses.values()})
+    for size in sizes:
         names = [Path(name).stem for name, analysis in analyses.items() if analysis.size == size]
-        print(f"One image of {size[0]} x {size[1]} pixels, padding included: {', '.join(names)}")
+        of_whom = f": {', '.join(names)}" if len(sizes) > 1 else ""
+        print(f"One image of {size[0]} x {size[1]} pixels, padding included{of_whom}")
     for name, analysis in analyses.items():
         if analysis.uncounted:
             print(f"warning: {name}: counted as zero: {', '.join(analysis.uncounted)}", file=sys.stderr)
