@@ -78,9 +78,18 @@ class TimmBackbone(Backbone):
         elif norm == "SyncBN":
             self.body = _import_timm().layers.convert_sync_batchnorm(self.body)
         prefixes = _prefixes(self.body, whole)
+        needed = _names_up_to(whole, levels, max(indices[stride] for stride in strides.values()))
+        if needed is not None:
+            _drop_unneeded(self.body, prefixes, needed)
         frozen_levels = [index for stride, index in indices.items() if stride <= 2**freeze_at]
         if freeze_at > 0 and frozen_levels:
-            _freeze_up_to(self.body, prefixes, whole, levels[max(frozen_levels)].get("module", ""))
+            frozen = _names_up_to(whole, levels, max(frozen_levels))
+            if frozen is None:
+                raise ValueError(
+                    f"The backbone {model_name} cannot be frozen in part, since timm does not say where its stages "
+                    "end; set MODEL.BACKBONE.FREEZE_AT to 0"
+                )
+            _freeze(self.body, prefixes, frozen)
         rename_state_dict(
             self,
             lambda name: to_published(_whole_name(prefixes, name.removeprefix("body."))),
@@ -185,20 +194,31 @@ def _freeze_batch_norms(body: nn.Module, parts: Sequence[nn.Module]) -> None:
                 setattr(parent, name, freeze(child))
 
 
-def _freeze_up_to(body: nn.Module, prefixes: Mapping[str, str], whole: nn.Module, last_module: str) -> None:
-    """Freeze what is defined before the end of a module of the whole model, which is what runs before it."""
+def _names_up_to(whole: nn.Module, levels: Sequence[Mapping], index: int) -> set[str] | None:
+    """Names of what is defined before the end of a level, which for timm's models is what runs before it.
+
+    None where the levels are not named after parts of the model, so that nothing tells where they end.
+    """
     names = [name for name, _ in whole.named_modules()]
-    ends = [index for index, name in enumerate(names) if f"{name}.".startswith(f"{last_module}.")]
-    if not ends:
-        raise ValueError(
-            f"The backbone {type(whole).__name__} cannot be frozen in part, since timm does not say where its stages "
-            "end; set MODEL.BACKBONE.FREEZE_AT to 0"
-        )
-    frozen_names = set(names[: ends[-1] + 1])
+    if any(level.get("module") not in names for level in levels):
+        return None
+    inside = f"{levels[index]['module']}."
+    return set(names[: max(i for i, name in enumerate(names) if f"{name}.".startswith(inside)) + 1])
+
+
+def _drop_unneeded(body: nn.Module, prefixes: Mapping[str, str], needed: set[str]) -> None:
+    """Delete the last parts of a sequence that no feature needs: EfficientNets and MobileNets come with all of them."""
+    for name, sequence in body.named_children():
+        if isinstance(sequence, nn.Sequential):
+            for part in reversed(list(dict(sequence.named_children()))):
+                if _whole_name(prefixes, f"{name}.{part}.").removesuffix(".") in needed:
+                    break
+                delattr(sequence, part)
+
+
+def _freeze(body: nn.Module, prefixes: Mapping[str, str], names: set[str]) -> None:
     frozen = [
-        module
-        for name, module in body.named_modules()
-        if _whole_name(prefixes, f"{name}.").removesuffix(".") in frozen_names
+        module for name, module in body.named_modules() if _whole_name(prefixes, f"{name}.").removesuffix(".") in names
     ]
     for module in frozen:
         for parameter in module.parameters(recurse=False):
@@ -219,10 +239,10 @@ def _prefixes(body: nn.Module, whole: nn.Module) -> dict[str, str]:
         if isinstance(child, nn.Sequential)
         for part, _ in child.named_children()
     }
-    names = [name for name, _ in body.named_children() if name not in children]
-    if len(names) == 1 and names[0] not in flattened:
+    names = [name for name, _ in body.named_children()]
+    if len(names) == 1 and names[0] not in {**children, **flattened}:
         return {f"{names[0]}.": ""}
-    return {f"{name}.": f"{flattened[name]}." for name in names}
+    return {f"{name}.": f"{flattened[name]}." for name in names if name not in children and name in flattened}
 
 
 def _whole_name(prefixes: Mapping[str, str], body_name: str) -> str:
