@@ -120,7 +120,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res4", "res5"]
     # "" leaves the model's norms as they are; "FrozenBN" freezes its batch norms, "SyncBN" synchronises them.
     cfg.MODEL.TIMM.NORM = ""
-    # Further keyword arguments of timm.create_model, for example drop_path_rate.
+    # Further keyword arguments of timm.create_model; on a command line MODEL.TIMM.ARGS "{'drop_path_rate': 0.1}".
     cfg.MODEL.TIMM.ARGS = CfgNode(new_allowed=True)
 
     # "ADAMW" or "SGD".

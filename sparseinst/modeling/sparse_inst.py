@@ -73,7 +73,7 @@ class SparseInst(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict:
         if not cfg.MODEL.MASK_ON:
             raise ValueError("MODEL.MASK_ON is False: SparseInst predicts masks and nothing else; set it to True")
-        backbone = build_backbone(cfg)
+        backbone = _build_backbone(cfg)
         encoder = build_sparse_inst_encoder(cfg, backbone.output_shape())
         sparse_inst = cfg.MODEL.SPARSE_INST
         return {
@@ -123,7 +123,8 @@ class SparseInst(nn.Module):
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images, then pad them with zeros, right and bottom, to one size."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        divisibility = math.lcm(SIZE_DIVISIBILITY, self.backbone.size_divisibility or 1)
+        # Of Detectron2's Swin alone, without an FPN around it, the property raises an AttributeError.
+        divisibility = math.lcm(SIZE_DIVISIBILITY, getattr(self.backbone, "size_divisibility", 0) or 1)
         constraints = {**self.backbone.padding_constraints, "size_divisibility": divisibility}
         return ImageList.from_tensors(images, padding_constraints=constraints)
 
@@ -190,6 +191,21 @@ class SparseInst(nn.Module):
                 instances.pred_iams = iams.transpose(0, 1)[..., :rows, :columns]
             results.append({"instances": instances})
         return results
+
+
+def _build_backbone(cfg: CfgNode) -> Backbone:
+    """Detectron2's build_backbone; where its compiled operators are missing, the error says what does without."""
+    try:
+        return build_backbone(cfg)
+    except ImportError as error:
+        if "detectron2._C" not in str(error):
+            raise
+        raise ImportError(
+            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE}, for which "
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} needs Detectron2's compiled operators, and this Detectron2 "
+            "has none that work. Set MODEL.BACKBONE.NAME to build_resnet_dcn_backbone: the same ResNet, and the same "
+            "weights, with torchvision's operator"
+        ) from error
 
 
 def gt_masks_tensor(instances: Instances) -> torch.Tensor:
