@@ -77,7 +77,12 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         if not path:
             self._warn_of_random_weights()
             return {}
-        return super().load(find_weights(path), checkpointables)
+        # Detectron2 only logs what a model did not take.
+        handle = self.model.register_load_state_dict_post_hook(_check_taken)
+        try:
+            return super().load(find_weights(path), checkpointables)
+        finally:
+            handle.remove()
 
     def _load_file(self, filename: str) -> dict:
         """The file's content, with the model's whole state dict as "model": what the file lacks is as it was."""
@@ -158,6 +163,16 @@ class SparseInstCheckpointer(DetectionCheckpointer):
                 "norms do not normalise; give weights, or a NORM that trains and FREEZE_AT 0",
                 first_names(frozen),
             )
+
+
+def _check_taken(model: nn.Module, incompatible_keys) -> None:
+    """The model was given exactly the names of its own state dict."""
+    if any(incompatible_keys):
+        raise RuntimeError(
+            f"{type(model).__name__} does not load the state dict that it saves: of its own names it misses "
+            f"{first_names(incompatible_keys.missing_keys)}, and does not know "
+            f"{first_names(incompatible_keys.unexpected_keys)}. Its hooks for saving and loading disagree"
+        )
 
 
 def checkpointer_from_config(
