@@ -13,6 +13,8 @@ from sparseinst.checkpoint.locations import find_weights
 
 logger = logging.getLogger(__name__)
 
+# Where MODEL.MIN_BACKBONE_COVERAGE is 0, less than this is still told.
+_LOUD_BELOW = 0.9
 _ALLOW = "set MODEL.MIN_BACKBONE_COVERAGE 0.0 to start from what fits"
 
 
@@ -56,8 +58,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         self.min_backbone_coverage = min_backbone_coverage
         self.trusted = trusted
         self.coverage: Coverage | None = None
-        self._source = ""
-        self._is_start = False
+        self._content: dict = {}
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """Load a model, and with ``checkpointables`` None all else that was saved with it.
@@ -72,19 +73,26 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         Raises:
             ValueError: the file cannot be read, or does not fill what it must.
         """
-        self._source = path
-        self._is_start = checkpointables == [] and self.min_backbone_coverage is not None
+        is_start = checkpointables == [] and self.min_backbone_coverage is not None
         if not path:
-            self._warn_of_random_weights()
+            self._warn_of_random_weights(is_start)
             return {}
+        filename = find_weights(path)
+        # Before Detectron2's part, after an error in which no second load is possible.
+        self._content = self._read(path, filename, is_start)
         # Detectron2 only logs what a model did not take.
         handle = self.model.register_load_state_dict_post_hook(_check_taken)
         try:
-            return super().load(find_weights(path), checkpointables)
+            return super().load(filename, checkpointables)
         finally:
             handle.remove()
+            self._content = {}
 
     def _load_file(self, filename: str) -> dict:
+        """What :meth:`load` has read, in the form that Detectron2 expects."""
+        return self._content
+
+    def _read(self, source: str, filename: str, is_start: bool) -> dict:
         """The file's content, with the model's whole state dict as "model": what the file lacks is as it was."""
         content = read_weights_file(filename, self.trusted).content
         try:
@@ -93,13 +101,16 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             raise WeightsFileError(f"{filename} {error}") from error
         target = self.model.state_dict()
         converted = convert(tensors, target)
-        self.coverage = measure(self._source, converted, target)
-        if self._is_start:
+        self.coverage = measure(source, converted, target)
+        if is_start:
             self._check_start(converted)
         else:
             self._check_whole()
         logger.info("%s", self.coverage.text())
-        state = {**target, **{name: converted.tensors[name] for name in self.coverage.filled}}
+        # Step counters, which the report leaves out, too.
+        found = converted.tensors
+        fitting = (name for name in target if name in found and found[name].shape == target[name].shape)
+        state = {**target, **{name: found[name] for name in fitting}}
         rest = {key: value for key, value in content.items() if key != entry} if entry else {}
         # That was for the names, which are the model's now.
         rest.pop("matching_heuristics", None)
@@ -118,11 +129,9 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         problems = []
         if other_network:
             problems.append(f"does not fit the backbone: {other_network}")
-        if coverage.backbone_share < self.min_backbone_coverage:
-            problems.append(
-                f"fills {filled} of the backbone's {total} tensors, and MODEL.MIN_BACKBONE_COVERAGE asks for "
-                f"{self.min_backbone_coverage:.0%}"
-            )
+        wanted = self.min_backbone_coverage or _LOUD_BELOW
+        if coverage.backbone_share < wanted:
+            problems.append(f"fills {filled} of the backbone's {total} tensors, where {wanted:.0%} are wanted")
         missing = [name for name in coverage.missing if name.startswith(BACKBONE)]
         if not problems and (frozen := sorted(set(frozen_tensors(self.model)) & set(missing))):
             problems.append(f"lacks tensors that are frozen, so would stay as initialised: {first_names(frozen)}")
@@ -154,8 +163,8 @@ class SparseInstCheckpointer(DetectionCheckpointer):
                 first_names(left_over),
             )
 
-    def _warn_of_random_weights(self) -> None:
-        if not self._is_start:
+    def _warn_of_random_weights(self, is_start: bool) -> None:
+        if not is_start:
             logger.warning("MODEL.WEIGHTS is empty: THE WEIGHTS ARE RANDOM, and so is everything that is predicted")
         elif frozen := frozen_tensors(self.model):
             logger.warning(
