@@ -12,6 +12,7 @@ from sparseinst.checkpoint.converters import RESNET_D, family_of
 from tests.checkpoint.sources import (
     IMAGES,
     RESNET_50,
+    BackboneOnly,
     assert_close,
     backbone_model,
     features_of,
@@ -89,6 +90,25 @@ def test_detectron2_pkl(tmp_path):
     assert coverage.classifier == ["stem.fc.weight", "stem.fc.bias"]
     # What stock users append is not needed, and does no harm.
     assert load(model, f"{tmp_path / 'R-18.pkl'}?matching_heuristics=True").missing == []
+
+
+def needs_backbone(name):
+    return pytest.mark.skipif(name not in BACKBONE_REGISTRY, reason=f"{name} is not registered")
+
+
+@torch.no_grad()
+@needs_backbone("build_resnet_dcn_backbone")
+def test_offsets_of_deformable_convolutions_need_no_weights(tmp_path):
+    source = randomise(torchvision.models.resnet50())
+    torch.save(source.state_dict(), tmp_path / "resnet50.pth")
+    model = backbone_model(
+        *RESNET_50, *ALL_STAGES, "MODEL.BACKBONE.NAME", "build_resnet_dcn_backbone", "MODEL.RESNETS.NORM", "FrozenBN",
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, True, True],
+    )  # fmt: skip
+    coverage = load(model, tmp_path / "resnet50.pth", min_backbone_coverage=0.9)
+    assert len(coverage.missing) == 18 and all("conv2_offset" in name for name in coverage.missing)
+    # They start at zero, where the convolution is an ordinary one.
+    assert_close(list(features_of(model).values()), resnet_stages(source))
 
 
 def caffe2_arrays(backbone):
@@ -218,10 +238,6 @@ def test_published_pvt_in_timms(tmp_path):
     assert_close(list(features_of(model).values()), expected[1:])
 
 
-def needs_backbone(name):
-    return pytest.mark.skipif(name not in BACKBONE_REGISTRY, reason=f"{name} is not registered")
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "opts"),
@@ -282,6 +298,20 @@ def test_efficientnet_lite_computes_what_its_own_package_does(tmp_path):
     assert load(other, url, min_backbone_coverage=0.0).backbone_share == 1
     difference = features_of(other)["res5"] - stages[2]
     assert difference.abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_larger_efficientnets_lite(tmp_path, size):
+    timm = pytest.importorskip("timm", reason="the network is this package's")
+    network_code = pytest.importorskip("efficientnet_lite_pytorch", reason="the original network")
+    original = randomise(network_code.EfficientNet.from_name(f"efficientnet-lite{size}", image_size=None))
+    model = BackboneOnly(timm.create_model(f"tf_efficientnet_lite{size}")).eval()
+    torch.save(original.state_dict(), tmp_path / "lite.pth")
+    # Here the backbone is the classifier: nothing is left.
+    coverage = load(model, tmp_path / "lite.pth")
+    assert coverage.left_over == coverage.classifier == []
+    assert_close([model.backbone(IMAGES)], [original(IMAGES)])
 
 
 def test_blocks_with_their_stride_elsewhere_are_told(tmp_path):
