@@ -6,7 +6,6 @@ import time
 import weakref
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
@@ -16,6 +15,7 @@ from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 
+from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 from sparseinst.engine.evaluation import evaluate
@@ -63,9 +63,11 @@ class Trainer(SimpleTrainer):
         self.results: dict = {}
         self._loader_iter = None
 
-        self.checkpointer = DetectionCheckpointer(
+        self.checkpointer = checkpointer_from_config(
+            cfg,
             model,
             cfg.OUTPUT_DIR,
+            is_training=True,
             trainer=weakref.proxy(self),
             classes=CheckpointedClasses(class_info(cfg.DATASETS.TRAIN[0])),
         )
@@ -111,7 +113,11 @@ class Trainer(SimpleTrainer):
         return self.results
 
     def resume_or_load(self, resume: bool) -> None:
-        """Load MODEL.WEIGHTS, or with ``resume`` the last checkpoint of OUTPUT_DIR where there is one."""
+        """Load MODEL.WEIGHTS, or with ``resume`` the last checkpoint of OUTPUT_DIR where there is one.
+
+        Raises:
+            ValueError: the file cannot be read, or does not fill what it must.
+        """
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resume and self.checkpointer.has_checkpoint():
             self.start_iter = self.iter + 1

@@ -1,15 +1,12 @@
 """From pictures to instances, through the very pixels that the evaluation gives the model."""
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
@@ -21,11 +18,10 @@ from detectron2.structures import Instances
 from PIL import Image
 from torch import nn
 
+from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
 
 CHANNEL_ORDERS = ("RGB", "BGR")
-
-logger = logging.getLogger(__name__)
 
 
 class ImageReadError(ValueError):
@@ -55,8 +51,8 @@ class Predictor:
         metadata: the class names as Detectron2's visualizers take them.
 
     Raises:
-        ValueError: ``INPUT.FORMAT`` is neither; ``MODEL.WEIGHTS`` is not there, belongs to another number of classes or
-            lacks parameters of the model.
+        ValueError: ``INPUT.FORMAT`` is neither; ``MODEL.WEIGHTS`` is not there, cannot be read, belongs to another
+            number of classes or lacks tensors of the model.
     """
 
     @configurable
@@ -79,19 +75,11 @@ class Predictor:
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module | None = None) -> dict:
         checkpoint: dict = {}
-        missing: list[str] = []
         if model is None:
             model = build_model(cfg)
             model.eval()
-            checkpoint, missing = _load_weights(model, cfg.MODEL.WEIGHTS)
+            checkpoint = checkpointer_from_config(cfg, model).load(cfg.MODEL.WEIGHTS)
         classes = _find_classes(cfg, checkpoint.get("classes"))
-        if missing:
-            num_parameters = len(list(model.parameters()))
-            raise ValueError(
-                f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} lacks {len(missing)} of the model's {num_parameters} parameters, "
-                f"or has them in another shape; the first: {', '.join(missing[:3])}. "
-                "Give the checkpoint of a trained model and the config file that it was trained with"
-            )
         return {
             "model": model,
             "augmentations": detection_utils.build_augmentation(cfg, is_train=False),
@@ -196,46 +184,6 @@ def _check_array(image: np.ndarray) -> None:
             "A picture's array must be (height, width, 3) uint8 with at least one pixel, "
             f"found {image.shape} {image.dtype}"
         )
-
-
-def check_weights_file(weights: str) -> None:
-    """Check that MODEL.WEIGHTS, unless it is empty or a URL, names a file. Raises ValueError."""
-    if weights and "://" not in weights and not Path(weights.split("?")[0]).is_file():
-        raise ValueError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
-
-
-@contextlib.contextmanager
-def explained_download(weights: str) -> Iterator[None]:
-    """Turn a failed download of MODEL.WEIGHTS into a ValueError that says what to do instead."""
-    try:
-        yield
-    except URLError as error:
-        raise ValueError(
-            f"MODEL.WEIGHTS {weights} cannot be downloaded ({error.reason}). Name a file that is on this machine, or "
-            'set MODEL.WEIGHTS "" to start from random weights'
-        ) from error
-
-
-def _load_weights(model: nn.Module, weights: str) -> tuple[dict, list[str]]:
-    """Load a checkpoint; returns what else it holds, and the names of the parameters that it did not fill."""
-    if not weights:
-        logger.warning("MODEL.WEIGHTS is empty: THE WEIGHTS ARE RANDOM, and so is everything that is predicted")
-        return {}, []
-    check_weights_file(weights)
-    missing: list[str] = []
-
-    def keep_missing(_: nn.Module, incompatible_keys) -> None:
-        missing.extend(incompatible_keys.missing_keys)
-
-    # The checkpointer only logs what it did not find; a model half random would predict nonsense without a word.
-    handle = model.register_load_state_dict_post_hook(keep_missing)
-    try:
-        with explained_download(weights):
-            checkpoint = DetectionCheckpointer(model).load(weights)
-    finally:
-        handle.remove()
-    parameter_names = {name for name, _ in model.named_parameters()}
-    return checkpoint, [name for name in missing if name in parameter_names]
 
 
 def _find_classes(cfg: CfgNode, saved: dict | None) -> ClassInfo:

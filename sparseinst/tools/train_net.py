@@ -1,12 +1,10 @@
 """Train and evaluate SparseInst: ``python train_net.py --config-file configs/sparse_inst_r50_giam.yaml``."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -14,13 +12,11 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
 from sparseinst.data.coco_json import check_num_classes, class_info, register_user_datasets
 from sparseinst.engine.evaluation import evaluate_and_time
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import Trainer, check_test_config
-from sparseinst.inference.predictor import check_weights_file, explained_download
-
-logger = logging.getLogger(__name__)
 
 DATA_FLAGS = {
     "--train-json": "COCO json to train on, in place of DATASETS.TRAIN",
@@ -77,16 +73,14 @@ def main(args: argparse.Namespace) -> dict:
     """
     try:
         cfg = setup(args)
-        with explained_download(cfg.MODEL.WEIGHTS):
-            if args.eval_only:
-                model = build_model(cfg)
-                model.eval()
-                if not cfg.MODEL.WEIGHTS and not args.resume:
-                    logger.warning("MODEL.WEIGHTS is empty: the weights are random, and so are the results")
-                DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-            else:
-                trainer = Trainer(cfg)
-                trainer.resume_or_load(resume=args.resume)
+        if args.eval_only:
+            model = build_model(cfg)
+            model.eval()
+            checkpointer = checkpointer_from_config(cfg, model, cfg.OUTPUT_DIR)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        else:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
     except (ValueError, FileNotFoundError) as error:
         # FileNotFoundError: a builtin data set that is not on this machine.
         sys.exit(f"error: {error}")

@@ -191,3 +191,28 @@ def test_stock_mapper_by_name(shapes, tmp_path):
 def test_refused_by_name(shapes, tmp_path, key, value):
     with pytest.raises(ValueError, match=key.split(".")[-1]):
         Trainer(make_cfg(shapes, tmp_path, key, value))
+
+
+def test_weights_are_loaded_for_certain(shapes, tmp_path):
+    run(make_cfg(shapes, tmp_path / "first", "SOLVER.MAX_ITER", 1))
+    path = tmp_path / "first" / "model_final.pth"
+    # Nothing in it needs code to be read: the optimizer's, the hooks' and the gradient scaler's states included.
+    first = torch.load(path, weights_only=True)
+    assert {"model", "trainer", "classes", "iteration"} <= first.keys()
+
+    # Fine-tuning: with other heads, from what fits.
+    trainer = Trainer(make_cfg(shapes, tmp_path / "second", "MODEL.WEIGHTS", str(path),
+                               "MODEL.SPARSE_INST.DECODER.NUM_MASKS", 9))  # fmt: skip
+    trainer.resume_or_load(resume=False)
+    assert trainer.start_iter == 0
+    state = trainer.model.state_dict()
+    different = [name for name, value in first["model"].items() if not torch.equal(state[name], value)]
+    assert different == ["decoder.inst_branch.iam_conv.weight", "decoder.inst_branch.iam_conv.bias"]
+
+    # A backbone that does not fit.
+    torch.save({name.replace("res", "stage"): value for name, value in first["model"].items()}, tmp_path / "other.pth")
+    cfg = make_cfg(shapes, tmp_path / "third", "MODEL.WEIGHTS", str(tmp_path / "other.pth"))
+    with pytest.raises(ValueError, match="MODEL.MIN_BACKBONE_COVERAGE 0.0"):
+        Trainer(cfg).resume_or_load(resume=False)
+    cfg.MODEL.MIN_BACKBONE_COVERAGE = 0.0
+    Trainer(cfg).resume_or_load(resume=False)

