@@ -54,20 +54,19 @@ class DeformConv2d(nn.Module):
         """(B, C, h, w) to what the replaced convolution would return, norm included."""
         offsets = self.offset(features)
         output_type = offsets.dtype
-        # Of 16-bit numbers the CPU has no such operator, and a place on a map of 100 pixels has a step of 1/16.
+        # The CPU's operator takes no 16-bit numbers, whose places on a map of 100 pixels would be 1/16 apart anyway.
         compute_type = torch.promote_types(output_type, torch.float32)
         offsets, mask_logits = offsets.to(compute_type).tensor_split([self.num_offsets], dim=1)
-        with torch.autocast(features.device.type, enabled=False):
-            features = deform_conv2d(
-                features.to(compute_type),
-                offsets.contiguous(),
-                self.weight.to(compute_type),
-                None if self.bias is None else self.bias.to(compute_type),
-                stride=self.stride,
-                padding=self.padding,
-                dilation=self.dilation,
-                mask=mask_logits.sigmoid() if self.modulated else None,
-            )
+        features = deform_conv2d(
+            features.to(compute_type),
+            offsets,
+            self.weight.to(compute_type),
+            None if self.bias is None else self.bias.to(compute_type),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            mask=mask_logits.sigmoid() if self.modulated else None,
+        )
         features = features.to(output_type)
         return features if self.norm is None else self.norm(features)
 
