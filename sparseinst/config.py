@@ -29,6 +29,9 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     sparse_inst.MAX_DETECTIONS = 100
     # Of two masks of one class whose IoU is above this, the lower score is dropped. 0: off, as published.
     sparse_inst.MASK_NMS_THRESHOLD = 0.0
+    # Ground truth on the mask grid: the share of each cell that the instance covers. Otherwise, as published, only the
+    # cell's central pixels count, and objects of one or two pixels can vanish.
+    sparse_inst.ANTIALIASED_TARGETS = False
     # "SparseInstDatasetMapper" (ours) or "DatasetMapper" (Detectron2's); read by train_net.py.
     sparse_inst.DATASET_MAPPER = "SparseInstDatasetMapper"
 
@@ -60,6 +63,10 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Tie each instance's maps to a place: instances stand on a grid over the picture, and their logits fall by this
     # times the squared distance, in grid cells. 0: no place preferred, as published.
     sparse_inst.DECODER.LOCATION_PRIOR = 0.0
+    # Tie each mask to the place of its maps: mask logits fall by a sharpness, which is learned for each instance and
+    # starts with this, times the squared distance from the maps' centre of mass, in the same cells. 0: off, as
+    # published.
+    sparse_inst.DECODER.MASK_WINDOW = 0.0
     sparse_inst.DECODER.INST = CfgNode()
     sparse_inst.DECODER.INST.DIM = 256
     sparse_inst.DECODER.INST.CONVS = 4
@@ -113,7 +120,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res4", "res5"]
     # "" leaves the model's norms as they are; "FrozenBN" freezes its batch norms, "SyncBN" synchronises them.
     cfg.MODEL.TIMM.NORM = ""
-    # Further keyword arguments of timm.create_model, for example drop_path_rate.
+    # Further keyword arguments of timm.create_model; on a command line MODEL.TIMM.ARGS "{'drop_path_rate': 0.1}".
     cfg.MODEL.TIMM.ARGS = CfgNode(new_allowed=True)
 
     # "ADAMW" or "SGD".

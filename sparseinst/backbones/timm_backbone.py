@@ -1,8 +1,7 @@
 """Any model of timm that gives feature maps as a Detectron2 backbone. timm is imported only when one is built."""
 
-import functools
-import re
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -10,13 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparseinst.backbones.state_dict_names import rename_state_dict
 
 NORMS = ("", "BN", "FrozenBN", "SyncBN")
 # Names of the features of `build_timm_backbone`, as Detectron2's ResNet has them, and their strides.
-FEATURE_STRIDES = {"res1": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
+STRIDES = {"res1": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 
 class TimmBackbone(Backbone):
@@ -27,7 +25,8 @@ class TimmBackbone(Backbone):
 
     Args:
         model_name: as ``timm.list_models()`` has it.
-        strides: stride of each feature to return, by the name to return it under; finest first.
+        strides: stride of each feature to return, by the name to return it under.
+        in_channels: channels of the images.
         norm: "" or "BN" leaves the model's norms as they are; "FrozenBN" freezes its batch norms, "SyncBN"
             synchronises them.
         freeze_at: everything up to the last map of stride ``2 ** freeze_at`` is frozen, 0 for nothing. In a ResNet 2 is
@@ -37,7 +36,8 @@ class TimmBackbone(Backbone):
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: timm has no such model, or not its feature maps, or not these strides; an unknown norm.
+        ValueError: timm has no such model, or it does not give feature maps, or not of these strides; an unknown norm;
+            arguments that the model does not take; a model that cannot be frozen in part.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class TimmBackbone(Backbone):
         model_name: str,
         strides: Mapping[str, int],
         *,
+        in_channels: int = 3,
         norm: str = "",
         freeze_at: int = 0,
         to_published: Callable[[str], str] = str,
@@ -54,42 +55,51 @@ class TimmBackbone(Backbone):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"The norm of the backbone {model_name} is {norm!r}; it must be one of {NORMS}")
-        create = functools.partial(_create_model, model_name, **(model_args or {}))
-        all_levels = create().feature_info
+        model_args = {"in_chans": in_channels, **(model_args or {})}
+        whole = _create_model(model_name, model_args)
+        levels = getattr(whole, "feature_info", None) or []
         # Of several maps of one stride the last.
-        indices = {stride: index for index, stride in enumerate(all_levels.reduction())}
+        indices = {level["reduction"]: index for index, level in enumerate(levels)}
         missing = [f"{name} (stride {stride})" for name, stride in strides.items() if stride not in indices]
         if missing:
             raise ValueError(
                 f"The backbone {model_name} has no {', '.join(missing)}; its maps have the strides "
-                f"{', '.join(map(str, indices))}. Choose others as OUT_FEATURES and ENCODER.IN_FEATURES"
+                f"{', '.join(map(str, indices)) or 'none'}. Choose others as OUT_FEATURES and ENCODER.IN_FEATURES, or "
+                "another model"
             )
-        out_indices = tuple(indices[stride] for stride in strides.values())
-        self.body = create(out_indices=out_indices)
-        self.channels_last_features = str(getattr(self.body, "output_fmt", "")).endswith("NHWC")
-        self._strides = dict(strides)
-        self._channels = dict(zip(strides, self.body.feature_info.channels()))
+        # timm returns the features in the network's order, whatever the order they are asked for.
+        self._strides = dict(sorted(strides.items(), key=lambda item: indices[item[1]]))
+        self.body = _create_features(model_name, [indices[stride] for stride in self._strides.values()], model_args)
+        self._channels = dict(zip(self._strides, self.body.feature_info.channels()))
+        self._is_channels_last = str(getattr(self.body, "output_fmt", "")).endswith("NHWC")
 
         if norm == "FrozenBN":
-            _freeze_batch_norms(self.body, set(self.body.modules()))
+            _freeze_batch_norms(self.body, list(self.body.modules()))
         elif norm == "SyncBN":
             self.body = _import_timm().layers.convert_sync_batchnorm(self.body)
+        prefixes = _prefixes(self.body, whole)
+        needed = _names_up_to(whole, levels, max(indices[stride] for stride in strides.values()))
+        if needed is not None:
+            _drop_unneeded(self.body, prefixes, needed)
         frozen_levels = [index for stride, index in indices.items() if stride <= 2**freeze_at]
         if freeze_at > 0 and frozen_levels:
-            _freeze_up_to(self.body, all_levels.module_name(max(frozen_levels)))
-
-        # Where maps are collected from the model's parts, timm names `stages.0` `stages_0`.
-        self._is_flattened = isinstance(self.body, nn.ModuleDict)
+            frozen = _names_up_to(whole, levels, max(frozen_levels))
+            if frozen is None:
+                raise ValueError(
+                    f"The backbone {model_name} cannot be frozen in part, since timm does not say where its stages "
+                    "end; set MODEL.BACKBONE.FREEZE_AT to 0"
+                )
+            _freeze(self.body, prefixes, frozen)
         rename_state_dict(
             self,
-            functools.partial(_published_name, self._is_flattened, to_published),
-            functools.partial(_own_name, self._is_flattened, from_published),
+            lambda name: to_published(_whole_name(prefixes, name.removeprefix("body."))),
+            lambda name: "body." + _body_name(prefixes, from_published(name)),
         )
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images (B, 3, ., .) to the features (B, C, ., .) by name."""
+        """Images (B, in_channels, ., .) to the features (B, C, ., .) by name."""
         features = self.body(images)
-        if self.channels_last_features:
+        if self._is_channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return dict(zip(self._strides, features))
 
@@ -107,16 +117,30 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         ValueError: a key of MODEL.TIMM that cannot be used.
     """
     timm_cfg = cfg.MODEL.TIMM
-    unknown = [name for name in timm_cfg.OUT_FEATURES if name not in FEATURE_STRIDES]
-    if unknown:
-        raise ValueError(f"MODEL.TIMM.OUT_FEATURES has {unknown}; it can have {', '.join(FEATURE_STRIDES)}")
     return TimmBackbone(
         timm_cfg.NAME,
-        {name: FEATURE_STRIDES[name] for name in timm_cfg.OUT_FEATURES},
+        select_strides("MODEL.TIMM.OUT_FEATURES", timm_cfg.OUT_FEATURES, STRIDES),
+        in_channels=input_shape.channels,
         norm=timm_cfg.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         model_args=timm_cfg.ARGS,
     )
+
+
+def select_strides(key: str, names: Sequence[str], strides: Mapping[str, int]) -> dict[str, int]:
+    """Those strides whose names a config lists.
+
+    Args:
+        key: the config's key, for the message.
+        names: what it lists.
+        strides: all that it can list.
+
+    Raises:
+        ValueError: it lists nothing, or a name that there is not.
+    """
+    if not names or any(name not in strides for name in names):
+        raise ValueError(f"{key} is {list(names)}; it must have one or more of {', '.join(strides)}")
+    return {name: strides[name] for name in names}
 
 
 def _import_timm() -> ModuleType:
@@ -131,55 +155,105 @@ def _import_timm() -> ModuleType:
     return timm
 
 
-def _create_model(model_name: str, **model_args) -> nn.Module:
+def _create_model(model_name: str, model_args: Mapping) -> nn.Module:
     timm = _import_timm()
-    if model_name not in timm.list_models() and model_name.split(".")[0] not in timm.list_models():
+    if not timm.is_model(model_name):
+        similar = difflib.get_close_matches(model_name, timm.list_models(), 5)
         raise ValueError(
-            f"timm {timm.__version__} has no model {model_name!r}. Similar names: "
-            f"{', '.join(timm.list_models(f'*{model_name[:6]}*')[:5]) or 'none'}; all: timm.list_models()"
+            f"timm {timm.__version__} has no model {model_name!r}. Similar names: {', '.join(similar) or 'none'}; "
+            "all: timm.list_models()"
         )
-    create = functools.partial(timm.create_model, model_name, features_only=True, **model_args)
+    try:
+        return timm.create_model(model_name, **model_args)
+    except TypeError as error:
+        raise ValueError(f"timm's {model_name} does not take these MODEL.TIMM.ARGS: {error}") from error
+
+
+def _create_features(model_name: str, out_indices: Sequence[int], model_args: Mapping) -> nn.Module:
+    arguments = {**model_args, "features_only": True, "out_indices": tuple(out_indices)}
     try:
         try:
-            # Models with position tables and windows otherwise take one size only.
-            return create(strict_img_size=False)
-        except TypeError as error:
-            if "strict_img_size" not in str(error):
-                raise
-            return create()
-    except (RuntimeError, AttributeError) as error:
+            # Models with windows and tables of positions otherwise take one size only.
+            return _import_timm().create_model(model_name, strict_img_size=False, **arguments)
+        except TypeError:
+            return _import_timm().create_model(model_name, **arguments)
+    except (AssertionError, AttributeError, RuntimeError) as error:
         raise ValueError(f"timm's {model_name} cannot be a backbone: {error}") from error
 
 
-def _freeze_batch_norms(body: nn.Module, parts: set[nn.Module]) -> None:
+def _freeze_batch_norms(body: nn.Module, parts: Sequence[nn.Module]) -> None:
     """Freeze those batch norms of the body that are among the parts."""
     freeze = _import_timm().layers.freeze_batch_norm_2d
+    norms = {part for part in parts if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm)}
     for parent in list(body.modules()):
         for name, child in parent.named_children():
-            if child in parts and isinstance(child, _BatchNorm):
-                if not child.weight.any():
+            if child in norms:
+                if child.affine and not child.weight.any():
                     # A frozen zero would cut its branch off for ever where no weights are loaded.
                     nn.init.ones_(child.weight)
                 setattr(parent, name, freeze(child))
 
 
-def _freeze_up_to(body: nn.Module, module_name: str) -> None:
-    """Freeze what is defined before the end of a module, which for timm's models is what runs before it."""
-    modules = dict(body.named_modules())
-    last = list((modules.get(module_name) or modules[module_name.replace(".", "_")]).modules())[-1]
-    in_order = list(body.modules())
-    frozen = in_order[: in_order.index(last) + 1]
+def _names_up_to(whole: nn.Module, levels: Sequence[Mapping], index: int) -> set[str] | None:
+    """Names of what is defined before the end of a level, which for timm's models is what runs before it.
+
+    None where the levels are not named after parts of the model, so that nothing tells where they end.
+    """
+    names = [name for name, _ in whole.named_modules()]
+    if any(level.get("module") not in names for level in levels):
+        return None
+    inside = f"{levels[index]['module']}."
+    return set(names[: max(i for i, name in enumerate(names) if f"{name}.".startswith(inside)) + 1])
+
+
+def _drop_unneeded(body: nn.Module, prefixes: Mapping[str, str], needed: set[str]) -> None:
+    """Delete the last parts of a sequence that no feature needs: EfficientNets and MobileNets come with all of them."""
+    for name, sequence in body.named_children():
+        if isinstance(sequence, nn.Sequential):
+            for part in reversed(list(dict(sequence.named_children()))):
+                if _whole_name(prefixes, f"{name}.{part}.").removesuffix(".") in needed:
+                    break
+                delattr(sequence, part)
+
+
+def _freeze(body: nn.Module, prefixes: Mapping[str, str], names: set[str]) -> None:
+    frozen = [
+        module for name, module in body.named_modules() if _whole_name(prefixes, f"{name}.").removesuffix(".") in names
+    ]
     for module in frozen:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad = False
-    _freeze_batch_norms(body, set(frozen))
+    _freeze_batch_norms(body, frozen)
 
 
-def _published_name(is_flattened: bool, to_published: Callable[[str], str], name: str) -> str:
-    name = name.removeprefix("body.")
-    return to_published(re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name) if is_flattened else name)
+def _prefixes(body: nn.Module, whole: nn.Module) -> dict[str, str]:
+    """How names of the whole model begin, by how those of the body do, where the two differ.
+
+    To collect features timm takes a model apart, or wraps it: the parts of a sequence `stages` become `stages_0`,
+    `stages_1`, or the model itself becomes the one child of the body.
+    """
+    children = dict(whole.named_children())
+    flattened = {
+        f"{name}_{part}": f"{name}.{part}"
+        for name, child in children.items()
+        if isinstance(child, nn.Sequential)
+        for part, _ in child.named_children()
+    }
+    names = [name for name, _ in body.named_children()]
+    if len(names) == 1 and names[0] not in {**children, **flattened}:
+        return {f"{names[0]}.": ""}
+    return {f"{name}.": f"{flattened[name]}." for name in names if name not in children and name in flattened}
 
 
-def _own_name(is_flattened: bool, from_published: Callable[[str], str], name: str) -> str:
-    name = from_published(name)
-    return "body." + (re.sub(r"^([a-z]+)\.(\d+)\.", r"\1_\2.", name) if is_flattened else name)
+def _whole_name(prefixes: Mapping[str, str], body_name: str) -> str:
+    for ours, theirs in prefixes.items():
+        if body_name.startswith(ours):
+            return theirs + body_name.removeprefix(ours)
+    return body_name
+
+
+def _body_name(prefixes: Mapping[str, str], whole_name: str) -> str:
+    for ours, theirs in prefixes.items():
+        if whole_name.startswith(theirs):
+            return ours + whole_name.removeprefix(theirs)
+    return whole_name

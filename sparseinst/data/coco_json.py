@@ -179,8 +179,7 @@ def _register(
     if name in DatasetCatalog and known_as != str(json_file):
         raise ValueError(f"The name {name!r} is already that of another data set ({known_as}); take another name")
 
-    content = _read_json(json_file)
-    _check_content(content, json_file, for_evaluation)
+    content = load_checked_json(json_file, for_evaluation)
     first_image = content["images"][0]["file_name"]
     if not (image_root / first_image).is_file():
         raise ValueError(f"{images_key}: {image_root} has no file {first_image!r}, the first image of {json_file}")
@@ -201,6 +200,21 @@ def _register(
         name, lambda: load_coco_json(str(json_file), str(image_root), name, extra_annotation_keys=["id"])
     )
     return len(content.get("annotations", []))
+
+
+def load_checked_json(json_file: Path, for_evaluation: bool = False) -> dict:
+    """Read a COCO json, with `images`, `categories` and, unless it is to be segmented only, `annotations`.
+
+    Args:
+        json_file: in COCO's instances format.
+        for_evaluation: also ask for the fields that only COCO's evaluation reads.
+
+    Raises:
+        ValueError: there is no such file, it is broken, or it lacks a field.
+    """
+    content = _read_json(json_file)
+    _check_content(content, json_file, for_evaluation)
+    return content
 
 
 def _read_json(path: Path) -> Any:

@@ -2,13 +2,14 @@
 
 from sparseinst.inference.predictor import ImageReadError, Predictor, read_image, to_coco_results
 from sparseinst.inference.video import VideoReader, VideoWriter, draw_video
-from sparseinst.inference.visualization import draw_iams, draw_instances
+from sparseinst.inference.visualization import draw_beside, draw_iams, draw_instances
 
 __all__ = [
     "ImageReadError",
     "Predictor",
     "VideoReader",
     "VideoWriter",
+    "draw_beside",
     "draw_iams",
     "draw_instances",
     "draw_video",

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 _MIN_SHORT_SIDE = 480
 # ... but not beyond this long side.
 _MAX_ENLARGED_SIDE = 1600
+# Of more instances than these the names would hide the picture.
+_MAX_CAPTIONS = 40
 # Long side of one cell of the picture of activation maps, its caption's height, the gap between cells.
 _CELL_SIDE = 256
 _CAPTION_HEIGHT = 22
@@ -28,7 +30,8 @@ def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metada
 
     Args:
         image_rgb: (height, width, 3) uint8, RGB.
-        instances: all that is to be drawn, in the picture's size, on the CPU.
+        instances: all that is to be drawn, in the picture's size, on the CPU; without ``scores`` (ground truth) only
+            the names are written, and of more than 40 instances nothing is.
         metadata: holds ``thing_classes``.
 
     Returns:
@@ -47,7 +50,9 @@ def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metada
     drawing = visualizer.overlay_instances(
         boxes=boxes,
         masks=_resize_masks(instances.pred_masks, size),
-        labels=[_caption(instances, index, metadata) for index in range(len(instances))],
+        labels=[_caption(instances, index, metadata) for index in range(len(instances))]
+        if len(instances) <= _MAX_CAPTIONS
+        else None,
         assigned_colors=[_color(index) for index in range(len(instances))],
         alpha=0.45,
     )
@@ -102,8 +107,14 @@ def draw_iams(
     return _grid(rows)
 
 
+def draw_beside(pictures: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
+    """Pictures (height, width, 3) uint8 RGB of one size, each with a caption above it, side by side."""
+    return _grid([pictures])
+
+
 def _caption(instances: Instances, index: int, metadata: Metadata) -> str:
-    return f"{metadata.thing_classes[int(instances.pred_classes[index])]} {float(instances.scores[index]):.0%}"
+    name = metadata.thing_classes[int(instances.pred_classes[index])]
+    return f"{name} {float(instances.scores[index]):.0%}" if instances.has("scores") else name
 
 
 def _color(index: int) -> tuple[float, float, float]:

@@ -41,10 +41,34 @@ def append_coordinates(features: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, y, features], dim=1)
 
 
+def grid_of_places(num_masks: int) -> tuple[int, int]:
+    """Rows and columns of the grid that instances stand on: about as many of each, with a cell for every instance."""
+    rows = max(1, round(math.sqrt(num_masks)))
+    return rows, math.ceil(num_masks / rows)
+
+
+def cell_coordinates(
+    num_masks: int, height: int, width: int, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a map's pixels lie on the grid of places, in its cells.
+
+    Args:
+        num_masks: N.
+        height, width: of the maps.
+
+    Returns:
+        y (height,) and x (width,) of the pixels' centres, float32.
+    """
+    rows, columns = grid_of_places(num_masks)
+    y = (torch.arange(height, device=device) + 0.5) * rows / height
+    x = (torch.arange(width, device=device) + 0.5) * columns / width
+    return y, x
+
+
 def location_prior(num_masks: int, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
     """Logits that fall with the squared distance from each instance's place on a grid over the picture.
 
-    Not in the paper. The grid has as many cells as there are instances, or a few more, about as many rows as columns.
+    Not in the paper.
 
     Args:
         num_masks: N.
@@ -53,13 +77,10 @@ def location_prior(num_masks: int, height: int, width: int, device: torch.device
     Returns:
         (N, height, width) float32, not positive: minus the squared distance, in cells of the grid.
     """
-    rows = max(1, round(math.sqrt(num_masks)))
-    columns = math.ceil(num_masks / rows)
+    _, columns = grid_of_places(num_masks)
     index = torch.arange(num_masks, device=device)
-    # In cells: centres of the grid's cells, and of the map's pixels.
     place_y, place_x = index // columns + 0.5, index % columns + 0.5
-    y = (torch.arange(height, device=device) + 0.5) * rows / height
-    x = (torch.arange(width, device=device) + 0.5) * columns / width
+    y, x = cell_coordinates(num_masks, height, width, device)
     distance_y, distance_x = y - place_y[:, None], x - place_x[:, None]
     return -(distance_y.square()[:, :, None] + distance_x.square()[:, None, :])
 
@@ -100,6 +121,31 @@ def pool_instances(iam_weights: torch.Tensor, features: torch.Tensor) -> torch.T
         return torch.bmm(iam_weights.flatten(2), features.float().flatten(2).transpose(1, 2))
 
 
+def window_logits(windows: torch.Tensor, iam_weights: torch.Tensor) -> torch.Tensor:
+    """Mask logits that fall with the squared distance from the place that an instance's activation maps lie at.
+
+    Not in the paper. The place is the centre of mass of the instance's maps; distances are in cells of the grid of
+    :func:`location_prior`.
+
+    Args:
+        windows: (B, N, 2), sharpness and bias of each instance: the logits are bias - sharpness * distance ** 2.
+        iam_weights: (B, G * N, H, W) float32, group-major, each map summing to 1.
+
+    Returns:
+        (B, N, H, W) float32.
+    """
+    with torch.autocast(windows.device.type, enabled=False):
+        num_masks = windows.shape[1]
+        height, width = iam_weights.shape[-2:]
+        y, x = cell_coordinates(num_masks, height, width, windows.device)
+        maps = iam_weights.unflatten(1, (-1, num_masks)).mean(1)
+        center_y, center_x = maps.sum(3) @ y, maps.sum(2) @ x
+        sharpness, bias = windows.float()[..., None].unbind(2)
+        fall_y = sharpness * (y - center_y[..., None]).square()
+        fall_x = sharpness * (x - center_x[..., None]).square()
+        return (bias - fall_y)[..., None] - fall_x[..., None, :]
+
+
 class InstanceBranchOutput(NamedTuple):
     """What the instance branch predicts.
 
@@ -109,6 +155,7 @@ class InstanceBranchOutput(NamedTuple):
         objectness_logits: (B, N, 1).
         iam_logits: (B, G * N, H, W), group-major.
         iam_weights: (B, G * N, H, W) float32, the maps that the features were pooled with; each sums to 1.
+        windows: (B, N, 2), see :func:`window_logits`; None without windows.
     """
 
     class_logits: torch.Tensor
@@ -116,6 +163,7 @@ class InstanceBranchOutput(NamedTuple):
     objectness_logits: torch.Tensor
     iam_logits: torch.Tensor
     iam_weights: torch.Tensor
+    windows: torch.Tensor | None
 
 
 class InstanceBranch(nn.Module):
@@ -134,6 +182,7 @@ class InstanceBranch(nn.Module):
         norm: norm of the 3x3 convolutions, "" for none as published.
         iam_init_std: standard deviation of ``iam_conv``'s initial weights.
         location_prior: factor of :func:`location_prior`, which is added to the logits; 0 for none as published.
+        mask_window: sharpness that the windows of :func:`window_logits` start with; 0 for none as published.
 
     Raises:
         ValueError: ``dim`` cannot be divided by ``num_groups``; an unknown normalisation.
@@ -154,6 +203,7 @@ class InstanceBranch(nn.Module):
         norm: str = "",
         iam_init_std: float = 0.01,
         location_prior: float = 0.0,
+        mask_window: float = 0.0,
     ) -> None:
         super().__init__()
         if num_groups < 1 or dim % num_groups:
@@ -174,6 +224,7 @@ class InstanceBranch(nn.Module):
         self.cls_score = nn.Linear(vector_dim, num_classes)
         self.mask_kernel = nn.Linear(vector_dim, kernel_dim)
         self.objectness = nn.Linear(vector_dim, 1)
+        self.mask_window = nn.Linear(vector_dim, 2) if mask_window > 0 else None
         if iam_normalization == "softmax":
             # The softmax cancels it; it exists because the released checkpoints hold it.
             self.softmax_bias = nn.Parameter(torch.ones(1))
@@ -187,6 +238,10 @@ class InstanceBranch(nn.Module):
         nn.init.zeros_(self.mask_kernel.bias)
         if self.fc is not None:
             c2_xavier_fill(self.fc)
+        if self.mask_window is not None:
+            nn.init.normal_(self.mask_window.weight, std=0.01)
+            # The inverse of softplus.
+            self.mask_window.bias.data = torch.tensor([math.log(math.expm1(mask_window)), 0.0])
 
     def forward(self, features: torch.Tensor) -> InstanceBranchOutput:
         """Predict the instances.
@@ -211,8 +266,17 @@ class InstanceBranch(nn.Module):
         vectors = vectors.unflatten(1, (self.num_groups, -1)).transpose(1, 2).flatten(2)
         if self.fc is not None:
             vectors = F.relu(self.fc(vectors))
+        windows = None
+        if self.mask_window is not None:
+            sharpness, bias = self.mask_window(vectors).unbind(2)
+            windows = torch.stack([F.softplus(sharpness), bias], dim=2)
         return InstanceBranchOutput(
-            self.cls_score(vectors), self.mask_kernel(vectors), self.objectness(vectors), iam_logits, iam_weights
+            self.cls_score(vectors),
+            self.mask_kernel(vectors),
+            self.objectness(vectors),
+            iam_logits,
+            iam_weights,
+            windows,
         )
 
 
@@ -280,6 +344,7 @@ class BaseIAMDecoder(nn.Module):
                 norm=decoder.NORM,
                 iam_init_std=decoder.IAM_INIT_STD,
                 location_prior=decoder.LOCATION_PRIOR,
+                mask_window=decoder.MASK_WINDOW,
                 **cls.instance_branch_variant(cfg),
             ),
             "mask_branch": MaskBranch(
@@ -304,6 +369,8 @@ class BaseIAMDecoder(nn.Module):
         instances = self.inst_branch(features)
         mask_features = self.mask_branch(features)
         mask_logits = torch.bmm(instances.mask_kernels, mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
+        if instances.windows is not None:
+            mask_logits = mask_logits + window_logits(instances.windows, instances.iam_weights)
         outputs = {
             "pred_logits": instances.class_logits,
             "pred_masks": self._to_mask_grid(mask_logits),

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sparseinst.modeling.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.encoder import build_sparse_inst_encoder
+from sparseinst.modeling.losses import masks_on_grid
 from sparseinst.modeling.postprocessing import detect
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
 
@@ -35,6 +36,7 @@ class SparseInst(nn.Module):
         mask_threshold: a pixel belongs to a mask where its probability is above this.
         max_detections: most instances per image.
         mask_nms_threshold: IoU above which the worse of two masks of a class is dropped; 0: off.
+        antialiased_targets: see :meth:`prepare_targets`.
     """
 
     @configurable
@@ -51,6 +53,7 @@ class SparseInst(nn.Module):
         mask_threshold: float = 0.45,
         max_detections: int = 100,
         mask_nms_threshold: float = 0.0,
+        antialiased_targets: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -64,12 +67,13 @@ class SparseInst(nn.Module):
         self.mask_threshold = mask_threshold
         self.max_detections = max_detections
         self.mask_nms_threshold = mask_nms_threshold
+        self.antialiased_targets = antialiased_targets
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         if not cfg.MODEL.MASK_ON:
             raise ValueError("MODEL.MASK_ON is False: SparseInst predicts masks and nothing else; set it to True")
-        backbone = build_backbone(cfg)
+        backbone = _build_backbone(cfg)
         encoder = build_sparse_inst_encoder(cfg, backbone.output_shape())
         sparse_inst = cfg.MODEL.SPARSE_INST
         return {
@@ -83,6 +87,7 @@ class SparseInst(nn.Module):
             "mask_threshold": sparse_inst.MASK_THRESHOLD,
             "max_detections": sparse_inst.MAX_DETECTIONS,
             "mask_nms_threshold": sparse_inst.MASK_NMS_THRESHOLD,
+            "antialiased_targets": sparse_inst.ANTIALIASED_TARGETS,
         }
 
     @property
@@ -118,7 +123,8 @@ class SparseInst(nn.Module):
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images, then pad them with zeros, right and bottom, to one size."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        divisibility = math.lcm(SIZE_DIVISIBILITY, self.backbone.size_divisibility or 1)
+        # Of Detectron2's Swin alone, without an FPN around it, the property raises an AttributeError.
+        divisibility = math.lcm(SIZE_DIVISIBILITY, getattr(self.backbone, "size_divisibility", 0) or 1)
         constraints = {**self.backbone.padding_constraints, "size_divisibility": divisibility}
         return ImageList.from_tensors(images, padding_constraints=constraints)
 
@@ -129,7 +135,11 @@ class SparseInst(nn.Module):
     def prepare_targets(
         self, batched_inputs: list[dict], images: ImageList, mask_size: Sequence[int]
     ) -> list[InstanceTargets]:
-        """Ground truth on the mask grid: padded as the images are, then resized bilinearly, without antialiasing."""
+        """Ground truth on the mask grid: padded as the images are, then reduced.
+
+        As published bilinearly, which looks at the two pixels on either side of a cell's centre; antialiased: to the
+        share of each cell that the instance covers.
+        """
         padded_height, padded_width = images.tensor.shape[-2:]
         targets = []
         for x in batched_inputs:
@@ -137,7 +147,10 @@ class SparseInst(nn.Module):
             masks = gt_masks_tensor(instances)
             height, width = instances.image_size
             masks = F.pad(masks.float(), (0, padded_width - width, 0, padded_height - height))
-            masks = F.interpolate(masks[:, None], size=tuple(mask_size), mode="bilinear", align_corners=False)[:, 0]
+            if self.antialiased_targets:
+                masks = masks_on_grid(masks, tuple(mask_size))
+            else:
+                masks = F.interpolate(masks[:, None], size=tuple(mask_size), mode="bilinear", align_corners=False)[:, 0]
             targets.append(InstanceTargets(instances.gt_classes, masks))
         return targets
 
@@ -178,6 +191,21 @@ class SparseInst(nn.Module):
                 instances.pred_iams = iams.transpose(0, 1)[..., :rows, :columns]
             results.append({"instances": instances})
         return results
+
+
+def _build_backbone(cfg: CfgNode) -> Backbone:
+    """Detectron2's build_backbone; where its compiled operators are missing, the error says what does without."""
+    try:
+        return build_backbone(cfg)
+    except ImportError as error:
+        if "detectron2._C" not in str(error):
+            raise
+        raise ImportError(
+            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE}, for which "
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} needs Detectron2's compiled operators, and this Detectron2 "
+            "has none that work. Set MODEL.BACKBONE.NAME to build_resnet_dcn_backbone: the same ResNet, and the same "
+            "weights, with torchvision's operator"
+        ) from error
 
 
 def gt_masks_tensor(instances: Instances) -> torch.Tensor:

@@ -19,12 +19,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from sparseinst.data.coco_json import ClassInfo
+from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.engine.setup import load_config
 from sparseinst.inference import (
     ImageReadError,
     Predictor,
     VideoReader,
     VideoWriter,
+    draw_beside,
     draw_iams,
     draw_instances,
     draw_video,
@@ -115,7 +117,13 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
     paths = find_images(args.input)
     if args.output is not None:
         _check_image_folder(args.output, paths)
+    ground_truth = None if args.ground_truth is None else GroundTruth(args.ground_truth)
     predictor = Predictor(cfg)
+    if ground_truth is not None and ground_truth.class_names != predictor.classes.names:
+        raise ValueError(
+            f"--ground-truth {args.ground_truth} has the classes {ground_truth.class_names[:5]}, ..., the model "
+            f"{predictor.classes.names[:5]}, ...: give the json that belongs to the model's data"
+        )
     results = CocoResults(predictor.classes)
     failures = []
     for path, name in zip(tqdm(paths, unit="picture"), output_names(paths), strict=True):
@@ -129,6 +137,10 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
         pictures = {}
         if args.output is not None or args.json is None:
             pictures[name] = draw_instances(image, instances, predictor.metadata)
+            truth = None if ground_truth is None else ground_truth.find(path)
+            if truth is not None:
+                truth_picture = draw_instances(image, truth, predictor.metadata)
+                pictures[name] = draw_beside([(pictures[name], "predictions"), (truth_picture, "ground truth")])
         if args.show_iams:
             pictures[f"{IAM_FOLDER}/{name}"] = draw_iams(
                 image, instances, predictor.metadata, normalization=predictor.iam_normalization
@@ -209,6 +221,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write COCO results to FILE, and to its STEM_images.json which image id is which picture",
     )
+    parser.add_argument(
+        "--ground-truth", type=Path, metavar="JSON", help="draw what this COCO json has of a picture beside it"
+    )
     parser.add_argument("--show-iams", action="store_true", help="draw the instances' activation maps too")
     parser.add_argument(
         "--mask-nms",
@@ -255,6 +270,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--mask-nms is {args.mask_nms}; it must be in (0, 1]")
     if args.show_iams and args.input is None:
         raise ValueError("--show-iams draws the activation maps of pictures: it needs --input")
+    if args.ground_truth is not None and args.input is None:
+        raise ValueError("--ground-truth belongs to pictures: it needs --input")
     if args.webcam is not None and not _has_window():
         raise ValueError(f"--webcam shows a window. {_NO_WINDOW}")
     if args.output is None and args.json is None and not _has_window():

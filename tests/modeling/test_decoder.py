@@ -13,6 +13,7 @@ from sparseinst.modeling.decoder import (
     location_prior,
     normalize_iams,
     pool_instances,
+    window_logits,
 )
 
 
@@ -137,6 +138,44 @@ def test_location_prior_moves_the_maps_of_every_group():
         # The quarter of the picture that the instance stands in has most of the weight.
         quarters = [group[i, 4 * (i // 2) :, 4 * (i % 2) :][:4, :4].sum() for i in range(4)]
         assert min(quarters) > 0.5
+
+
+def test_window_logits_by_hand():
+    # Two instances on a grid of one row and two columns over 2x4 pixels: a pixel is half a cell high, half a cell wide.
+    # The maps of the first, in two groups, are at (row, column) (0, 0) and (0, 2): centre at row 0, column 1, which is
+    # y 0.25, x 0.75. The second's are at its lower right corner: y 0.75, x 1.75.
+    maps = torch.zeros(1, 4, 2, 4)
+    maps[0, 0, 0, 0] = maps[0, 2, 0, 2] = maps[0, 1, 1, 3] = maps[0, 3, 1, 3] = 1
+    logits = window_logits(torch.tensor([[[2.0, 5.0], [4.0, -1.0]]]), maps)
+    assert logits.shape == (1, 2, 2, 4)
+    assert logits[0, 0].tolist() == [[4.5, 5, 4.5, 3], [4, 4.5, 4, 2.5]]
+    assert logits[0, 1, 1].tolist() == [-1 - 4 * distance**2 for distance in (1.5, 1, 0.5, 0)]
+
+
+def test_mask_window_starts_as_asked_and_draws_the_maps():
+    torch.manual_seed(0)
+    decoder = BaseIAMDecoder(
+        inst_branch=make_branch(mask_window=0.3, location_prior=1.0, num_masks=6),
+        mask_branch=MaskBranch(in_channels=6, dim=8, num_convs=1, kernel_dim=4),
+    )
+    torch.nn.init.zeros_(decoder.inst_branch.mask_window.weight)
+    torch.nn.init.zeros_(decoder.inst_branch.mask_kernel.weight)
+    features = torch.randn(2, 6, 8, 12)
+    outputs = decoder(features)
+    windows = torch.tensor([0.3, 0.0]).expand(2, 6, 2)
+    expected = window_logits(windows, outputs["iam_weights"])
+    torch.testing.assert_close(
+        outputs["pred_masks"],
+        torch.nn.functional.interpolate(expected, scale_factor=2, mode="bilinear", align_corners=False),
+    )
+    # A mask that is too far to the right moves the maps.
+    outputs["pred_masks"][:, 0, :, :12].sum().backward()
+    assert decoder.inst_branch.iam_conv.weight.grad[0].abs().sum() > 0
+    assert decoder.inst_branch.mask_window.weight.grad is not None
+
+
+def test_no_window_no_parameter():
+    assert not [name for name, _ in make_branch().named_parameters() if "window" in name]
 
 
 def test_output_dict_and_mask_product():

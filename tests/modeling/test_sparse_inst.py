@@ -112,6 +112,20 @@ def test_targets_are_padded_then_reduced():
     assert targets.gt_classes.tolist() == [1, 2]
 
 
+def test_antialiased_targets_are_the_share_of_each_cell():
+    model = tiny_model("MODEL.SPARSE_INST.ANTIALIASED_TARGETS", True).train()
+    x = random_input(50, 70)
+    masks = torch.zeros(2, 50, 70, dtype=torch.bool)
+    masks[0, 0, 0] = True  # one of the cell's sixteen pixels, at its corner: bilinearly nothing
+    masks[1, 2:6, 4:8] = True  # half of a cell, and half of the one below
+    x["instances"] = Instances((50, 70), gt_classes=torch.tensor([1, 2]), gt_masks=BitMasks(masks))
+    (targets,) = model.prepare_targets([x], model.preprocess_image([x]), (16, 24))
+    expected = torch.zeros(2, 16, 24)
+    expected[0, 0, 0] = 1 / 16
+    expected[1, :2, 1] = 0.5
+    torch.testing.assert_close(targets.gt_masks, expected)
+
+
 def test_ground_truth_of_any_type():
     polygons = [[np.array([10.0, 10.0, 30.0, 10.0, 30.0, 20.0, 10.0, 20.0])]]
     instances = Instances((50, 70), gt_classes=torch.tensor([0]), gt_masks=PolygonMasks(polygons))

@@ -15,7 +15,10 @@ from sparseinst.modeling.decoder import append_coordinates
 from tests.parity import filling
 
 HERE = Path(__file__).parent
-CONFIGS = ["sparse_inst_r50_base", "sparse_inst_r50_giam", "sparse_inst_r50_giam_soft"]
+CONFIGS = sorted(path.stem for path in HERE.glob("*.json"))
+ARCHITECTURES = sorted(path.stem for path in HERE.parent.joinpath("state_dicts").glob("*.txt"))
+# The one architecture that has a config only with crop augmentation.
+CONFIG_OF_ARCHITECTURE = {"sparse_inst_r50_dcn_giam": "sparse_inst_r50_dcn_giam_aug"}
 # Image height, width; output height, width; instances.
 IMAGES = [(150, 203, 120, 170, 5), (128, 160, 256, 320, 3)]
 # Zero in theory; what is recorded is rounding noise.
@@ -126,11 +129,15 @@ def test_losses_and_gradients(case):
         assert parameters[name].grad.norm().item() == pytest.approx(value, rel=5e-3), name
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, "sparse_inst_r101_giam"])
-def test_state_dict_is_the_published_one(config):
-    published = (HERE.parent / "state_dicts" / f"{config}.txt").read_text().splitlines()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_state_dict_is_the_published_one(architecture):
+    published = (HERE.parent / "state_dicts" / f"{architecture}.txt").read_text().splitlines()
     ours = [
         f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-        for name, value in build(config).state_dict().items()
+        for name, value in build(CONFIG_OF_ARCHITECTURE.get(architecture, architecture)).state_dict().items()
     ]
     assert sorted(ours) == sorted(line for line in published if line)
+
+
+def test_all_records_are_there():
+    assert len(CONFIGS) == 6 and len(ARCHITECTURES) == 13

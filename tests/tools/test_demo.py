@@ -98,6 +98,42 @@ def test_threshold(tmp_path, config_file):
     assert np.abs(pixels_of(tmp_path / "out" / "a.png")[350, 500] - (20, 20, 250)).max() > 40
 
 
+def ground_truth_json(tmp_path, names=("red thing", "blue thing")):
+    """One block of class 1, category id 8, at the blue block's place in in/a.png."""
+    content = {
+        "images": [{"id": 5, "file_name": "in/a.png", "height": 48, "width": 64}],
+        "categories": [{"id": id, "name": name} for id, name in zip((3, 8), names)],
+        "annotations": [
+            {"id": 1, "image_id": 5, "category_id": 8, "bbox": [40, 30, 20, 10], "area": 200, "iscrowd": 0,
+             "segmentation": [[40, 30, 60, 30, 60, 40, 40, 40]]}
+        ],
+    }  # fmt: skip
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_ground_truth_is_drawn_beside(tmp_path, config_file):
+    paths = [save_scene(tmp_path / "in" / "a.png"), save_scene(tmp_path / "other" / "b.png")]
+    truth = ground_truth_json(tmp_path)
+    assert run(config_file, "--input", *paths, "--output", tmp_path / "out", "--ground-truth", truth) == 0
+    both = pixels_of(tmp_path / "out" / "a.png")
+    left, right = both[-490:, : both.shape[1] // 2], both[-490:, both.shape[1] // 2 :]
+    # The red block is found, at the left; the blue one, whose score is low, is the ground truth, at the right.
+    red_at, blue_at = (200, 300), (350, 500)
+    assert np.abs(left[red_at] - (250, 20, 20)).max() > 40 and np.abs(left[blue_at] - (20, 20, 250)).max() <= 1
+    assert np.abs(right[red_at] - (250, 20, 20)).max() <= 1 and np.abs(right[blue_at] - (20, 20, 250)).max() > 40
+    # A picture that the json does not have stands alone.
+    assert pixels_of(tmp_path / "out" / "b.png").shape == (480, 640, 3)
+
+
+def test_ground_truth_of_other_classes_is_refused(tmp_path, config_file, capsys):
+    path = save_scene(tmp_path / "in" / "a.png")
+    truth = ground_truth_json(tmp_path, ("red thing", "green thing"))
+    assert run(config_file, "--input", path, "--output", tmp_path / "out", "--ground-truth", truth) == 2
+    assert "green thing" in capsys.readouterr().err
+
+
 def test_nothing_found_is_the_plain_picture(tmp_path, config_file):
     path = save_scene(tmp_path / "in" / "a.png", red=False, size=(500, 520))
     assert run(config_file, "--input", path, "--output", tmp_path / "out", "--show-iams") == 0

@@ -1,0 +1,96 @@
+"""Deformable convolution by torchvision's operator: no compiled part of Detectron2 is needed."""
+
+import torch
+from torch import nn
+from torchvision.ops import deform_conv2d
+
+
+class DeformConv2d(nn.Module):
+    """A convolution whose taps are moved by offsets that it predicts from its own input (arXiv 1703.06211).
+
+    It takes a convolution's place: weight and norm are those of the convolution, and as long as the offsets are zero,
+    as they are at first, it computes the same. Modulated (v2, arXiv 1811.11168) each tap also has a factor in [0, 1],
+    which at first is 0.5.
+
+    The channels of ``offset`` are (dy, dx) for each tap in rows, for each group of channels; modulated, all logits of
+    the factors follow. That is Detectron2's order.
+
+    Args:
+        conv: what it replaces. Where its weight is frozen, the offsets are too.
+        num_groups: groups of input channels with offsets of their own.
+        modulated: whether taps have factors.
+
+    Raises:
+        ValueError: the input channels cannot be divided by the groups.
+    """
+
+    def __init__(self, conv: nn.Conv2d, *, num_groups: int = 1, modulated: bool = False) -> None:
+        super().__init__()
+        if num_groups < 1 or conv.in_channels % num_groups:
+            raise ValueError(
+                f"MODEL.RESNETS.DEFORM_NUM_GROUPS is {num_groups}; it must divide the {conv.in_channels} channels of "
+                "each deformable convolution"
+            )
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.num_offsets = 2 * num_groups * conv.kernel_size[0] * conv.kernel_size[1]
+        self.modulated = modulated
+        self.weight = conv.weight
+        self.bias = conv.bias
+        # Detectron2's convolutions carry their norm.
+        self.norm = getattr(conv, "norm", None)
+        self.offset = nn.Conv2d(
+            conv.in_channels,
+            self.num_offsets * 3 // 2 if modulated else self.num_offsets,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+        )
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
+            parameter.requires_grad = conv.weight.requires_grad
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) to what the replaced convolution would return, norm included."""
+        offsets = self.offset(features)
+        output_type = offsets.dtype
+        # Of 16-bit numbers the CPU has no such operator, and a place on a map of 100 pixels has a step of 1/16.
+        compute_type = torch.promote_types(output_type, torch.float32)
+        offsets, mask_logits = offsets.to(compute_type).tensor_split([self.num_offsets], dim=1)
+        with torch.autocast(features.device.type, enabled=False):
+            features = deform_conv2d(
+                features.to(compute_type),
+                offsets.contiguous(),
+                self.weight.to(compute_type),
+                None if self.bias is None else self.bias.to(compute_type),
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                mask=mask_logits.sigmoid() if self.modulated else None,
+            )
+        features = features.to(output_type)
+        return features if self.norm is None else self.norm(features)
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, modulated={self.modulated}"
+
+
+def make_deformable(stage: nn.Module, *, num_groups: int = 1, modulated: bool = False) -> None:
+    """Replace ``conv2`` of each block of a ResNet's stage, in place.
+
+    Args:
+        stage: its children are the blocks.
+        num_groups, modulated: see :class:`DeformConv2d`.
+    """
+    for block in stage.children():
+        block.conv2 = DeformConv2d(block.conv2, num_groups=num_groups, modulated=modulated)
+
+
+def published_name(name: str) -> str:
+    """Name in a state dict: Detectron2 has the offsets' convolution beside ``conv2``, not inside."""
+    return name.replace(".conv2.offset.", ".conv2_offset.")
+
+
+def own_name(name: str) -> str:
+    """The way back from :func:`published_name`."""
+    return name.replace(".conv2_offset.", ".conv2.offset.")

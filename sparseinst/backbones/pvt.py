@@ -1,0 +1,54 @@
+"""Pyramid Vision Transformer v2 (arXiv 2106.13797): timm's, under the names of its own publication."""
+
+import re
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+
+from sparseinst.backbones.timm_backbone import TimmBackbone, select_strides
+
+SIZES = ("b0", "b1", "b2", "b3", "b4", "b5")
+STRIDES = {"p1": 4, "p2": 8, "p3": 16, "p4": 32}
+# As published: from 0 in the first block to this in the last.
+DROP_PATH_RATE = 0.1
+
+
+@BACKBONE_REGISTRY.register()
+def build_pyramid_vision_transformer(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    """PVTv2 of the size MODEL.PVT.NAME; with MODEL.PVT.LINEAR, whatever the NAME, b2 with linear attention.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: a key of MODEL.PVT that cannot be used.
+    """
+    pvt = cfg.MODEL.PVT
+    if pvt.NAME not in SIZES:
+        raise ValueError(f"MODEL.PVT.NAME is {pvt.NAME!r}; it must be one of {', '.join(SIZES)}")
+    return TimmBackbone(
+        "pvt_v2_b2_li" if pvt.LINEAR else f"pvt_v2_{pvt.NAME}",
+        select_strides("MODEL.PVT.OUT_FEATURES", pvt.OUT_FEATURES, STRIDES),
+        in_channels=input_shape.channels,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        to_published=published_name,
+        from_published=timm_name,
+        model_args={"drop_path_rate": DROP_PATH_RATE},
+    )
+
+
+def published_name(name: str) -> str:
+    """Name of a tensor of timm's model in the published state dicts: stages are counted from 1 and not nested."""
+    name = re.sub(r"^patch_embed\.", "patch_embed1.", name)
+    name = re.sub(r"^stages\.(\d+)\.downsample\.", lambda match: f"patch_embed{int(match[1]) + 1}.", name)
+    name = re.sub(r"^stages\.(\d+)\.blocks\.", lambda match: f"block{int(match[1]) + 1}.", name)
+    name = re.sub(r"^stages\.(\d+)\.norm\.", lambda match: f"norm{int(match[1]) + 1}.", name)
+    return name.replace(".mlp.dwconv.", ".mlp.dwconv.dwconv.")
+
+
+def timm_name(name: str) -> str:
+    """The way back from :func:`published_name`."""
+    name = re.sub(r"^patch_embed1\.", "patch_embed.", name)
+    name = re.sub(r"^patch_embed(\d+)\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.", name)
+    name = re.sub(r"^block(\d+)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks.", name)
+    name = re.sub(r"^norm(\d+)\.", lambda match: f"stages.{int(match[1]) - 1}.norm.", name)
+    return name.replace(".mlp.dwconv.dwconv.", ".mlp.dwconv.")

@@ -1,0 +1,74 @@
+"""A COCO json with some of its classes: ``python -m sparseinst.tools.select_classes JSON person --output person.json``.
+
+All images stay, also those without an object of these classes: they are what an evaluation is right or wrong about.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from sparseinst.data.coco_json import load_checked_json
+
+
+def select_classes(content: dict, names: list[str]) -> dict:
+    """The same data set with these classes only.
+
+    Args:
+        content: COCO's instances format; not changed.
+        names: of the categories to keep; their order and their ids stay those of ``content``.
+
+    Returns:
+        ``content`` with fewer ``categories`` and ``annotations``.
+
+    Raises:
+        ValueError: a name that ``categories`` does not have.
+    """
+    present = [category["name"] for category in content["categories"]]
+    unknown = [name for name in names if name not in present]
+    if unknown:
+        raise ValueError(f"There is no class {', '.join(map(repr, unknown))}; there are {', '.join(present)}")
+    categories = [category for category in content["categories"] if category["name"] in names]
+    ids = {category["id"] for category in categories}
+    annotations = [a for a in content.get("annotations", []) if a["category_id"] in ids]
+    return {**content, "categories": categories, "annotations": annotations}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m sparseinst.tools.select_classes", description=__doc__)
+    parser.add_argument("json", type=Path, help="COCO json to read")
+    parser.add_argument("classes", nargs="+", metavar="CLASS", help="names of the categories to keep")
+    parser.add_argument("--output", type=Path, required=True, help="COCO json to write")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments after the program's name; ``sys.argv``'s where None.
+
+    Returns:
+        Exit code: 0, or 2 where the arguments or the files do not allow it.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        if args.output.exists():
+            raise ValueError(f"{args.output} is there already; remove it, or change --output")
+        selected = select_classes(load_checked_json(args.json), args.classes)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(selected), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with_objects = len({annotation["image_id"] for annotation in selected["annotations"]})
+    print(
+        f"{args.output}: {len(selected['annotations'])} objects of {', '.join(args.classes)} in {with_objects} of "
+        f"{len(selected['images'])} images"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
