@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from detectron2.modeling import BACKBONE_REGISTRY
 
 from sparseinst.checkpoint import SparseInstCheckpointer, extract_tensors, find_weights
 from sparseinst.checkpoint.converters import RESNET_D, family_of
@@ -93,12 +92,7 @@ def test_detectron2_pkl(tmp_path):
     assert load(model, f"{tmp_path / 'R-18.pkl'}?matching_heuristics=True").missing == []
 
 
-def needs_backbone(name):
-    return pytest.mark.skipif(name not in BACKBONE_REGISTRY, reason=f"{name} is not registered")
-
-
 @torch.no_grad()
-@needs_backbone("build_resnet_dcn_backbone")
 def test_offsets_of_deformable_convolutions_need_no_weights(tmp_path):
     source = randomise(torchvision.models.resnet50())
     torch.save(source.state_dict(), tmp_path / "resnet50.pth")
@@ -285,15 +279,13 @@ def test_published_pvt_in_timms(tmp_path):
 @pytest.mark.parametrize(
     ("name", "opts"),
     [
-        pytest.param("resnet50d", ["MODEL.BACKBONE.NAME", "build_resnet_vd_backbone", "MODEL.RESNETS.DEPTH", 50,
-                                   "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]],
-                     marks=needs_backbone("build_resnet_vd_backbone")),
-        *(pytest.param(f"{name}darknet53", ["MODEL.BACKBONE.NAME", "build_cspnet_backbone", "MODEL.CSPNET.NAME",
-                                            f"{name}darknet53", "MODEL.CSPNET.OUT_FEATURES", ["csp2", "csp3", "csp4"]],
-                       marks=needs_backbone("build_cspnet_backbone")) for name in ("", "csp")),
-        *(pytest.param(f"pvt_v2_{name}", ["MODEL.BACKBONE.NAME", "build_pyramid_vision_transformer",
-                                          "MODEL.PVT.NAME", name[:2], "MODEL.PVT.LINEAR", name.endswith("_li")],
-                       marks=needs_backbone("build_pyramid_vision_transformer")) for name in ("b0", "b2_li")),
+        ("resnet50d", ["MODEL.BACKBONE.NAME", "build_resnet_vd_backbone", "MODEL.RESNETS.DEPTH", 50,
+                       "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]]),
+        *((f"{name}darknet53", ["MODEL.BACKBONE.NAME", "build_cspnet_backbone", "MODEL.CSPNET.NAME",
+                                f"{name}darknet53", "MODEL.CSPNET.OUT_FEATURES", ["csp2", "csp3", "csp4"]])
+          for name in ("", "csp")),
+        *((f"pvt_v2_{name}", ["MODEL.BACKBONE.NAME", "build_pyramid_vision_transformer", "MODEL.PVT.NAME", name[:2],
+                              "MODEL.PVT.LINEAR", name.endswith("_li")]) for name in ("b0", "b2_li")),
     ],
 )  # fmt: skip
 def test_timm_files_in_the_published_backbones(tmp_path, name, opts):
