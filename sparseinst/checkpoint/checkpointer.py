@@ -96,7 +96,8 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         """The file's content, with the model's whole state dict as "model": what the file lacks is as it was."""
         content = read_weights_file(filename, self.trusted).content
         try:
-            tensors, entry = extract_tensors(content)
+            # A run that goes on, goes on with its own weights, not with the average of them.
+            tensors, entry = extract_tensors(content, averaged=is_start)
         except ValueError as error:
             raise WeightsFileError(f"{filename} {error}") from error
         target = self.model.state_dict()
@@ -107,14 +108,14 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         else:
             self._check_whole()
         logger.info("%s", self.coverage.text())
-        # Step counters, which the report leaves out, too.
         found = converted.tensors
-        fitting = (name for name in target if name in found and found[name].shape == target[name].shape)
-        state = {**target, **{name: found[name] for name in fitting}}
+        # Not only what the report counts: norms' step counters too.
+        fitting = [name for name in target if name in found and found[name].shape == target[name].shape]
+        target.update({name: found[name] for name in fitting})
         rest = {key: value for key, value in content.items() if key != entry} if entry else {}
         # That was for the names, which are the model's now.
         rest.pop("matching_heuristics", None)
-        return {**rest, "model": state}
+        return {**rest, "model": target}
 
     def _check_start(self, converted: Converted) -> None:
         coverage = self.coverage

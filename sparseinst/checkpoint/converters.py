@@ -9,11 +9,14 @@ import torch
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from torch import nn
 
-# Where training scripts put the weights; averaged ones (EMA) first, as they are the ones that were evaluated.
-WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict", "model_state", "blobs")
+# Where training scripts put the weights, and averages of them (EMA), which are the ones that they evaluate.
+WRAPPERS = ("model", "state_dict", "model_state", "blobs")
+AVERAGES = ("state_dict_ema", "model_ema")
 # What DistributedDataParallel, torch.compile and Lightning put before every name.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 BACKBONE = "backbone."
+# With a feature pyramid Detectron2 has the backbone one level deeper.
+_BACKBONE_PREFIXES = (BACKBONE + "bottom_up.", BACKBONE)
 EPS = 1e-5
 
 CAFFE2 = "ResNet of Caffe2"
@@ -59,11 +62,12 @@ class Converted(NamedTuple):
     target_family: str
 
 
-def extract_tensors(content: object) -> tuple[dict[str, torch.Tensor], str]:
+def extract_tensors(content: object, averaged: bool = True) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of a weights file, out of whatever is around them.
 
     Args:
-        content: what the file holds: a state dict, or a dict with one of WRAPPERS.
+        content: what the file holds: a state dict, or a dict with one of WRAPPERS or AVERAGES.
+        averaged: take averaged weights where there are some.
 
     Returns:
         The tensors by name, without prefixes that all names share, and the entry that they were found in, "" for none.
@@ -73,7 +77,8 @@ def extract_tensors(content: object) -> tuple[dict[str, torch.Tensor], str]:
     """
     entry = ""
     if isinstance(content, Mapping):
-        holders = [key for key in WRAPPERS if isinstance(content.get(key), Mapping) and _tensors(content[key])]
+        wrappers = AVERAGES + WRAPPERS if averaged else WRAPPERS
+        holders = [key for key in wrappers if isinstance(content.get(key), Mapping) and _tensors(content[key])]
         if holders:
             entry = holders[0]
             content = content[entry]
@@ -95,20 +100,29 @@ def extract_tensors(content: object) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def _tensors(state: Mapping) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.as_tensor(value)
-        for name, value in state.items()
+    tensors = {}
+    for name, value in state.items():
         # Caffe2's files hold the optimizer's momentum too.
-        if isinstance(name, str) and isinstance(value, torch.Tensor | np.ndarray) and not name.endswith("_momentum")
-    }
+        if isinstance(name, str) and not name.endswith("_momentum"):
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value
+            elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+                # A copy of its own: a pickle's array may be read-only, or of another byte order.
+                tensors[name] = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+    return tensors
 
 
 def family_of(names: Iterable[str]) -> str:
     """Whose names these are, of a backbone, or of a model with its backbone under ``backbone.``."""
-    names = set(names)
-    backbone = {name.removeprefix(BACKBONE) for name in names if name.startswith(BACKBONE)} or names
-    backbone = {name.removeprefix("bottom_up.") for name in backbone}
+    names = list(names)
+    prefix = _backbone_prefix(names)
+    backbone = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     return next((family for family, signs in _SIGNS.items() if signs <= backbone), UNKNOWN)
+
+
+def _backbone_prefix(names: Iterable[str]) -> str:
+    """What names of the backbone begin with, among the names of a whole model; "" where there is no such thing."""
+    return next((prefix for prefix in _BACKBONE_PREFIXES if any(name.startswith(prefix) for name in names)), "")
 
 
 def convert(tensors: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> Converted:
@@ -121,19 +135,15 @@ def convert(tensors: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tens
         tensors: of the file.
         target: the model's state dict.
     """
-    is_model = any(name.startswith(BACKBONE) for name in tensors)
-    has_backbone = any(name.startswith(BACKBONE) for name in target)
     family, target_family = family_of(tensors), family_of(target)
-    if is_model or not has_backbone:
-        inner = {name: name.removeprefix(BACKBONE) for name in tensors if name.startswith(BACKBONE)}
-        # With a feature pyramid Detectron2 has the backbone one level deeper.
-        inner = {name: own.removeprefix("bottom_up.") for name, own in inner.items()}
-    else:
-        inner = {name: name for name in tensors}
-    target_names = {name.removeprefix(BACKBONE) for name in target if name.startswith(BACKBONE)}
-    rename = _RENAMINGS.get((family, target_family), _keep)
     new_names = {name: name for name in tensors}
-    new_names.update(zip(inner, (BACKBONE + name for name in rename(list(inner.values()), target_names))))
+    if target_prefix := _backbone_prefix(target):
+        prefix = _backbone_prefix(tensors)
+        inner = [name for name in tensors if name.startswith(prefix)]
+        target_names = {name.removeprefix(target_prefix) for name in target if name.startswith(target_prefix)}
+        rename = _RENAMINGS.get((family, target_family), _keep)
+        renamed = rename([name.removeprefix(prefix) for name in inner], target_names)
+        new_names.update(zip(inner, (target_prefix + name for name in renamed)))
 
     converted = {new: tensors[name] for name, new in new_names.items()}
     if family == CAFFE2:

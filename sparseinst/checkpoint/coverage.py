@@ -145,17 +145,17 @@ def frozen_tensors(model: nn.Module, prefix: str = BACKBONE) -> list[str]:
 
 def likely_key(mismatch: ShapeMismatch) -> str:
     """The config key whose value makes this tensor differ in shape; "" where none is known."""
-    *_, layer, _ = ("", *mismatch.name.rsplit(".", 2))[-3:]
     if mismatch.name.startswith("encoder."):
         return "MODEL.SPARSE_INST.ENCODER.NUM_CHANNELS, or another backbone"
     if not mismatch.name.startswith("decoder.") or len(mismatch.found) != len(mismatch.expected):
         return ""
-    axis = next(axis for axis, sizes in enumerate(zip(mismatch.found, mismatch.expected)) if sizes[0] != sizes[1])
-    if axis == 0 and layer in _FIRST_AXIS_KEYS:
+    layer = mismatch.name.split(".")[-2]
+    differs_first = mismatch.found[:1] != mismatch.expected[:1]
+    if differs_first and layer in _FIRST_AXIS_KEYS:
         return _DECODER_KEY + _FIRST_AXIS_KEYS[layer]
     if layer in _POOLED_LAYERS:
         return f"{_DECODER_KEY}GROUPS or INST.DIM"
-    return f"{_DECODER_KEY}INST.DIM, MASK.DIM or ENCODER.NUM_CHANNELS"
+    return f"{_DECODER_KEY}INST.DIM or MASK.DIM, or MODEL.SPARSE_INST.ENCODER.NUM_CHANNELS"
 
 
 def _part(name: str) -> str:

@@ -19,7 +19,7 @@ from sparseinst.checkpoint.files import WeightsFileError
 
 def check_weights_file(weights: str) -> None:
     """Check that MODEL.WEIGHTS, unless it is empty or a URL, names a file. Raises WeightsFileError."""
-    if weights and "://" not in weights and not Path(weights.split("?")[0]).is_file():
+    if weights and "://" not in weights and not any(Path(p).is_file() for p in (weights, weights.split("?")[0])):
         raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
 
 
@@ -36,6 +36,8 @@ def find_weights(weights: str) -> str:
         ImportError: timm://, and timm is not installed.
     """
     check_weights_file(weights)
+    if os.path.isfile(weights):
+        return weights
     with _explained_download(weights):
         path = PathManager.get_local_path(weights.split("?")[0])
     if not os.path.isfile(path):

@@ -98,8 +98,6 @@ def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -
     if not coverage.filled:
         raise ValueError(f"{weights} has nothing for the model of this config, so there is nothing to write")
     taken = set(coverage.filled)
-    # The report leaves out norms' step counters.
-    taken |= {name.replace("running_mean", "num_batches_tracked") for name in taken if name.endswith("running_mean")}
     state = {name: tensor for name, tensor in model.state_dict().items() if name in taken}
     author = f"sparseinst.tools.convert_weights, from {Path(weights).name}: {coverage.family}"
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")

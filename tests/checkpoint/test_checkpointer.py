@@ -134,6 +134,7 @@ def test_the_share_that_is_asked_for(tmp_path):
         ("NUM_CLASSES", 5, ["cls_score"]),
         ("NUM_MASKS", 9, ["iam_conv"]),
         ("KERNEL_DIM", 4, ["mask_kernel", "projection"]),
+        ("INST.DIM", 8, ["0", "iam_conv", "fc", "cls_score", "mask_kernel", "objectness"]),
         # Maps, and what is made of the joined vectors.
         ("GROUPS", 4, ["iam_conv", "fc", "cls_score", "mask_kernel", "objectness"]),
     ],

@@ -2,10 +2,10 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torchvision
-from detectron2.modeling import BACKBONE_REGISTRY
 
 from sparseinst.checkpoint import SparseInstCheckpointer, extract_tensors, find_weights
 from sparseinst.checkpoint.converters import RESNET_D, family_of
@@ -92,12 +92,7 @@ def test_detectron2_pkl(tmp_path):
     assert load(model, f"{tmp_path / 'R-18.pkl'}?matching_heuristics=True").missing == []
 
 
-def needs_backbone(name):
-    return pytest.mark.skipif(name not in BACKBONE_REGISTRY, reason=f"{name} is not registered")
-
-
 @torch.no_grad()
-@needs_backbone("build_resnet_dcn_backbone")
 def test_offsets_of_deformable_convolutions_need_no_weights(tmp_path):
     source = randomise(torchvision.models.resnet50())
     torch.save(source.state_dict(), tmp_path / "resnet50.pth")
@@ -134,8 +129,9 @@ def test_caffe2_pkl(tmp_path, wrapped):
     assert {"conv1_w", "res_conv1_bn_s", "res2_0_branch1_bn_b", "res4_5_branch2c_w"} <= arrays.keys()
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": arrays} if wrapped else arrays, protocol=2))
     model = randomise(backbone_model(*RESNET_50, "MODEL.RESNETS.NORM", "FrozenBN"), seed=1)
-    load(model, tmp_path / "R-50.pkl")
+    coverage = load(model, tmp_path / "R-50.pkl")
     assert_close(list(features_of(model).values()), list(features_of(source).values()))
+    assert coverage.left_over == [] and coverage.classifier == ["fc1000_w"]
     # Norms that train would need the statistics.
     with pytest.raises(ValueError, match="res2.0.conv1.norm.running_mean|stem.conv1.norm.running_mean"):
         load(backbone_model(*RESNET_50), tmp_path / "R-50.pkl", min_backbone_coverage=0.9)
@@ -156,6 +152,25 @@ def test_backbones_out_of_other_models(tmp_path):
         assert coverage.missing == [] and coverage.left_over
 
 
+@pytest.mark.parametrize("kind", ["torchvision", "with a pyramid", "without"])
+def test_backbones_with_a_feature_pyramid(tmp_path, kind):
+    pyramid = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4"])
+    source = randomise(backbone_model(*pyramid))
+    state = source.state_dict()
+    if kind == "without":
+        state = {name.replace("bottom_up.", ""): value for name, value in state.items() if "bottom_up" in name}
+    elif kind == "torchvision":
+        names = {name.partition("bottom_up.")[2]: name for name in state if "bottom_up" in name}
+        state = {library_name(name): state[full_name] for name, full_name in names.items()}
+    torch.save(state, tmp_path / "weights.pth")
+    model = randomise(backbone_model(*pyramid), seed=1)
+    coverage = load(model, tmp_path / "weights.pth", min_backbone_coverage=0.8)
+    assert len(coverage.missing) == (0 if kind == "with a pyramid" else 12) and coverage.left_over == []
+    with torch.no_grad():
+        features, expected = (each.backbone.bottom_up(IMAGES) for each in (model, source))
+    assert_close(list(features.values()), list(expected.values()))
+
+
 def wrappings():
     state = {"weight": torch.ones(1)}
     average = {"weight": torch.zeros(1)}
@@ -173,6 +188,28 @@ def test_tensors_are_found_in_what_training_scripts_save(content, entry, value):
     tensors, found = extract_tensors(content)
     assert found == entry
     assert {name: tensor.item() for name, tensor in tensors.items()} == {"weight": value}
+    if "_ema" not in entry:
+        assert extract_tensors(content, averaged=False)[1] == entry
+
+
+def test_a_run_that_goes_on_does_so_with_its_own_weights(tmp_path):
+    average = randomise(backbone_model(), seed=1).state_dict()
+    source = randomise(backbone_model())
+    torch.save({"model": source.state_dict(), "model_ema": average}, tmp_path / "checkpoint.pth")
+    model = backbone_model()
+    rest = SparseInstCheckpointer(model, min_backbone_coverage=1.0).load(str(tmp_path / "checkpoint.pth"))
+    assert set(rest) == {"model_ema"}
+    assert torch.equal(model.backbone.stem.conv1.weight, source.backbone.stem.conv1.weight)
+    load(model, tmp_path / "checkpoint.pth")
+    assert torch.equal(model.backbone.stem.conv1.weight, average["backbone.stem.conv1.weight"])
+
+
+def test_arrays_of_other_machines(recwarn):
+    read_only = np.arange(3, dtype=">f4")
+    read_only.setflags(write=False)
+    tensors, _ = extract_tensors({"a": read_only, "names": np.array(["b"]), "epoch": 3})
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"a": [0, 1, 2]}
+    assert not recwarn.list
 
 
 @torch.no_grad()
@@ -242,15 +279,13 @@ def test_published_pvt_in_timms(tmp_path):
 @pytest.mark.parametrize(
     ("name", "opts"),
     [
-        pytest.param("resnet50d", ["MODEL.BACKBONE.NAME", "build_resnet_vd_backbone", "MODEL.RESNETS.DEPTH", 50,
-                                   "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]],
-                     marks=needs_backbone("build_resnet_vd_backbone")),
-        *(pytest.param(f"{name}darknet53", ["MODEL.BACKBONE.NAME", "build_cspnet_backbone", "MODEL.CSPNET.NAME",
-                                            f"{name}darknet53", "MODEL.CSPNET.OUT_FEATURES", ["csp2", "csp3", "csp4"]],
-                       marks=needs_backbone("build_cspnet_backbone")) for name in ("", "csp")),
-        *(pytest.param(f"pvt_v2_{name}", ["MODEL.BACKBONE.NAME", "build_pyramid_vision_transformer",
-                                          "MODEL.PVT.NAME", name[:2], "MODEL.PVT.LINEAR", name.endswith("_li")],
-                       marks=needs_backbone("build_pyramid_vision_transformer")) for name in ("b0", "b2_li")),
+        ("resnet50d", ["MODEL.BACKBONE.NAME", "build_resnet_vd_backbone", "MODEL.RESNETS.DEPTH", 50,
+                       "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]]),
+        *((f"{name}darknet53", ["MODEL.BACKBONE.NAME", "build_cspnet_backbone", "MODEL.CSPNET.NAME",
+                                f"{name}darknet53", "MODEL.CSPNET.OUT_FEATURES", ["csp2", "csp3", "csp4"]])
+          for name in ("", "csp")),
+        *((f"pvt_v2_{name}", ["MODEL.BACKBONE.NAME", "build_pyramid_vision_transformer", "MODEL.PVT.NAME", name[:2],
+                              "MODEL.PVT.LINEAR", name.endswith("_li")]) for name in ("b0", "b2_li")),
     ],
 )  # fmt: skip
 def test_timm_files_in_the_published_backbones(tmp_path, name, opts):
