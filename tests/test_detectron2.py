@@ -33,7 +33,7 @@ def make_cfg(shapes, output_dir, *opts) -> CfgNode:
         "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (), "SOLVER.BASE_LR", 1e-4,
         "SOLVER.WARMUP_ITERS", 0, "OUTPUT_DIR", str(output_dir), "SEED", 1,
         # Low, so that a model that was hardly trained finds something.
-        "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0, "MODEL.SPARSE_INST.MASK_THRESHOLD", 0.05, *opts,
+        "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0, "MODEL.SPARSE_INST.MASK_THRESHOLD", 0.001, *opts,
     )  # fmt: skip
 
 
