@@ -166,7 +166,7 @@ def explain_mismatch(family: str, backbone: nn.Module, target_family: str) -> st
     """
     known = UNKNOWN not in (family, target_family)
     if known and family != target_family and (family, target_family) not in _RENAMINGS:
-        return f"it holds a {family}, and the backbone is a {target_family}"
+        return f"its names are of another network, {family}, and the backbone's of {target_family}"
     convs = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.Conv2d)]
     strided = [(name, conv) for name, conv in convs if max(conv.stride) > 1]
     if family == EFFICIENTNET_LITE and any(any(conv.padding) for _, conv in strided):

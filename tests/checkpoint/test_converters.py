@@ -360,10 +360,10 @@ def test_another_family_is_told_though_most_names_fit(tmp_path):
     # 240 of 265 tensors of a ResNet-50 would find one of their name and shape in a ResNet-D.
     timm = pytest.importorskip("timm", reason="the models are this package's")
     torch.save(timm.create_model("resnet50d").state_dict(), tmp_path / "resnet50d.pth")
-    with pytest.raises(ValueError, match=r"holds a ResNet-D.*backbone is a ResNet of Detectron2"):
+    with pytest.raises(ValueError, match=r"ResNet-D.*backbone.s of ResNet of Detectron2"):
         load(backbone_model(*RESNET_50), tmp_path / "resnet50d.pth", min_backbone_coverage=0.5)
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet50.pth")
     model = timm_backbone_model("resnet50d")
     assert family_of(model.state_dict()) == RESNET_D
-    with pytest.raises(ValueError, match=r"holds a ResNet of torchvision.*backbone is a ResNet-D"):
+    with pytest.raises(ValueError, match=r"ResNet of torchvision.*backbone.s of ResNet-D"):
         load(model, tmp_path / "resnet50.pth", min_backbone_coverage=0.5)
