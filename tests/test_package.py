@@ -100,7 +100,7 @@ def test_version_is_written_in_one_place() -> None:
     assert assigned == [ROOT / "sparseinst" / "__init__.py"]
 
 
-@pytest.mark.parametrize("extra", ["", "headless", "dev"])
+@pytest.mark.parametrize("extra", ["", "headless", "timm", "small-data", "dev"])
 def test_pins_are_within_the_ranges(metadata: Message, extra: str) -> None:
     pins = pinned_versions()
     requirements = required(metadata, extra)
@@ -117,7 +117,9 @@ def test_detectron2_and_opencv_are_not_required(metadata: Message) -> None:
     assert [requirement.name for requirement in required(metadata, "gui")] == ["opencv-python"]
 
 
-@pytest.mark.parametrize("tool", ["train_net", "demo", "make_shapes"])
+@pytest.mark.parametrize(
+    "tool", ["train_net", "demo", "make_shapes", "analyze_model", "convert_weights", "select_classes"]
+)
 def test_tools_run_from_another_folder(clean_python: Path, tmp_path: Path, tool: str) -> None:
     result = run_elsewhere(clean_python, "-m", f"sparseinst.tools.{tool}", "--help", folder=tmp_path)
     assert result.returncode == 0, result.stderr

