@@ -15,6 +15,7 @@ RECIPES = {"efficientnet_lite0": "published_recipe", "efficientnet_lite0_crowded
 # What a recipe for small data may change: not the backbone, its weights, the widths, the pictures or the batch.
 CHANGED = {
     "MODEL.BACKBONE.FREEZE_AT",
+    "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD",
     "MODEL.SPARSE_INST.ENCODER.NORM",
     "MODEL.SPARSE_INST.DECODER.NAME",
     "MODEL.SPARSE_INST.DECODER.NORM",

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 _MIN_SHORT_SIDE = 480
 # ... but not beyond this long side.
 _MAX_ENLARGED_SIDE = 1600
-# Of more instances than these the names would hide the picture.
-_MAX_CAPTIONS = 40
+# Of more instances than these, boxes and names would hide the picture.
+_MAX_BOXES = 40
 # Long side of one cell of the picture of activation maps, its caption's height, the gap between cells.
 _CELL_SIDE = 256
 _CAPTION_HEIGHT = 22
@@ -31,7 +31,7 @@ def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metada
     Args:
         image_rgb: (height, width, 3) uint8, RGB.
         instances: all that is to be drawn, in the picture's size, on the CPU; without ``scores`` (ground truth) only
-            the names are written, and of more than 40 instances nothing is.
+            the names are written, and of more than 40 instances only the masks are drawn.
         metadata: holds ``thing_classes``.
 
     Returns:
@@ -44,15 +44,16 @@ def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metada
     picture = _resize(image_rgb, size)
     if len(instances) == 0:
         return picture
-    boxes = Boxes(instances.pred_boxes.tensor.clone())
-    boxes.scale(size[1] / width, size[0] / height)
+    boxes, captions = None, None
+    if len(instances) <= _MAX_BOXES:
+        boxes = Boxes(instances.pred_boxes.tensor.clone())
+        boxes.scale(size[1] / width, size[0] / height)
+        captions = [_caption(instances, index, metadata) for index in range(len(instances))]
     visualizer = Visualizer(picture, metadata, font_size_scale=1.4)
     drawing = visualizer.overlay_instances(
         boxes=boxes,
         masks=_resize_masks(instances.pred_masks, size),
-        labels=[_caption(instances, index, metadata) for index in range(len(instances))]
-        if len(instances) <= _MAX_CAPTIONS
-        else None,
+        labels=captions,
         assigned_colors=[_color(index) for index in range(len(instances))],
         alpha=0.45,
     )

@@ -56,7 +56,7 @@ def test_masks_are_where_they_belong_and_red_stays_red(size):
     assert np.abs(picture[height // 6, width // 2] - (255, 0, 0)).max() <= 1
 
 
-def test_names_of_many_instances_are_left_out():
+def test_names_and_boxes_of_many_instances_are_left_out():
     image, instances = scene(480, 600)
     few, many = (Instances.cat([instances] * count) for count in (20, 21))
     # A name stands in a dark box, at the instance's upper left corner.
