@@ -9,6 +9,8 @@ import torch
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from torch import nn
 
+from sparseinst.backbones import pvt
+
 # Where training scripts put the weights, and averages of them (EMA), which are the ones that they evaluate.
 WRAPPERS = ("model", "state_dict", "model_state", "blobs")
 AVERAGES = ("state_dict_ema", "model_ema")
@@ -187,6 +189,10 @@ def _keep(names: list[str], _: set[str]) -> list[str]:
     return names
 
 
+def _each(rename: Callable[[str], str]) -> _Renaming:
+    return lambda names, _: [rename(name) for name in names]
+
+
 def _by_patterns(*patterns: tuple[str, str | Callable[[re.Match], str]]) -> _Renaming:
     """A renaming that replaces each pattern in each name, one after the other."""
 
@@ -257,19 +263,7 @@ _RENAMINGS: dict[tuple[str, str], _Renaming] = {
         (r"\bdownsample\.0\.", "shortcut."),
         (r"\bdownsample\.1\.", "shortcut.norm."),
     ),
-    (PVT, PVT_TIMM): _by_patterns(
-        (r"^patch_embed1\.", "patch_embed."),
-        (r"^patch_embed(\d)\.", _number("stages.{}.downsample.", -1)),
-        (r"^block(\d)\.", _number("stages.{}.blocks.", -1)),
-        (r"^norm(\d)\.", _number("stages.{}.norm.", -1)),
-        (r"\bdwconv\.dwconv\.", "dwconv."),
-    ),
-    (PVT_TIMM, PVT): _by_patterns(
-        (r"^patch_embed\.", "patch_embed1."),
-        (r"^stages\.(\d)\.downsample\.", _number("patch_embed{}.", 1)),
-        (r"^stages\.(\d)\.blocks\.", _number("block{}.", 1)),
-        (r"^stages\.(\d)\.norm\.", _number("norm{}.", 1)),
-        (r"\bdwconv\.", "dwconv.dwconv."),
-    ),
+    (PVT, PVT_TIMM): _each(pvt.timm_name),
+    (PVT_TIMM, PVT): _each(pvt.published_name),
     (EFFICIENTNET_LITE, EFFICIENTNET): _from_efficientnet_lite,
 }
