@@ -1,0 +1,50 @@
+"""Ground truth that is found by a picture's file name."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparseinst.data.ground_truth import GroundTruth
+
+
+@pytest.fixture
+def json_file(tmp_path):
+    """Two pictures of one name, in two folders; category ids with a gap, not in the classes' order of appearance."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / folder / "a.png")
+
+    def annotation(id, image_id, category_id, x, y, iscrowd=0):
+        outline = [x, y, x + 10, y, x + 10, y + 5, x, y + 5]
+        segmentation = {"size": [20, 30], "counts": [0, 600]} if iscrowd else [outline]
+        return {"id": id, "image_id": image_id, "category_id": category_id, "bbox": [x, y, 10, 5], "area": 50,
+                "iscrowd": iscrowd, "segmentation": segmentation}  # fmt: skip
+
+    images = [(1, "one/a.png"), (2, "two/a.png")]
+    content = {
+        "images": [{"id": id, "file_name": name, "height": 20, "width": 30} for id, name in images],
+        "categories": [{"id": 9, "name": "bolt"}, {"id": 3, "name": "nut"}],
+        "annotations": [annotation(1, 1, 9, 0, 0), annotation(2, 2, 3, 5, 10), annotation(3, 2, 9, 15, 2),
+                        annotation(4, 2, 9, 0, 0, iscrowd=1)],
+    }  # fmt: skip
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    return tmp_path / "truth.json"
+
+
+def test_finds_a_pictures_own_instances_with_their_classes(json_file):
+    truth = GroundTruth(json_file)
+    assert truth.class_names == ["nut", "bolt"]  # by category id, as the model's classes are
+    one, two = (truth.find(json_file.parent / folder / "a.png") for folder in ("one", "two"))
+    assert one.pred_classes.tolist() == [1] and one.pred_boxes.tensor.tolist() == [[0, 0, 10, 5]]
+    assert two.pred_classes.tolist() == [0, 1]  # without the crowd
+    assert two.pred_boxes.tensor.tolist() == [[5, 10, 15, 15], [15, 2, 25, 7]]
+    assert two.image_size == (20, 30) and two.pred_masks.flatten(1).sum(1).tolist() == [50, 50]
+    assert two.pred_masks[0, 10:15, 5:15].all() and not two.has("scores")
+
+
+def test_a_picture_that_the_json_does_not_have(json_file):
+    truth = GroundTruth(json_file)
+    assert truth.find(json_file.parent / "three" / "a.png") is None
+    assert truth.find(json_file.parent / "one" / "b.png") is None
