@@ -33,11 +33,12 @@ QUICK_OUTPUT := output/quick
 QUICK_DATA := datasets/shapes
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean install environment install-pinned install-beside-detectron2
+.PHONY: help quickstart test test-faults lint format clean install environment install-pinned install-beside-detectron2
 
 help:
 	@echo 'make quickstart   data, training, evaluation and pictures of a small SparseInst on the CPU, in minutes'
 	@echo 'make test         the whole test suite'
+	@echo 'make test-faults  the slow fault tests: broken files, killed processes; most of an hour'
 	@echo 'make lint         style checks'
 	@echo 'make format       rewrites the files as the style checks want them'
 	@echo 'make clean        removes what these commands made, except $(VENV)'
@@ -62,6 +63,11 @@ quickstart: install
 
 test: install
 	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile
+
+# What of it is fast, and a few cases of the rest, is in `make test`.
+test-faults: install
+	SPARSEINST_FAULTS=full OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -rA -n $(TEST_WORKERS) --dist loadfile \
+		tests/faults
 
 lint: install
 	"$(VENV_PYTHON)" -m ruff check .
