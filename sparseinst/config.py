@@ -139,6 +139,10 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Type of automatic mixed precision (SOLVER.AMP.ENABLED): "float16" or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
+    # Images that may be broken (cut off, missing, of another size than the json says) before a run stops: each is named
+    # once in the log and passed over.
+    cfg.DATALOADER.MAX_BROKEN_IMAGES = 10
+
     # A user's own data: a COCO json and its image folder. Where set, they replace DATASETS.TRAIN or DATASETS.TEST.
     cfg.DATASETS.TRAIN_JSON = ""
     cfg.DATASETS.TRAIN_IMAGES = ""
