@@ -24,7 +24,7 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
@@ -238,7 +238,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
     return TrainLoader(
         images,
         mappers[name](cfg, is_train=True),
-        _sampler_builder(cfg, datasets),
+        _sampler_builder(cfg, images),
         batch_size=cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE_STEPS // comm.get_world_size(),
         seed=seed,
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
@@ -281,35 +281,20 @@ def _check_consistency(names: Sequence[str]) -> None:
         raise ValueError(f"The data sets {', '.join(names)} of DATASETS.TRAIN have different classes")
 
 
-def _sampler_builder(cfg: CfgNode, datasets: Sequence[list[dict]]) -> Callable[[int], Iterable[int]]:
+def _sampler_builder(cfg: CfgNode, images: Sequence[dict]) -> Callable[[int], Iterable[int]]:
     """What DATALOADER.SAMPLER_TRAIN names, as a function of the seed."""
     name = cfg.DATALOADER.SAMPLER_TRAIN
-    num_images = sum(map(len, datasets))
+    num_images = len(images)
     if name == "TrainingSampler":
         return lambda seed: TrainingSampler(num_images, seed=seed)
-    if name == "RandomSubsetTrainingSampler":
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        return lambda seed: RandomSubsetTrainingSampler(num_images, ratio, seed_shuffle=seed, seed_subset=seed)
-
-    def category_factors(images: list[dict]) -> torch.Tensor:
-        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            images, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        )
-
-    weights = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
     if name == "RepeatFactorTrainingSampler":
-        factors = category_factors(list(itertools.chain.from_iterable(datasets)))
-    elif name in ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"):
-        if unknown := weights.keys() - set(cfg.DATASETS.TRAIN):
-            raise ValueError(f"DATASETS.TRAIN_REPEAT_FACTOR names {sorted(unknown)}, not in DATASETS.TRAIN")
-        parts = zip(cfg.DATASETS.TRAIN, datasets)
-        factors = torch.cat([torch.full((len(images),), float(weights.get(key, 1))) for key, images in parts])
-        if name == "WeightedCategoryTrainingSampler":
-            factors = factors * torch.cat([category_factors(images) for images in datasets])
-            factors = factors / factors.min()
-    else:
-        raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}, which is none of Detectron2's training samplers")
-    return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            images, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be 'TrainingSampler' or 'RepeatFactorTrainingSampler'"
+    )
 
 
 def _as_list(samples: list) -> list:
