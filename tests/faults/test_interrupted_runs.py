@@ -66,12 +66,12 @@ def test_killed_at_random_moments(workspace):
     rng = random.Random(0)
     output = folder / "killed"
     phases = Counter()
-    # A third of them in the middle of writing a checkpoint.
-    for number in range(num_cases(4, 60)):
-        in_save = number % 3 == 2
-        child = Child(train, config, output, in_save, 3)
-        delay = rng.uniform(0, 0.25) if in_save else rng.uniform(0, seconds)
-        struck = interrupt(child, output, signal.SIGKILL, "saving" if in_save else None, delay)
+    # One of six in an evaluation, two in the middle of writing a checkpoint, three at moments uniform over a run.
+    for number in range(num_cases(3, 102)):
+        wanted = ["evaluating", "saving", None, "saving", None, None][number % 6]
+        child = Child(train, config, output, wanted == "saving", 3)
+        delay = rng.uniform(0, 0.2 if wanted else seconds)
+        struck = interrupt(child, output, signal.SIGKILL, wanted, delay)
         outcome = child.wait(TIMEOUT)
         assert not outcome.timed_out
         phases[struck] += 1
