@@ -84,6 +84,9 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     sparse_inst.LOSS.OBJECTNESS_WEIGHT = 1.0
     # Weight of loss_iam, which draws each activation map into its instance. 0: no such loss, as published.
     sparse_inst.LOSS.IAM_WEIGHT = 0.0
+    # Several processes: divide by the instances and pairs of all of them, so that their gradients are those of one
+    # process with the whole batch. False: loss_mask and loss_objectness by each process's own pairs, as published.
+    sparse_inst.LOSS.GLOBAL_NORMALIZATION = False
 
     sparse_inst.MATCHER = CfgNode()
     sparse_inst.MATCHER.NAME = "SparseInstMatcher"

@@ -25,7 +25,7 @@ from sparseinst.engine.evaluation import evaluate
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
 from sparseinst.engine.optimizer import build_optimizer
-from sparseinst.modeling.criterion import mean_over_ranks
+from sparseinst.modeling.criterion import normalizer_over_ranks
 from sparseinst.modeling.structures import LossNormalizer
 
 logger = logging.getLogger(__name__)
@@ -215,8 +215,11 @@ class Trainer(SimpleTrainer):
     def _normalizer(self) -> LossNormalizer:
         """Counts over all batches of the step, as the criterion counts over one."""
         counts = [len(x["instances"]) for batch in self.batches for x in batch]
-        return LossNormalizer(
-            mean_over_ranks(sum(counts), self.device), max(1, sum(min(count, self.num_masks) for count in counts))
+        return normalizer_over_ranks(
+            sum(counts),
+            sum(min(count, self.num_masks) for count in counts),
+            self.device,
+            self.cfg.MODEL.SPARSE_INST.LOSS.GLOBAL_NORMALIZATION,
         )
 
     def state_dict(self) -> dict:

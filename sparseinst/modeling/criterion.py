@@ -44,6 +44,7 @@ class SparseInstCriterion(nn.Module):
         mask_dice_weight: weight of ``loss_dice``.
         objectness_weight: weight of ``loss_objectness``.
         iam_weight: weight of ``loss_iam``, see :func:`activation_loss`; 0, as published: no such loss.
+        global_normalization: divide by what all ranks have together, see :func:`normalizer_over_ranks`.
 
     Raises:
         ValueError: an item that is not one of these.
@@ -60,6 +61,7 @@ class SparseInstCriterion(nn.Module):
         mask_dice_weight: float = 2.0,
         objectness_weight: float = 1.0,
         iam_weight: float = 0.0,
+        global_normalization: bool = False,
     ) -> None:
         super().__init__()
         if not items or set(items) - set(LOSS_ITEMS):
@@ -71,6 +73,7 @@ class SparseInstCriterion(nn.Module):
         self.mask_dice_weight = mask_dice_weight
         self.objectness_weight = objectness_weight
         self.iam_weight = iam_weight
+        self.global_normalization = global_normalization
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -83,6 +86,7 @@ class SparseInstCriterion(nn.Module):
             "mask_dice_weight": loss.MASK_DICE_WEIGHT,
             "objectness_weight": loss.OBJECTNESS_WEIGHT,
             "iam_weight": loss.IAM_WEIGHT,
+            "global_normalization": loss.GLOBAL_NORMALIZATION,
         }
 
     def forward(
@@ -97,7 +101,7 @@ class SparseInstCriterion(nn.Module):
             outputs: the decoder's dict.
             targets: ground truth, one per image.
             normalizer: what to divide by, where this batch is a part of a larger one (gradient accumulation). By
-                default the number of instances, averaged over the ranks, and of this batch's own matched pairs.
+                default :func:`normalizer_over_ranks` of this batch.
 
         Returns:
             ``loss_ce`` where items has "labels"; ``loss_objectness``, ``loss_dice`` and ``loss_mask`` where it has
@@ -108,9 +112,11 @@ class SparseInstCriterion(nn.Module):
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
             pairs = self.matcher(outputs, targets)
             if normalizer is None:
-                normalizer = LossNormalizer(
-                    mean_over_ranks(sum(len(target.gt_classes) for target in targets), outputs["pred_logits"].device),
-                    max(1, sum(len(pair.gt_idx) for pair in pairs)),
+                normalizer = normalizer_over_ranks(
+                    sum(len(target.gt_classes) for target in targets),
+                    sum(len(pair.gt_idx) for pair in pairs),
+                    outputs["pred_logits"].device,
+                    self.global_normalization,
                 )
             losses = {}
             if "labels" in self.items:
@@ -176,13 +182,30 @@ def matched_predictions(predictions: torch.Tensor, pairs: list[MatchedPairs]) ->
     return torch.cat([values[pair.prediction_idx] for values, pair in zip(predictions, pairs)])
 
 
-def mean_over_ranks(count: float, device: torch.device) -> float:
-    """max(1, mean of ``count`` over all ranks): every rank gets the same number."""
-    if comm.get_world_size() > 1:
-        total = torch.tensor(float(count), device=device)
-        torch.distributed.all_reduce(total)
-        count = total.item() / comm.get_world_size()
-    return max(1.0, float(count))
+def normalizer_over_ranks(
+    num_instances: int, num_matched: int, device: torch.device, global_normalization: bool = False
+) -> LossNormalizer:
+    """What to divide the losses of a step by, on this rank; to be called on all ranks at once.
+
+    The ranks' gradients are averaged. As published, instances are averaged over the ranks and matched pairs are each
+    rank's own, so that a pair weighs the more the fewer its rank has; and a mean below 1 counts as 1. With
+    ``global_normalization`` the averaged gradients are those of one process with all the images.
+
+    Args:
+        num_instances: ground-truth instances of this rank.
+        num_matched: matched pairs of this rank.
+        device: where the ranks exchange the numbers.
+        global_normalization: see above.
+    """
+    num_ranks = comm.get_world_size()
+    all_instances, all_matched = float(num_instances), float(num_matched)
+    if num_ranks > 1:
+        counts = torch.tensor([all_instances, all_matched], device=device)
+        torch.distributed.all_reduce(counts)
+        all_instances, all_matched = counts.tolist()
+    if global_normalization:
+        return LossNormalizer(max(1.0, all_instances) / num_ranks, max(1.0, all_matched) / num_ranks)
+    return LossNormalizer(max(1.0, all_instances / num_ranks), max(1.0, float(num_matched)))
 
 
 def build_sparse_inst_criterion(cfg: CfgNode) -> nn.Module:

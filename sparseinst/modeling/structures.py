@@ -50,11 +50,11 @@ class MatchedPairs(NamedTuple):
 
 
 class LossNormalizer(NamedTuple):
-    """What the losses of a step are divided by.
+    """What the losses of a step are divided by; positive, also where there are no instances.
 
     Attributes:
-        num_instances: ground-truth instances, matched or not; at least 1.
-        num_matched: matched pairs; at least 1.
+        num_instances: ground-truth instances, matched or not; of several ranks their mean.
+        num_matched: matched pairs; of this rank, or of several their mean.
     """
 
     num_instances: float
