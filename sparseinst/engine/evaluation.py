@@ -23,6 +23,7 @@ from tabulate import tabulate
 from torch import nn
 
 from sparseinst.data.loader import build_test_loader
+from sparseinst.engine.processes import share_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,12 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
 
     Args:
         cfg: DATASETS.TEST, OUTPUT_DIR, DATALOADER and INPUT are read.
-        model: a Detectron2 model.
+        model: a Detectron2 model; on several ranks its buffers become those of rank 0.
 
     Returns:
         The evaluator's results; by data set where there are several. Empty on ranks other than 0.
     """
+    share_buffers(model)
     results = {}
     for dataset_name in cfg.DATASETS.TEST:
         loader = build_test_loader(cfg, dataset_name)
@@ -107,16 +109,16 @@ class StageTimer(nn.Module):
         return time.perf_counter()
 
     def summary(self) -> dict:
-        """Median and 95th percentile of each stage and of their sum, without the first batches.
+        """Median and 95th percentile of each stage and of their sum, without each process's first batches.
+
+        To be called in all processes at once.
 
         Returns:
             ``stages``: name to ``median_ms`` and ``p95_ms`` per batch; ``images_per_second``, from the sum of all
-            stages; ``peak_memory_mb`` of the device (on the CPU of the process); ``batch_size``, ``num_batches``,
-            ``warmup_batches``, ``device``, ``precision``.
+            stages, of all processes together; ``peak_memory_mb`` of the device (on the CPU of the process), the
+            largest; ``batch_size``, ``num_batches``, ``warmup_batches``, ``num_processes``, ``device``, ``precision``.
+            Empty where no process has timed anything, and on ranks other than 0.
         """
-        warmup = min(WARMUP_BATCHES, len(self.seconds) - 1)
-        stage_seconds = np.array(self.seconds[warmup:])
-        columns = {**dict(zip(STAGES, stage_seconds.T)), "total": stage_seconds.sum(1)}
         device = self.model.device
         if device.type == "cuda":
             device_name = torch.cuda.get_device_name(device)
@@ -126,6 +128,14 @@ class StageTimer(nn.Module):
             # Kilobytes on Linux, bytes on macOS.
             unit = 1 if sys.platform == "darwin" else 1024
             peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        gathered = comm.gather((self.seconds, self.batch_sizes, peak_bytes))
+        # There may be fewer images than processes.
+        used = [(seconds, batch_sizes) for seconds, batch_sizes, _ in gathered if seconds]
+        if not used:
+            return {}
+        warmups = [min(WARMUP_BATCHES, len(seconds) - 1) for seconds, _ in used]
+        stage_seconds = np.concatenate([seconds[warmup:] for (seconds, _), warmup in zip(used, warmups)])
+        columns = {**dict(zip(STAGES, stage_seconds.T)), "total": stage_seconds.sum(1)}
         return {
             "stages": {
                 name: {
@@ -134,11 +144,15 @@ class StageTimer(nn.Module):
                 }
                 for name, values in columns.items()
             },
-            "images_per_second": sum(self.batch_sizes[warmup:]) / float(stage_seconds.sum()),
-            "peak_memory_mb": peak_bytes / 2**20,
-            "batch_size": max(self.batch_sizes),
+            "images_per_second": sum(
+                sum(batch_sizes[warmup:]) / float(np.sum(seconds[warmup:]))
+                for (seconds, batch_sizes), warmup in zip(used, warmups)
+            ),
+            "peak_memory_mb": max(peak_bytes for _, _, peak_bytes in gathered) / 2**20,
+            "batch_size": max(max(batch_sizes) for _, batch_sizes in used),
             "num_batches": len(stage_seconds),
-            "warmup_batches": warmup,
+            "warmup_batches": sum(warmups),
+            "num_processes": len(gathered),
             "device": device_name,
             "precision": str(next(self.model.parameters()).dtype).removeprefix("torch."),
         }
@@ -148,10 +162,11 @@ def speed_table(speed: dict) -> str:
     """A summary of :class:`StageTimer` as text."""
     rows = [[name, values["median_ms"], values["p95_ms"]] for name, values in speed["stages"].items()]
     table = tabulate(rows, headers=["stage", "median ms", "95th percentile ms"], floatfmt=".2f", tablefmt="github")
+    processes = f"{speed['num_processes']} processes, each on " if speed["num_processes"] > 1 else ""
     return (
         f"{table}\n{speed['images_per_second']:.2f} images/s, peak memory {speed['peak_memory_mb']:.0f} MB, batch size "
-        f"{speed['batch_size']}, {speed['device']}, {speed['precision']}; {speed['num_batches']} batches after "
-        f"{speed['warmup_batches']} of warm-up; reading and resizing the images is not included"
+        f"{speed['batch_size']}, {processes}{speed['device']}, {speed['precision']}; {speed['num_batches']} batches "
+        f"after {speed['warmup_batches']} of warm-up; reading and resizing the images is not included"
     )
 
 
@@ -159,8 +174,8 @@ def evaluate_and_time(cfg: CfgNode, model: nn.Module) -> dict:
     """:func:`evaluate`, with the speed of each stage logged, and both written to OUTPUT_DIR/results.json."""
     timer = StageTimer(model)
     results = evaluate(cfg, timer)
-    if comm.is_main_process() and timer.seconds:
-        speed = timer.summary()
+    speed = timer.summary()
+    if speed:
         logger.info("Speed:\n%s", speed_table(speed))
         path = Path(cfg.OUTPUT_DIR) / "results.json"
         path.write_text(json.dumps({"results": results, "speed": speed}, indent=2) + "\n")

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -12,6 +13,8 @@ from detectron2.utils import comm
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Clusters and terminals send to every process, and so does the process that launched them: that is one request.
+SECONDS_OF_ONE_REQUEST = 2
 
 
 class TrainingInterrupted(BaseException):
@@ -29,7 +32,7 @@ class TrainingInterrupted(BaseException):
 
 
 class SignalWatch:
-    """Notes SIGTERM and SIGINT while it is entered; a second one ends the process as usual.
+    """Notes SIGTERM and SIGINT while it is entered; a second request to stop ends the process as usual.
 
     Only in the process and the thread that entered it; elsewhere than in the main thread signals cannot be watched.
 
@@ -41,6 +44,7 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._received_at = 0.0
         self.raises_at_once = False
         self._process: int | None = None
         self._previous: dict[int, object] = {}
@@ -65,11 +69,14 @@ class SignalWatch:
         if os.getpid() != self._process:
             return  # a worker, which inherited this; its parent ends it
         if self.received is not None:
+            if time.monotonic() - self._received_at < SECONDS_OF_ONE_REQUEST:
+                return
             for other, handler in self._previous.items():
                 signal.signal(other, handler)
             os.kill(os.getpid(), number)
             return
         self.received = number
+        self._received_at = time.monotonic()
         if self.raises_at_once:
             raise TrainingInterrupted(number)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -21,6 +21,13 @@ from sparseinst.data.loader import WorkerDiedError
 from sparseinst.engine.evaluation import evaluate_and_time
 from sparseinst.engine.interruption import TrainingInterrupted
 from sparseinst.engine.output_folder import check_free_space, check_no_earlier_run, claimed
+from sparseinst.engine.processes import (
+    add_process_arguments,
+    check_device,
+    check_process_arguments,
+    exit_with_error,
+    run_processes,
+)
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import Trainer, check_test_config
 
@@ -33,12 +40,13 @@ DATA_FLAGS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, and those for a user's own data."""
+    """Detectron2's arguments, those for a user's own data, and those for several processes."""
     parser = default_argument_parser(
         epilog="KEY VALUE pairs at the end override the config file, for example: SOLVER.IMS_PER_BATCH 8"
     )
     for flag, meaning in DATA_FLAGS.items():
         parser.add_argument(flag, default="", metavar="PATH", help=meaning)
+    add_process_arguments(parser)
     return parser
 
 
@@ -62,6 +70,7 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> CfgNode:
         raise ValueError("--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam")
     args.config_file = resolve_config_file(args.config_file)
     cfg = load_config(args.config_file, args.opts)
+    check_device(cfg.MODEL.DEVICE)
     for flag in DATA_FLAGS:
         name = flag.removeprefix("--").replace("-", "_")
         if getattr(args, name):
@@ -96,12 +105,15 @@ def main(args: argparse.Namespace) -> dict:
             run = _prepare_evaluation(cfg, args) if args.eval_only else _prepare_training(cfg, args)
         except (ValueError, FileNotFoundError) as error:
             # FileNotFoundError: a builtin data set that is not on this machine.
-            sys.exit(f"error: {error}")
+            exit_with_error(error)
         try:
             results = run()
         except RUN_ERRORS as error:
             sys.exit(f"error: {error}")
         except TrainingInterrupted as error:
+            if comm.get_local_rank():
+                # After an error the launcher would end rank 0, which may still be saving.
+                return {}
             print(f"{error}. What was trained is saved in {cfg.OUTPUT_DIR}; go on with --resume", file=sys.stderr)
             sys.exit(128 + error.signal)
         except OSError as error:
@@ -131,16 +143,13 @@ def _prepare_training(cfg: CfgNode, args: argparse.Namespace) -> Callable[[], di
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    """The command: one process, or one for each of ``--num-gpus``."""
+    """The command: one process, one for each of ``--num-gpus``, or one of torchrun's."""
     args = build_parser().parse_args(argv)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        check_process_arguments(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    run_processes(main, args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,223 @@
+"""The processes of a training: started by Detectron2's launch or by torchrun, and how they end together."""
+
+import argparse
+import contextlib
+import datetime
+import errno
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from torch import nn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+# torchrun sets them, and the names of the first process's machine and port.
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# After this long a rank that failed in the way of all others would have been ended by its launcher.
+SECONDS_FOR_OTHERS = 5
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that Detectron2's parser lacks."""
+    parser.add_argument(
+        "--dist-timeout",
+        type=float,
+        default=30,
+        metavar="MINUTES",
+        help="several processes: one that waits for another for so long ends in an error (default: 30)",
+    )
+
+
+def is_started_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun has started."""
+    return all(name in os.environ for name in TORCHRUN_VARIABLES)
+
+
+def check_process_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot be started; before the first process is.
+
+    Args:
+        args: ``num_gpus``, ``num_machines``, ``machine_rank``, ``dist_url`` and ``dist_timeout`` are read.
+
+    Raises:
+        ValueError: the message names the flag.
+    """
+    if args.dist_timeout <= 0:
+        raise ValueError(f"--dist-timeout is {args.dist_timeout:g}; it must be above 0, in minutes")
+    if is_started_by_torchrun():
+        num_local = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_machines, rest = divmod(int(os.environ["WORLD_SIZE"]), num_local)
+        if rest:
+            raise ValueError("torchrun has started other numbers of processes on other machines; start as many on each")
+        for flag, asked, started in (
+            ("--num-gpus", args.num_gpus, num_local),
+            ("--num-machines", args.num_machines, num_machines),
+        ):
+            if asked not in (1, started):
+                raise ValueError(f"{flag} is {asked}, and torchrun has started {started}: leave out {flag}")
+    else:
+        num_local = args.num_gpus
+        if num_local < 1 or args.num_machines < 1:
+            raise ValueError(f"--num-gpus {num_local} --num-machines {args.num_machines}: both must be at least 1")
+        if not 0 <= args.machine_rank < args.num_machines:
+            raise ValueError(f"--machine-rank is {args.machine_rank}; it must be from 0 to {args.num_machines - 1}")
+        if num_local * args.num_machines > 1:
+            _check_url(args.dist_url, args.num_machines, args.machine_rank)
+    if torch.cuda.is_available() and num_local > torch.cuda.device_count():
+        raise ValueError(
+            f"{num_local} processes were asked for, and this machine has {torch.cuda.device_count()} GPUs: each needs "
+            'one. To train on the CPU hide the GPUs: CUDA_VISIBLE_DEVICES=""'
+        )
+
+
+def _check_url(url: str, num_machines: int, machine_rank: int) -> None:
+    if url == "auto":
+        if num_machines > 1:
+            raise ValueError(
+                "--dist-url is auto; several machines need one that all know: tcp://HOST:PORT of the first"
+            )
+        return
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.scheme != "tcp" or not parts.hostname or not port:
+        raise ValueError(
+            f"--dist-url is {url}; it must be tcp://HOST:PORT of the first machine, or auto on one machine"
+        )
+    if machine_rank == 0:
+        with socket.socket() as probe:
+            # As PyTorch listens: on every address, also where a former training's connections still linger.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                    raise
+                raise ValueError(
+                    f"--dist-url is {url}, and its port cannot be had ({error.strerror}): another training may run "
+                    "here. Name another port, on all machines, or on one machine --dist-url auto"
+                ) from error
+
+
+def check_device(device: str) -> None:
+    """Refuse a MODEL.DEVICE that several processes cannot train on. Raises ValueError."""
+    if comm.get_world_size() > 1 and torch.cuda.is_available() and device != "cuda":
+        raise ValueError(
+            f'MODEL.DEVICE is {device}; several processes on a machine with GPUs need "cuda", and take one each. To '
+            'train on the CPU hide the GPUs: CUDA_VISIBLE_DEVICES=""'
+        )
+
+
+def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Call ``main(args)`` in every process of this machine, and end when all have ended.
+
+    When one ends in an error or is killed, so do the others, and this process exits with one line that names it.
+
+    Args:
+        main: of a module that can be imported.
+        args: as :func:`check_process_arguments` has passed them.
+    """
+    timeout = datetime.timedelta(minutes=args.dist_timeout)
+    if is_started_by_torchrun():
+        _join_torchrun(timeout)
+        main(args)
+        torch.distributed.destroy_process_group()
+        return
+    if args.num_gpus * args.num_machines == 1:
+        main(args)
+        return
+    with _signals_for_all() as received:
+        try:
+            launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+                timeout=timeout,
+            )
+        except ProcessRaisedException as error:
+            print(error.msg.strip(), file=sys.stderr)
+            _exit_for(error, args, "stopped with the exception above")
+        except ProcessExitedException as error:
+            # Without a signal it has said itself why.
+            if error.signal_name is None:
+                sys.exit(error.exit_code)
+            _exit_for(error, args, f"was ended by {error.signal_name}")
+    if received:
+        sys.exit(128 + received[0])
+
+
+def _exit_for(error: ProcessExitedException | ProcessRaisedException, args: argparse.Namespace, how: str) -> NoReturn:
+    rank, num_ranks = args.machine_rank * args.num_gpus + error.error_index, args.num_gpus * args.num_machines
+    message = (
+        f"error: rank {rank} of {num_ranks} (process {error.error_pid}) {how}; so the others on "
+        "this machine were ended too. What each did last: log.txt and log.txt.rank* in OUTPUT_DIR"
+    )
+    if args.num_machines > 1:
+        message += ". Where a connection was lost, the first to end is on another machine: see there"
+    sys.exit(message)
+
+
+@contextlib.contextmanager
+def _signals_for_all() -> Iterator[list[int]]:
+    """While inside, SIGTERM and Ctrl-C end the processes that were started, and this one only after them.
+
+    Yields:
+        The numbers of the signals that came.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        received.append(number)
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _join_torchrun(timeout: datetime.timedelta) -> None:
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if has_gpu else "gloo", init_method="env://", timeout=timeout)
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.synchronize()
+
+
+def exit_with_error(message: object) -> NoReturn:
+    """End this process with ``error: message``; where all ranks fail alike, one of each machine says so."""
+    local_rank = comm.get_local_rank()
+    if local_rank:
+        # The launcher ends the others as soon as one has ended, so the first one's word is the only one.
+        time.sleep(SECONDS_FOR_OTHERS + local_rank)
+    sys.exit(f"error: {message}")
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0, which checkpoints hold.
+
+    In training the running statistics of batch norms are each rank's own.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
