@@ -114,7 +114,7 @@ def _find(content: Any, for_evaluation: bool, num_instances: Counter[int]) -> It
                 "image_id", f"{place} has image_id {annotation['image_id']!r}, which is not in 'images'" + _REPAIR
             )
             continue
-        place += f" ({image['file_name']})"
+        place += f" ({image['file_name']!r})"
         yield from _check_fields(annotation, categories, place)
         if for_evaluation:
             yield from _check_evaluated_fields(annotation, place)
@@ -186,7 +186,7 @@ def _check_images(images: dict[int, dict]) -> Generator[Finding, None, dict[int,
         else:
             yield Finding(
                 "image size",
-                f"image {image['id']} ({image['file_name']}) has height {size[0]!r} and width {size[1]!r}; expected "
+                f"image {image['id']} ({image['file_name']!r}) has height {size[0]!r} and width {size[1]!r}; expected "
                 "whole numbers of pixels",
             )
     return sizes

@@ -45,7 +45,7 @@ class ClassInfo(NamedTuple):
         Raises:
             ValueError: there is no such file, or it holds something else.
         """
-        content = _read_json(Path(path))
+        content = read_json(Path(path))
         if not isinstance(content, dict) or set(content) != set(cls._fields):
             raise ValueError(f"{path} is no list of classes; expected a JSON object with the keys {cls._fields}")
         info = cls(**content)
@@ -186,26 +186,25 @@ def log_data_warnings(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
     for split in splits:
         for name in cfg.DATASETS[split]:
             metadata = MetadataCatalog.get(name)
-            for warning in (*metadata.get("data_warnings", ()), crowded_warning(name, num_masks)):
+            crowded = crowded_warning(metadata.get("num_instances", Counter()), num_masks)
+            for warning in (*metadata.get("data_warnings", ()), crowded and f"{metadata.json_file}: {crowded}"):
                 if warning:
                     _logger.warning("DATASETS.%s: %s", split, warning)
 
 
-def crowded_warning(dataset_name: str, num_masks: int) -> str | None:
-    """What to say of the images of a data set that have more objects than a model can predict, or None.
+def crowded_warning(num_instances: Counter[int], num_masks: int) -> str | None:
+    """What to say where images have more objects than a model has predictions; None where none has.
 
     Args:
-        dataset_name: of a data set that was registered here; of another nothing is known, and nothing is said.
+        num_instances: objects of each image, by image id.
         num_masks: of the model (MODEL.SPARSE_INST.DECODER.NUM_MASKS).
     """
-    metadata = MetadataCatalog.get(dataset_name)
-    num_instances: Counter[int] = metadata.get("num_instances", Counter())
     crowded = [count for count in num_instances.values() if count > num_masks]
     if not crowded:
         return None
     return (
-        f"{metadata.json_file}: {len(crowded)} of {len(num_instances)} images with objects have more of them than "
-        f"MODEL.SPARSE_INST.DECODER.NUM_MASKS, which is {num_masks}: at most so many of an image are learned and "
+        f"{len(crowded)} of {len(num_instances)} images with objects have more of them than "
+        f"MODEL.SPARSE_INST.DECODER.NUM_MASKS, which is {num_masks}: of an image no more are learned, and no more are "
         f"found. MODEL.SPARSE_INST.DECODER.NUM_MASKS {max(crowded)} would hold all"
     )
 
@@ -222,14 +221,14 @@ def _register(
     if name in DatasetCatalog and known_as != str(json_file):
         raise ValueError(f"The name {name!r} is already that of another data set ({known_as}); take another name")
 
-    content = _read_json(json_file)
+    content = read_json(json_file)
     report = check_content(content, for_evaluation)
     raise_problems(report.problems(), json_file)
     absent = missing_files([image["file_name"] for image in content["images"]], image_root)
     if absent:
         raise ValueError(
-            f"{images_key}: {image_root} has no file {absent[0]!r} ({len(absent)} of the {len(content['images'])} images "
-            f"of {json_file} are not there); correct the folder, or remove them from the json"
+            f"{images_key}: {image_root} has no file {absent[0]!r} ({len(absent)} of the {len(content['images'])} "
+            f"images of {json_file} are not there); correct the folder, or remove them from the json"
         )
 
     # Metadata cannot be changed once set, so a data set that is registered again gets new ones.
@@ -245,7 +244,7 @@ def _register(
         data_warnings=_describe_warnings(report.findings, json_file, for_evaluation),
         num_instances=report.num_instances,
     )
-    DatasetCatalog.register(name, lambda: to_dataset_dicts(_read_json(json_file), image_root))
+    DatasetCatalog.register(name, lambda: to_dataset_dicts(read_json(json_file), image_root))
     return report
 
 
@@ -341,12 +340,13 @@ def load_checked_json(json_file: Path, for_evaluation: bool = False) -> dict:
         ValueError: there is no such file, it cannot be read, or something is wrong with it that stops
             (:mod:`sparseinst.data.coco_checks` says what).
     """
-    content = _read_json(json_file)
+    content = read_json(json_file)
     raise_problems(check_content(content, for_evaluation).problems(), json_file)
     return content
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError where there is no such file, or it cannot be read."""
     if not path.is_file():
         raise ValueError(f"There is no file {path}")
     try:

@@ -45,9 +45,9 @@ def check_channel_order(channel_order: str, key: str = "channel_order") -> None:
 def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
     """Read a picture file, turned as its EXIF entry says.
 
-    Pixels equal those of Detectron2's reader, with one exception: 16 bits of gray, from 0 to 65535, become 8 by
-    dividing by 257, where that reader sets all above 255 to 255. Transparency is ignored. Of an animation the first
-    picture is read.
+    Pixels equal those of Detectron2's reader, with two exceptions: 16 bits of gray, from 0 to 65535, become 8 by
+    dividing by 257, where that reader sets all above 255 to 255; and a TIFF is turned once, not twice. Transparency is
+    ignored. Of an animation the first picture is read.
 
     Args:
         path: picture file, of any format that Pillow reads.
@@ -65,13 +65,14 @@ def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: 
     check_channel_order(channel_order)
     with _opened(path, max_pixels) as image:
         _check_range(image)
+        # First, since Pillow itself turns a TIFF when it decodes it, and then has no entry any more.
+        image.load()
         orientation = _orientation(image)
         if image.mode in (*_16_BIT_MODES, "I"):
             gray = np.asarray(image).astype(np.int64)
             image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
         else:
             # Its colour would not do for RGB, and Pillow would warn of it.
-            image.load()
             image.info.pop("transparency", None)
         image = _turned(image.convert("RGB"), orientation)
         pixels = np.asarray(image)
@@ -87,7 +88,8 @@ def read_image_size(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXELS)
     with _opened(path, max_pixels) as image:
         _check_range(image)
         width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        is_turned = image.format != "TIFF" and _orientation(image) >= 5
+        return (width, height) if is_turned else (height, width)
 
 
 @contextlib.contextmanager
