@@ -128,7 +128,8 @@ def _find(content: Any, for_evaluation: bool, num_instances: Counter[int]) -> It
             continue
         is_crowd = bool(annotation.get("iscrowd", 0))
         if reason is None:
-            num_instances[image["id"]] += not is_crowd
+            if not is_crowd:
+                num_instances[image["id"]] += 1
         elif for_evaluation and reason in (NO_SEGMENTATION, TOO_FEW_POINTS):
             yield Finding("segmentation", f"{place}: {reason}, which COCO's evaluation cannot read" + _REPAIR)
         elif not is_crowd:

@@ -87,7 +87,7 @@ class _Images(Dataset):
                 resized = read_mask(
                     annotation["segmentation"], T.TransformList([resize]), size, (resize.new_h, resize.new_w)
                 )
-                num_vanished += not (resized and is_on_grid(resized, self.pixels_per_cell))
+                num_vanished += resized is None or not is_on_grid(resized, self.pixels_per_cell)
         return ImageSurvey(None, areas, num_vanished)
 
 
@@ -99,11 +99,10 @@ def is_on_grid(window: MaskWindow, pixels_per_cell: float) -> bool:
         pixels_per_cell: side of a cell of the mask grid, pixels.
     """
     left, top, right, bottom = window.box()
-    height, width = (
-        -(-end // _BLOCK) * _BLOCK - start // _BLOCK * _BLOCK for start, end in ((top, bottom), (left, right))
-    )
+    top, bottom = top % _BLOCK, bottom - top // _BLOCK * _BLOCK
+    left, right = left % _BLOCK, right - left // _BLOCK * _BLOCK
+    height, width = (-(-end // _BLOCK) * _BLOCK for end in (bottom, right))
     blocks = torch.zeros(1, 1, height, width)
-    top, left = top % _BLOCK, left % _BLOCK
     blocks[0, 0, top:bottom, left:right] = torch.from_numpy(window.mask)
     cells = (round(height / pixels_per_cell), round(width / pixels_per_cell))
     return bool(F.interpolate(blocks, size=cells, mode="bilinear", align_corners=False).any())
