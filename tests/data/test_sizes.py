@@ -14,6 +14,11 @@ from tests.tiny_model import tiny_cfg, tiny_model
 CROP = ("INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative_range", "INPUT.CROP.SIZE", [0.3, 0.3])
 
 
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
 def one_object(path, height, width):
     outline = [0, 0, width, 0, width, height, 0, height]
     annotation = {"segmentation": [outline], "category_id": 1, "id": 5}
@@ -21,15 +26,15 @@ def one_object(path, height, width):
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4000), (4000, 1), (2, 3), (8000, 8000)])
-def test_every_size_is_trained_on_evaluated_and_predicted(height, width, tmp_path):
+def test_every_size_is_trained_on_evaluated_and_predicted(height, width, model, tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (width, height), (200, 30, 40)).save(path, compress_level=1)
     cfg = tiny_cfg("INPUT.MAX_SIZE_TRAIN", 96, "INPUT.MAX_SIZE_TEST", 96, *CROP)
     dataset_dict = one_object(path, height, width)
-    model = tiny_model()
     model.train()
     np.random.seed(0)
-    batch = [SparseInstDatasetMapper(cfg, is_train=True)(dataset_dict) for _ in range(2)]
+    num_mapped = 2 if height * width < 10**6 else 1
+    batch = [SparseInstDatasetMapper(cfg, is_train=True)(dataset_dict) for _ in range(num_mapped)]
     for x in batch:
         # The object is all of the picture.
         assert len(x["instances"]) == 1 and x["instances"].gt_masks.tensor.all()
@@ -65,7 +70,7 @@ def test_the_evaluation_s_pixels_are_those_of_detectron2(height, width, mode, im
     assert torch.equal(ours.pop("image"), stock.pop("image")) and ours == stock
 
 
-def test_the_limit_is_the_config_s(tmp_path):
+def test_the_limit_is_the_config_s(model, tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (20, 10)).save(path)
     cfg = tiny_cfg("INPUT.MAX_IMAGE_PIXELS", 199)
@@ -73,7 +78,7 @@ def test_the_limit_is_the_config_s(tmp_path):
         with pytest.raises(ImageReadError, match="10 x 20 = 200 pixels, and INPUT.MAX_IMAGE_PIXELS is 199"):
             SparseInstDatasetMapper(cfg, is_train)({"file_name": str(path)})
     with pytest.raises(ImageReadError, match="INPUT.MAX_IMAGE_PIXELS is 199"):
-        Predictor(cfg, model=tiny_model())([path])
+        Predictor(cfg, model=model)([path])
 
 
 def test_16_bits_reach_training_evaluation_and_predictor_rescaled(tmp_path):
@@ -86,7 +91,7 @@ def test_16_bits_reach_training_evaluation_and_predictor_rescaled(tmp_path):
 
 
 @pytest.mark.parametrize("crop", [(), CROP])
-def test_batches_without_any_instance_are_trained_on(crop, tmp_path):
+def test_batches_without_any_instance_are_trained_on(crop, model, tmp_path):
     """No annotations, a crowd only, an object of no pixel, one outside, one that is cropped away."""
     path = tmp_path / "a.png"
     Image.new("RGB", (64, 48), (90, 90, 90)).save(path)
@@ -103,7 +108,8 @@ def test_batches_without_any_instance_are_trained_on(crop, tmp_path):
     np.random.seed(0)
     batch = [mapper({"file_name": str(path), "annotations": given}) for given in annotations]
     assert [len(x["instances"]) for x in batch] == [0] * len(batch)
-    model = tiny_model().train()
+    model.train()
+    model.zero_grad()
     losses = model(batch)
     sum(losses.values()).backward()
     assert losses["loss_ce"] > 0 and losses["loss_mask"] == losses["loss_dice"] == losses["loss_objectness"] == 0
@@ -111,7 +117,7 @@ def test_batches_without_any_instance_are_trained_on(crop, tmp_path):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_a_crop_that_cuts_everything_away_is_trained_on(tmp_path):
+def test_a_crop_that_cuts_everything_away_is_trained_on(model, tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (64, 48), (90, 90, 90)).save(path)
     corner = {"segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]], "category_id": 0}
@@ -130,11 +136,11 @@ def test_a_crop_that_cuts_everything_away_is_trained_on(tmp_path):
     mapped = [mapper({"file_name": str(path), "annotations": [corner]}) for _ in range(40)]
     empty = [x for x in mapped if len(x["instances"]) == 0]
     assert 5 < len(empty) < 35
-    losses = tiny_model().train()(empty[:2])
+    losses = model.train()(empty[:2])
     assert all(torch.isfinite(loss) for loss in losses.values()) and losses["loss_mask"] == 0
 
 
-def test_more_objects_than_masks_have_right_targets(tmp_path):
+def test_more_objects_than_masks_have_right_targets(model, tmp_path):
     """Nine objects, six masks: each mask is taught one object, and that one's own class."""
     path = tmp_path / "a.png"
     Image.new("RGB", (96, 96), (90, 90, 90)).save(path)
@@ -145,7 +151,7 @@ def test_more_objects_than_masks_have_right_targets(tmp_path):
     mapper = SparseInstDatasetMapper(True, augmentations=[], image_format="RGB")
     crowded = mapper({"file_name": str(path), "annotations": annotations})
     plain = mapper({"file_name": str(path), "annotations": annotations[:2]})
-    model = tiny_model().train()
+    model.train()
     images = model.preprocess_image([crowded, plain])
     outputs = model.network(images.tensor)
     targets = model.prepare_targets([crowded, plain], images, outputs["pred_masks"].shape[-2:])
