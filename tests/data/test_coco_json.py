@@ -369,3 +369,16 @@ def test_trains_from_the_config_keys(json_file: Path, image_root: Path, cfg: Cfg
     batch = next(iter(loader))
     assert sorted(item["image_id"] for item in batch) == [11, 12]
     assert all(len(item["instances"]) == 2 for item in batch)
+
+
+def test_dataset_dicts_are_those_of_detectron2(json_file: Path, image_root: Path) -> None:
+    content = copy.deepcopy(CONTENT)
+    content["annotations"][0]["segmentation"].append([1, 1, 5, 5])  # two points: left out
+    content["annotations"][3]["segmentation"] = [[1, 1, 5, 5]]
+    json_file.write_text(json.dumps(content))
+    register_coco_json("test_dicts", json_file, image_root)
+    register_coco_instances("test_stock_dicts", {}, str(json_file), str(image_root))
+    stock = DatasetCatalog.get("test_stock_dicts")
+    ours = DatasetCatalog.get("test_dicts")
+    assert [annotation.pop("id") for image in ours for annotation in image["annotations"]] == [1, 2, 3, 5]
+    assert ours == stock

@@ -207,6 +207,21 @@ def test_another_channel_order(tmp_path):
         read_image(tmp_path / "a.png", "L")
 
 
+@pytest.mark.parametrize(
+    "error", [OSError, SyntaxError, EOFError, KeyError, IndexError, TypeError, AttributeError, struct.error, zlib.error,
+              ZeroDivisionError, OverflowError, RuntimeError, NotImplementedError, MemoryError, ValueError],
+)  # fmt: skip
+def test_whatever_a_plugin_raises_is_our_error(error, tmp_path, monkeypatch):
+    Image.fromarray(pixels(5, 4, 3)).save(tmp_path / "a.png")
+
+    def fail(image, mode):
+        raise error("inside of a plugin")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(ImageReadError, match="a.png: .*inside of a plugin"):
+        read_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "bmp", "webp", "pgm"])
 def test_damaged_files_end_in_our_error_or_in_a_picture(suffix, tmp_path):
     path = tmp_path / f"a.{suffix}"

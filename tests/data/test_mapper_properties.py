@@ -53,11 +53,18 @@ segmentations = (
     | rles()
     | json_values
 )
-annotations = st.fixed_dictionaries(
-    {"segmentation": segmentations, "category_id": st.integers(0, 5)},
-    optional={"iscrowd": st.sampled_from([0, 1, False, True]), "id": json_values, "bbox": json_values},
-) | st.fixed_dictionaries(
-    {}, optional={"segmentation": segmentations, "category_id": json_values, "iscrowd": json_values}
+annotations = (
+    st.fixed_dictionaries(
+        {"segmentation": segmentations, "category_id": st.integers(0, 5)},
+        optional={"iscrowd": st.sampled_from([0, 1, False, True]), "id": json_values, "bbox": json_values},
+    )
+    | st.fixed_dictionaries(
+        {"segmentation": st.lists(good_polygons, min_size=1, max_size=3), "category_id": st.just(0) | json_values},
+        optional={"iscrowd": json_values},
+    )
+    | st.fixed_dictionaries(
+        {}, optional={"segmentation": segmentations, "category_id": json_values, "iscrowd": json_values}
+    )
 )
 
 AUGMENTATIONS = {
