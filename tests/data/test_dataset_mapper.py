@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 from sparseinst import add_sparse_inst_config
 from sparseinst.data.augmentations import build_train_augmentations
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
+from sparseinst.data.images import DataError
 
 HEIGHT, WIDTH = 24, 32
 
@@ -297,6 +298,32 @@ def test_broken_annotation_is_named(segmentation: object, message: str, image_fi
     with pytest.raises(ValueError, match=message) as error:
         _mapper()(_dict(image_file, good, _annotation(segmentation, id=4711)))
     assert str(error.value).startswith(f"{image_file}, annotation 1 (id 4711): ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"category_id": -1}, "category_id is -1; expected a class"),
+        ({"category_id": 1.0}, "category_id is 1.0"),
+        ({"category_id": "1"}, "category_id is '1'"),
+        ({"category_id": True}, "category_id is True"),
+        ({"category_id": None}, "category_id is None"),
+        ({"iscrowd": "0"}, "iscrowd is '0'; expected 0 or 1"),
+        ({"iscrowd": 2}, "iscrowd is 2"),
+        ({"iscrowd": None}, "iscrowd is None"),
+        ({"iscrowd": [1]}, r"iscrowd is \[1\]"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict, message: str, image_file: str) -> None:
+    annotation = _annotation([_rectangle(1, 1, 5, 5)], id="x") | fields
+    with pytest.raises(DataError, match=rf"^{image_file}, annotation 0 \(id x\): {message}"):
+        _mapper()(_dict(image_file, annotation))
+
+
+def test_any_type_of_zero_and_one_is_a_crowd_or_none(image_file: str) -> None:
+    for crowd in (0, 1, False, True, np.int64(1), np.bool_(False)):
+        annotation = _annotation([_rectangle(1, 1, 5, 5)], np.int64(2), iscrowd=crowd)
+        assert len(_mapper()(_dict(image_file, annotation))["instances"]) == (not crowd)
 
 
 def test_unreadable_image_is_named(tmp_path: Path, image_file: str) -> None:
