@@ -5,9 +5,11 @@ from sparseinst.checkpoint.converters import convert, extract_tensors, family_of
 from sparseinst.checkpoint.coverage import Coverage, measure
 from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
 from sparseinst.checkpoint.locations import check_weights_file, find_weights
+from sparseinst.checkpoint.whole_files import OutputError, write_whole
 
 __all__ = [
     "Coverage",
+    "OutputError",
     "SparseInstCheckpointer",
     "WeightsFileError",
     "check_weights_file",
@@ -18,4 +20,5 @@ __all__ = [
     "find_weights",
     "measure",
     "read_weights_file",
+    "write_whole",
 ]

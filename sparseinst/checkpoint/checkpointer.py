@@ -1,7 +1,10 @@
 """Detectron2's checkpointer, which also makes sure that weights were loaded, from any file that users have."""
 
 import logging
+from pathlib import Path
+from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from torch import nn
@@ -10,6 +13,7 @@ from sparseinst.checkpoint.converters import BACKBONE, Converted, convert, expla
 from sparseinst.checkpoint.coverage import Coverage, first_names, frozen_tensors, measure
 from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
 from sparseinst.checkpoint.locations import find_weights
+from sparseinst.checkpoint.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +27,10 @@ class SparseInstCheckpointer(DetectionCheckpointer):
 
     ``load(path)`` is for a model that was trained: the file must fill all of it. ``load(path, checkpointables=[])``,
     which is what :meth:`resume_or_load` does where a training starts, takes pretrained backbones and models with other
-    heads too, if ``min_backbone_coverage`` is given. It saves as Detectron2's checkpointer does.
+    heads too, if ``min_backbone_coverage`` is given.
+
+    A checkpoint is written whole or not at all, whenever the process is stopped, and a run is resumed from the newest
+    one that can be read. The files, and what is in them, are those of Detectron2's checkpointer.
 
     Args:
         model: the model, with its backbone as ``backbone`` if it has one.
@@ -59,6 +66,86 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         self.trusted = trusted
         self.coverage: Coverage | None = None
         self._content: dict = {}
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write the model and the checkpointables to NAME.pth, on the main process only.
+
+        Args:
+            name: of the file, without ``.pth``.
+            kwargs: what else to save.
+
+        Raises:
+            OutputError: the file cannot be written; older checkpoints are untouched.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update((key, checkpointable.state_dict()) for key, checkpointable in self.checkpointables.items())
+        data.update(kwargs)
+        path = Path(self.save_dir) / f"{name}.pth"
+        logger.info("Saving checkpoint to %s", path)
+        write_whole(path, lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write down which checkpoint is the last one.
+
+        Raises:
+            OutputError: as :meth:`save`.
+        """
+        text = last_filename_basename.encode()
+        write_whole(Path(self.save_dir) / "last_checkpoint", lambda file: file.write(text))
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint in the folder."""
+        return bool(self._checkpoints())
+
+    def get_checkpoint_file(self) -> str:
+        """Path of the last checkpoint in the folder, "" where there is none."""
+        return str(next(iter(self._checkpoints()), ""))
+
+    def periodic_checkpoints(self) -> list[str]:
+        """Paths of the checkpoints that are named by their iteration, oldest first."""
+        numbered = f"model_{'[0-9]' * 7}.pth"
+        return sorted(str(path) for path in Path(self.save_dir).glob(numbered))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """With ``resume`` load the newest checkpoint of the folder that can be read, if it has any; else the weights.
+
+        Args:
+            path: the weights that a training starts from, see :meth:`load`.
+            resume: whether to look for a checkpoint.
+
+        Raises:
+            ValueError: as :meth:`load`; or there are checkpoints, and none of them can be read.
+        """
+        checkpoints = self._checkpoints() if resume else []
+        errors = []
+        for checkpoint in checkpoints:
+            try:
+                return self.load(str(checkpoint))
+            except WeightsFileError as error:
+                logger.warning("Cannot resume from %s, trying an older checkpoint: %s", checkpoint, error)
+                errors.append(str(error))
+        if errors:
+            raise ValueError(
+                f"--resume: no checkpoint of {self.save_dir} can be read: {'; '.join(errors)}. Give a new OUTPUT_DIR, "
+                "or remove them to start from the beginning"
+            )
+        if resume:
+            logger.warning("There is no checkpoint in %s to resume from: starting from the beginning", self.save_dir)
+        return self.load(path, checkpointables=[])
+
+    def _checkpoints(self) -> list[Path]:
+        """Of the folder, the last one first."""
+        folder = Path(self.save_dir)
+        # That of the highest iteration would be wrong where a folder holds an older, longer run.
+        found = sorted(folder.glob("model_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        try:
+            last = folder / (folder / "last_checkpoint").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return found
+        return [last, *(path for path in found if path != last)] if last.is_file() else found
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """Load a model, and with ``checkpointables`` None all else that was saved with it.

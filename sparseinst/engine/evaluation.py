@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -21,6 +21,8 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
+
+from sparseinst.data.loader import build_test_loader
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     """
     results = {}
     for dataset_name in cfg.DATASETS.TEST:
-        loader = build_detection_test_loader(cfg, dataset_name)
+        loader = build_test_loader(cfg, dataset_name)
         results[dataset_name] = inference_on_dataset(model, loader, build_evaluator(cfg, dataset_name)) or {}
         if comm.is_main_process():
             logger.info("Results on %s, to be copied:", dataset_name)

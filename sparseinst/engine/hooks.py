@@ -1,10 +1,17 @@
 """Training hooks beside Detectron2's own."""
 
+import logging
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from torch import nn
 
 from sparseinst.inference.visualization import draw_iams, draw_instances
@@ -12,6 +19,81 @@ from sparseinst.modeling.postprocessing import masks_to_boxes
 from sparseinst.modeling.sparse_inst import gt_masks_tensor
 
 MAX_DRAWN = 20
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluationHook(HookBase):
+    """Evaluates every ``period`` iterations and at the end, and keeps the best model as model_best.pth.
+
+    Detectron2's EvalHook and BestCheckpointer in one, with two differences: the best score so far is in the
+    checkpoints, so that a resumed run does not overwrite a better model; and a run that is resumed where an evaluation
+    was due makes it up, since it may have been interrupted in it.
+
+    Args:
+        period: iterations; 0: only at the end, and no best model is kept.
+        evaluate: returns results as Detectron2's evaluators do; called on all ranks.
+        checkpointer: saves the best model.
+        metric: by which, as "task/name".
+    """
+
+    def __init__(
+        self, period: int, evaluate: Callable[[], dict], checkpointer: DetectionCheckpointer, metric: str = "segm/AP"
+    ) -> None:
+        self._period = period
+        self._evaluate = evaluate
+        self._checkpointer = checkpointer
+        self._metric = metric
+        self._best = -math.inf
+        self._best_iteration = -1
+
+    def before_train(self) -> None:
+        """Make up for an evaluation that was due when the run was interrupted."""
+        start = self.trainer.start_iter
+        if self._period and 0 < start < self.trainer.max_iter and start % self._period == 0:
+            self.trainer.storage.iter = start - 1
+            self._run(start - 1)
+
+    def after_step(self) -> None:
+        """Evaluate where it is time; after the last step it is done at the end of the training."""
+        done = self.trainer.iter + 1
+        if self._period and done % self._period == 0 and done != self.trainer.max_iter:
+            self._run(self.trainer.iter)
+
+    def after_train(self) -> None:
+        """Evaluate the final model, where the training came to its end."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._run(self.trainer.max_iter - 1)
+
+    def state_dict(self) -> dict:
+        """The best score so far."""
+        return {"best": self._best, "best_iteration": self._best_iteration}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take what :meth:`state_dict` gave."""
+        self._best, self._best_iteration = state_dict["best"], state_dict["best_iteration"]
+
+    def _run(self, iteration: int) -> None:
+        results = self._evaluate()
+        if results:
+            scores = flatten_results_dict(results)
+            self.trainer.storage.put_scalars(**scores, smoothing_hint=False)
+            if self._period and comm.is_main_process():
+                self._keep_best(scores.get(self._metric), iteration)
+        # Rank 0 alone computes the score; the others wait here.
+        comm.synchronize()
+
+    def _keep_best(self, score: float | None, iteration: int) -> None:
+        if score is None:
+            logger.warning("The evaluation has no %s, so that no best model is kept", self._metric)
+        elif score > self._best:  # not where it is NaN
+            logger.info("%s %.4f is the best so far: saving model_best", self._metric, score)
+            self._best, self._best_iteration = float(score), iteration
+            self._checkpointer.save("model_best", iteration=iteration)
+        else:
+            logger.info(
+                "%s %.4f; the best is %.4f, of iteration %d", self._metric, score, self._best, self._best_iteration
+            )
 
 
 class VisualizationHook(HookBase):

@@ -1,25 +1,29 @@
-"""The training loop: Detectron2's SimpleTrainer with mixed precision on any device and gradient accumulation."""
+"""The training loop: Detectron2's, with mixed precision on any device, gradient accumulation and exact resuming."""
 
 import contextlib
+import itertools
 import logging
 import time
 import weakref
+from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 
 from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
-from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
+from sparseinst.data.loader import build_train_loader, derive_seed
 from sparseinst.engine.evaluation import evaluate
-from sparseinst.engine.hooks import VisualizationHook
+from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
+from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
 from sparseinst.engine.optimizer import build_optimizer
 from sparseinst.modeling.criterion import mean_over_ranks
 from sparseinst.modeling.structures import LossNormalizer
@@ -31,6 +35,9 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 class Trainer(SimpleTrainer):
     """Trains what a config describes, in one process or in each of several.
+
+    What a step computes depends on the config, the seed, the weights and the iteration alone. So a run that was
+    interrupted and resumed ends, on the CPU, with the very weights of one that was not.
 
     Args:
         cfg: the whole config; its data sets are registered.
@@ -51,7 +58,7 @@ class Trainer(SimpleTrainer):
         ddp_model = create_ddp_model(
             model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if self.device.type == "cuda" else None
         )
-        super().__init__(ddp_model, build_train_loader(cfg), optimizer)
+        super().__init__(ddp_model, build_train_loader(cfg, _data_seed(cfg)), optimizer)
         self.cfg = cfg
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.accumulate_steps = cfg.SOLVER.ACCUMULATE_STEPS
@@ -71,7 +78,12 @@ class Trainer(SimpleTrainer):
             trainer=weakref.proxy(self),
             classes=CheckpointedClasses(class_info(cfg.DATASETS.TRAIN[0])),
         )
-        self.register_hooks(self.build_hooks(model))
+        # Of the whole training, resumed or not.
+        self.steps_done = 0
+        self._periodic_checkpointer: hooks.PeriodicCheckpointer | None = None
+        self._signals = SignalWatch()
+        self._save_on_signal = SaveOnSignal(self._signals, self.checkpointer)
+        self.register_hooks([*self.build_hooks(model), self._save_on_signal])
 
     def build_hooks(self, model: torch.nn.Module) -> list:
         """Detectron2's hooks in Detectron2's order, and ours for VIS_PERIOD."""
@@ -81,25 +93,18 @@ class Trainer(SimpleTrainer):
             hooks.LRScheduler(scheduler=build_lr_scheduler(cfg, self.optimizer)),
         ]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
-            loader_cfg = cfg.clone()
-            loader_cfg.defrost()
-            loader_cfg.DATALOADER.NUM_WORKERS = 0
             # Before the checkpointer, which saves the statistics.
-            result.append(
-                hooks.PreciseBN(
-                    cfg.TEST.EVAL_PERIOD, model, build_train_loader(loader_cfg), cfg.TEST.PRECISE_BN.NUM_ITER
-                )
-            )
+            batches = self._precise_bn_batches()
+            result.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, model, batches, cfg.TEST.PRECISE_BN.NUM_ITER))
         if comm.is_main_process():
-            result.append(
-                hooks.PeriodicCheckpointer(
-                    self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=cfg.SOLVER.MAX_CHECKPOINTS or None
-                )
+            checkpoints = hooks.PeriodicCheckpointer(
+                self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=cfg.SOLVER.MAX_CHECKPOINTS or None
             )
+            self._periodic_checkpointer = checkpoints
+            result.append(checkpoints)
         if cfg.DATASETS.TEST:
-            result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: self.evaluate(model)))
-            if comm.is_main_process() and cfg.TEST.EVAL_PERIOD:
-                result.append(hooks.BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, "segm/AP"))
+            # After the checkpointer: an evaluation takes long, and may fail.
+            result.append(EvaluationHook(cfg.TEST.EVAL_PERIOD, lambda: self.evaluate(model), self.checkpointer))
         if comm.is_main_process():
             if cfg.VIS_PERIOD:
                 result.append(VisualizationHook(cfg.VIS_PERIOD, model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN[0]))
@@ -109,7 +114,17 @@ class Trainer(SimpleTrainer):
 
     def evaluate(self, model: torch.nn.Module) -> dict:
         """Evaluate now, and keep the results as ``results``."""
-        self.results = evaluate(self.cfg, model)
+        # It takes long, and the weights do not change in it.
+        self._signals.raises_at_once = True
+        try:
+            self.results = evaluate(self.cfg, model)
+        except TrainingInterrupted:
+            # After the last step there is the final checkpoint; before the first one, that which was resumed from.
+            if self.start_iter < self.steps_done < self.max_iter:
+                self._save_on_signal.save()
+            raise
+        finally:
+            self._signals.raises_at_once = False
         return self.results
 
     def resume_or_load(self, resume: bool) -> None:
@@ -118,27 +133,63 @@ class Trainer(SimpleTrainer):
         Raises:
             ValueError: the file cannot be read, or does not fill what it must.
         """
+        resumed = resume and self.checkpointer.has_checkpoint()
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
-        if resume and self.checkpointer.has_checkpoint():
-            self.start_iter = self.iter + 1
+        if resumed:
+            self.start_iter = self.steps_done = self.iter + 1
+            if self._periodic_checkpointer is not None:
+                # MAX_CHECKPOINTS counts those of the interrupted run too.
+                self._periodic_checkpointer.recent_checkpoints = self.checkpointer.periodic_checkpoints()
+
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: every trained tensor and two of the optimizer's of its size."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(tensor.nbytes * (3 if tensor.requires_grad else 1) for tensor in tensors)
 
     def train(self) -> dict:
         """Train from ``start_iter`` to the end.
 
         Returns:
             The last evaluation's results; empty without one.
+
+        Raises:
+            TrainingInterrupted: by SIGTERM or Ctrl-C; a checkpoint was saved.
+            DataError: too many images cannot be used.
+            OutputError: a checkpoint cannot be written.
         """
-        super().train(self.start_iter, self.max_iter)
+        logger.info("Starting training from iteration %d", self.start_iter)
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage, self._signals:
+            try:
+                self.before_train()
+                for iteration in range(self.start_iter, self.max_iter):
+                    self.iter = iteration
+                    self.before_step()
+                    self.run_step()
+                    self.steps_done = self.iter + 1
+                    self.after_step()
+                # Tells the hooks that the training came to its end.
+                self.iter = self.max_iter
+            finally:
+                self.after_train()
         return self.results
+
+    def _precise_bn_batches(self) -> Iterator[list[dict]]:
+        """Those that PreciseBN takes: others after each step, and the same ones where a run is resumed."""
+        while True:
+            # Without workers, which would wait from one evaluation to the next.
+            batches = self.data_loader.batches(self.steps_done, num_workers=0)
+            yield from itertools.islice(batches, self.cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def run_step(self) -> None:
         """One optimizer step over SOLVER.ACCUMULATE_STEPS batches."""
         start = time.perf_counter()
         if self._loader_iter is None:
-            self._loader_iter = iter(self.data_loader)
+            self._loader_iter = self.data_loader.batches(self.iter * self.accumulate_steps)
         self.batches = [next(self._loader_iter) for _ in range(self.accumulate_steps)]
         data_time = time.perf_counter() - start
 
+        seed_all_rng(derive_seed(self.data_loader.seed, self.iter, comm.get_rank()))
         self.optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
         # A criterion need not take a normalizer where each step has one batch.
@@ -169,14 +220,25 @@ class Trainer(SimpleTrainer):
         )
 
     def state_dict(self) -> dict:
-        """As SimpleTrainer's, with the state of the gradient scaler."""
-        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+        """As SimpleTrainer's, with the state of the gradient scaler and what the order of the data depends on."""
+        return {
+            **super().state_dict(),
+            "grad_scaler": self.grad_scaler.state_dict(),
+            "data": self.data_loader.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take what :meth:`state_dict` gave."""
         super().load_state_dict(state_dict)
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if "data" in state_dict:
+            self.data_loader.load_state_dict(state_dict["data"])
+
+
+def _data_seed(cfg: CfgNode) -> int:
+    """SEED, or where there is none a random number that is the same on all ranks."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
 
 class CheckpointedClasses:
@@ -222,20 +284,3 @@ def check_test_config(cfg: CfgNode) -> None:
     """Refuse keys that the evaluation cannot honour. Raises ValueError."""
     if cfg.TEST.AUG.ENABLED:
         raise ValueError("TEST.AUG.ENABLED is True: test-time augmentation is not available for SparseInst; unset it")
-
-
-def build_train_loader(cfg: CfgNode):
-    """Batches of IMS_PER_BATCH / ACCUMULATE_STEPS images, mapped as MODEL.SPARSE_INST.DATASET_MAPPER says.
-
-    Raises:
-        ValueError: an unknown mapper.
-    """
-    mappers = {"SparseInstDatasetMapper": SparseInstDatasetMapper, "DatasetMapper": DatasetMapper}
-    name = cfg.MODEL.SPARSE_INST.DATASET_MAPPER
-    if name not in mappers:
-        raise ValueError(f"MODEL.SPARSE_INST.DATASET_MAPPER is {name!r}; it must be one of {sorted(mappers)}")
-    return build_detection_train_loader(
-        cfg,
-        mapper=mappers[name](cfg, is_train=True),
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE_STEPS,
-    )

@@ -191,6 +191,21 @@ def survey_images(
     yield from tqdm(loader, desc="Images", unit="image", disable=not images)
 
 
+def broken_images(surveys: list[ImageSurvey], cfg: CfgNode) -> Iterator[Finding]:
+    """What is wrong with the files: a warning each where a training passes over so few, otherwise a problem each."""
+    findings = [survey.finding for survey in surveys if survey.finding is not None]
+    limit = cfg.DATALOADER.MAX_BROKEN_IMAGES
+    stops = len(findings) > limit or 0 < len(findings) == len(surveys)
+    yield from (finding._replace(stops=stops) for finding in findings)
+    if findings:
+        yield Finding(
+            "images that cannot be used",
+            f"{len(findings)} of {len(surveys)}; a training passes over at most DATALOADER.MAX_BROKEN_IMAGES, which is "
+            f"{limit}: repair them",
+            stops,
+        )
+
+
 def _unchanged(survey: ImageSurvey) -> ImageSurvey:
     return survey
 
@@ -306,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     findings = list(find_content_problems(content, args.images, cfg, args))
     images = present_images(content, args.images)
     surveys = list(survey_images(images, args.images, cfg, is_quick=args.quick, workers=args.workers))
-    findings += [survey.finding for survey in surveys if survey.finding is not None]
+    findings += broken_images(surveys, cfg)
     print(args.json)
     for line in (*describe_content(content, surveys, cfg), *describe_findings(findings, args.show)):
         print(line)

@@ -1,8 +1,10 @@
 """Train and evaluate SparseInst: ``python train_net.py --config-file configs/sparse_inst_r50_giam.yaml``."""
 
 import argparse
+import contextlib
+import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -12,9 +14,13 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
+from sparseinst.checkpoint import OutputError, check_weights_file, checkpointer_from_config
 from sparseinst.data.coco_json import check_num_classes, class_info, log_data_warnings, register_user_datasets
+from sparseinst.data.images import DataError
+from sparseinst.data.loader import WorkerDiedError
 from sparseinst.engine.evaluation import evaluate_and_time
+from sparseinst.engine.interruption import TrainingInterrupted
+from sparseinst.engine.output_folder import check_free_space, check_no_earlier_run, claimed
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import Trainer, check_test_config
 
@@ -36,11 +42,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Config, data sets, loggers and seed of one process.
+# What stops a run that has begun, with a message for the user.
+RUN_ERRORS = (DataError, OutputError, WorkerDiedError)
+# The disk, or the user's share of it, is full; a file is too large.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> CfgNode:
+    """Config, data sets, output folder, loggers and seed of one process.
+
+    Args:
+        args: what :func:`build_parser` gives.
+        stack: holds OUTPUT_DIR until it is closed.
 
     Raises:
-        ValueError: whatever is wrong with the arguments, the config or the data sets.
+        ValueError: whatever is wrong with the arguments, the config, the data sets or OUTPUT_DIR.
     """
     if not args.config_file:
         raise ValueError("--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam")
@@ -59,7 +75,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.resume:
         check_weights_file(cfg.MODEL.WEIGHTS)
     cfg.freeze()
-    Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    if comm.is_main_process():
+        stack.enter_context(claimed(cfg.OUTPUT_DIR))
+    if not args.eval_only and not args.resume:
+        check_no_earlier_run(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sparseinst")
     log_data_warnings(cfg, splits)
     default_setup(cfg, args)
@@ -72,29 +91,44 @@ def main(args: argparse.Namespace) -> dict:
     Returns:
         The evaluation's results.
     """
-    try:
-        cfg = setup(args)
-        if args.eval_only:
-            model = build_model(cfg)
-            model.eval()
-            checkpointer = checkpointer_from_config(cfg, model, cfg.OUTPUT_DIR)
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        else:
-            trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=args.resume)
-    except (ValueError, FileNotFoundError) as error:
-        # FileNotFoundError: a builtin data set that is not on this machine.
-        sys.exit(f"error: {error}")
+    with contextlib.ExitStack() as stack:
+        try:
+            cfg = setup(args, stack)
+            run = _prepare_evaluation(cfg, args) if args.eval_only else _prepare_training(cfg, args)
+        except (ValueError, FileNotFoundError) as error:
+            # FileNotFoundError: a builtin data set that is not on this machine.
+            sys.exit(f"error: {error}")
+        try:
+            results = run()
+        except RUN_ERRORS as error:
+            sys.exit(f"error: {error}")
+        except TrainingInterrupted as error:
+            print(f"{error}. What was trained is saved in {cfg.OUTPUT_DIR}; go on with --resume", file=sys.stderr)
+            sys.exit(128 + error.signal)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            sys.exit(f"error: {error}. Make room for OUTPUT_DIR {cfg.OUTPUT_DIR}, and go on with --resume")
+        if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
+            verify_results(cfg, results)
+        return results
 
-    if args.eval_only:
-        results = evaluate_and_time(cfg, model)
-    else:
-        if comm.is_main_process():
-            class_info(cfg.DATASETS.TRAIN[0]).save(Path(cfg.OUTPUT_DIR) / "classes.json")
-        results = trainer.train()
-    if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
-        verify_results(cfg, results)
-    return results
+
+def _prepare_evaluation(cfg: CfgNode, args: argparse.Namespace) -> Callable[[], dict]:
+    model = build_model(cfg)
+    model.eval()
+    checkpointer = checkpointer_from_config(cfg, model, cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    return lambda: evaluate_and_time(cfg, model)
+
+
+def _prepare_training(cfg: CfgNode, args: argparse.Namespace) -> Callable[[], dict]:
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if comm.is_main_process():
+        check_free_space(cfg.OUTPUT_DIR, trainer.checkpoint_bytes())
+        class_info(cfg.DATASETS.TRAIN[0]).save(Path(cfg.OUTPUT_DIR) / "classes.json")
+    return trainer.train
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

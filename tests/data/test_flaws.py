@@ -47,7 +47,7 @@ def test_each_flaw_works_or_stops_and_the_checker_agrees(name, split, tmp_path, 
         assert "\n" not in str(error.value)
         assert "data.json" in str(error.value) or "2.png" in str(error.value) or "NUM_CLASSES" in str(error.value)
 
-    (tmp_path / "tiny.yaml").write_text(tiny_cfg().dump())
+    (tmp_path / "tiny.yaml").write_text(tiny_cfg("DATALOADER.MAX_BROKEN_IMAGES", 0).dump())
     arguments = [str(json_file), str(images), "--config-file", str(tmp_path / "tiny.yaml")]
     code = check_dataset.main([*arguments, *(["--evaluation"] if split == "TEST" else [])])
     output = capsys.readouterr().out

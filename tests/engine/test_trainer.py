@@ -8,6 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from sparseinst.engine.hooks import EvaluationHook
 from sparseinst.engine.trainer import Trainer
 from tests.shapes_data import CLASS_NAMES, register_shapes
 from tests.tiny_model import tiny_cfg
@@ -75,6 +76,49 @@ def test_resumes_from_the_last_checkpoint(shapes, tmp_path):
     assert (first["iteration"], second["iteration"]) == (1, 3)
     steps = [state["step"].item() for state in second["trainer"]["optimizer"]["state"].values()]
     assert set(steps) == {4}
+
+
+def test_a_step_draws_the_same_random_numbers_whatever_came_before_it(shapes, tmp_path):
+    drawn = {}
+
+    def draw(trainer):
+        key = (trainer.start_iter, trainer.iter)
+        drawn[key] = (torch.rand(()).item(), [x["image"] for x in trainer.batches[0]])
+
+    cfg = make_cfg(shapes, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", ())
+    for resume in (False, True):
+        if resume:
+            (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        trainer.model.register_forward_pre_hook(lambda *_, trainer=trainer: draw(trainer))
+        trainer.train()
+    assert sorted(drawn) == [(0, 0), (0, 1), (0, 2), (0, 3), (2, 2), (2, 3)]
+    assert len({number for number, _ in drawn.values()}) == 4
+    for iteration in (2, 3):
+        assert drawn[2, iteration][0] == drawn[0, iteration][0]
+        assert all(map(torch.equal, drawn[2, iteration][1], drawn[0, iteration][1]))
+
+
+def test_a_resumed_run_keeps_the_best_score_and_the_number_of_checkpoints(shapes, tmp_path):
+    opts = ("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_CHECKPOINTS", 2, "TEST.EVAL_PERIOD", 2)
+    scores = iter([30.0, 20.0, 25.0, 40.0])
+
+    def train(max_iter, resume):
+        trainer = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", max_iter))
+        for hook in trainer._hooks:
+            if isinstance(hook, EvaluationHook):
+                hook._evaluate = lambda: {"segm": {"AP": next(scores)}}
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        return torch.load(tmp_path / "model_best.pth")["iteration"]
+
+    assert train(2, resume=False) == 1  # 30
+    # Iteration 1 was evaluated; since that may have been cut short it is done again: 20. Then 25, not the best either.
+    assert train(4, resume=True) == 1
+    assert train(5, resume=True) == 4  # 40, at the end
+    names = {path.name for path in tmp_path.glob("model_*.pth")}
+    assert names == {"model_0000003.pth", "model_0000004.pth", "model_best.pth", "model_final.pth"}
 
 
 def test_resuming_with_other_classes_is_refused(shapes, tmp_path):

@@ -1,0 +1,305 @@
+"""Batches for training and evaluation: in an order that can be restored, and past pictures that cannot be read.
+
+The n-th batch of a training is a function of the data, the seed and n alone. Samples are grouped into batches before
+anything is read, and each one's augmentation is drawn from the seed and its own position, not from the worker process
+that happens to read it. So a run that was interrupted goes on with the very batches that were to come, whatever the
+number of workers, and nothing but the seed and the number of batches has to be remembered.
+"""
+
+import contextlib
+import itertools
+import logging
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetFromList,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from sparseinst.data.broken_images import BrokenImages, Failure, SafeMapper, TestLoader
+from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
+from sparseinst.data.images import DataError
+
+_logger = logging.getLogger(__name__)
+
+# Other images that are tried in place of a broken one, before the batch gives up.
+_SUBSTITUTES = 20
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed of 32 bits that differs wherever one of the numbers does. They must not be negative."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of Python, numpy and PyTorch on the CPU from a seed; afterwards they go on as before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    # manual_seed would touch the GPUs too, which a worker process must not.
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class WorkerDiedError(RuntimeError):
+    """A process that reads images ended without an error of its own."""
+
+
+class TrainLoader:
+    """Endless batches of mapped images for one rank. Iterating over it begins with the first batch.
+
+    A broken image is replaced by another one of the data set, drawn from the seed and the sample's position, so that
+    batches keep their size and their order.
+
+    Args:
+        images: Detectron2's dicts; with ``width`` and ``height`` where images are grouped.
+        mapper: makes a sample of a dict; raises one of BROKEN_IMAGE_ERRORS where the image is broken.
+        build_sampler: from a seed to endless indices of ``images``, those of this rank.
+        batch_size: of this rank.
+        seed: not negative, the same on all ranks. It may be set until the batches are first asked for.
+        group_by_aspect_ratio: put wide images into batches of their own, as AspectRatioGroupedDataset does.
+        num_workers: processes that read and map images; 0: this one does.
+        max_broken_images: how many different images may be passed over.
+
+    Attributes:
+        seed: as given.
+        broken: the images that were passed over.
+
+    Raises:
+        ValueError: images are to be grouped, and one has no size.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[dict[str, Any]],
+        mapper: Callable[[dict], dict],
+        build_sampler: Callable[[int], Iterable[int]],
+        *,
+        batch_size: int,
+        seed: int,
+        group_by_aspect_ratio: bool = True,
+        num_workers: int = 0,
+        max_broken_images: int = 0,
+    ) -> None:
+        self._bucket_of_image = np.zeros(len(images), dtype=np.uint8)
+        if group_by_aspect_ratio:
+            for index, image in enumerate(images):
+                if "width" not in image or "height" not in image:
+                    raise ValueError(
+                        f"{image.get('file_name')}: the data set has no 'width' and 'height' for it, by which images "
+                        "are grouped; add them, or set DATALOADER.ASPECT_RATIO_GROUPING False"
+                    )
+                self._bucket_of_image[index] = image["width"] > image["height"]
+        self.num_images = len(images)
+        self.checksum = zlib.crc32("\n".join(str(image.get("file_name")) for image in images).encode())
+        # Serialised: worker processes share its memory.
+        self._images = DatasetFromList(images, copy=False)
+        self._mapper = mapper
+        self._build_sampler = build_sampler
+        self.batch_size = batch_size
+        self.seed = seed
+        self._num_workers = num_workers
+        self.broken = BrokenImages(max_broken_images)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return self.batches()
+
+    def batches(self, start: int = 0, num_workers: int | None = None) -> Iterator[list[dict]]:
+        """The batches from number ``start`` on.
+
+        Args:
+            start: not negative.
+            num_workers: another number of processes; the batches are the same.
+
+        Raises:
+            DataError: too many images are broken.
+            WorkerDiedError: a process that reads images was killed.
+        """
+        loader = DataLoader(
+            _MappedImages(self._images, self._mapper, self.seed),
+            batch_sampler=itertools.islice(self._sample_batches(), start, None),
+            num_workers=self._num_workers if num_workers is None else num_workers,
+            collate_fn=_as_list,
+            # Otherwise it would draw from the global one.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        try:
+            for samples in loader:
+                for sample, failures in samples:
+                    self.broken.add(failures)
+                    if sample is None:
+                        raise DataError(
+                            f"{len(failures)} images in a row cannot be used: {failures[-1].message}, for one. "
+                            "python -m sparseinst.tools.check_dataset says what is wrong with a data set"
+                        )
+                yield [sample for sample, _ in samples]
+        except RuntimeError as error:
+            # PyTorch has no class of its own for it.
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkerDiedError(
+                f"A process that reads images died: {_first_line(error)} Mostly the memory was used up: lower "
+                f"DATALOADER.NUM_WORKERS ({self._num_workers} here), or free memory, and go on with --resume"
+            ) from error
+
+    def state_dict(self) -> dict[str, int]:
+        """What the order depends on."""
+        return {
+            "seed": self.seed,
+            "num_images": self.num_images,
+            "checksum": self.checksum,
+            "batch_size": self.batch_size,
+            "world_size": comm.get_world_size(),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take the seed of an interrupted run; warns where the order cannot be that run's all the same."""
+        self.seed = state["seed"]
+        changed = [f"{name} {state[name]} -> {value}" for name, value in self.state_dict().items()
+                   if state[name] != value]  # fmt: skip
+        if changed:
+            _logger.warning(
+                "The data or their division differ from those of the interrupted run (%s): the run goes on, but not "
+                "with the batches that were to come",
+                ", ".join(changed),
+            )
+
+    def _sample_batches(self) -> Iterator[list[tuple[int, int]]]:
+        """Batches of (position, index); positions count the samples of all ranks."""
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        buckets: tuple[list, list] = ([], [])
+        for count, index in enumerate(self._build_sampler(self.seed)):
+            bucket = buckets[self._bucket_of_image[index]]
+            bucket.append((count * world_size + rank, index))
+            if len(bucket) == self.batch_size:
+                yield bucket.copy()
+                bucket.clear()
+
+
+class _MappedImages(Dataset):
+    """Samples by (position, index): each with the images that were broken before one could be used."""
+
+    def __init__(self, images: Sequence[dict], mapper: Callable[[dict], dict], seed: int) -> None:
+        self._images = images
+        self._mapper = SafeMapper(mapper)
+        self._seed = seed
+
+    def __getitem__(self, position_and_index: tuple[int, int]) -> tuple[dict | None, list[Failure]]:
+        position, index = position_and_index
+        failures: list[Failure] = []
+        for attempt in range(_SUBSTITUTES + 1):
+            seed = derive_seed(self._seed, position, attempt)
+            if attempt > 0:
+                index = seed % len(self._images)
+            with seeded(seed):
+                sample, failure = self._mapper(self._images[index])
+            if sample is not None:
+                break
+            failures.append(failure)
+        return sample, failures
+
+
+def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
+    """Batches of IMS_PER_BATCH / ACCUMULATE_STEPS images over all ranks, mapped as DATASET_MAPPER says.
+
+    Args:
+        cfg: DATASETS, DATALOADER, INPUT and SOLVER are read; its data sets are registered.
+        seed: the same on all ranks, see :class:`TrainLoader`.
+
+    Raises:
+        ValueError: an unknown mapper or sampler, or no image to train on.
+    """
+    mappers = {"SparseInstDatasetMapper": SparseInstDatasetMapper, "DatasetMapper": DatasetMapper}
+    name = cfg.MODEL.SPARSE_INST.DATASET_MAPPER
+    if name not in mappers:
+        raise ValueError(f"MODEL.SPARSE_INST.DATASET_MAPPER is {name!r}; it must be one of {sorted(mappers)}")
+    datasets = [_read_dataset(cfg, dataset_name) for dataset_name in cfg.DATASETS.TRAIN]
+    if len(datasets) > 1:
+        _check_consistency(cfg.DATASETS.TRAIN)
+    images = list(itertools.chain.from_iterable(datasets))
+    return TrainLoader(
+        images,
+        mappers[name](cfg, is_train=True),
+        _sampler_builder(cfg, images),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE_STEPS // comm.get_world_size(),
+        seed=seed,
+        group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        max_broken_images=cfg.DATALOADER.MAX_BROKEN_IMAGES,
+    )
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> TestLoader:
+    """The images of a data set, read and resized by our mapper, past the broken ones.
+
+    Args:
+        cfg: DATALOADER and INPUT are read.
+        dataset_name: a registered one.
+    """
+    mapper = SafeMapper(SparseInstDatasetMapper(cfg, is_train=False))
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    return TestLoader(loader, BrokenImages(cfg.DATALOADER.MAX_BROKEN_IMAGES))
+
+
+def _read_dataset(cfg: CfgNode, name: str) -> list[dict]:
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    try:
+        images = get_detection_dataset_dicts(
+            name, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, min_keypoints=keypoints
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"DATASETS.TRAIN {name!r} has no image to train on: {error} Images without annotations, or with crowds "
+            "only, are left out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
+        ) from error
+    if not isinstance(images, list):
+        raise ValueError(f"DATASETS.TRAIN {name!r} is a {type(images).__name__}; a registered list of dicts is needed")
+    return images
+
+
+def _check_consistency(names: Sequence[str]) -> None:
+    classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
+    if len({tuple(value or ()) for value in classes.values()}) > 1:
+        raise ValueError(f"The data sets {', '.join(names)} of DATASETS.TRAIN have different classes")
+
+
+def _sampler_builder(cfg: CfgNode, images: Sequence[dict]) -> Callable[[int], Iterable[int]]:
+    """What DATALOADER.SAMPLER_TRAIN names, as a function of the seed."""
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    num_images = len(images)
+    if name == "TrainingSampler":
+        return lambda seed: TrainingSampler(num_images, seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            images, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be 'TrainingSampler' or 'RepeatFactorTrainingSampler'"
+    )
+
+
+def _as_list(samples: list) -> list:
+    return samples
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

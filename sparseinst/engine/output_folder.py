@@ -1,0 +1,81 @@
+"""The folder of a run: made, found writable, held by one run alone, and no earlier run's checkpoints in it."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparseinst.checkpoint.whole_files import remove_partial_files
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
+LOCK_NAME = ".running"
+
+
+@contextlib.contextmanager
+def claimed(folder: str | os.PathLike) -> Iterator[Path]:
+    """Make a folder and hold it: until the end no other process can claim it. A process that dies lets go of it.
+
+    Yields:
+        The folder.
+
+    Raises:
+        ValueError: it cannot be made or written to, or another run holds it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_NAME).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"OUTPUT_DIR {folder} cannot be written to: {error.strerror or error}. Give another OUTPUT_DIR"
+        ) from error
+    with lock:
+        _lock(lock, folder)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        remove_partial_files(folder)
+        yield folder
+
+
+def check_no_earlier_run(folder: str | os.PathLike) -> None:
+    """Raises ValueError where a folder holds checkpoints, which a new training would overwrite."""
+    folder = Path(folder)
+    checkpoints = sorted(folder.glob("model_*.pth"), key=lambda path: path.stat().st_mtime_ns)
+    if checkpoints:
+        raise ValueError(
+            f"OUTPUT_DIR {folder} holds checkpoints of an earlier run ({checkpoints[-1].name} is the newest), which a "
+            "new one would overwrite. Go on with it: --resume; or give another OUTPUT_DIR, or remove that folder"
+        )
+
+
+def check_free_space(folder: str | os.PathLike, num_bytes: int) -> None:
+    """Raises ValueError where less than this is free in a folder that is to hold checkpoints of this size."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise ValueError(
+            f"OUTPUT_DIR {folder} has {free / 1e9:.2f} GB free, and one checkpoint takes about "
+            f"{num_bytes / 1e9:.2f} GB. Make room, or give another OUTPUT_DIR"
+        )
+
+
+def _lock(lock, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip()
+        process = f" (process {holder})" if holder else ""
+        raise ValueError(
+            f"OUTPUT_DIR {folder} is in use by another run{process}. Wait for it, or give another OUTPUT_DIR"
+        ) from error
+    except OSError:
+        # A file system without locks: nothing to hold on to.
+        return

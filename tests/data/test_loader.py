@@ -1,0 +1,186 @@
+"""The order of training batches is a function of the seed and their number; broken images are passed over."""
+
+import itertools
+import logging
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+
+from sparseinst.data.broken_images import BrokenImages, SafeMapper, TestLoader
+from sparseinst.data.images import DataError
+from sparseinst.data.loader import TrainLoader, build_test_loader, build_train_loader, derive_seed
+from tests.shapes_data import register_shapes
+from tests.tiny_model import tiny_cfg
+
+IMAGES = [
+    {"file_name": f"{index}.jpg", "width": 10 + 20 * (index % 3), "height": 20, "index": index} for index in range(11)
+]
+
+
+class RandomMapper:
+    """Adds what each source of random numbers gives; images whose index is in ``broken`` cannot be read."""
+
+    def __init__(self, broken=()):
+        self.broken = set(broken)
+
+    def __call__(self, image):
+        if image["index"] in self.broken:
+            raise DataError(f"{image['file_name']} is\ncut off")
+        return {**image, "draws": (random.random(), float(np.random.rand()), float(torch.rand(())))}
+
+
+def make_loader(broken=(), images=IMAGES, **kwargs):
+    options = {"batch_size": 3, "seed": 5, "max_broken_images": 4, **kwargs}
+    return TrainLoader(
+        images, RandomMapper(broken), lambda seed: TrainingSampler(len(images), seed=seed), **options
+    )  # fmt: skip
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def test_batches_are_those_of_detectron2s_sampler_and_grouping():
+    order = [dict(IMAGES[index]) for index in itertools.islice(TrainingSampler(len(IMAGES), seed=5), 60)]
+    expected = [[image["index"] for image in batch] for batch in AspectRatioGroupedDataset(order, 3)]
+    found = [[image["index"] for image in batch] for batch in take(make_loader(), len(expected))]
+    assert found == expected
+    assert all(len({image["width"] > image["height"] for image in batch}) == 1 for batch in take(make_loader(), 20))
+    ungrouped = take(make_loader(group_by_aspect_ratio=False), 5)
+    assert [image["index"] for batch in ungrouped for image in batch] == [image["index"] for image in order[:15]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_later_start_gives_the_batches_that_were_to_come(num_workers):
+    whole = take(make_loader(broken=[4]), 12)
+    assert take(make_loader(broken=[4], num_workers=num_workers).batches(7), 5) == whole[7:]
+    assert take(make_loader(broken=[4], seed=6), 12) != whole
+
+
+def test_samples_differ_from_epoch_to_epoch_and_the_global_random_numbers_stay():
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    expected = (random.random(), float(np.random.rand()), float(torch.rand(())))
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    draws = [image["draws"] for batch in take(make_loader(), 20) for image in batch]
+    assert len(set(draws)) == len(draws) == 60
+    assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == expected
+
+
+def test_ranks_share_one_stream(monkeypatch):
+    whole = take(make_loader(group_by_aspect_ratio=False, batch_size=2), 6)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        parts.append([x for batch in take(make_loader(group_by_aspect_ratio=False), 2) for x in batch])
+    assert [x for pair in zip(*parts) for x in pair] == [x for batch in whole for x in batch]
+
+
+def test_broken_images_are_replaced_and_named_once(caplog):
+    loader = make_loader(broken=[2, 7])
+    with caplog.at_level(logging.WARNING):
+        batches = take(loader, 30)
+    assert all(len(batch) == 3 for batch in batches)
+    counts = Counter(image["index"] for batch in batches for image in batch)
+    assert set(counts) == set(range(11)) - {2, 7}
+    assert set(loader.broken.messages) == {"2.jpg", "7.jpg"}
+    assert len(caplog.messages) == 2 and all("is cut off" in message for message in caplog.messages)
+
+
+def test_too_many_broken_images_stop_with_all_of_them_named():
+    with pytest.raises(DataError, match="MAX_BROKEN_IMAGES is 1") as caught:
+        take(make_loader(broken=[2, 7], max_broken_images=1), 30)
+    assert "2.jpg is cut off" in str(caught.value) and "7.jpg is cut off" in str(caught.value)
+    # None can be used, and the limit would let them pass.
+    with pytest.raises(DataError, match="in a row"):
+        take(make_loader(broken=range(11), max_broken_images=100), 1)
+    # The errors of a worker process are told by this one.
+    with pytest.raises(DataError, match="^1 images cannot be used"):
+        take(make_loader(broken=[2], max_broken_images=0, num_workers=1), 30)
+
+
+def test_a_restored_run_takes_the_seed_and_says_what_changed(caplog):
+    first, second = make_loader(seed=5), make_loader(seed=9)
+    second.load_state_dict(first.state_dict())
+    assert second.seed == 5 and not caplog.messages
+    assert take(second, 4) == take(first, 4)
+    make_loader(batch_size=2).load_state_dict(first.state_dict())
+    assert "batch_size 3 -> 2" in caplog.text
+    caplog.clear()
+    make_loader(images=[{**image, "file_name": "x" + image["file_name"]} for image in IMAGES]).load_state_dict(
+        first.state_dict()
+    )
+    assert "checksum" in caplog.text and "num_images" not in caplog.text
+
+
+def test_sizes_are_needed_for_grouping_only():
+    images = [{"file_name": "a.jpg", "index": 0}]
+    with pytest.raises(ValueError, match="a.jpg.*ASPECT_RATIO_GROUPING"):
+        make_loader(images=images)
+    assert take(make_loader(images=images, group_by_aspect_ratio=False), 1)
+
+
+def test_seeds_depend_on_every_number():
+    assert len({derive_seed(a, b, c) for a in range(3) for b in range(3) for c in range(3)}) == 27
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return register_shapes(tmp_path_factory.mktemp("loader"), "loader_shapes", 6)
+
+
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+def test_every_sampler_of_detectron2s_config(shapes, sampler):
+    cfg = tiny_cfg(
+        "DATASETS.TRAIN", (shapes,), "DATALOADER.SAMPLER_TRAIN", sampler, "SOLVER.IMS_PER_BATCH", 2,
+        "DATALOADER.REPEAT_THRESHOLD", 1.0,
+    )  # fmt: skip
+    names = [[x["file_name"] for x in batch] for batch in take(build_train_loader(cfg, 1), 12)]
+    assert names == [[x["file_name"] for x in batch] for batch in take(build_train_loader(cfg, 1), 12)]
+    counts = Counter(name for batch in names for name in batch)
+    assert len(counts) == 6
+    # Twice over by turns, or with images of rare classes more often.
+    assert (set(counts.values()) == {4}) == (sampler == "TrainingSampler")
+
+
+def test_unknown_names_and_empty_data_are_refused(shapes):
+    cfg = tiny_cfg("DATASETS.TRAIN", (shapes,), "DATALOADER.SAMPLER_TRAIN", "Mine")
+    with pytest.raises(ValueError, match="SAMPLER_TRAIN is 'Mine'"):
+        build_train_loader(cfg, 0)
+    DatasetCatalog.register("loader_empty", lambda: [{"file_name": "a.jpg", "annotations": []}])
+    try:
+        with pytest.raises(ValueError, match="loader_empty.*FILTER_EMPTY_ANNOTATIONS"):
+            build_train_loader(tiny_cfg("DATASETS.TRAIN", ("loader_empty",)), 0)
+    finally:
+        DatasetCatalog.remove("loader_empty")
+
+
+def test_an_evaluation_sees_what_detectron2s_mapper_gives(shapes):
+    cfg = tiny_cfg("DATASETS.TEST", (shapes,))
+    loader = build_test_loader(cfg, shapes)
+    stock = DatasetMapper(cfg, is_train=False)
+    images = DatasetCatalog.get(shapes)
+    batches = list(loader)
+    assert len(loader) == len(batches) == len(images) == 6
+    for (x,), image in zip(batches, images, strict=True):
+        assert x["image_id"] == image["image_id"] and torch.equal(x["image"], stock(image)["image"])
+
+
+def test_an_evaluation_passes_over_broken_images(caplog):
+    safe = SafeMapper(RandomMapper([1, 2]))
+    loader = TestLoader([[safe(image)] for image in IMAGES[:4]], BrokenImages(2))
+    assert [[x["index"] for x in batch] for batch in loader] == [[0], [3]]
+    assert len(caplog.messages) == 2 and "1.jpg is cut off; the objects in it count as missed" in caplog.messages[0]
+    with pytest.raises(DataError, match="MAX_BROKEN_IMAGES is 1"):
+        list(TestLoader([[safe(image)] for image in IMAGES[:4]], BrokenImages(1)))

@@ -1,0 +1,145 @@
+"""Trainings that are killed at random moments and resumed end with the weights of one that was left alone."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.faults.child import Child, num_cases, run_in_child
+from tests.faults.interrupted_run import MAX_ITER, phase, train, write_config
+from tests.shapes_data import write_shapes
+
+TIMEOUT = 120
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    config = folder / "run.yaml"
+    write_config(config, write_shapes(folder, 8), write_shapes(folder, 3, seed=1, split="test"))
+    output = folder / "whole"
+    outcome = run_in_child(train, config, output, False, 3, timeout=TIMEOUT)
+    assert outcome.exit_code == 0, outcome.output
+    return folder, config, output, outcome.seconds
+
+
+def assert_same_end(first, second):
+    """Weights, optimizer, schedule, scores: all that the final checkpoint holds."""
+    first, second = (torch.load(folder / "model_final.pth", weights_only=True) for folder in (first, second))
+    assert first["iteration"] == second["iteration"] == MAX_ITER - 1
+    assert_equal(first, second, "model_final")
+
+
+def assert_equal(first, second, name):
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), name
+        for key in first:
+            assert_equal(first[key], second[key], f"{name}.{key}")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), name
+    else:
+        assert first == second, name
+
+
+def interrupt(child, output, signal_number, wanted_phase, delay):
+    """Send a signal after a delay, counted from the wanted phase where one is given. Returns the phase it struck."""
+    if wanted_phase is not None:
+        while child.is_alive() and phase(output, child.output()) != wanted_phase:
+            time.sleep(0.005)
+    until = time.monotonic() + delay
+    while child.is_alive() and time.monotonic() < until:
+        time.sleep(0.005)
+    if not child.is_alive():
+        return "finished"
+    struck = phase(output, child.output())
+    child.send(signal_number)
+    return struck
+
+
+def test_killed_at_random_moments(workspace):
+    folder, config, whole, seconds = workspace
+    rng = random.Random(0)
+    output = folder / "killed"
+    phases = Counter()
+    # One of six in an evaluation, two in the middle of writing a checkpoint, three at moments uniform over a run.
+    for number in range(num_cases(3, 102)):
+        wanted = ["evaluating", "saving", None, "saving", None, None][number % 6]
+        child = Child(train, config, output, wanted == "saving", 3)
+        delay = rng.uniform(0, 0.2 if wanted else seconds)
+        struck = interrupt(child, output, signal.SIGKILL, wanted, delay)
+        outcome = child.wait(TIMEOUT)
+        assert not outcome.timed_out
+        phases[struck] += 1
+        if struck == "finished":
+            assert outcome.exit_code == 0, outcome.output
+            assert_same_end(whole, output)
+            shutil.rmtree(output)
+        else:
+            assert outcome.signal == signal.SIGKILL, outcome.output
+    outcome = run_in_child(train, config, output, False, 3, timeout=TIMEOUT)
+    assert outcome.exit_code == 0, outcome.output
+    assert_same_end(whole, output)
+    assert not list(output.glob(".*.partial"))
+    print("phases of SIGKILL:", dict(phases))
+    assert phases["saving"] >= num_cases(1, 10)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(workspace, signal_number):
+    folder, config, whole, seconds = workspace
+    rng = random.Random(signal_number)
+    output = folder / f"signal_{signal_number}"
+    phases = Counter()
+    for number in range(num_cases(2 if signal_number == signal.SIGTERM else 1, 10)):
+        child = Child(train, config, output, False, 3)
+        wanted = "evaluating" if number % 2 else "training"
+        struck = interrupt(child, output, signal_number, wanted, rng.uniform(0, 0.4))
+        outcome = child.wait(TIMEOUT)
+        phases[struck] += 1
+        if struck == "finished":
+            shutil.rmtree(output)
+            continue
+        assert outcome.exit_code == 128 + signal_number, outcome.output
+        assert "Traceback" not in outcome.output and "--resume" in outcome.output
+        newest = max(output.glob("model_*.pth"), key=os.path.getmtime)
+        assert f"Saving checkpoint to {newest}" in outcome.output
+    outcome = run_in_child(train, config, output, False, 3, timeout=TIMEOUT)
+    assert outcome.exit_code == 0, outcome.output
+    assert_same_end(whole, output)
+    print(f"phases of signal {signal_number}:", dict(phases))
+
+
+def test_a_seed_that_nobody_chose(workspace):
+    """With SEED -1 the run remembers the one that it drew."""
+    folder, config, _, _ = workspace
+    first = folder / "unseeded"
+    child = Child(train, config, first, False, -1)
+    while child.is_alive() and not (first / "model_0000003.pth").exists():
+        time.sleep(0.005)
+    child.send(signal.SIGKILL)
+    child.wait(TIMEOUT)
+    second = folder / "unseeded_too"
+    shutil.copytree(first, second)
+    for output in (first, second):
+        outcome = run_in_child(train, config, output, False, -1, timeout=TIMEOUT)
+        assert outcome.exit_code == 0, outcome.output
+    assert_same_end(first, second)
+
+
+def test_a_damaged_checkpoint_is_passed_over(workspace):
+    folder, config, whole, _ = workspace
+    output = folder / "damaged"
+    shutil.copytree(whole, output)
+    (output / "model_final.pth").unlink()
+    newest = output / f"model_{MAX_ITER - 1:07d}.pth"
+    (output / "last_checkpoint").write_text(newest.name)
+    newest.write_bytes(newest.read_bytes()[:100_000])
+    outcome = run_in_child(train, config, output, False, 3, timeout=TIMEOUT)
+    assert outcome.exit_code == 0, outcome.output
+    assert f"Cannot resume from {newest}" in outcome.output
+    assert_same_end(whole, output)
