@@ -294,7 +294,11 @@ def test_class_info_survives_its_file(tmp_path: Path) -> None:
         ClassInfo.load(tmp_path / "absent.json")
 
 
-def test_evaluation_asks_for_what_it_reads(json_file: Path, image_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluation_asks_for_what_it_reads(
+    json_file: Path, image_root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A command that another test ran may have kept the messages from pytest.
+    monkeypatch.setattr(logging.getLogger("sparseinst"), "propagate", True)
     content = copy.deepcopy(CONTENT)
     del content["annotations"][3]["area"], content["annotations"][3]["iscrowd"]
     json_file.write_text(json.dumps(content))

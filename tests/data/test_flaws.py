@@ -20,6 +20,12 @@ def _no_backbone(monkeypatch):
     monkeypatch.setattr(check_dataset, "_pixels_per_cell", lambda cfg: 4.0)
 
 
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch):
+    """A command that another test ran may have kept the messages from pytest."""
+    monkeypatch.setattr(logging.getLogger("sparseinst"), "propagate", True)
+
+
 def user_cfg(json_file, images, split, *opts):
     return tiny_cfg(f"DATASETS.{split}_JSON", str(json_file), f"DATASETS.{split}_IMAGES", str(images), *opts)
 
