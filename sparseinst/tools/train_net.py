@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from sparseinst.checkpoint import OutputError, check_weights_file, checkpointer_from_config
-from sparseinst.data.coco_json import check_num_classes, class_info, register_user_datasets
+from sparseinst.data.coco_json import check_num_classes, class_info, log_data_warnings, register_user_datasets
 from sparseinst.data.images import DataError
 from sparseinst.data.loader import WorkerDiedError
 from sparseinst.engine.evaluation import evaluate_and_time
@@ -89,6 +89,7 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> CfgNode:
     if not args.eval_only and not args.resume:
         check_no_earlier_run(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sparseinst")
+    log_data_warnings(cfg, splits)
     default_setup(cfg, args)
     return cfg
 

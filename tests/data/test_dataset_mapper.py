@@ -18,7 +18,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sparseinst import add_sparse_inst_config
-from sparseinst.data.dataset_mapper import SparseInstDatasetMapper, build_train_augmentations
+from sparseinst.data.augmentations import build_train_augmentations
+from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
+from sparseinst.data.images import DataError
 
 HEIGHT, WIDTH = 24, 32
 
@@ -298,13 +300,39 @@ def test_broken_annotation_is_named(segmentation: object, message: str, image_fi
     assert str(error.value).startswith(f"{image_file}, annotation 1 (id 4711): ")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"category_id": -1}, "category_id is -1; expected a class"),
+        ({"category_id": 1.0}, "category_id is 1.0"),
+        ({"category_id": "1"}, "category_id is '1'"),
+        ({"category_id": True}, "category_id is True"),
+        ({"category_id": None}, "category_id is None"),
+        ({"iscrowd": "0"}, "iscrowd is '0'; expected 0 or 1"),
+        ({"iscrowd": 2}, "iscrowd is 2"),
+        ({"iscrowd": None}, "iscrowd is None"),
+        ({"iscrowd": [1]}, r"iscrowd is \[1\]"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict, message: str, image_file: str) -> None:
+    annotation = _annotation([_rectangle(1, 1, 5, 5)], id="x") | fields
+    with pytest.raises(DataError, match=rf"^{image_file}, annotation 0 \(id x\): {message}"):
+        _mapper()(_dict(image_file, annotation))
+
+
+def test_any_type_of_zero_and_one_is_a_crowd_or_none(image_file: str) -> None:
+    for crowd in (0, 1, False, True, np.int64(1), np.bool_(False)):
+        annotation = _annotation([_rectangle(1, 1, 5, 5)], np.int64(2), iscrowd=crowd)
+        assert len(_mapper()(_dict(image_file, annotation))["instances"]) == (not crowd)
+
+
 def test_unreadable_image_is_named(tmp_path: Path, image_file: str) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(Path(image_file).read_bytes()[:200])
     for path in (broken, tmp_path / "absent.png"):
-        with pytest.raises(ValueError, match=f"Cannot read the image {path}"):
+        with pytest.raises(ValueError, match=f"Cannot read the picture {path}"):
             _mapper()({"file_name": str(path)})
-    with pytest.raises(ValueError, match=f"image.png.*got \\({WIDTH}, {HEIGHT}\\), expect \\({WIDTH}, 5\\)"):
+    with pytest.raises(ValueError, match=f"image.png has {HEIGHT} x {WIDTH} pixels.* 5 x {WIDTH}"):
         _mapper()(_dict(image_file) | {"height": 5})
 
 

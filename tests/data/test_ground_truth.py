@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from sparseinst.data.ground_truth import GroundTruth
+from sparseinst.data.images import DataError
 
 
 @pytest.fixture
@@ -48,3 +49,19 @@ def test_a_picture_that_the_json_does_not_have(json_file):
     truth = GroundTruth(json_file)
     assert truth.find(json_file.parent / "three" / "a.png") is None
     assert truth.find(json_file.parent / "one" / "b.png") is None
+
+
+def test_broken_data_are_named(json_file):
+    folder = json_file.parent
+    truth = GroundTruth(json_file)
+    Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(folder / "one" / "a.png")
+    with pytest.raises(DataError, match=r"one/a.png has 30 x 20 pixels .*made for 20 x 30.*EXIF"):
+        truth.find(folder / "one" / "a.png")
+    (folder / "two" / "a.png").write_text("no picture")
+    with pytest.raises(DataError, match="two/a.png: it is no picture"):
+        truth.find(folder / "two" / "a.png")
+    content = json.loads(json_file.read_text())
+    content["annotations"][2]["segmentation"][0][3] = float("inf")
+    json_file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"truth.json: .*annotation 3 \('two/a.png'\) is broken: .*coordinate inf"):
+        GroundTruth(json_file)
