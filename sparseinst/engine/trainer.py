@@ -19,14 +19,14 @@ from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 from sparseinst.engine.evaluation import evaluate
+from sparseinst.engine.finite import FiniteGuard
 from sparseinst.engine.hooks import VisualizationHook
 from sparseinst.engine.optimizer import build_optimizer
+from sparseinst.engine.step_record import AMP_DTYPES
 from sparseinst.modeling.criterion import mean_over_ranks
 from sparseinst.modeling.structures import LossNormalizer
 
 logger = logging.getLogger(__name__)
-
-AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Trainer(SimpleTrainer):
@@ -59,6 +59,7 @@ class Trainer(SimpleTrainer):
         amp = cfg.SOLVER.AMP
         self.amp_dtype = AMP_DTYPES[amp.DTYPE] if amp.ENABLED else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+        self.finite_guard = FiniteGuard(cfg, model, self.grad_scaler)
         self.batches: list[list[dict]] = []
         self.results: dict = {}
         self._loader_iter = None
@@ -139,6 +140,7 @@ class Trainer(SimpleTrainer):
         self.batches = [next(self._loader_iter) for _ in range(self.accumulate_steps)]
         data_time = time.perf_counter() - start
 
+        self.finite_guard.start_step()
         self.optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
         # A criterion need not take a normalizer where each step has one batch.
@@ -155,7 +157,9 @@ class Trainer(SimpleTrainer):
                 losses[name] = losses.get(name, 0) + loss.detach()
 
         self.after_backward()
-        # Raises where a loss is not finite, before the weights are touched.
+        if not self.finite_guard.check(losses, self.batches, normalizer, self.iter).take_step:
+            self.optimizer.zero_grad()
+            return
         self.write_metrics(losses, data_time, self.iter)
         self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
@@ -169,12 +173,17 @@ class Trainer(SimpleTrainer):
         )
 
     def state_dict(self) -> dict:
-        """As SimpleTrainer's, with the state of the gradient scaler."""
-        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+        """As SimpleTrainer's, with the state of the gradient scaler and the counts of skipped steps."""
+        return {
+            **super().state_dict(),
+            "grad_scaler": self.grad_scaler.state_dict(),
+            "nonfinite": self.finite_guard.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take what :meth:`state_dict` gave."""
         super().load_state_dict(state_dict)
+        self.finite_guard.load_state_dict(state_dict.get("nonfinite", {}))
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
