@@ -310,3 +310,11 @@ def test_a_parameter_and_an_input_that_are_not_finite_are_told():
     x["image"] = x["image"].float().fill_(float("inf"))
     finding, _ = find_first_non_finite(model, [[x]], device=torch.device("cpu"))
     assert str(finding) == "the input of the whole model (SparseInst)"
+
+
+def test_gradients_whose_squares_alone_overflow_are_finite(make_trainer):
+    trainer = make_trainer("MODEL.SPARSE_INST.LOSS.CLASS_WEIGHT", 1e25, "SOLVER.MAX_ITER", 1)
+    trainer.train()
+    assert len(trainer.storage.history("total_loss").values()) == 1
+    squares = sum(parameter.grad.square().sum() for parameter in trainer.model.parameters())
+    assert squares == float("inf")

@@ -55,7 +55,8 @@ def test_mixed_precision_trains_where_float32_does(tmp_path, dtype, size):
         opts = (
             "DATASETS.TRAIN_JSON", str(tmp_path / "train.json"), "DATASETS.TRAIN_IMAGES", str(tmp_path / "train"),
             "DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", "", "DATASETS.TEST", (),
-            "OUTPUT_DIR", str(tmp_path / dtype), "SOLVER.MAX_ITER", num_cases(5, 200), "INPUT.MIN_SIZE_TRAIN", (num_cases(32, size),),
+            "OUTPUT_DIR", str(tmp_path / dtype), "SOLVER.MAX_ITER", num_cases(5, 200),
+            "INPUT.MIN_SIZE_TRAIN", (num_cases(32, size),),
             *precision_opts(dtype),
         )  # fmt: skip
         cfg = load_config(get_config_file("quick/shapes"), opts)
