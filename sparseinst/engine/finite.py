@@ -13,7 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from sparseinst.engine.first_non_finite import all_finite, find_first_non_finite
-from sparseinst.engine.step_record import AMP_DTYPES, RandomState, StepStart, save_step
+from sparseinst.engine.step_record import AMP_DTYPES, StepStart, save_step
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class FiniteGuard:
         saves: bool,
     ) -> str:
         """What this process has to say; "" where all was finite on it. All processes come here together."""
-        after = RandomState.now(self.device)
+        # It draws the same random numbers, so what comes after it does too.
         self.start.restore()
         loss_scale = self.grad_scaler.get_scale() if with_gradients else 1.0
         finding, _ = find_first_non_finite(
@@ -197,7 +197,6 @@ class FiniteGuard:
             loss_scale=loss_scale,
             with_gradients=with_gradients,
         )
-        after.set(self.device)
         bad_losses = [f"{name} {loss.item()}" for name, loss in losses.items() if not all_finite(loss)]
         # Of several processes, each has the mean of all gradients: whose it was, the repetition says.
         is_alone = comm.get_world_size() == 1
