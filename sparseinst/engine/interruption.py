@@ -8,7 +8,6 @@ from types import FrameType, TracebackType
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
-from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +96,10 @@ class SaveOnSignal(HookBase):
 
     def after_step(self) -> None:
         """Raises TrainingInterrupted where it is time."""
-        received = [number for number in comm.all_gather(self._watch.received) if number is not None]
-        if received:
+        if self.trainer.stop_requested:
             self.save()
-            raise TrainingInterrupted(received[0])
+            # On the ranks that got none, as where it came from a scheduler.
+            raise TrainingInterrupted(self._watch.received or signal.SIGTERM)
 
     def save(self) -> None:
         """Save the training as it is after the step ``trainer.iter``."""

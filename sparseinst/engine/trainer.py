@@ -22,15 +22,15 @@ from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.loader import build_train_loader, derive_seed
 from sparseinst.engine.evaluation import evaluate
+from sparseinst.engine.finite import FiniteGuard
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
 from sparseinst.engine.optimizer import build_optimizer
+from sparseinst.engine.step_record import AMP_DTYPES
 from sparseinst.modeling.criterion import normalizer_over_ranks
 from sparseinst.modeling.structures import LossNormalizer
 
 logger = logging.getLogger(__name__)
-
-AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Trainer(SimpleTrainer):
@@ -66,6 +66,7 @@ class Trainer(SimpleTrainer):
         amp = cfg.SOLVER.AMP
         self.amp_dtype = AMP_DTYPES[amp.DTYPE] if amp.ENABLED else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+        self.finite_guard = FiniteGuard(cfg, model, self.grad_scaler)
         self.batches: list[list[dict]] = []
         self.results: dict = {}
         self._loader_iter = None
@@ -80,6 +81,8 @@ class Trainer(SimpleTrainer):
         )
         # Of the whole training, resumed or not.
         self.steps_done = 0
+        # By a signal, on any rank: SaveOnSignal ends the training after the step.
+        self.stop_requested = False
         self._periodic_checkpointer: hooks.PeriodicCheckpointer | None = None
         self._signals = SignalWatch()
         self._save_on_signal = SaveOnSignal(self._signals, self.checkpointer)
@@ -190,6 +193,7 @@ class Trainer(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         seed_all_rng(derive_seed(self.data_loader.seed, self.iter, comm.get_rank()))
+        self.finite_guard.start_step()
         self.optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
         # A criterion need not take a normalizer where each step has one batch.
@@ -206,7 +210,12 @@ class Trainer(SimpleTrainer):
                 losses[name] = losses.get(name, 0) + loss.detach()
 
         self.after_backward()
-        # Raises where a loss is not finite, before the weights are touched.
+        stop = self._signals.received is not None
+        verdict = self.finite_guard.check(losses, self.batches, normalizer, self.iter, also=[stop])
+        (self.stop_requested,) = verdict.also
+        if not verdict.take_step:
+            self.optimizer.zero_grad()
+            return
         self.write_metrics(losses, data_time, self.iter)
         self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
@@ -223,16 +232,18 @@ class Trainer(SimpleTrainer):
         )
 
     def state_dict(self) -> dict:
-        """As SimpleTrainer's, with the state of the gradient scaler and what the order of the data depends on."""
+        """As SimpleTrainer's, with the gradient scaler, the skipped steps and what the order of the data depends on."""
         return {
             **super().state_dict(),
             "grad_scaler": self.grad_scaler.state_dict(),
+            "nonfinite": self.finite_guard.state_dict(),
             "data": self.data_loader.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take what :meth:`state_dict` gave."""
         super().load_state_dict(state_dict)
+        self.finite_guard.load_state_dict(state_dict.get("nonfinite", {}))
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if "data" in state_dict:

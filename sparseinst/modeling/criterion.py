@@ -18,6 +18,7 @@ from sparseinst.modeling.losses import (
     sigmoid_focal_loss,
 )
 from sparseinst.modeling.matcher import build_sparse_inst_matcher
+from sparseinst.modeling.precision import no_autocast
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer, MatchedPairs
 
 SPARSE_INST_CRITERION_REGISTRY = Registry("SPARSE_INST_CRITERION")
@@ -109,7 +110,7 @@ class SparseInstCriterion(nn.Module):
             0, with a gradient of 0.
         """
         outputs = {name: output.float() for name, output in outputs.items()}
-        with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
+        with no_autocast(outputs["pred_logits"].device):
             pairs = self.matcher(outputs, targets)
             if normalizer is None:
                 normalizer = normalizer_over_ranks(

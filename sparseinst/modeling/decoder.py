@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparseinst.modeling.places import location_prior, window_logits
+from sparseinst.modeling.precision import no_autocast
 
 SPARSE_INST_DECODER_REGISTRY = Registry("SPARSE_INST_DECODER")
 SPARSE_INST_DECODER_REGISTRY.__doc__ = """
@@ -53,7 +54,7 @@ def normalize_iams(iam_logits: torch.Tensor, normalization: str = "sigmoid") -> 
     Returns:
         (B, R, H, W) float32 in [0, 1].
     """
-    with torch.autocast(iam_logits.device.type, enabled=False):
+    with no_autocast(iam_logits.device):
         weights = iam_logits.float().flatten(2)
         if normalization == "softmax":
             weights = weights.softmax(-1)
@@ -75,7 +76,7 @@ def pool_instances(iam_weights: torch.Tensor, features: torch.Tensor) -> torch.T
     Returns:
         (B, R, C) float32.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         return torch.bmm(iam_weights.flatten(2), features.float().flatten(2).transpose(1, 2))
 
 

@@ -6,6 +6,7 @@ from detectron2.utils.registry import Registry
 from scipy.optimize import linear_sum_assignment
 
 from sparseinst.modeling.losses import masks_on_grid, pairwise_dice_score
+from sparseinst.modeling.precision import no_autocast
 from sparseinst.modeling.structures import InstanceTargets, MatchedPairs
 
 SPARSE_INST_MATCHER_REGISTRY = Registry("SPARSE_INST_MATCHER")
@@ -13,6 +14,9 @@ SPARSE_INST_MATCHER_REGISTRY.__doc__ = """
 Matchers: called as ``matcher(outputs, targets)`` with the decoder's dict and one InstanceTargets per image; return one
 MatchedPairs per image. Built as ``Name(cfg)``.
 """
+
+# In place of a score that is not finite; more than the scores, at most 1, of all instances of an image together.
+NOT_FINITE_SCORE = 1e6
 
 
 def matching_scores(
@@ -41,7 +45,7 @@ def matching_scores(
     Returns:
         (N, M) float32 in [0, 1].
     """
-    with torch.autocast(class_logits.device.type, enabled=False):
+    with no_autocast(class_logits.device):
         class_probs = class_logits.float().sigmoid()[:, targets.gt_classes]
         dice = pairwise_dice_score(mask_logits.float().flatten(1).sigmoid(), targets.gt_masks.flatten(1))
         scores = class_probs**beta * dice**alpha
@@ -84,10 +88,8 @@ class SparseInstMatcher:
             targets: ground truth, one per image.
 
         Returns:
-            One per image, min(N, M) pairs each, on the outputs' device.
-
-        Raises:
-            ValueError: a score is not finite.
+            One per image, min(N, M) pairs each, on the outputs' device. Predictions whose score is not finite are
+            matched before all others, so that a loss tells of them.
         """
         device = outputs["pred_logits"].device
         iam_weights = outputs["iam_weights"] if self.gamma > 0 else [None] * len(targets)
@@ -100,11 +102,9 @@ class SparseInstMatcher:
         # One copy to the host for the whole batch: every copy waits for the device.
         shapes = [tuple(score.shape) for score in scores]
         flat = torch.cat([score.flatten() for score in scores]).cpu()
-        if not torch.isfinite(flat).all():
-            raise ValueError(
-                "The matching score is not finite: the model's class or mask logits are NaN or infinite. "
-                "Lower SOLVER.BASE_LR, enable SOLVER.CLIP_GRADIENTS, or train without SOLVER.AMP."
-            )
+        # The assignment needs numbers. One process of several must not stop in the middle of a step either, where the
+        # others wait for it: the losses, which are not finite then, are what all of them look at.
+        flat = flat.nan_to_num(NOT_FINITE_SCORE, NOT_FINITE_SCORE, NOT_FINITE_SCORE)
         pairs = []
         for (rows, columns), score in zip(shapes, flat.split([rows * columns for rows, columns in shapes])):
             prediction_idx, gt_idx = linear_sum_assignment(score.view(rows, columns).numpy(), maximize=True)

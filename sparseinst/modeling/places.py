@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from sparseinst.modeling.precision import no_autocast
+
 
 def grid_of_places(num_masks: int) -> tuple[int, int]:
     """Rows and columns of the grid that instances stand on: about as many of each, with a cell for every instance."""
@@ -66,7 +68,7 @@ def window_logits(windows: torch.Tensor, iam_weights: torch.Tensor) -> torch.Ten
     Returns:
         (B, N, H, W) float32.
     """
-    with torch.autocast(windows.device.type, enabled=False):
+    with no_autocast(windows.device):
         num_masks = windows.shape[1]
         height, width = iam_weights.shape[-2:]
         y, x = cell_coordinates(num_masks, height, width, windows.device)

@@ -19,6 +19,7 @@ from sparseinst.data.coco_json import check_num_classes, class_info, log_data_wa
 from sparseinst.data.images import DataError
 from sparseinst.data.loader import WorkerDiedError
 from sparseinst.engine.evaluation import evaluate_and_time
+from sparseinst.engine.finite import NonFiniteStepError
 from sparseinst.engine.interruption import TrainingInterrupted
 from sparseinst.engine.output_folder import check_free_space, check_no_earlier_run, claimed
 from sparseinst.engine.processes import (
@@ -109,6 +110,9 @@ def main(args: argparse.Namespace) -> dict:
             exit_with_error(error)
         try:
             results = run()
+        except NonFiniteStepError as error:
+            # It is the same on all ranks.
+            exit_with_error(error)
         except RUN_ERRORS as error:
             sys.exit(f"error: {error}")
         except TrainingInterrupted as error:

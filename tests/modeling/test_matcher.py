@@ -81,11 +81,13 @@ def test_float32_under_autocast():
         assert torch.equal(matching_scores(outputs["pred_logits"][0], outputs["pred_masks"][0], targets), plain)
 
 
-def test_scores_that_are_not_finite_are_an_error():
-    outputs, targets = random_problem(0, 4, 3)
-    outputs["pred_masks"][0, 1] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
-        SparseInstMatcher()(outputs, [targets])
+@pytest.mark.parametrize(("name", "num_instances"), [("pred_masks", 1), ("pred_masks", 3), ("pred_logits", 2)])
+def test_scores_that_are_not_finite_are_matched_first(name, num_instances):
+    # So that a loss tells of them, also where other predictions fit much better.
+    outputs, targets = random_problem(0, 4, num_instances)
+    outputs[name][0, 1] = float("nan")
+    (pair,) = SparseInstMatcher()(outputs, [targets])
+    assert len(pair.gt_idx) == num_instances and 1 in pair.prediction_idx.tolist()
 
 
 def test_activation_maps_count_with_gamma():
