@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sparseinst.modeling import postprocessing
-from sparseinst.modeling.postprocessing import class_scores, detect, mask_nms, maskness, masks_to_boxes, resize_masks
+from sparseinst.modeling import mask_resize
+from sparseinst.modeling.mask_resize import masks_to_boxes, resize_masks
+from sparseinst.modeling.postprocessing import class_scores, detect, mask_nms, maskness
 
 SIZES = {"padded_size": (32, 64), "image_size": (30, 41), "output_size": (47, 90)}
 THRESHOLDS = {"cls_threshold": 0.005, "mask_threshold": 0.45, "max_detections": 100}
@@ -79,7 +80,7 @@ def test_equals_the_plain_computation(output_size):
 def test_chunks_do_not_change_the_masks(monkeypatch):
     probs = random_outputs()["mask_logits"].sigmoid()
     whole = resize_masks(probs, **SIZES, mask_threshold=0.45)
-    monkeypatch.setattr(postprocessing, "MAX_PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(mask_resize, "MAX_PIXELS_AT_ONCE", 1)
     assert torch.equal(resize_masks(probs, **SIZES, mask_threshold=0.45), whole)
 
 
