@@ -145,28 +145,38 @@ def mask_windows(
     Args:
         mask_probs: see :func:`resize_masks`, as all others.
 
-    Yields:
-        The window of each mask, on the masks' device.
+    Returns:
+        An iterator over the masks' windows, on the masks' device; (0, 0) pixels where a mask is empty.
     """
     sizes = (padded_size, image_size, output_size)
-    if mask_probs.device.type == "cpu":
-        yield from _windows_on_cpu(mask_probs.detach(), *sizes, mask_threshold)
-        return
-    for probs in mask_probs.split(plain_chunk(padded_size, output_size)):
-        masks = resize_masks(probs, *sizes, mask_threshold)
-        boxes = masks_to_boxes(masks).int().tolist()
-        found = masks.flatten(1).any(1).tolist()
-        for mask, (x0, y0, x1, y1), is_found in zip(masks, boxes, found):
-            yield MaskWindow(y0, x0, mask[y0:y1, x0:x1]) if is_found else MaskWindow(0, 0, mask[:0, :0])
+    windows = _windows_alone if mask_probs.device.type == "cpu" else _windows_in_chunks
+    return windows(mask_probs.detach(), *sizes, mask_threshold)
 
 
-def _windows_on_cpu(
+def _windows_in_chunks(
     mask_probs: torch.Tensor,
     padded_size: tuple[int, int],
     image_size: tuple[int, int],
     output_size: tuple[int, int],
     mask_threshold: float,
 ) -> Iterator[MaskWindow]:
+    """Whole masks, a chunk at once, cut to their boxes."""
+    for probs in mask_probs.split(plain_chunk(padded_size, output_size)):
+        masks = resize_masks(probs, padded_size, image_size, output_size, mask_threshold)
+        boxes = masks_to_boxes(masks).int().tolist()
+        found = masks.flatten(1).any(1).tolist()
+        for mask, (x0, y0, x1, y1), is_found in zip(masks, boxes, found):
+            yield MaskWindow(y0, x0, mask[y0:y1, x0:x1]) if is_found else MaskWindow(0, 0, mask[:0, :0])
+
+
+def _windows_alone(
+    mask_probs: torch.Tensor,
+    padded_size: tuple[int, int],
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    mask_threshold: float,
+) -> Iterator[MaskWindow]:
+    """Mask by mask, only where it can be above the threshold."""
     rows, columns = (
         composed_axis(*sizes) for sizes in zip(mask_probs.shape[-2:], padded_size, image_size, output_size)
     )
@@ -264,9 +274,8 @@ def _taps(input_size: int, output_size: int) -> tuple[torch.Tensor, torch.Tensor
     pixels = torch.arange(output_size)
     centre_cells = ((2 * pixels + 1) * input_size - output_size) // (2 * output_size)
     cells = centre_cells[:, None] + torch.arange(-1, 3)
-    weights = resized[cells % 4, pixels[:, None]].double()
-    is_inside = (cells >= 0) & (cells < input_size)
-    return cells.clamp(0, input_size - 1), weights * is_inside
+    # Those that are outside have weight 0.
+    return cells.clamp(0, input_size - 1), resized[cells % 4, pixels[:, None]].double()
 
 
 def _dense(cells: torch.Tensor, weights: torch.Tensor, input_size: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from sparseinst.modeling.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.encoder import build_sparse_inst_encoder
 from sparseinst.modeling.losses import masks_on_grid
-from sparseinst.modeling.postprocessing import MASK_FORMATS, detect
+from sparseinst.modeling.postprocessing import MASK_FORMATS, MaskMemoryError, detect
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
 
 # The input is padded to a multiple of this, whatever the backbone: the published checkpoints were trained so.
@@ -183,20 +183,25 @@ class SparseInst(nn.Module):
         results = []
         for index, (x, image_size) in enumerate(zip(batched_inputs, images.image_sizes)):
             output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
-            detections = detect(
-                outputs["pred_logits"][index],
-                outputs["pred_scores"][index, :, 0],
-                outputs["pred_masks"][index],
-                padded_size=padded_size,
-                image_size=image_size,
-                output_size=output_size,
-                cls_threshold=self.cls_threshold,
-                mask_threshold=self.mask_threshold,
-                max_detections=self.max_detections,
-                mask_nms_threshold=self.mask_nms_threshold,
-                mask_format=self.output_mask_format,
-                max_mask_bytes=self.max_mask_gib * 2**30,
-            )
+            try:
+                detections = detect(
+                    outputs["pred_logits"][index],
+                    outputs["pred_scores"][index, :, 0],
+                    outputs["pred_masks"][index],
+                    padded_size=padded_size,
+                    image_size=image_size,
+                    output_size=output_size,
+                    cls_threshold=self.cls_threshold,
+                    mask_threshold=self.mask_threshold,
+                    max_detections=self.max_detections,
+                    mask_nms_threshold=self.mask_nms_threshold,
+                    mask_format=self.output_mask_format,
+                    max_mask_bytes=self.max_mask_gib * 2**30,
+                )
+            except MaskMemoryError as error:
+                if "file_name" not in x:
+                    raise
+                raise MaskMemoryError(f"{x['file_name']}: {error}") from error
             masks = detections.masks
             instances = Instances(
                 output_size,

@@ -17,6 +17,7 @@ from sparseinst.data.coco_json import check_num_classes, class_info, register_us
 from sparseinst.engine.evaluation import evaluate_and_time
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import Trainer, check_test_config
+from sparseinst.modeling import MaskMemoryError
 
 DATA_FLAGS = {
     "--train-json": "COCO json to train on, in place of DATASETS.TRAIN",
@@ -86,7 +87,10 @@ def main(args: argparse.Namespace) -> dict:
         sys.exit(f"error: {error}")
 
     if args.eval_only:
-        results = evaluate_and_time(cfg, model)
+        try:
+            results = evaluate_and_time(cfg, model)
+        except MaskMemoryError as error:
+            sys.exit(f"error: {error}")
     else:
         if comm.is_main_process():
             class_info(cfg.DATASETS.TRAIN[0]).save(Path(cfg.OUTPUT_DIR) / "classes.json")
