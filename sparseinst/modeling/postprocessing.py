@@ -1,6 +1,5 @@
 """From the decoder's output to detections of one image, as functions of tensors. Letters: see structures.py."""
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -142,8 +141,7 @@ def _boolean_masks(
         found = masks.flatten(1).any(1).nonzero().squeeze(1)
         masks = masks if len(found) == len(masks) else masks[found]
         return masks_to_boxes(masks), masks, found
-    # NumPy's zeros cost nothing where no mask is written, torch's are written.
-    masks = torch.from_numpy(np.zeros((len(mask_probs), *output_size), dtype=bool))
+    masks = torch.zeros((len(mask_probs), *output_size), dtype=torch.bool)
     boxes, found = [], []
     for index, window in enumerate(mask_windows(mask_probs, *sizes, mask_threshold)):
         if window.pixels.numel():

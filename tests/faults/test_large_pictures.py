@@ -76,7 +76,7 @@ def report_peak_of_predictor(side):
 def test_memory_of_encoded_masks(function):
     # Boolean ones would take 6.0 GiB at 8000 x 8000, and 0.37 at 2000 x 2000.
     side, limit = num_cases(2000, 8000), num_cases(250, 2048) / 1024
-    outcome = run_in_child(function, side, timeout=600)
+    outcome = run_in_child(function, side, timeout=1200)
     assert outcome.exit_code == 0, outcome.output
     peak = float(outcome.output.split("PEAK ")[1])
     print(f"{function.__name__}, {side}x{side}: {peak:.3f} GiB, {outcome.seconds:.1f} s")
