@@ -29,6 +29,11 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     sparse_inst.MAX_DETECTIONS = 100
     # Of two masks of one class whose IoU is above this, the lower score is dropped. 0: off, as published.
     sparse_inst.MASK_NMS_THRESHOLD = 0.0
+    # "bitmask": boolean masks; "rle": COCO RLEs, each mask made, encoded and freed before the next one.
+    sparse_inst.OUTPUT_MASK_FORMAT = "bitmask"
+    # Most memory that the boolean masks of one image may take, in GiB; prediction stops before it takes more. 100 masks
+    # of a camera's 42 megapixels fit.
+    sparse_inst.MAX_MASK_GIB = 4.0
     # Ground truth on the mask grid: the share of each cell that the instance covers. Otherwise, as published, only the
     # cell's central pixels count, and objects of one or two pixels can vanish.
     sparse_inst.ANTIALIASED_TARGETS = False

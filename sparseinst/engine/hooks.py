@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from sparseinst.inference.visualization import draw_iams, draw_instances
-from sparseinst.modeling.postprocessing import masks_to_boxes
+from sparseinst.modeling.mask_resize import masks_to_boxes
 from sparseinst.modeling.sparse_inst import gt_masks_tensor
 
 MAX_DRAWN = 20

@@ -20,6 +20,7 @@ from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
+from sparseinst.data.rle_masks import RLEMasks
 
 
 class Predictor:
@@ -102,10 +103,13 @@ class Predictor:
         Returns:
             For each picture its instances, on the CPU, in the picture's own size, best score first: ``pred_boxes``,
             ``pred_masks``, ``scores``, ``pred_classes``, and ``pred_iams`` with MODEL.SPARSE_INST.DECODER.OUTPUT_IAM.
+            ``pred_masks`` is boolean (n, height, width), or RLEMasks with MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT "rle",
+            which is for large pictures.
 
         Raises:
             ImageReadError: a picture cannot be read, or an array is not a picture.
-            ValueError: another channel order; a single picture in place of several.
+            ValueError: another channel order; a single picture in place of several; boolean masks that would take more
+                than MODEL.SPARSE_INST.MAX_MASK_GIB.
         """
         if isinstance(images, str | os.PathLike | np.ndarray):
             raise ValueError("Predictor takes a list of pictures; put the one picture into a list")
@@ -146,7 +150,15 @@ def to_coco_results(instances: Instances, image_id: int, category_ids: Sequence[
         A dict for each instance with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels), ``score``
         and ``segmentation`` (compressed RLE with ``counts`` a str); only plain types, ready for ``json.dump``.
     """
-    results = instances_to_coco_json(instances, image_id)
+    masks = instances.get("pred_masks") if instances.has("pred_masks") else None
+    if isinstance(masks, RLEMasks):
+        # Detectron2 would decode each mask, to encode it again.
+        fields = {name: value for name, value in instances.get_fields().items() if name != "pred_masks"}
+        results = instances_to_coco_json(Instances(instances.image_size, **fields), image_id)
+        for result, rle in zip(results, masks.as_json()):
+            result["segmentation"] = rle
+    else:
+        results = instances_to_coco_json(instances, image_id)
     for result in results:
         result["category_id"] = category_ids[result["category_id"]]
     return results

@@ -72,7 +72,7 @@ class VideoWriter:
         codec: four letters; OpenCV's PyPI wheels have "mp4v" and do not have "avc1".
 
     Raises:
-        ValueError: another extension; OpenCV has no such codec (at the first frame).
+        ValueError: another extension; at the first frame: the file cannot be written, OpenCV has no such codec.
     """
 
     def __init__(self, path: str | os.PathLike, fps: float, codec: str = "mp4v") -> None:
@@ -108,7 +108,12 @@ class VideoWriter:
             self._writer.release()
 
     def _open(self, size: tuple[int, int]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A link that has the name is replaced, not followed.
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(f"Cannot write {self.path}: {error.strerror or error}") from error
         fourcc = cv2.VideoWriter.fourcc(*self._codec)
         writer = cv2.VideoWriter(str(self.path), fourcc, self._fps, size[::-1])
         if not writer.isOpened():

@@ -11,7 +11,10 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as mask_api
 from torch.nn import functional as F
+
+from sparseinst.data.rle_masks import RLEMasks
 
 # A picture is enlarged until its short side has this many pixels, so that names can be read, ...
 _MIN_SHORT_SIDE = 480
@@ -30,8 +33,9 @@ def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metada
 
     Args:
         image_rgb: (height, width, 3) uint8, RGB.
-        instances: all that is to be drawn, in the picture's size, on the CPU; without ``scores`` (ground truth) only
-            the names are written, and of more than 40 instances only the masks are drawn.
+        instances: all that is to be drawn, in the picture's size, on the CPU; ``pred_masks`` boolean or RLEMasks.
+            Without ``scores`` (ground truth) only the names are written, and of more than 40 instances only the masks
+            are drawn.
         metadata: holds ``thing_classes``.
 
     Returns:
@@ -44,20 +48,21 @@ def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metada
     picture = _resize(image_rgb, size)
     if len(instances) == 0:
         return picture
-    boxes, captions = None, None
-    if len(instances) <= _MAX_BOXES:
-        boxes = Boxes(instances.pred_boxes.tensor.clone())
-        boxes.scale(size[1] / width, size[0] / height)
-        captions = [_caption(instances, index, metadata) for index in range(len(instances))]
+    boxes = Boxes(instances.pred_boxes.tensor.clone())
+    boxes.scale(size[1] / width, size[0] / height)
+    with_boxes = len(instances) <= _MAX_BOXES
+    areas = boxes.area().numpy() if with_boxes else _mask_areas(instances.pred_masks)
     visualizer = Visualizer(picture, metadata, font_size_scale=1.4)
-    drawing = visualizer.overlay_instances(
-        boxes=boxes,
-        masks=_resize_masks(instances.pred_masks, size),
-        labels=captions,
-        assigned_colors=[_color(index) for index in range(len(instances))],
-        alpha=0.45,
-    )
-    return drawing.get_image()
+    # Largest first, as the visualizer would do it, and one by one: it keeps all masks that it is given at once.
+    for index in np.argsort(-areas).tolist():
+        visualizer.overlay_instances(
+            boxes=boxes[index] if with_boxes else None,
+            masks=[_mask_rle(instances.pred_masks, index, size)],
+            labels=[_caption(instances, index, metadata)] if with_boxes else None,
+            assigned_colors=[_color(index)],
+            alpha=0.45,
+        )
+    return visualizer.output.get_image()
 
 
 def draw_iams(
@@ -95,11 +100,11 @@ def draw_iams(
     if len(instances) == 0:
         return _grid([[(picture, "nothing found")]])
 
-    masks = _resize_masks(instances.pred_masks, size)
     rows = []
     for index in range(len(instances)):
+        mask = _resize_mask(instances.pred_masks, index, size)
         masked = picture.copy()
-        masked[masks[index]] = picture[masks[index]] * 0.45 + np.array(_color(index)) * 255 * 0.55
+        masked[mask] = picture[mask] * 0.45 + np.array(_color(index)) * 255 * 0.55
         heat_maps = _heat_maps(instances.pred_iams[index], size, normalization)
         rows.append(
             [(masked, _caption(instances, index, metadata))]
@@ -130,12 +135,23 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, size[::-1], interpolation=interpolation)
 
 
-def _resize_masks(masks: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    if masks.shape[-2:] == size:
-        return masks.numpy()
-    # One by one: many masks of a large picture as float would take gigabytes.
-    resized = [F.interpolate(mask[None, None].float(), size=size, mode="bilinear")[0, 0] >= 0.5 for mask in masks]
-    return torch.stack(resized).numpy()
+def _resize_mask(masks: torch.Tensor | RLEMasks, index: int, size: tuple[int, int]) -> np.ndarray:
+    """One of the masks, (*size) bool."""
+    mask = torch.from_numpy(next(iter(masks[index]))) if isinstance(masks, RLEMasks) else masks[index]
+    if tuple(mask.shape) != size:
+        mask = F.interpolate(mask[None, None].float(), size=size, mode="bilinear")[0, 0] >= 0.5
+    return mask.numpy().astype(bool)
+
+
+def _mask_rle(masks: torch.Tensor | RLEMasks, index: int, size: tuple[int, int]) -> dict:
+    """One of the masks as the visualizer takes it; of arrays it takes all but those that are 2 pixels wide."""
+    if isinstance(masks, RLEMasks) and masks.image_size == size:
+        return masks.rles[index]
+    return mask_api.encode(np.asfortranarray(_resize_mask(masks, index, size), dtype=np.uint8))
+
+
+def _mask_areas(masks: torch.Tensor | RLEMasks) -> np.ndarray:
+    return masks.areas() if isinstance(masks, RLEMasks) else masks.flatten(1).sum(1).numpy()
 
 
 def _heat_maps(iam_logits: torch.Tensor, size: tuple[int, int], normalization: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from sparseinst.modeling.encoder import (
     build_sparse_inst_encoder,
 )
 from sparseinst.modeling.matcher import SPARSE_INST_MATCHER_REGISTRY, SparseInstMatcher, build_sparse_inst_matcher
+from sparseinst.modeling.postprocessing import MaskMemoryError
 from sparseinst.modeling.sparse_inst import SparseInst
 from sparseinst.modeling.structures import Detections, InstanceTargets, LossNormalizer, MatchedPairs
 
@@ -37,6 +38,7 @@ __all__ = [
     "InstanceTargets",
     "LossNormalizer",
     "MaskBranch",
+    "MaskMemoryError",
     "MatchedPairs",
     "SparseInst",
     "SparseInstCriterion",

@@ -10,11 +10,12 @@ from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Polygon
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.modeling.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.encoder import build_sparse_inst_encoder
 from sparseinst.modeling.losses import masks_on_grid
-from sparseinst.modeling.postprocessing import detect
+from sparseinst.modeling.postprocessing import MASK_FORMATS, MaskMemoryError, detect
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
 
 # The input is padded to a multiple of this, whatever the backbone: the published checkpoints were trained so.
@@ -36,7 +37,12 @@ class SparseInst(nn.Module):
         mask_threshold: a pixel belongs to a mask where its probability is above this.
         max_detections: most instances per image.
         mask_nms_threshold: IoU above which the worse of two masks of a class is dropped; 0: off.
+        output_mask_format: "bitmask": boolean masks; "rle": RLEMasks, each made, encoded and freed on its own.
+        max_mask_gib: most memory that the boolean masks of one image may take, in GiB.
         antialiased_targets: see :meth:`prepare_targets`.
+
+    Raises:
+        ValueError: another mask format.
     """
 
     @configurable
@@ -53,9 +59,16 @@ class SparseInst(nn.Module):
         mask_threshold: float = 0.45,
         max_detections: int = 100,
         mask_nms_threshold: float = 0.0,
+        output_mask_format: str = "bitmask",
+        max_mask_gib: float = 4.0,
         antialiased_targets: bool = False,
     ) -> None:
         super().__init__()
+        if output_mask_format not in MASK_FORMATS:
+            raise ValueError(
+                f"MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT is {output_mask_format!r}; it must be one of "
+                f"{', '.join(MASK_FORMATS)}"
+            )
         self.backbone = backbone
         self.encoder = encoder
         self.decoder = decoder
@@ -67,6 +80,8 @@ class SparseInst(nn.Module):
         self.mask_threshold = mask_threshold
         self.max_detections = max_detections
         self.mask_nms_threshold = mask_nms_threshold
+        self.output_mask_format = output_mask_format
+        self.max_mask_gib = max_mask_gib
         self.antialiased_targets = antialiased_targets
 
     @classmethod
@@ -87,6 +102,8 @@ class SparseInst(nn.Module):
             "mask_threshold": sparse_inst.MASK_THRESHOLD,
             "max_detections": sparse_inst.MAX_DETECTIONS,
             "mask_nms_threshold": sparse_inst.MASK_NMS_THRESHOLD,
+            "output_mask_format": sparse_inst.OUTPUT_MASK_FORMAT,
+            "max_mask_gib": sparse_inst.MAX_MASK_GIB,
             "antialiased_targets": sparse_inst.ANTIALIASED_TARGETS,
         }
 
@@ -111,7 +128,11 @@ class SparseInst(nn.Module):
             In training a dict of weighted losses. Otherwise one dict per image, ``instances``: Instances of the output
             size with ``pred_boxes`` (tight boxes of the masks), ``pred_masks`` (n, height, width) bool, ``scores`` and
             ``pred_classes``, sorted by score; where the decoder gives the activation maps also ``pred_iams``
-            (n, G, ., .), their raw logits over the image.
+            (n, G, ., .), their raw logits over the image. ``pred_masks`` are RLEMasks where ``output_mask_format`` says
+            "rle".
+
+        Raises:
+            MaskMemoryError: the boolean masks of an image would take more than ``max_mask_gib``.
         """
         images = self.preprocess_image(batched_inputs)
         outputs = self.network(images.tensor)
@@ -162,22 +183,30 @@ class SparseInst(nn.Module):
         results = []
         for index, (x, image_size) in enumerate(zip(batched_inputs, images.image_sizes)):
             output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
-            detections = detect(
-                outputs["pred_logits"][index],
-                outputs["pred_scores"][index, :, 0],
-                outputs["pred_masks"][index],
-                padded_size=padded_size,
-                image_size=image_size,
-                output_size=output_size,
-                cls_threshold=self.cls_threshold,
-                mask_threshold=self.mask_threshold,
-                max_detections=self.max_detections,
-                mask_nms_threshold=self.mask_nms_threshold,
-            )
+            try:
+                detections = detect(
+                    outputs["pred_logits"][index],
+                    outputs["pred_scores"][index, :, 0],
+                    outputs["pred_masks"][index],
+                    padded_size=padded_size,
+                    image_size=image_size,
+                    output_size=output_size,
+                    cls_threshold=self.cls_threshold,
+                    mask_threshold=self.mask_threshold,
+                    max_detections=self.max_detections,
+                    mask_nms_threshold=self.mask_nms_threshold,
+                    mask_format=self.output_mask_format,
+                    max_mask_bytes=self.max_mask_gib * 2**30,
+                )
+            except MaskMemoryError as error:
+                if "file_name" not in x:
+                    raise
+                raise MaskMemoryError(f"{x['file_name']}: {error}") from error
+            masks = detections.masks
             instances = Instances(
                 output_size,
                 pred_boxes=Boxes(detections.boxes),
-                pred_masks=detections.masks,
+                pred_masks=masks if isinstance(masks, torch.Tensor) else RLEMasks(masks, output_size),
                 scores=detections.scores,
                 pred_classes=detections.classes,
             )

@@ -68,12 +68,12 @@ class Detections(NamedTuple):
         boxes: (n, 4) float32, (x0, y0, x1, y1) in pixels of the output, tight around the mask; x1, y1 exclusive.
         scores: (n,) float32 in [0, 1], descending.
         classes: (n,) int64 in [0, K).
-        masks: (n, height, width) bool, at the output size; none is empty.
+        masks: (n, height, width) bool, at the output size, or a list of n compressed COCO RLEs; none is empty.
         prediction_idx: (n,) int64: which of the N predictions each one is.
     """
 
     boxes: torch.Tensor
     scores: torch.Tensor
     classes: torch.Tensor
-    masks: torch.Tensor
+    masks: torch.Tensor | list[dict]
     prediction_idx: torch.Tensor

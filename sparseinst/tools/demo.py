@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import glob
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
-from PIL import Image
 from tqdm import tqdm
 
 from sparseinst.data.coco_json import ClassInfo
@@ -33,13 +31,17 @@ from sparseinst.inference import (
     read_image,
     to_coco_results,
 )
-
-# What a folder or a glob is searched for; a file named by itself is tried whatever its name.
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
-IAM_FOLDER = "iams"
-
-logger = logging.getLogger(__name__)
+from sparseinst.modeling import MaskMemoryError
+from sparseinst.tools.demo_files import (
+    IAM_FOLDER,
+    check_image_folder,
+    check_not_read,
+    find_images,
+    output_names,
+    save_picture,
+    video_file,
+    write_file,
+)
 
 
 class CocoResults:
@@ -61,62 +63,21 @@ class CocoResults:
         """Write the results list to ``path``, and beside it STEM_images.json, a COCO data set without annotations."""
         categories = [{"id": id, "name": name} for name, id in zip(*self._classes, strict=True)]
         images = {"images": self._images, "annotations": [], "categories": categories}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self._results), encoding="utf-8")
-        path.with_name(f"{path.stem}_images.json").write_text(json.dumps(images), encoding="utf-8")
+        write_file(path, json.dumps(self._results).encode())
+        write_file(images_file(path), json.dumps(images).encode())
 
 
-def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Picture files that the names stand for, each file once, in the order of the names.
-
-    Args:
-        inputs: files, folders (the pictures directly in them) and glob patterns (``**`` for any depth).
-
-    Raises:
-        ValueError: a name that stands for no picture.
-    """
-    paths: dict[Path, Path] = {}
-    for name in inputs:
-        path = Path(name)
-        if path.is_file():
-            found = [path]
-        else:
-            candidates = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
-            found = sorted(p for p in candidates if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        if not found:
-            kind = "The folder" if path.is_dir() else "The file or pattern"
-            raise ValueError(f"--input: {kind} {name!r} gives no picture ({', '.join(IMAGE_SUFFIXES)})")
-        for path in found:
-            paths.setdefault(path.resolve(), path)
-    return list(paths.values())
-
-
-def output_names(paths: Sequence[Path]) -> list[str]:
-    """A file name for each picture's drawing, no two alike: its own, with _2, _3, ... where another one has it.
-
-    Args:
-        paths: pictures; what is neither .jpg, .jpeg nor .png becomes .png.
-    """
-    # File systems that ignore case are common.
-    own_names = [p.name if p.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{p.stem}.png" for p in paths]
-    reserved = {name.lower() for name in own_names}
-    taken: set[str] = set()
-    names = []
-    for name in own_names:
-        candidate, count = name, 1
-        while candidate.lower() in taken or (count > 1 and candidate.lower() in reserved):
-            count += 1
-            candidate = f"{Path(name).stem}_{count}{Path(name).suffix}"
-        taken.add(candidate.lower())
-        names.append(candidate)
-    return names
+def images_file(results: Path) -> Path:
+    """Where it stands which picture an image id of the results is."""
+    return results.with_name(f"{results.stem}_images.json")
 
 
 def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
     """Predict and draw pictures; returns 1 where one of them could not be read, else 0."""
     paths = find_images(args.input)
     if args.output is not None:
-        _check_image_folder(args.output, paths)
+        check_image_folder(args.output, paths)
+    _check_json(args, cfg, paths)
     ground_truth = None if args.ground_truth is None else GroundTruth(args.ground_truth)
     predictor = Predictor(cfg)
     if ground_truth is not None and ground_truth.class_names != predictor.classes.names:
@@ -132,7 +93,11 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
         except ImageReadError as error:
             failures.append(str(error))
             continue
-        instances = _confident(predictor([image], "RGB")[0], args.confidence_threshold)
+        try:
+            instances = _confident(predictor([image], "RGB")[0], args.confidence_threshold)
+        except MaskMemoryError as error:
+            failures.append(f"{path}: {error}")
+            continue
         results.add(str(path), instances)
         pictures = {}
         if args.output is not None or args.json is None:
@@ -147,7 +112,7 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
             )
         if args.output is not None:
             for relative_name, picture in pictures.items():
-                _save(args.output / relative_name, picture)
+                save_picture(args.output / relative_name, picture)
         elif any([_show(relative_name, picture, wait_ms=0) for relative_name, picture in pictures.items()]):
             break
 
@@ -165,7 +130,10 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
 def run_video(args: argparse.Namespace, cfg: CfgNode) -> int:
     """Predict and draw the frames of a video file or of a camera; returns 0."""
     source, name = (args.video_input, args.video_input) if args.webcam is None else (args.webcam, "webcam")
-    output = None if args.output is None else _video_file(args.output, name)
+    output = None if args.output is None else video_file(args.output, name)
+    if output is not None:
+        check_not_read("--output", output, _files_read(args, cfg))
+    _check_json(args, cfg)
     show = args.webcam is not None or (output is None and args.json is None)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(VideoReader(source))
@@ -292,34 +260,18 @@ def _has_window() -> bool:
     return bool(cv2.currentUIFramework())
 
 
-def _check_image_folder(folder: Path, paths: Sequence[Path]) -> None:
-    if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
-        raise ValueError(f"--output is a folder for --input; {folder} is named like a picture")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; it must be a folder")
-    written_to = {folder.resolve(), (folder / IAM_FOLDER).resolve()}
-    for path in paths:
-        if path.resolve().parent in written_to:
-            raise ValueError(
-                f"--output {folder} is where the input {path} lies and would be overwritten; give another one"
-            )
+def _files_read(args: argparse.Namespace, cfg: CfgNode, paths: Sequence[Path] = ()) -> list[str | Path | None]:
+    return [*paths, args.video_input, args.ground_truth, args.config_file, cfg.MODEL.WEIGHTS]
 
 
-def _video_file(output: Path, source_name: str) -> Path:
-    is_file = output.suffix.lower() in VIDEO_SUFFIXES and not output.is_dir()
-    path = output if is_file else output / f"{Path(source_name).stem}.mp4"
-    if path.resolve() == Path(source_name).resolve():
-        raise ValueError(f"--output would overwrite the input {source_name}; give another one")
-    return path
+def _check_json(args: argparse.Namespace, cfg: CfgNode, paths: Sequence[Path] = ()) -> None:
+    if args.json is not None:
+        for file in (args.json, images_file(args.json)):
+            check_not_read("--json", file, _files_read(args, cfg, paths))
 
 
 def _confident(instances: Instances, threshold: float) -> Instances:
     return instances[instances.scores >= threshold]
-
-
-def _save(path: Path, picture: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, quality=95)
 
 
 def _show(title: str, picture: np.ndarray, wait_ms: int) -> bool:

@@ -31,6 +31,7 @@ from sparseinst.engine.processes import (
 )
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import Trainer, check_test_config
+from sparseinst.modeling import MaskMemoryError
 
 DATA_FLAGS = {
     "--train-json": "COCO json to train on, in place of DATASETS.TRAIN",
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 # What stops a run that has begun, with a message for the user.
-RUN_ERRORS = (DataError, OutputError, WorkerDiedError)
+RUN_ERRORS = (DataError, MaskMemoryError, OutputError, WorkerDiedError)
 # The disk, or the user's share of it, is full; a file is too large.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

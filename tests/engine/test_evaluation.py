@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from sparseinst.engine.evaluation import (
     STAGES,
@@ -82,6 +82,41 @@ def test_evaluator_by_type(dataset, tmp_path):
 def test_a_model_that_finds_nothing_has_results(dataset, tmp_path):
     model = tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "MODEL.SPARSE_INST.CLS_THRESHOLD", 1.0)
     assert {"bbox", "segm"} <= evaluate(make_cfg(dataset, tmp_path), model).keys()
+
+
+def test_encoded_masks_have_the_same_ap_to_the_last_digit(dataset, tmp_path):
+    # Every prediction is taken, so that AP is not 0.
+    opts = ("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0)
+    results, written = [], []
+    for mask_format in ("bitmask", "rle"):
+        model = truth_model(dataset, *opts, "MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", mask_format)
+        results.append(evaluate(make_cfg(dataset, tmp_path / mask_format), model))
+        written.append((tmp_path / mask_format / "inference" / "coco_instances_results.json").read_text())
+    assert results[0]["segm"]["AP"] > 5 and written[0] == written[1]
+    assert repr(results[0]) == repr(results[1])
+
+
+def truth_model(dataset, *opts):
+    """A model whose masks are a data set's objects, blurred, so that some overlap well enough and some do not."""
+    model = tiny_model(*opts)
+    truth = {record["file_name"]: record["annotations"] for record in DatasetCatalog.get(dataset)}
+
+    def network(images):
+        annotations = truth[model.file_name]
+        classes = torch.full((1, len(annotations), 4), -3.0)
+        masks = torch.full((1, len(annotations), 16, 16), -4.0)
+        for index, annotation in enumerate(annotations):
+            x, y, width, height = (int(value / 4 + 0.5) for value in annotation["bbox"])
+            masks[0, index, y : y + height, x : x + width] = 3.0
+            classes[0, index, annotation["category_id"]] = 2.0 - index / 5
+        return {"pred_logits": classes, "pred_scores": classes.amax(2, keepdim=True), "pred_masks": masks}
+
+    def remember(module, inputs):
+        module.file_name = inputs[0][0]["file_name"]
+
+    model.register_forward_pre_hook(remember)
+    model.network = network
+    return model
 
 
 def test_several_data_sets(dataset, tmp_path, tmp_path_factory):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sparseinst import add_sparse_inst_config
 from sparseinst.data.coco_json import ClassInfo
+from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.inference import ImageReadError, Predictor, read_image, to_coco_results
 from tests.red_segmenter import red_segmenter_config
 
@@ -243,6 +244,23 @@ def test_weights_are_loaded(tmp_path):
     cfg.MODEL.WEIGHTS = str(tmp_path / "trained.pth")
     (instances,) = Predictor(cfg)([photo(tmp_path / "a.png")])
     assert instances.scores.tolist() == [0.75, 0.5]
+
+
+def test_encoded_masks(tmp_path):
+    cfg = tiny_sparse_inst_config()
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    path = photo(tmp_path / "a.jpg")
+    (plain,) = Predictor(cfg, model=model)([path])
+    cfg.MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT = "rle"
+    torch.manual_seed(0)
+    (encoded,) = Predictor(cfg, model=build_model(cfg))([path])
+    assert isinstance(encoded.pred_masks, RLEMasks)
+    assert len(plain) and np.array_equal(np.asarray(encoded.pred_masks), plain.pred_masks.numpy())
+    results = [to_coco_results(each, 12, [10, 20, 30]) for each in (plain, encoded)]
+    assert results[0] == results[1] == json.loads(json.dumps(results[1]))
+    assert to_coco_results(encoded[:0], 12, [10, 20, 30]) == []
+    assert encoded.has("pred_masks")
 
 
 def test_coco_results():

@@ -4,7 +4,9 @@ import pytest
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
+from pycocotools import mask as mask_api
 
+from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.inference import VideoReader, VideoWriter, draw_video
 
 
@@ -99,3 +101,13 @@ def test_an_object_keeps_its_colour_and_the_frame_its_size():
     colours = [pictures[index][55, 30].astype(int) for index in (0, 2, 3)]
     assert np.abs(colours[0] - 128).max() > 20
     assert all(np.array_equal(colour, colours[0]) for colour in colours)
+
+    def encoded():
+        for frame, instances in predictions():
+            rles = [mask_api.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in instances.pred_masks]
+            fields = {**instances.get_fields(), "pred_masks": RLEMasks(rles, (97, 131))}
+            yield frame, Instances((97, 131), **fields)
+
+    np.random.seed(0)
+    of_encoded = list(draw_video(encoded(), Metadata(name="video_test", thing_classes=["bar"])))
+    assert all(np.array_equal(*both) for both in zip(pictures, of_encoded))

@@ -1,9 +1,13 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
+from pycocotools import mask as mask_api
 
+from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.inference import draw_iams, draw_instances
 
 METADATA = Metadata(name="visualization_test", thing_classes=["circle", "square"])
@@ -69,6 +73,51 @@ def test_nothing_found_is_the_plain_picture():
     image[:, :100] = (1, 2, 3)
     picture = draw_instances(image, instances[:0], METADATA)
     assert np.array_equal(picture, image) and picture is not image
+
+
+@pytest.mark.parametrize("size", [(480, 600), (120, 160), (1700, 2)])
+@pytest.mark.parametrize("count", [1, 30])
+def test_encoded_masks_are_drawn_alike(size, count):
+    image, instances = scene(*size) if size[1] > 2 else narrow_scene(*size)
+    instances = Instances.cat([instances] * count)
+    encoded = instances[:]
+    encoded.remove("pred_masks")
+    rles = [mask_api.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in instances.pred_masks]
+    encoded.pred_masks = RLEMasks(rles, size)
+    drawings = [draw_instances(image, each, METADATA) for each in (instances, encoded)]
+    assert np.array_equal(*drawings)
+    maps = [draw_iams(image, each, METADATA, max_instances=2) for each in (instances, encoded)]
+    assert np.array_equal(*maps)
+
+
+def narrow_scene(height, width):
+    """Of a picture of 2 pixels' width that is not enlarged."""
+    instances = Instances((height, width))
+    instances.pred_masks = torch.ones((1, height, width), dtype=torch.bool)
+    instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, width, height]]))
+    instances.scores = torch.tensor([0.5])
+    instances.pred_classes = torch.tensor([0])
+    instances.pred_iams = torch.zeros((1, 1, 4, 1))
+    return np.zeros((height, width, 3), np.uint8), instances
+
+
+def test_one_mask_at_a_time_is_decoded(monkeypatch):
+    # At 8000 x 8000 a decoded mask takes 64 MB, and there can be 100.
+    alive, most = [], []
+
+    def decode(rle):
+        mask = original(rle)
+        alive.append(weakref.ref(mask))
+        most.append(sum(each() is not None for each in alive))
+        return mask
+
+    original = mask_api.decode
+    monkeypatch.setattr(mask_api, "decode", decode)
+    image, instances = scene(480, 600)
+    rles = [mask_api.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in instances.pred_masks]
+    encoded = Instances((480, 600), **{**instances.get_fields(), "pred_masks": RLEMasks(rles, (480, 600))})
+    draw_instances(image, Instances.cat([encoded] * 20), METADATA)
+    assert len(most) == 40 and max(most) <= 2
 
 
 def test_drawings_repeat():

@@ -1,14 +1,17 @@
 """Post-processing: scores and rescoring by hand, the selection, and masks against the plain computation."""
 
+import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as mask_api
 from torch.nn import functional as F
 
 from sparseinst.modeling import postprocessing
-from sparseinst.modeling.postprocessing import class_scores, detect, mask_nms, maskness, masks_to_boxes, resize_masks
+from sparseinst.modeling.mask_resize import resize_masks
+from sparseinst.modeling.postprocessing import MaskMemoryError, class_scores, detect, mask_nms, maskness
 
 SIZES = {"padded_size": (32, 64), "image_size": (30, 41), "output_size": (47, 90)}
 THRESHOLDS = {"cls_threshold": 0.005, "mask_threshold": 0.45, "max_detections": 100}
@@ -76,13 +79,6 @@ def test_equals_the_plain_computation(output_size):
     assert torch.equal(detections.classes, outputs["class_logits"].argmax(1)[order])
 
 
-def test_chunks_do_not_change_the_masks(monkeypatch):
-    probs = random_outputs()["mask_logits"].sigmoid()
-    whole = resize_masks(probs, **SIZES, mask_threshold=0.45)
-    monkeypatch.setattr(postprocessing, "MAX_PIXELS_AT_ONCE", 1)
-    assert torch.equal(resize_masks(probs, **SIZES, mask_threshold=0.45), whole)
-
-
 def test_the_best_are_kept():
     outputs = random_outputs()
     every = detect(**outputs, **SIZES, **THRESHOLDS)
@@ -144,14 +140,6 @@ def test_mask_nms_is_off_by_default_and_keeps_the_best():
     assert torch.equal(suppressed.scores, plain.scores[::2])
 
 
-def test_boxes_are_tight():
-    masks = torch.zeros(3, 5, 7, dtype=torch.bool)
-    masks[0, 1:3, 2:6] = True
-    masks[1, 4, 6] = True
-    masks[2] = True
-    assert masks_to_boxes(masks).tolist() == [[2, 1, 6, 3], [6, 4, 7, 5], [0, 0, 7, 5]]
-
-
 @pytest.mark.parametrize("logit", [1e4, -1e4, 0.0])
 def test_saturated_and_equal_logits_are_finite(logit):
     detections = detect(
@@ -162,35 +150,79 @@ def test_saturated_and_equal_logits_are_finite(logit):
     assert len(detections.scores) == (0 if logit < 0 else 3)
 
 
-sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+def test_maskness_is_the_plain_formula_to_the_last_bit():
+    probs = (random_outputs(num_masks=40)["mask_logits"]).sigmoid()
+    above = probs > 0.45
+    assert torch.equal(maskness(probs, 0.45), (probs * above).sum((1, 2)) / (above.sum((1, 2)) + 1e-6))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+def decoded(detections):
+    return torch.from_numpy(np.stack([mask_api.decode(rle) for rle in detections.masks])).bool()
+
+
+def test_encoded_masks_are_the_boolean_ones():
+    outputs = random_outputs()
+    outputs["mask_logits"][3] = -5
+    plain = detect(**outputs, **SIZES, **THRESHOLDS)
+    encoded = detect(**outputs, **SIZES, **THRESHOLDS, mask_format="rle")
+    assert torch.equal(decoded(encoded), plain.masks)
+    for field in ("boxes", "scores", "classes", "prediction_idx"):
+        assert torch.equal(getattr(encoded, field), getattr(plain, field))
+    nothing = detect(**outputs, **SIZES, **{**THRESHOLDS, "cls_threshold": 1.0}, mask_format="rle")
+    assert nothing.masks == [] and nothing.boxes.shape == (0, 4)
+
+
+def test_a_limit_stops_before_boolean_masks_are_made(monkeypatch):
+    outputs = random_outputs(num_masks=12)
+    num_bytes = 12 * 47 * 90
+    detections = detect(**outputs, **SIZES, **THRESHOLDS, max_mask_bytes=num_bytes)
+    assert len(detections.scores) == 12
+    monkeypatch.setattr(postprocessing, "_boolean_masks", None)
+    # Masks of 1 TB: nothing of that size may be asked for.
+    for size, limit, figure in (((47, 90), num_bytes - 1, "0.00 GiB"), ((300000, 300000), 2**32, "1005.83 GiB")):
+        sizes = {**SIZES, "output_size": size}
+        with pytest.raises(MaskMemoryError, match=f"12 boolean masks of {size[0]}x{size[1]}.*{figure}") as error:
+            detect(**outputs, **sizes, **THRESHOLDS, max_mask_bytes=limit)
+        assert "MAX_MASK_GIB" in str(error.value) and "OUTPUT_MASK_FORMAT to rle" in str(error.value)
+    # Encoded, they are not limited; fewer detections fit.
+    assert len(detect(**outputs, **SIZES, **THRESHOLDS, max_mask_bytes=1, mask_format="rle").masks) == 12
+    monkeypatch.undo()
+    few = {**THRESHOLDS, "max_detections": 2}
+    assert len(detect(**outputs, **SIZES, **few, max_mask_bytes=2 * 47 * 90).scores) == 2
+
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40)) | st.tuples(st.just(1), st.integers(1, 300))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**16),
     num_masks=st.integers(0, 8),
-    mask_size=sizes,
+    mask_size=st.tuples(st.integers(2, 40), st.integers(1, 40)),
     image_size=sizes,
     padding=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     output_size=sizes,
     mask_threshold=st.floats(0.05, 0.95),
     max_detections=st.integers(0, 6),
+    spread=st.sampled_from([0.0, 3.0, 1e4]),
 )
 def test_detections_of_any_size(
-    seed, num_masks, mask_size, image_size, padding, output_size, mask_threshold, max_detections
+    seed, num_masks, mask_size, image_size, padding, output_size, mask_threshold, max_detections, spread
 ):
     generator = torch.Generator().manual_seed(seed)
-    detections = detect(
-        torch.randn(num_masks, 3, generator=generator),
-        torch.randn(num_masks, generator=generator),
-        torch.randn(num_masks, *mask_size, generator=generator) * 3,
-        padded_size=(image_size[0] + padding[0], image_size[1] + padding[1]),
-        image_size=image_size,
-        output_size=output_size,
-        cls_threshold=0.3,
-        mask_threshold=mask_threshold,
-        max_detections=max_detections,
-    )
+    mask_logits = torch.randn(num_masks, *mask_size, generator=generator) * spread
+    arguments = {
+        "class_logits": torch.randn(num_masks, 3, generator=generator) * max(spread, 1),
+        "objectness_logits": torch.randn(num_masks, generator=generator) * max(spread, 1),
+        "mask_logits": mask_logits,
+        "padded_size": (image_size[0] + padding[0], image_size[1] + padding[1]),
+        "image_size": image_size,
+        "output_size": output_size,
+        "cls_threshold": 0.3,
+        "mask_threshold": mask_threshold,
+        "max_detections": max_detections,
+    }
+    detections = detect(**arguments)
     count = len(detections.scores)
     assert count <= min(num_masks, max_detections)
     assert {len(field) for field in detections} == {count}
@@ -198,3 +230,10 @@ def test_detections_of_any_size(
     assert detections.masks.shape == (count, *output_size) and detections.masks.flatten(1).any(1).all()
     assert torch.equal(detections.boxes, BitMasks(detections.masks).get_bounding_boxes().tensor)
     assert len(set(detections.prediction_idx.tolist())) == count
+
+    padded_size = arguments["padded_size"]
+    probs = mask_logits[detections.prediction_idx].sigmoid()
+    assert torch.equal(detections.masks, resize_masks(probs, padded_size, image_size, output_size, mask_threshold))
+    encoded = detect(**arguments, mask_format="rle")
+    assert torch.equal(encoded.boxes, detections.boxes) and torch.equal(encoded.scores, detections.scores)
+    assert len(encoded.masks) == count and (count == 0 or torch.equal(decoded(encoded), detections.masks))

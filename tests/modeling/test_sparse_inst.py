@@ -8,6 +8,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils.registry import Registry
 
+from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.modeling import (
     SPARSE_INST_CRITERION_REGISTRY,
     SPARSE_INST_DECODER_REGISTRY,
@@ -15,6 +16,7 @@ from sparseinst.modeling import (
     SPARSE_INST_MATCHER_REGISTRY,
     GroupIAMDecoder,
     LossNormalizer,
+    MaskMemoryError,
 )
 from sparseinst.modeling.postprocessing import detect
 from sparseinst.modeling.sparse_inst import gt_masks_tensor
@@ -181,6 +183,39 @@ def test_a_batch_of_one_size_gives_what_each_image_gives():
             alone, instances = model([x])[0]["instances"], result["instances"]
             torch.testing.assert_close(alone.scores, instances.scores)
             assert torch.equal(alone.pred_masks, instances.pred_masks)
+
+
+def test_encoded_masks_are_the_boolean_ones():
+    inputs = [{**random_input(50, 70), "height": 100, "width": 33}, random_input(64, 31, seed=1)]
+    plain, encoded = tiny_model(), tiny_model("MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", "rle")
+    with torch.no_grad():
+        for expected, found in zip(plain(inputs), encoded(inputs)):
+            expected, found = expected["instances"], found["instances"]
+            assert isinstance(found.pred_masks, RLEMasks) and found.pred_masks.image_size == expected.image_size
+            assert len(found) > 1 and np.array_equal(np.asarray(found.pred_masks), expected.pred_masks.numpy())
+            assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+            assert torch.equal(found.scores, expected.scores)
+        nothing = tiny_model("MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", "rle", "MODEL.SPARSE_INST.CLS_THRESHOLD", 1.0)(
+            inputs
+        )[0]["instances"]
+    assert len(nothing) == 0 and len(nothing.pred_masks) == 0
+
+
+def test_boolean_masks_beyond_the_limit_are_refused_by_name():
+    # 6 masks of 1000 x 1000 pixels are 0.0056 GiB.
+    x = {**random_input(), "height": 1000, "width": 1000}
+    with torch.no_grad():
+        assert len(tiny_model("MODEL.SPARSE_INST.MAX_MASK_GIB", 0.0057)([x])[0]["instances"]) == 6
+        model = tiny_model("MODEL.SPARSE_INST.MAX_MASK_GIB", 0.005)
+        with pytest.raises(MaskMemoryError, match="^6 boolean masks of 1000x1000.*MAX_MASK_GIB"):
+            model([x])
+        with pytest.raises(MaskMemoryError, match="^large.jpg: 6 boolean masks"):
+            model([{**x, "file_name": "large.jpg"}])
+
+
+def test_another_mask_format_is_refused():
+    with pytest.raises(ValueError, match="OUTPUT_MASK_FORMAT is 'polygon'.*bitmask, rle"):
+        tiny_model("MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", "polygon")
 
 
 def test_inputs_are_not_changed():

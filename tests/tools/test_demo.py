@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from PIL import Image
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
@@ -16,6 +17,7 @@ from sparseinst.engine.setup import load_config
 from sparseinst.inference import VideoReader, VideoWriter
 from sparseinst.tools import demo
 from tests.red_segmenter import red_segmenter_config
+from tests.tiny_model import tiny_cfg, tiny_model
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -151,12 +153,6 @@ def test_folders_globs_and_equal_names(tmp_path, config_file):
     assert written == ["a.png", "a_2.png", "a_3.png", "b.JPG", "c.png"]
 
 
-def test_output_names_are_unlike_whatever_the_case():
-    paths = [Path(name) for name in ("x/a.png", "y/A.PNG", "z/a.bmp", "z/a_2.png", "w/a.jpg")]
-    names = demo.output_names(paths)
-    assert names == ["a.png", "A_3.PNG", "a_4.png", "a_2.png", "a.jpg"]
-
-
 def test_unreadable_files_are_passed_and_named(tmp_path, config_file, capsys):
     good = [save_scene(tmp_path / "in" / name) for name in ("a.png", "c.png")]
     (tmp_path / "in" / "b.png").write_bytes(b"no picture")
@@ -179,6 +175,39 @@ def test_json_is_cocos(tmp_path, config_file):
     assert [(x["image_id"], x["category_id"]) for x in found] == [(2, 3), (2, 8)]
     assert np.allclose(found[0]["bbox"], [8, 8, 32, 16], atol=1) and found[0]["score"] == pytest.approx(0.9)
     assert mask_api.area(found[0]["segmentation"]) == pytest.approx(32 * 16, abs=60)
+
+
+@pytest.fixture
+def tiny_config_file(tmp_path):
+    """A SparseInst that finds something everywhere."""
+    opts = ("MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0, "MODEL.WEIGHTS", str(tmp_path / "tiny.pth"))
+    DetectionCheckpointer(tiny_model(*opts), str(tmp_path)).save("tiny")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_cfg(*opts).dump())
+    return str(path)
+
+
+def test_encoded_masks_give_the_same_files(tmp_path, tiny_config_file):
+    save_scene(tmp_path / "in" / "a.png")
+    written = []
+    for mask_format in ("bitmask", "rle"):
+        output = tmp_path / mask_format
+        options = ["--confidence-threshold", 0, "--show-iams", "--opts", "MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT"]
+        common = ["--input", tmp_path / "in", "--output", output, "--json", output / "found.json"]
+        assert run(tiny_config_file, *common, *options, mask_format) == 0
+        written.append({path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()})
+    assert len(written[0]) == 4 and written[0] == written[1]
+    assert len(json.loads(written[0][Path("found.json")])) > 1
+
+
+def test_pictures_whose_masks_are_too_large_are_passed_and_named(tmp_path, tiny_config_file, capsys):
+    save_scene(tmp_path / "in" / "large.png", size=(1200, 1000))
+    save_scene(tmp_path / "in" / "small.png")
+    common = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--confidence-threshold", 0]
+    assert run(tiny_config_file, *common, "--opts", "MODEL.SPARSE_INST.MAX_MASK_GIB", "0.001") == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 pictures" in captured.out and (tmp_path / "out" / "small.png").is_file()
+    assert "large.png: 6 boolean masks of 1200x1000" in captured.err and "MAX_MASK_GIB" in captured.err
 
 
 def test_iam_picture(tmp_path, config_file, capsys):
@@ -246,6 +275,123 @@ def test_wrong_arguments_are_told(tmp_path, config_file, capsys, arguments, mess
     assert run(config_file, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
     assert message in capsys.readouterr().err
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_no_input_is_overwritten(tmp_path, config_file, capsys):
+    picture, truth = save_scene(tmp_path / "in" / "a.png"), ground_truth_json(tmp_path)
+    with VideoWriter(tmp_path / "in" / "clip.mp4", 10) as writer:
+        writer.write(np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "folder").symlink_to(tmp_path / "in")
+    (tmp_path / "hard.mp4").hardlink_to(tmp_path / "in" / "clip.mp4")
+    (tmp_path / "soft.mp4").symlink_to(tmp_path / "in" / "clip.mp4")
+    (tmp_path / "soft.json").symlink_to(truth)
+    (tmp_path / "truth_of_x_images.json").hardlink_to(truth)
+    (tmp_path / "names").mkdir()
+    (tmp_path / "names" / "a.png").symlink_to(picture)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    pictures = ["--input", picture, "--ground-truth", truth]
+    video = ["--video-input", tmp_path / "in" / "clip.mp4"]
+    commands = [
+        [*pictures, "--output", tmp_path / "folder"],
+        [*pictures, "--output", tmp_path / "out" / ".." / "in"],
+        # The input is named by a link that lies where its drawing would.
+        ["--input", tmp_path / "names" / "a.png", "--output", tmp_path / "names"],
+        [*pictures, "--json", truth],
+        [*pictures, "--json", tmp_path / "soft.json"],
+        [*pictures, "--json", tmp_path / "truth_of_x.json"],
+        [*pictures, "--json", picture],
+        [*pictures, "--json", config_file],
+        [*pictures, "--json", tmp_path / "model.pth"],
+        [*video, "--json", tmp_path / "in" / "clip.mp4"],
+        [*video, "--output", tmp_path / "hard.mp4"],
+        [*video, "--output", tmp_path / "soft.mp4"],
+        [*video, "--output", tmp_path / "in"],
+    ]
+    (tmp_path / "out").mkdir()
+    for arguments in commands:
+        assert run(config_file, *arguments) == 2, arguments
+        assert "would overwrite" in (message := capsys.readouterr().err) or "would be overwritten" in message, message
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_links_in_the_output_folder_are_replaced_not_followed(tmp_path, config_file):
+    picture = save_scene(tmp_path / "in" / "a.png")
+    hard = save_scene(tmp_path / "in" / "b.png")
+    others = [tmp_path / name for name in ("other.json", "other.mp4")]
+    for other in others:
+        other.write_text("not ours")
+    with VideoWriter(tmp_path / "in" / "clip.mp4", 10) as writer:
+        writer.write(np.zeros((32, 32, 3), np.uint8))
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "a.png").symlink_to(picture)
+    (output / "b.png").hardlink_to(hard)
+    (output / "found.json").symlink_to(others[0])
+    (output / "clip.mp4").symlink_to(others[1])
+    before = picture.read_bytes(), hard.read_bytes()
+    assert run(config_file, "--input", picture, hard, "--output", output, "--json", output / "found.json") == 0
+    assert run(config_file, "--video-input", tmp_path / "in" / "clip.mp4", "--output", output) == 0
+    assert (picture.read_bytes(), hard.read_bytes()) == before
+    assert [other.read_text() for other in others] == ["not ours"] * 2
+    assert not any(path.is_symlink() for path in output.iterdir())
+    assert pixels_of(output / "a.png").shape == (480, 640, 3)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_folder_of_activation_maps_elsewhere_is_refused(tmp_path, config_file, capsys):
+    picture = save_scene(tmp_path / "in" / "a.png")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "iams").symlink_to(tmp_path / "elsewhere")
+    assert run(config_file, "--input", picture, "--output", tmp_path / "out", "--show-iams") == 2
+    assert "outside of --output" in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..png",
+        "...png",
+        " .png",
+        "-.png",
+        "..\\..\\evil.png",
+        "a\nb.png",
+        "%s.png",
+        "~.png",
+        "ä☃.png",
+        "no suffix",
+        "..",
+    ],
+)
+def test_whatever_its_name_a_drawing_stays_in_the_folder(tmp_path, config_file, name):
+    if name == "..":
+        # As a folder: its pictures.
+        save_scene(tmp_path / "in" / "a.png")
+        (tmp_path / "in" / "below").mkdir()
+        picture = tmp_path / "in" / "below" / ".."
+    else:
+        path = save_scene(tmp_path / "a.png")
+        (tmp_path / "in").mkdir()
+        picture = path.rename(tmp_path / "in" / name)
+    before = {path for path in tmp_path.rglob("*")}
+    assert run(config_file, "--input", picture, "--output", tmp_path / "deep" / "out") == 0
+    (drawn,) = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert drawn.parent == tmp_path / "deep" / "out" and pixels_of(drawn).shape == (480, 640, 3)
+
+
+@pytest.mark.parametrize("flag", ["--output", "--json"])
+def test_what_cannot_be_written_is_named(tmp_path, config_file, capsys, flag):
+    picture = save_scene(tmp_path / "in" / "a.png")
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "file" / "below" / ("x.json" if flag == "--json" else "out")
+    assert run(config_file, "--input", picture, flag, target) == 2
+    message = capsys.readouterr().err
+    assert f"error: Cannot write {target}" in message and "Not a directory" in message
+    # A folder that has the drawing's name.
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    assert run(config_file, "--input", picture, "--output", tmp_path / "out") == 2
+    assert "Cannot write" in capsys.readouterr().err and not list(tmp_path.rglob("*.part"))
 
 
 def test_window(tmp_path, config_file, shown):

@@ -53,6 +53,13 @@ def test_train_then_evaluate_then_resume(workspace, tmp_path):
     assert "post-processing" in evaluated.stdout and "images/s" in evaluated.stdout
     assert "segm" in json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
 
+    large = run(
+        *workspace, "--eval-only", "OUTPUT_DIR", tmp_path / "eval", "MODEL.WEIGHTS", weights,
+        "MODEL.SPARSE_INST.MAX_MASK_GIB", 1e-6,
+    )  # fmt: skip
+    assert large.returncode == 1 and "Traceback" not in large.stderr
+    assert "error: " in large.stderr and ".jpg: " in large.stderr and "OUTPUT_MASK_FORMAT to rle" in large.stderr
+
     # Heads of another shape are what a fine-tuning starts from, and an evaluation cannot.
     other_heads = ["OUTPUT_DIR", tmp_path / "heads", "MODEL.WEIGHTS", weights, "MODEL.SPARSE_INST.DECODER.GROUPS", 4]
     refused = run(*workspace, "--eval-only", *other_heads)

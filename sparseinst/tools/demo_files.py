@@ -1,0 +1,149 @@
+"""What the demo reads and where it writes: it overwrites no input, and writes nothing outside the output folder."""
+
+import contextlib
+import glob
+import io
+import os
+import secrets
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# What a folder or a glob is searched for; a file named by itself is tried whatever its name.
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+IAM_FOLDER = "iams"
+
+
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """Picture files that the names stand for, each file once, in the order of the names.
+
+    Args:
+        inputs: files, folders (the pictures directly in them) and glob patterns (``**`` for any depth).
+
+    Raises:
+        ValueError: a name that stands for no picture.
+    """
+    paths: dict[Path, Path] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_file():
+            found = [path]
+        else:
+            candidates = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+            found = sorted(p for p in candidates if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not found:
+            kind = "The folder" if path.is_dir() else "The file or pattern"
+            raise ValueError(f"--input: {kind} {name!r} gives no picture ({', '.join(IMAGE_SUFFIXES)})")
+        for path in found:
+            paths.setdefault(path.resolve(), path)
+    return list(paths.values())
+
+
+def output_names(paths: Sequence[Path]) -> list[str]:
+    """A file name for each picture's drawing, no two alike: its own, with _2, _3, ... where another one has it.
+
+    Args:
+        paths: pictures; what is neither .jpg, .jpeg nor .png becomes .png.
+    """
+    own_names = [p.name if p.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{p.stem}.png" for p in paths]
+    reserved = set(map(_key, own_names))
+    taken: set[str] = set()
+    names = []
+    for name in own_names:
+        candidate, count = name, 1
+        while _key(candidate) in taken or (count > 1 and _key(candidate) in reserved):
+            count += 1
+            candidate = f"{Path(name).stem}_{count}{Path(name).suffix}"
+        taken.add(_key(candidate))
+        names.append(candidate)
+    return names
+
+
+def check_image_folder(folder: Path, paths: Sequence[Path]) -> None:
+    """Check the folder that drawings go to.
+
+    Args:
+        folder: it need not exist.
+        paths: the pictures that are read.
+
+    Raises:
+        ValueError: it is a file or named like one; a picture lies in it, or the name of one does (a link), so that a
+            drawing could take its place; its folder of activation maps is a link that leads out of it.
+    """
+    if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
+        raise ValueError(f"--output is a folder for --input; {folder} is named like a picture")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; it must be a folder")
+    iams = folder / IAM_FOLDER
+    if iams.resolve().parent != folder.resolve():
+        raise ValueError(f"{iams} is a link to {iams.resolve()}, outside of --output {folder}: remove the link")
+    written_to = (folder, iams)
+    for path in paths:
+        for parent in (path.parent, path.resolve().parent):
+            if any(_is_same(parent, written) for written in written_to):
+                raise ValueError(
+                    f"--output {folder} is where the input {path} lies and would be overwritten; give another one"
+                )
+
+
+def video_file(output: Path, source_name: str) -> Path:
+    """The file that a video's drawing goes to: ``output`` itself, or a file of the video's name in that folder."""
+    is_file = output.suffix.lower() in VIDEO_SUFFIXES and not output.is_dir()
+    return output if is_file else output / f"{Path(source_name).stem}.mp4"
+
+
+def check_not_read(flag: str, path: Path, read: Iterable[str | os.PathLike | None]) -> None:
+    """Check that a file to be written is none of those that are read, by whatever name or link.
+
+    Args:
+        flag: of the command, which names the file.
+        path: to be written.
+        read: files that are read; "" and None are none.
+
+    Raises:
+        ValueError: it is one of them.
+    """
+    for file in read:
+        if file and _is_same(path, Path(file)):
+            raise ValueError(f"{flag} {path} would overwrite the input {os.fspath(file)}; give another one")
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Write (height, width, 3) uint8, RGB, as PNG or, as the name says, JPEG; errors as in :func:`write_file`."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG" if path.suffix.lower() == ".png" else "JPEG", quality=95)
+    write_file(path, buffer.getbuffer())
+
+
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file beside its place, then put it there: a link that has the name is replaced, not followed.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("xb") as file:
+            file.write(content)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise ValueError(f"Cannot write {path}: {error.strerror or error}") from error
+
+
+def _key(name: str) -> str:
+    # File systems that ignore case are common, and so are those that ignore how an accent is written.
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    # By the file itself: hard links, and names that a file system takes for the same.
+    with contextlib.suppress(OSError):
+        return path.samefile(other)
+    return path.resolve() == other.resolve()

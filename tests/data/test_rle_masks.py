@@ -1,0 +1,81 @@
+"""RLEMasks where Detectron2 expects masks: in Instances, in its evaluator's results, in its visualizers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data.catalog import Metadata
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.visualizer import Visualizer
+from pycocotools import mask as mask_api
+
+from sparseinst.data.rle_masks import RLEMasks
+
+
+def instances_of(masks, pred_masks):
+    return Instances(
+        tuple(masks.shape[1:]),
+        pred_boxes=Boxes(torch.tensor([[0.0, 0.0, 3.0, 2.0]] * len(masks))),
+        pred_masks=pred_masks,
+        scores=torch.linspace(0.9, 0.1, len(masks)),
+        pred_classes=torch.arange(len(masks)),
+    )
+
+
+@pytest.fixture
+def masks():
+    return torch.rand(4, 60, 80, generator=torch.Generator().manual_seed(0)) > 0.6
+
+
+@pytest.fixture
+def encoded(masks):
+    return RLEMasks([mask_api.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in masks], (60, 80))
+
+
+def test_iterated_and_as_an_array(masks, encoded):
+    assert len(encoded) == 4
+    assert np.array_equal(np.stack(list(encoded)), masks.numpy())
+    assert np.array_equal(np.asarray(encoded), masks.numpy()) and np.asarray(encoded).dtype == bool
+    assert np.asarray(encoded, dtype=np.uint8).sum() == masks.sum()
+    assert np.array_equal(encoded.areas(), masks.flatten(1).sum(1).numpy())
+    assert np.asarray(encoded[:0]).shape == (0, 60, 80) and encoded[:0].areas().shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [2, -1, slice(1, 3), slice(0, 0), [3, 0], [True, False, True, False], torch.tensor([True, False, False, True]),
+     torch.tensor([1, 1]), np.array([False] * 4), np.array([2, 0])],
+    ids=str,
+)  # fmt: skip
+def test_indexed_as_tensors_are(masks, encoded, item):
+    chosen = masks[[item]] if isinstance(item, int) else masks[item]
+    assert isinstance(encoded[item], RLEMasks) and np.array_equal(np.asarray(encoded[item]), chosen.numpy())
+
+
+def test_in_instances(masks, encoded):
+    instances = instances_of(masks, encoded)
+    confident = instances[instances.scores >= 0.5]
+    assert len(confident) == 2 and np.array_equal(np.asarray(confident.pred_masks), masks[:2].numpy())
+    joined = Instances.cat([instances.to("cpu"), confident])
+    assert np.array_equal(np.asarray(joined.pred_masks), torch.cat([masks, masks[:2]]).numpy())
+    with pytest.raises(IndexError):
+        encoded[4]
+
+
+def test_detectron2s_results_are_the_same(masks, encoded):
+    expected = instances_to_coco_json(instances_of(masks, masks), 7)
+    assert instances_to_coco_json(instances_of(masks, encoded), 7) == expected
+    assert json.loads(json.dumps(encoded.as_json())) == [result["segmentation"] for result in expected]
+
+
+def test_detectron2s_visualizer_draws_them(masks, encoded):
+    metadata = Metadata(name="rle_masks_test", thing_classes=list("abcd"))
+    drawn = []
+    for pred_masks in (masks, encoded):
+        visualizer = Visualizer(np.zeros((60, 80, 3), np.uint8), metadata)
+        # Colours of its own are random.
+        metadata.thing_colors = [(255, 0, 0)] * 4
+        drawn.append(visualizer.draw_instance_predictions(instances_of(masks, pred_masks)[:1]).get_image().shape)
+    assert drawn[0] == drawn[1]
