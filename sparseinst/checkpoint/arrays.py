@@ -34,12 +34,14 @@ class ArrayUnpickler(DataUnpickler):
         super().__init__(file, size)
         makers = {
             ("collections", "OrderedDict"): lambda items=(): checked_dict(items),
-            ("__builtin__", "set"): checked_set,
-            ("builtins", "set"): checked_set,
             ("_codecs", "encode"): self._encode,
             ("numpy", "ndarray"): None,
             ("numpy", "dtype"): _Type,
         }
+        # Python 2 had another name; protocols 0 to 2 call bytes where there are none.
+        for builtins in ("builtins", "__builtin__"):
+            makers[builtins, "set"] = checked_set
+            makers[builtins, "bytes"] = lambda: b""
         # numpy 2 moved numpy.core to numpy._core; files have either.
         for core in ("numpy.core", "numpy._core"):
             makers[f"{core}.multiarray", "_reconstruct"] = lambda *_: np.zeros(0, np.uint8)

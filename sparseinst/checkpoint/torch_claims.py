@@ -24,6 +24,7 @@ _STORAGE_TYPES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
 }  # fmt: skip
+_BUILTINS = ("builtins", "__builtin__")
 # A file of the older format: these pickles, the last of which lists what storages follow.
 _MAGIC, _VERSION, _SYSTEM, _OBJECT, _STORAGES = range(5)
 
@@ -143,10 +144,10 @@ class _Claims(DataUnpickler):
         self._names = {
             "collections.OrderedDict": lambda items=(): checked_dict(items),
             "collections.Counter": lambda counts: checked_dict(counts.items()),
-            "__builtin__.set": checked_set,
-            "builtins.set": checked_set,
-            "builtins.complex": complex,
-            "builtins.bytearray": self._bytes,
+            # By the name that Python 2 had, which torch.save writes.
+            **{f"{builtins}.set": checked_set for builtins in _BUILTINS},
+            **{f"{builtins}.complex": complex for builtins in _BUILTINS},
+            **{f"{builtins}.bytearray": self._bytes for builtins in _BUILTINS},
             "_codecs.encode": self._bytes,
             "argparse.Namespace": lambda: _Settings(),
             "torch.device": lambda *_: None,

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 
 _BASE = "_BASE_"
 # Of a config with all that it inherits from; Detectron2's whole defaults are 12 kB with 700 values.
-_MAX_BYTES = 128 * 1024
+_MAX_BYTES = 64 * 1024
 _MAX_FILES = 32
 # Aliases count as what they stand for.
 _MAX_VALUES = 20_000

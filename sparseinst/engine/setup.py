@@ -68,5 +68,7 @@ def _merge(merge: Callable[[], object], where: str) -> None:
     try:
         merge()
     except (*_MERGE_ERRORS, yaml.YAMLError) as error:
-        text = str(error.args[0] if len(error.args) == 1 else error) or type(error).__name__
+        text = str(error.args[0] if len(error.args) == 1 else error)
+        if isinstance(error, MemoryError | RecursionError):
+            text = "a value that is nested too deeply to be read"
         raise ValueError(f"{where}: {' '.join(text.split())[:500]}") from error

@@ -105,17 +105,17 @@ def laughs(levels, wrap):
         ("VERSION: '2'\n", "VERSION is '2'; expected one of"),
         ("SOLVER: {MAX_ITER: !!int ''}\n", "config.yaml: string index out of range"),
         ("OUTPUT_DIR: !mine x\n", "config.yaml: could not determine a constructor"),
-        ("OUTPUT_DIR: '" + "-" * 50_000 + "1'\n", "config.yaml"),
+        ("OUTPUT_DIR: '" + "-" * 50_000 + "1'\n", "config.yaml: a value that is nested too deeply"),
         ("SOLVER: {BASE_LR: 1.0" + ":1" * 2000 + "}\n", "config.yaml"),
         ("OUTPUT_DIR: " + "[" * 50_000, "nested more than 32 deep"),
         ("OUTPUT_DIR: " + "[" * 40 + "]" * 40, "nested more than 32 deep"),
-        ("\n".join(["a0: &a0 [1]"] + [f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 3000)]), "nested more than 32 deep"),
+        ("\n".join(["a0: &a0 [1]"] + [f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 2000)]), "nested more than 32 deep"),
         ("a: &a [*a]\n", "line 1: nested more than 32 deep, or in a circle"),
         (laughs(9, lambda items: f"[{items}]"), "more than 20000 values, with aliases"),
         (laughs(9, lambda items: f"{{k: [{items}]}}"), "more than 20000 values, with aliases"),
         ("m0: &m0 {x: 1}\n" + "\n".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 10)}]}}" for n in range(1, 9)),
          "more than 20000 values, with aliases"),
-        ("a: &a " + "x" * 100_000 + "\nb: [" + ", ".join(["*a"] * 1000) + "]\n", "more than 20000 values"),
+        ("a: &a " + "x" * 50_000 + "\nb: [" + ", ".join(["*a"] * 1000) + "]\n", "more than 20000 values"),
         ("#" * 200_000, "has 200000 bytes; a config has at most"),
         ("_BASE_: config.yaml\n", "config.yaml inherits from itself"),
         ("_BASE_: ./../NAME/config.yaml\n", "config.yaml inherits from itself"),
@@ -156,8 +156,8 @@ def test_files_that_inherit_too_much(tmp_path):
     write(tmp_path / "9.yaml", "SEED: 1\n")
     with pytest.raises(ValueError, match="0.yaml reads 33 files.*at most 32"):
         load_config(str(tmp_path / "0.yaml"))
-    write(tmp_path / "large.yaml", "SEED: 1\n#" + "x" * 100_000)
-    with pytest.raises(ValueError, match="twice.yaml reads 3 files.*at most 32 with 131072"):
+    write(tmp_path / "large.yaml", "SEED: 1\n#" + "x" * 40_000)
+    with pytest.raises(ValueError, match="twice.yaml reads 3 files.*at most 32 with 65536"):
         load_config(write(tmp_path / "twice.yaml", "_BASE_: [large.yaml, large.yaml]\n"))
 
 
@@ -172,8 +172,8 @@ def test_files_that_inherit_too_much(tmp_path):
         (["_BASE_", "a.yaml"], "can only be used in files"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch"),
         (["SOLVER", "{}"], "Type mismatch"),
-        (["OUTPUT_DIR", "-" * 5000 + "1"], "KEY VALUE overrides"),
-        (["OUTPUT_DIR", "-" * 60_000 + "1"], "KEY VALUE overrides"),
+        (["OUTPUT_DIR", "-" * 5000 + "1"], "KEY VALUE overrides: a value that is nested too deeply"),
+        (["OUTPUT_DIR", "-" * 60_000 + "1"], "KEY VALUE overrides: a value that is nested too deeply"),
         (["OUTPUT_DIR", "{[]: 1}"], "unhashable"),
         (["SOLVER.MAX_ITER", "0x" + "f" * 50_000], "cannot be written as YAML"),
         (["SOLVER.STEPS", "(1j,)"], "cannot be written as YAML"),
