@@ -139,6 +139,9 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Type of automatic mixed precision (SOLVER.AMP.ENABLED): "float16" or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
+    # Image files of more pixels (height times width) are refused before they are decoded.
+    cfg.INPUT.MAX_IMAGE_PIXELS = 200_000_000
+
     # A user's own data: a COCO json and its image folder. Where set, they replace DATASETS.TRAIN or DATASETS.TEST.
     cfg.DATASETS.TRAIN_JSON = ""
     cfg.DATASETS.TRAIN_IMAGES = ""

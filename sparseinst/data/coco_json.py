@@ -3,22 +3,26 @@
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
+from pycocotools import mask as coco_mask
+
+from sparseinst.data.coco_checks import Finding, JsonReport, check_content
 
 _logger = logging.getLogger(__name__)
 
-_IMAGE_KEYS = ("id", "file_name", "height", "width")
-_CATEGORY_KEYS = ("id", "name")
-# Reading and training need the first three; COCO's evaluation reads the others too.
-_ANNOTATION_KEYS = ("id", "image_id", "category_id")
-_EVALUATED_ANNOTATION_KEYS = ("bbox", "area", "iscrowd", "segmentation")
+NOTHING_TO_TRAIN_ON = "has no annotations to train on: no object that is not a crowd and has a mask"
+
+# Problems that an error message shows; check_dataset shows more.
+_NUM_SHOWN = 3
 
 
 class ClassInfo(NamedTuple):
@@ -41,7 +45,7 @@ class ClassInfo(NamedTuple):
         Raises:
             ValueError: there is no such file, or it holds something else.
         """
-        content = _read_json(Path(path))
+        content = read_json(Path(path))
         if not isinstance(content, dict) or set(content) != set(cls._fields):
             raise ValueError(f"{path} is no list of classes; expected a JSON object with the keys {cls._fields}")
         info = cls(**content)
@@ -70,20 +74,22 @@ def register_coco_json(
     """
     json_file, image_root = (Path(path).expanduser().resolve() for path in (json_file, image_root))
     _register(name, json_file, image_root, for_evaluation, "json_file", "image_root")
+    for warning in MetadataCatalog.get(name).data_warnings:
+        _logger.warning(warning)
 
 
 def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """Register the data that DATASETS.TRAIN_JSON and the like name, and set DATASETS.TRAIN and DATASETS.TEST to it.
 
     The names follow from the paths, so that all processes of a run have the same ones. Without such keys nothing is
-    changed.
+    changed. What is worth a warning is kept for :func:`log_data_warnings`.
 
     Args:
         cfg: not frozen; changed in place.
         splits: the parts to look at; ("TEST",) where nothing is trained.
 
     Raises:
-        ValueError: only one of a part's two keys is set, the training data has no annotations, or
+        ValueError: only one of a part's two keys is set, the training data has no object to learn, or
             :func:`register_coco_json` refuses the data.
     """
     for split in splits:
@@ -97,9 +103,9 @@ def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
         json_file, image_root = (Path(value).expanduser().resolve() for value in (json_value, images_value))
         digest = hashlib.sha1(f"{json_file}\n{image_root}".encode()).hexdigest()[:8]
         name = f"user_{re.sub(r'[^A-Za-z0-9_-]+', '_', json_file.stem)}_{digest}"
-        num_annotations = _register(name, json_file, image_root, split == "TEST", json_key, images_key)
-        if split == "TRAIN" and num_annotations == 0:
-            raise ValueError(f"{json_key}: {json_file} has no annotations to train on")
+        report = _register(name, json_file, image_root, split == "TEST", json_key, images_key)
+        if split == "TRAIN" and not report.num_instances.total():
+            raise ValueError(f"{json_key}: {json_file} {NOTHING_TO_TRAIN_ON}")
         cfg.DATASETS[split] = (name,)
 
 
@@ -167,10 +173,46 @@ def _count(names: list[str]) -> str:
     return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({shown})"
 
 
+def log_data_warnings(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
+    """Log what a user's own data have that can be used, but perhaps is not meant; a line each.
+
+    Annotations that are left out; images with more objects than the model has predictions for.
+
+    Args:
+        cfg: after :func:`register_user_datasets`.
+        splits: the parts to look at.
+    """
+    num_masks = cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS
+    for split in splits:
+        for name in cfg.DATASETS[split]:
+            metadata = MetadataCatalog.get(name)
+            crowded = crowded_warning(metadata.get("num_instances", Counter()), num_masks)
+            for warning in (*metadata.get("data_warnings", ()), crowded and f"{metadata.json_file}: {crowded}"):
+                if warning:
+                    _logger.warning("DATASETS.%s: %s", split, warning)
+
+
+def crowded_warning(num_instances: Counter[int], num_masks: int) -> str | None:
+    """What to say where images have more objects than a model has predictions; None where none has.
+
+    Args:
+        num_instances: objects of each image, by image id.
+        num_masks: of the model (MODEL.SPARSE_INST.DECODER.NUM_MASKS).
+    """
+    crowded = [count for count in num_instances.values() if count > num_masks]
+    if not crowded:
+        return None
+    return (
+        f"{len(crowded)} of {len(num_instances)} images with objects have more of them than "
+        f"MODEL.SPARSE_INST.DECODER.NUM_MASKS, which is {num_masks}: of an image no more are learned, and no more are "
+        f"found. MODEL.SPARSE_INST.DECODER.NUM_MASKS {max(crowded)} would hold all"
+    )
+
+
 def _register(
     name: str, json_file: Path, image_root: Path, for_evaluation: bool, json_key: str, images_key: str
-) -> int:
-    """As :func:`register_coco_json`, with names of the two paths for messages; returns the number of annotations."""
+) -> JsonReport:
+    """As :func:`register_coco_json`, with names of the two paths for messages; warnings are left to the metadata."""
     if not json_file.is_file():
         raise ValueError(f"{json_key}: there is no file {json_file}")
     if not image_root.is_dir():
@@ -179,10 +221,15 @@ def _register(
     if name in DatasetCatalog and known_as != str(json_file):
         raise ValueError(f"The name {name!r} is already that of another data set ({known_as}); take another name")
 
-    content = load_checked_json(json_file, for_evaluation)
-    first_image = content["images"][0]["file_name"]
-    if not (image_root / first_image).is_file():
-        raise ValueError(f"{images_key}: {image_root} has no file {first_image!r}, the first image of {json_file}")
+    content = read_json(json_file)
+    report = check_content(content, for_evaluation)
+    raise_problems(report.problems(), json_file)
+    absent = missing_files([image["file_name"] for image in content["images"]], image_root)
+    if absent:
+        raise ValueError(
+            f"{images_key}: {image_root} has no file {absent[0]!r} ({len(absent)} of the {len(content['images'])} "
+            f"images of {json_file} are not there); correct the folder, or remove them from the json"
+        )
 
     # Metadata cannot be changed once set, so a data set that is registered again gets new ones.
     DatasetCatalog.pop(name, None)
@@ -194,12 +241,92 @@ def _register(
         evaluator_type="coco",
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={category["id"]: index for index, category in enumerate(categories)},
+        data_warnings=_describe_warnings(report.findings, json_file, for_evaluation),
+        num_instances=report.num_instances,
     )
-    # Annotation ids are read for the messages of our mapper.
-    DatasetCatalog.register(
-        name, lambda: load_coco_json(str(json_file), str(image_root), name, extra_annotation_keys=["id"])
-    )
-    return len(content.get("annotations", []))
+    DatasetCatalog.register(name, lambda: to_dataset_dicts(read_json(json_file), image_root))
+    return report
+
+
+def raise_problems(problems: list[Finding], json_file: Path) -> None:
+    """Raises ValueError, with the first few in its one line, where there are problems."""
+    if not problems:
+        return
+    shown = "; ".join(problem.message for problem in problems[:_NUM_SHOWN])
+    more = len(problems) - _NUM_SHOWN
+    rest = f"; and {more} more problems, which python -m sparseinst.tools.check_dataset lists" if more > 0 else ""
+    raise ValueError(f"{json_file}: {shown}{rest}")
+
+
+def _describe_warnings(findings: list[Finding], json_file: Path, for_evaluation: bool) -> list[str]:
+    """A line for what is left out; another for anything else."""
+    places: dict[str, list[str]] = {}
+    warnings = []
+    for finding in findings:
+        if finding.kind == "annotation id 0":
+            warnings.append(f"{json_file}: {finding.message}")
+        elif not finding.stops:
+            places.setdefault(finding.kind, []).append(finding.message)
+    if places:
+        parts = [f"{len(where)} with {kind} (the first: {where[0]})" for kind, where in places.items()]
+        what = "annotations that nothing can match" if for_evaluation else "annotations that are left out"
+        warnings.append(f"{json_file}: {what}: {', '.join(parts)}")
+    return warnings
+
+
+def missing_files(file_names: list[str], image_root: Path) -> list[str]:
+    """Those of a folder's files that are not there; each folder is listed once, since many files may be far away."""
+    present: dict[str, set[str]] = {}
+    absent = []
+    for file_name in file_names:
+        folder, base = os.path.split(file_name)
+        if folder not in present:
+            path = image_root / folder
+            present[folder] = set(os.listdir(path)) if path.is_dir() else set()
+        # The second question is for file systems to which A.jpg is a.jpg.
+        if base not in present[folder] and not (image_root / file_name).is_file():
+            absent.append(file_name)
+    return absent
+
+
+def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
+    """The images of a COCO json in Detectron2's standard format, as its `load_coco_json` makes them.
+
+    Unlike there no optional field can make it fail; ids of annotations are kept, for messages; annotations without a
+    mask are left out.
+
+    Args:
+        content: what :func:`load_checked_json` returns.
+        image_root: the folder that `file_name` are relative to.
+    """
+    categories = sorted(category["id"] for category in content["categories"])
+    class_of_id = {category_id: index for index, category_id in enumerate(categories)}
+    annotations_of_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
+    for annotation in content.get("annotations", []):
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, list):
+            segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+        elif segmentation and isinstance(segmentation["counts"], list):
+            # Detectron2's own mapper reads compressed RLE only.
+            segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+        if segmentation:
+            kept = {key: annotation[key] for key in ("id", "iscrowd", "bbox") if key in annotation}
+            kept.update(
+                bbox_mode=BoxMode.XYWH_ABS,
+                category_id=class_of_id[annotation["category_id"]],
+                segmentation=segmentation,
+            )
+            annotations_of_image[annotation["image_id"]].append(kept)
+    return [
+        {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": annotations_of_image[image["id"]],
+        }
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    ]
 
 
 def load_checked_json(json_file: Path, for_evaluation: bool = False) -> dict:
@@ -207,85 +334,26 @@ def load_checked_json(json_file: Path, for_evaluation: bool = False) -> dict:
 
     Args:
         json_file: in COCO's instances format.
-        for_evaluation: also ask for the fields that only COCO's evaluation reads.
+        for_evaluation: also check the fields that only COCO's evaluation reads.
 
     Raises:
-        ValueError: there is no such file, it is broken, or it lacks a field.
+        ValueError: there is no such file, it cannot be read, or something is wrong with it that stops
+            (:mod:`sparseinst.data.coco_checks` says what).
     """
-    content = _read_json(json_file)
-    _check_content(content, json_file, for_evaluation)
+    content = read_json(json_file)
+    raise_problems(check_content(content, for_evaluation).problems(), json_file)
     return content
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError where there is no such file, or it cannot be read."""
     if not path.is_file():
         raise ValueError(f"There is no file {path}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is no COCO json: its lists lie too deep in one another") from error
     except ValueError as error:  # of the text's encoding as well as of the JSON
         raise ValueError(f"{path} is not valid JSON (cut off?): {error}") from error
-
-
-def _check_content(content: Any, json_file: Path, for_evaluation: bool) -> None:
-    """Everything that Detectron2 or pycocotools would answer with a bare KeyError or assertion, perhaps hours later."""
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{json_file} holds {type(content).__name__}; expected COCO's object with 'images', 'annotations' and "
-            "'categories' (a list is a results file, or another format)"
-        )
-    for part in ("images", "categories"):
-        if not content.get(part):
-            raise ValueError(f"{json_file} has no {part!r}; expected COCO's object with 'images' and 'categories'")
-    annotations = content.get("annotations", [])
-    needed = _ANNOTATION_KEYS + _EVALUATED_ANNOTATION_KEYS * for_evaluation
-    image_ids = _check_entries(content["images"], "images", _IMAGE_KEYS, json_file)
-    category_ids = _check_entries(content["categories"], "categories", _CATEGORY_KEYS, json_file)
-    annotation_ids = _check_entries(annotations, "annotations", needed, json_file)
-    for category in content["categories"]:
-        if not isinstance(category["name"], str):
-            raise ValueError(
-                f"{json_file}: the name of category {category['id']} is {category['name']!r}; expected text"
-            )
-    if annotations and not any(annotation.get("segmentation") for annotation in annotations):
-        raise ValueError(f"{json_file}: no annotation has a segmentation; SparseInst needs masks, boxes do not do")
-    for annotation in annotations:
-        if annotation["category_id"] not in category_ids:
-            raise ValueError(
-                f"{json_file}: annotation {annotation['id']} has category_id {annotation['category_id']}, which is not "
-                f"in 'categories' ({sorted(category_ids)[:5]}, ...)"
-            )
-        if annotation["image_id"] not in image_ids:
-            raise ValueError(
-                f"{json_file}: annotation {annotation['id']} has image_id {annotation['image_id']}, which is not in "
-                "'images'"
-            )
-        segmentation = annotation.get("segmentation")
-        if isinstance(segmentation, list) and not all(isinstance(polygon, list) for polygon in segmentation):
-            raise ValueError(
-                f"{json_file}: the segmentation of annotation {annotation['id']} is not a list of polygons "
-                "[[x0, y0, x1, y1, ...], ...]"
-            )
-        if annotation.get("ignore"):
-            raise ValueError(
-                f"{json_file}: annotation {annotation['id']} has 'ignore', which Detectron2 refuses; use 'iscrowd'"
-            )
-    if for_evaluation and 0 in annotation_ids:
-        _logger.warning(
-            "%s: annotation id 0 stands for 'not matched' in COCO's evaluation, so this object counts as missed; "
-            "number the annotations from 1",
-            json_file,
-        )
-
-
-def _check_entries(entries: Any, part: str, needed: Iterable[str], json_file: Path) -> set[int]:
-    """Check that all entries have the needed keys and ids of their own. Returns the ids."""
-    if not isinstance(entries, list):
-        raise ValueError(f"{json_file}: {part!r} is a {type(entries).__name__}; expected a list")
-    for index, entry in enumerate(entries):
-        missing = [key for key in needed if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise ValueError(f"{json_file}: entry {index} of {part!r} has no {', '.join(map(repr, missing))}")
-    ids = {entry["id"] for entry in entries}
-    if len(ids) != len(entries):
-        raise ValueError(f"{json_file}: {len(entries) - len(ids)} ids of {part!r} are not unique")
-    return ids

@@ -3,10 +3,9 @@
 import os
 from pathlib import Path, PurePath
 
-from detectron2.data.datasets import load_coco_json
 from detectron2.structures import Instances
 
-from sparseinst.data.coco_json import load_checked_json
+from sparseinst.data.coco_json import load_checked_json, to_dataset_dicts
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 
 
@@ -20,16 +19,15 @@ class GroundTruth:
         class_names: in the order of the class indices.
 
     Raises:
-        ValueError: there is no such file, it is broken, or it lacks a field.
+        ValueError: there is no such file, or something is wrong with it that stops.
     """
 
     def __init__(self, json_file: str | os.PathLike) -> None:
         content = load_checked_json(Path(json_file))
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
-        self._class_of_id = {category["id"]: index for index, category in enumerate(categories)}
         self._images_of_name: dict[str, list[dict]] = {}
-        for image in load_coco_json(str(json_file), ""):
+        for image in to_dataset_dicts(content, ""):
             self._images_of_name.setdefault(PurePath(image["file_name"]).name, []).append(image)
         self._mapper = SparseInstDatasetMapper(is_train=True, augmentations=[], image_format="RGB")
 
@@ -43,15 +41,13 @@ class GroundTruth:
             None where the json does not have the picture.
 
         Raises:
-            ValueError: an annotation is broken, or the picture cannot be read or has another size than the json says.
+            DataError: an annotation is broken, or the picture cannot be read or has another size than the json says.
         """
         parts = PurePath(os.path.abspath(picture)).parts
         for image in self._images_of_name.get(parts[-1], []):
             name = PurePath(image["file_name"]).parts
             if parts[-len(name) :] == name:
-                annotations = [{**a, "category_id": self._class_of_id[a["category_id"]]} for a in image["annotations"]]
-                ground_truth = self._mapper({**image, "file_name": os.fspath(picture), "annotations": annotations})
-                instances = ground_truth["instances"]
+                instances = self._mapper({**image, "file_name": os.fspath(picture)})["instances"]
                 return Instances(
                     instances.image_size,
                     pred_boxes=instances.gt_boxes,

@@ -1,6 +1,7 @@
 """Predictions for pictures and videos, and drawings of them."""
 
-from sparseinst.inference.predictor import ImageReadError, Predictor, read_image, to_coco_results
+from sparseinst.data.images import ImageReadError, read_image
+from sparseinst.inference.predictor import Predictor, to_coco_results
 from sparseinst.inference.video import VideoReader, VideoWriter, draw_video
 from sparseinst.inference.visualization import draw_beside, draw_iams, draw_instances
 

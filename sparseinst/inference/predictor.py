@@ -8,24 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import inference_context
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from PIL import Image
 from torch import nn
 
 from sparseinst.checkpoint import checkpointer_from_config
+from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
-
-CHANNEL_ORDERS = ("RGB", "BGR")
-
-
-class ImageReadError(ValueError):
-    """A picture that cannot be read, or an array that is not a picture."""
+from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
 
 
 class Predictor:
@@ -44,6 +38,7 @@ class Predictor:
         augmentations: what resizes the picture.
         input_format: channel order that the model was trained with, "RGB" or "BGR" (``INPUT.FORMAT``).
         classes: names and the data set's category ids, one for each class that the model predicts.
+        max_image_pixels: files of more pixels are refused before they are decoded (``INPUT.MAX_IMAGE_PIXELS``).
 
     Attributes:
         model: the model.
@@ -63,14 +58,15 @@ class Predictor:
         augmentations: Sequence[T.Augmentation | T.Transform],
         input_format: str,
         classes: ClassInfo,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
-        if input_format not in CHANNEL_ORDERS:
-            raise ValueError(f"INPUT.FORMAT is {input_format!r}; the predictor knows {' and '.join(CHANNEL_ORDERS)}")
+        check_channel_order(input_format, "INPUT.FORMAT")
         self.model = model
         self.classes = classes
         self.metadata = Metadata(name="sparseinst_predictor", thing_classes=list(classes.names))
         self._augmentations = T.AugmentationList(list(augmentations))
         self._input_format = input_format
+        self._max_image_pixels = max_image_pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module | None = None) -> dict:
@@ -82,9 +78,10 @@ class Predictor:
         classes = _find_classes(cfg, checkpoint.get("classes"))
         return {
             "model": model,
-            "augmentations": detection_utils.build_augmentation(cfg, is_train=False),
+            "augmentations": build_test_augmentations(cfg),
             "input_format": cfg.INPUT.FORMAT,
             "classes": classes,
+            "max_image_pixels": cfg.INPUT.MAX_IMAGE_PIXELS,
         }
 
     @property
@@ -118,11 +115,10 @@ class Predictor:
         self, images: Iterable[str | os.PathLike | np.ndarray], channel_order: str = "BGR"
     ) -> Iterator[Instances]:
         """Predict picture by picture, each when it is asked for; arguments and errors are those of a call."""
-        if channel_order not in CHANNEL_ORDERS:
-            raise ValueError(f"channel_order is {channel_order!r}; it must be one of {', '.join(CHANNEL_ORDERS)}")
+        check_channel_order(channel_order)
         for image in images:
             if isinstance(image, str | os.PathLike):
-                pixels = read_image(image, self._input_format)
+                pixels = read_image(image, self._input_format, self._max_image_pixels)
             else:
                 _check_array(image)
                 pixels = image if channel_order == self._input_format else image[:, :, ::-1]
@@ -136,26 +132,6 @@ class Predictor:
         with torch.no_grad(), inference_context(self.model):
             output = self.model([{"image": image, "height": height, "width": width}])[0]
         return output["instances"].to("cpu")
-
-
-def read_image(path: str | os.PathLike, channel_order: str = "RGB") -> np.ndarray:
-    """Read a picture file as the evaluation does: turned as its EXIF entry says.
-
-    Args:
-        path: picture file, of any format that Pillow reads.
-        channel_order: "RGB" or "BGR".
-
-    Returns:
-        (height, width, 3) uint8.
-
-    Raises:
-        ImageReadError: the file is missing, no picture, or damaged; the message names it.
-    """
-    try:
-        return detection_utils.read_image(os.fspath(path), format=channel_order)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # Pillow tells of damaged files by all of these.
-        raise ImageReadError(f"Cannot read the picture {os.fspath(path)}: {error}") from error
 
 
 def to_coco_results(instances: Instances, image_id: int, category_ids: Sequence[int]) -> list[dict]:

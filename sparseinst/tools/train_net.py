@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
-from sparseinst.data.coco_json import check_num_classes, class_info, register_user_datasets
+from sparseinst.data.coco_json import check_num_classes, class_info, log_data_warnings, register_user_datasets
 from sparseinst.engine.evaluation import evaluate_and_time
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import Trainer, check_test_config
@@ -61,6 +61,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sparseinst")
+    log_data_warnings(cfg, splits)
     default_setup(cfg, args)
     return cfg
 

@@ -18,7 +18,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sparseinst import add_sparse_inst_config
-from sparseinst.data.dataset_mapper import SparseInstDatasetMapper, build_train_augmentations
+from sparseinst.data.augmentations import build_train_augmentations
+from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 
 HEIGHT, WIDTH = 24, 32
 
@@ -302,9 +303,9 @@ def test_unreadable_image_is_named(tmp_path: Path, image_file: str) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(Path(image_file).read_bytes()[:200])
     for path in (broken, tmp_path / "absent.png"):
-        with pytest.raises(ValueError, match=f"Cannot read the image {path}"):
+        with pytest.raises(ValueError, match=f"Cannot read the picture {path}"):
             _mapper()({"file_name": str(path)})
-    with pytest.raises(ValueError, match=f"image.png.*got \\({WIDTH}, {HEIGHT}\\), expect \\({WIDTH}, 5\\)"):
+    with pytest.raises(ValueError, match=f"image.png has {HEIGHT} x {WIDTH} pixels.* 5 x {WIDTH}"):
         _mapper()(_dict(image_file) | {"height": 5})
 
 

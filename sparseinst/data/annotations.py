@@ -1,0 +1,265 @@
+"""The mask of one annotation, from polygons or from RLE of any kind.
+
+pycocotools answers many a broken mask with a crash, with gigabytes of memory, or with another mask. So polygons are
+checked before they are given to it, and RLE is decoded here. Messages say what is wrong; where it is wrong, the caller
+knows.
+"""
+
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+from detectron2.data import transforms as T
+from pycocotools import mask as coco_mask
+
+from sparseinst.data.images import DataError
+
+# Why an annotation without any fault gives no instance.
+NO_SEGMENTATION = "no segmentation"
+TOO_FEW_POINTS = "polygons of fewer than three points"
+OUTSIDE = "outside of the image"
+NO_PIXEL = "no pixel"
+
+# RLE counts pixels with 32 bits.
+_MAX_RLE_PIXELS = 2**32 - 1
+# Characters of compressed RLE that make up one run, 5 bits each.
+_MAX_RUN_CHARACTERS = 7
+
+
+class MaskWindow(NamedTuple):
+    """A part of an image-sized mask, outside of which the mask is empty."""
+
+    mask: np.ndarray  # bool (h, w)
+    top: int
+    left: int
+
+    def shrink(self) -> "MaskWindow | None":
+        """The smallest window with the same pixels, or None where there are none."""
+        rows = np.flatnonzero(self.mask.any(axis=1))
+        if len(rows) == 0:
+            return None
+        columns = np.flatnonzero(self.mask.any(axis=0))
+        inner = self.mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        return MaskWindow(inner, self.top + int(rows[0]), self.left + int(columns[0]))
+
+    def box(self) -> tuple[int, int, int, int]:
+        """(x0, y0, x1, y1) in pixels, x1 and y1 one past the last pixel."""
+        height, width = self.mask.shape
+        return self.left, self.top, self.left + width, self.top + height
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, which True and 1.0 are not."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def check_segmentation(segmentation: Any, image_size: tuple[int, int]) -> str | None:
+    """Check all that can be checked without drawing.
+
+    Args:
+        segmentation: of an annotation: a list of polygons, RLE, or None.
+        image_size: (height, width) of its image, pixels.
+
+    Returns:
+        Why the annotation gives no instance: NO_SEGMENTATION, TOO_FEW_POINTS, OUTSIDE or NO_PIXEL. None where it may
+        give one.
+
+    Raises:
+        DataError: it is broken.
+    """
+    if segmentation is None or (isinstance(segmentation, list | tuple) and not segmentation):
+        return NO_SEGMENTATION
+    if isinstance(segmentation, dict):
+        return None if run_lengths(segmentation, image_size)[1::2].any() else NO_PIXEL
+    if not isinstance(segmentation, list | tuple):
+        raise DataError(f"a segmentation of type {type(segmentation).__name__}; expected polygons or RLE")
+    reasons = [check_polygon(polygon, image_size) for polygon in segmentation]
+    if None in reasons:
+        return None
+    return OUTSIDE if OUTSIDE in reasons else TOO_FEW_POINTS
+
+
+def check_polygon(polygon: Any, image_size: tuple[int, int]) -> str | None:
+    """As :func:`check_segmentation`, of one polygon [x0, y0, x1, y1, ...]; never NO_SEGMENTATION or NO_PIXEL."""
+    if isinstance(polygon, np.ndarray):
+        polygon = polygon.reshape(-1).tolist()
+    if not isinstance(polygon, list | tuple):
+        raise DataError("not a list of polygons; expected segmentation [[x0, y0, x1, y1, ...], ...]")
+    if len(polygon) % 2:
+        raise DataError(
+            f"a polygon of {len(polygon)} numbers; expected segmentation [[x0, y0, x1, y1, ...], ...] with pairs x, y"
+        )
+    if not polygon:
+        return TOO_FEW_POINTS
+    height, width = image_size
+    xs, ys = polygon[::2], polygon[1::2]
+    try:
+        # Built-in functions: on a few dozen Python numbers they are faster than NumPy, and a json has many millions.
+        is_number = (total := sum(polygon)) == total
+        left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+        # Further out lies what was made for another picture, or garbage; to draw it would take gigabytes.
+        limit = 10 * max(height, width) + 1000
+        is_near = is_number and -limit < min(left, top) and max(right, bottom) < limit
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"a polygon that is not a list of numbers: {error}") from error
+    if not is_near:
+        value = next(value for value in polygon if not -limit < value < limit)
+        raise DataError(
+            f"polygon coordinate {value}; expected finite pixel coordinates of the image, here within +-{limit}"
+        )
+    if len(polygon) < 6:
+        return TOO_FEW_POINTS
+    # What pycocotools takes to draw an outline goes with its length.
+    longest = 500 * (height + width) + 10_000
+    if len(polygon) * (right - left + bottom - top) > longest:
+        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        length = np.abs(np.diff(points, axis=0, append=points[:1])).sum()
+        if length > longest:
+            raise DataError(f"an outline that is {length:.3g} pixels long, in an image of {height} x {width}")
+    return None if left < width and top < height and right > 0 and bottom > 0 else OUTSIDE
+
+
+def run_lengths(rle: dict, image_size: tuple[int, int]) -> np.ndarray:
+    """The runs of RLE, int64 (R,): pixels down the columns, the first run of them outside of the object.
+
+    Args:
+        rle: `size` (height, width) and `counts`: a list of run lengths, or COCO's compressed ones as bytes or text.
+        image_size: (height, width), pixels.
+
+    Raises:
+        DataError: it is not that, or its runs do not fill the image.
+    """
+    if "size" not in rle or "counts" not in rle:
+        raise DataError(f"an RLE mask with keys {list(rle)}; expected 'size' and 'counts'")
+    size, counts = rle["size"], rle["counts"]
+    if isinstance(size, np.ndarray):
+        size = size.tolist()
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(is_whole(side) and side > 0 for side in size):
+        raise DataError(f"RLE of size {size!r}; expected the image's [height, width], two whole numbers")
+    if tuple(size) != tuple(image_size):
+        swapped = "; these are the same numbers in the other order" if tuple(size) == tuple(image_size[::-1]) else ""
+        raise DataError(
+            f"RLE of size {list(size)} on an image of {list(image_size)} (height, width); they must be equal{swapped}"
+        )
+    num_pixels = size[0] * size[1]
+    if num_pixels > _MAX_RLE_PIXELS:
+        raise DataError(f"RLE of size {list(size)}; RLE counts no more than {_MAX_RLE_PIXELS} pixels")
+    runs = _decompress(counts) if isinstance(counts, bytes | str) else _whole_numbers(counts)
+    wrong = (runs < 0) | (runs > num_pixels)
+    if wrong.any():
+        raise DataError(f"RLE cannot be decoded: a run length of {runs[wrong][0]} in an image of {num_pixels} pixels")
+    if runs.sum() != num_pixels:
+        raise DataError(
+            f"RLE cannot be decoded: run lengths sum to {runs.sum()}, expected height * width = {num_pixels}"
+        )
+    return runs
+
+
+def _whole_numbers(counts: Any) -> np.ndarray:
+    try:
+        runs = np.array(counts)
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"RLE cannot be decoded: counts are not a list of numbers: {error}") from error
+    if runs.ndim != 1 or runs.dtype.kind not in "iu":
+        raise DataError("RLE cannot be decoded: counts must be whole numbers (pixels), or COCO's compressed text")
+    return runs.astype(np.int64)
+
+
+def _decompress(counts: bytes | str) -> np.ndarray:
+    """Run lengths int64 from COCO's compressed form.
+
+    Each number is made of 5 bits a character, lowest first; the sixth bit says that another follows, the fifth of the
+    last is the sign. From the fourth number on they are differences to the number two before.
+    """
+    if isinstance(counts, str):
+        counts = counts.encode("utf-8", "replace")
+    codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    if ((codes < 0) | (codes > 63)).any():
+        raise DataError("RLE cannot be decoded: counts have a character that is not COCO's")
+    if len(codes) == 0:
+        return codes
+    ends = np.flatnonzero((codes & 32) == 0)
+    if len(ends) == 0 or ends[-1] != len(codes) - 1:
+        raise DataError("RLE cannot be decoded: counts are cut off")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > _MAX_RUN_CHARACTERS:
+        raise DataError("RLE cannot be decoded: counts have a number of more than 32 bits")
+    positions = np.arange(len(codes)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((codes & 31) << (5 * positions), starts)
+    runs = values - np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
+def decode_rle(rle: dict, image_size: tuple[int, int]) -> np.ndarray:
+    """uint8 mask (height, width) of RLE; arguments and errors are those of :func:`run_lengths`."""
+    runs = run_lengths(rle, image_size)
+    height, width = image_size
+    pixels = np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs)
+    return np.ascontiguousarray(pixels.reshape(width, height).T)
+
+
+def read_mask(
+    segmentation: Any, transforms: T.TransformList, source_size: tuple[int, int], image_size: tuple[int, int]
+) -> MaskWindow | None:
+    """The transformed mask of one annotation.
+
+    Polygons are transformed as polygons and rasterised once, at the final size; RLE is transformed as a bitmask.
+
+    Args:
+        segmentation: see :func:`check_segmentation`.
+        transforms: of the image.
+        source_size, image_size: (height, width) of the image before and after the transforms, pixels.
+
+    Returns:
+        The smallest window around its pixels; None where it has none.
+
+    Raises:
+        DataError: it is broken.
+    """
+    if check_segmentation(segmentation, source_size) is not None:
+        return None
+    if isinstance(segmentation, dict):
+        mask = transforms.apply_segmentation(decode_rle(segmentation, source_size))
+        return MaskWindow(mask.astype(bool), 0, 0).shrink()
+    # A copy, because transforms work in place. Fewer than three points enclose nothing.
+    polygons = [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
+    window = rasterize([transforms.apply_coords(polygon) for polygon in polygons if len(polygon) >= 3], image_size)
+    return None if window is None else window.shrink()
+
+
+def rasterize(polygons: list[np.ndarray], image_size: tuple[int, int]) -> MaskWindow | None:
+    """Union of polygons, in pixels of an image of `image_size`, as pycocotools draws them; cut at the image's borders.
+
+    Nothing is drawn right of and below the polygons, because most objects are small. Left of and above them would be
+    cheaper still, but pycocotools rounds ties otherwise after a shift.
+
+    Args:
+        polygons: each (P, 2) points x, y.
+        image_size: (height, width), pixels.
+
+    Returns:
+        None where the polygons' common box lies outside of the image.
+    """
+    if not polygons:
+        return None
+    points = np.concatenate(polygons)
+    limits = np.array(image_size)[::-1]
+    left, top = (int(value) for value in np.clip(np.floor(points.min(axis=0)), 0, limits))
+    right, bottom = (int(value) for value in np.clip(np.ceil(points.max(axis=0)), 0, limits))
+    if right <= left or bottom <= top:
+        return None
+    rles = coco_mask.frPyObjects([_round_evenly(polygon).reshape(-1) for polygon in polygons], bottom, right)
+    mask = coco_mask.decode(coco_mask.merge(rles))[top:, left:]
+    return MaskWindow(mask.astype(bool), top, left)
+
+
+def _round_evenly(coordinates: np.ndarray) -> np.ndarray:
+    """Coordinates that pycocotools takes to the nearest fifth of a pixel, also below zero.
+
+    It takes int(5 * x + 0.5), which moves what lies left of or above a crop by a fifth of a pixel towards it.
+    """
+    fifths = np.floor(5 * coordinates + 0.5)
+    return np.where(fifths < 0, (fifths - 0.75) / 5, coordinates)

@@ -1,0 +1,73 @@
+"""What is done to a picture before the model sees it, in training and in a test; pictures of one pixel included."""
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+
+# The published crop recipe: short sides in pixels before the crop, and how often it is applied.
+_SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
+_CROP_PROBABILITY = 0.5
+# Published: none. Only strips, 17 times as long as wide, come to it; one of 1 x 4000 would be 600 x 2400000.
+_LONG_SIDE_BEFORE_CROP = 10_000
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's, but never to a side of no pixel: 1 x 4000 becomes 1 x 853, not 0 x 853."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        transform = super().get_transform(image)
+        if isinstance(transform, T.NoOpTransform) or min(transform.new_h, transform.new_w) > 0:
+            return transform
+        new_size = (max(1, transform.new_h), max(1, transform.new_w))
+        return T.ResizeTransform(*image.shape[:2], *new_size, self.interp)
+
+
+class RandomCrop(T.RandomCrop):
+    """Detectron2's, but at least one pixel high and wide, whatever fraction of the picture is asked for."""
+
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = super().get_crop_size(image_size)
+        return max(1, height), max(1, width)
+
+
+def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """The resize of INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST, as in Detectron2."""
+    return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
+
+
+def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """The published recipe: flip; with INPUT.CROP.ENABLED half of the images zoomed and cropped; resize.
+
+    Raises:
+        ValueError: a value of INPUT.RANDOM_FLIP, INPUT.CROP or INPUT.MIN_SIZE_TRAIN(_SAMPLING) that has no meaning.
+    """
+    flip = cfg.INPUT.RANDOM_FLIP
+    if flip not in ("none", "horizontal", "vertical"):
+        raise ValueError(f"INPUT.RANDOM_FLIP is {flip!r}; expected 'none', 'horizontal' or 'vertical'")
+    sampling, min_sizes = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING, cfg.INPUT.MIN_SIZE_TRAIN
+    if sampling not in ("choice", "range"):
+        raise ValueError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING is {sampling!r}; expected 'choice' or 'range'")
+    if sampling == "range" and not isinstance(min_sizes, int) and len(min_sizes) != 2:
+        raise ValueError(f"INPUT.MIN_SIZE_TRAIN is {min_sizes}; INPUT.MIN_SIZE_TRAIN_SAMPLING 'range' takes two values")
+
+    augmentations = []
+    if flip != "none":
+        augmentations.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
+    if cfg.INPUT.CROP.ENABLED:
+        crop_type, crop_size = cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE
+        crop_types = ("relative", "relative_range", "absolute", "absolute_range")
+        if crop_type not in crop_types:
+            raise ValueError(f"INPUT.CROP.TYPE is {crop_type!r}; expected one of {crop_types}")
+        in_pixels = crop_type.startswith("absolute")
+        if len(crop_size) != 2 or not all(
+            value > 0 and (value == int(value) if in_pixels else value <= 1) for value in crop_size
+        ):
+            expected = "two whole numbers of pixels" if in_pixels else "two fractions in (0, 1]"
+            raise ValueError(f"INPUT.CROP.SIZE is {crop_size}; INPUT.CROP.TYPE {crop_type!r} takes {expected}")
+        if crop_type == "absolute_range" and crop_size[0] > crop_size[1]:
+            raise ValueError(f"INPUT.CROP.SIZE is {crop_size}; INPUT.CROP.TYPE 'absolute_range' takes (least, most)")
+        zoom = ResizeShortestEdge(_SHORT_SIDES_BEFORE_CROP, _LONG_SIDE_BEFORE_CROP, "choice")
+        zoom_and_crop = T.AugmentationList([zoom, RandomCrop(crop_type, crop_size)])
+        augmentations.append(T.RandomApply(zoom_and_crop, prob=_CROP_PROBABILITY))
+    augmentations.append(ResizeShortestEdge(min_sizes, cfg.INPUT.MAX_SIZE_TRAIN, sampling))
+    return augmentations

@@ -1,0 +1,238 @@
+"""The reader of pictures: every mode, EXIF, damaged files, limits; and Detectron2's own reader for comparison."""
+
+import random
+import struct
+import threading
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import detection_utils
+from PIL import Image
+
+from sparseinst.config import add_sparse_inst_config
+from sparseinst.data.images import MAX_IMAGE_PIXELS, DataError, ImageReadError, read_image, read_image_size
+
+HEIGHT, WIDTH = 6, 9
+
+
+def pixels(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def picture(mode: str) -> Image.Image:
+    image = Image.fromarray(pixels(HEIGHT, WIDTH, 4), "RGBA")
+    if mode in ("P", "1"):
+        return image.convert("RGB").convert(mode)
+    if mode == "PA":
+        return image.convert("RGB").convert("P").convert("PA")
+    return image.convert(mode) if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("RGB", "png"), ("RGB", "jpg"), ("RGB", "bmp"), ("RGB", "webp"), ("RGB", "tif"), ("RGBA", "png"),
+        ("RGBA", "tif"), ("L", "png"), ("L", "jpg"), ("LA", "png"), ("P", "png"), ("P", "gif"), ("PA", "tif"),
+        ("1", "png"), ("CMYK", "jpg"), ("CMYK", "tif"), ("YCbCr", "jpg"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("channel_order", ["RGB", "BGR"])
+def test_8_bit_pictures_are_those_of_detectron2(mode, suffix, channel_order, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    picture(mode).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = read_image(path, channel_order)
+    assert ours.dtype == np.uint8 and ours.shape == (HEIGHT, WIDTH, 3)
+    assert np.array_equal(ours, detection_utils.read_image(str(path), channel_order))
+    assert read_image_size(path) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(256))])
+def test_transparent_palettes_warn_of_nothing(transparency, tmp_path):
+    path = tmp_path / "a.png"
+    picture("P").save(path, transparency=transparency)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = read_image(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.array_equal(ours, detection_utils.read_image(str(path), "RGB"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_exif_orientation(orientation, suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels(16, 40, 3)).save(path, exif=exif)
+    ours = read_image(path)
+    assert ours.shape[:2] == ((40, 16) if orientation >= 5 else (16, 40))
+    assert read_image_size(path) == ours.shape[:2]
+    if suffix == "tif":
+        # Pillow turns it, and Detectron2 then once more.
+        assert np.array_equal(ours, np.asarray(Image.open(path).convert("RGB")))
+        return
+    assert np.array_equal(ours, detection_utils.read_image(str(path), "RGB"))
+    stored = np.asarray(Image.open(path).convert("RGB"))
+    turned = {
+        1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.transpose(1, 0, 2),
+        6: stored.transpose(1, 0, 2)[:, ::-1], 7: stored[::-1, ::-1].transpose(1, 0, 2),
+        8: stored.transpose(1, 0, 2)[::-1],
+    }[orientation]  # fmt: skip
+    assert np.array_equal(ours, turned)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 2**16 - 1])
+def test_meaningless_orientations_are_none(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels(16, 40, 3)).save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.png").shape == (16, 40, 3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bits_are_rescaled_not_clipped(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    values = np.array([[0, 128, 129, 255, 256, 257], [1000, 32768, 65278, 65406, 65407, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(path)
+    expected = np.rint(values / 257).astype(np.uint8)
+    assert expected.tolist() == [[0, 0, 1, 1, 1, 1], [4, 128, 254, 254, 255, 255]]  # by hand
+    assert np.array_equal(read_image(path), np.repeat(expected[..., None], 3, axis=2))
+    # The stock reader: everything above 255 is white.
+    assert (detection_utils.read_image(str(path), "RGB")[values > 255] == 255).all()
+
+
+def test_16_bits_are_turned_too(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.full((3, 5), 65535, np.uint16)).save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.png").shape == (5, 3, 3) and (read_image(tmp_path / "a.png") == 255).all()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])
+def test_a_range_that_nobody_knows_is_refused(dtype, kind, tmp_path):
+    Image.fromarray(np.zeros((3, 5), dtype)).save(tmp_path / "a.tif")
+    for read in (read_image, read_image_size):
+        with pytest.raises(ImageReadError, match=rf"a.tif: its pixels are {kind}.* save it with 8 or 16 bits"):
+            read(tmp_path / "a.tif")
+
+
+def test_files_that_are_no_pictures_are_refused_with_the_reason(tmp_path):
+    Image.fromarray(pixels(64, 64, 3)).save(tmp_path / "good.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:-500])
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("no picture at all")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 50)
+    for name, reason in {
+        "cut.jpg": "truncated",
+        "empty.jpg": "the file is empty",
+        "text.jpg": "it is no picture",
+        "folder.jpg": "Is a directory",
+        "missing.jpg": "No such file",
+        "broken.png": "Truncated",
+    }.items():
+        with pytest.raises(ImageReadError, match=f"Cannot read the picture {tmp_path / name}: .*{reason}") as error:
+            read_image(tmp_path / name)
+        assert isinstance(error.value, DataError)
+        if name != "cut.jpg":  # Its header is whole.
+            with pytest.raises(ImageReadError, match=reason):
+                read_image_size(tmp_path / name)
+
+
+def test_paths_with_spaces_and_other_letters(tmp_path):
+    folder = tmp_path / "Bilder über Äpfel, 写真"
+    folder.mkdir()
+    Image.fromarray(pixels(5, 4, 3)).save(folder / "mein Bild (1) ñ.png")
+    assert np.array_equal(read_image(folder / "mein Bild (1) ñ.png"), pixels(5, 4, 3))
+    assert read_image(str(folder / "mein Bild (1) ñ.png")).shape == (5, 4, 3)
+    with pytest.raises(ImageReadError, match="Äpfel, 写真"):
+        read_image(folder / "\0.png")
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def test_sizes_are_limited_before_decoding(tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_that_claims(60000, 60000))
+    for read in (read_image, read_image_size):
+        with pytest.raises(ImageReadError, match="60000 x 60000 = 3600000000 pixels, and INPUT.MAX_IMAGE_PIXELS is 2"):
+            read(path)
+    Image.fromarray(pixels(10, 20, 3)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", max_pixels=200).shape == (10, 20, 3)
+    with pytest.raises(ImageReadError, match="10 x 20 = 200 pixels, and INPUT.MAX_IMAGE_PIXELS is 199; set it higher"):
+        read_image(tmp_path / "a.png", max_pixels=199)
+
+
+def test_the_default_is_the_config_s_and_allows_8000_by_8000():
+    cfg = get_cfg()
+    add_sparse_inst_config(cfg)
+    assert cfg.INPUT.MAX_IMAGE_PIXELS == MAX_IMAGE_PIXELS
+    assert 8000 * 8000 < MAX_IMAGE_PIXELS < 60000 * 60000
+
+
+def test_pillows_own_limit_neither_warns_nor_interferes_and_is_restored(tmp_path, monkeypatch):
+    Image.fromarray(pixels(10, 20, 3)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # 200 pixels are more than twice as many: an error of Pillow's
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "a.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        threads = [threading.Thread(target=read_image, args=(tmp_path / "a.png",)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        assert read_image(tmp_path / "a.png").shape == (10, 20, 3)
+        for thread in threads:
+            thread.join()
+    with pytest.raises(ImageReadError):
+        read_image(tmp_path / "missing.png")
+    assert Image.MAX_IMAGE_PIXELS == 50
+
+
+def test_another_channel_order(tmp_path):
+    with pytest.raises(ValueError, match="channel_order is 'L'; it must be one of RGB, BGR"):
+        read_image(tmp_path / "a.png", "L")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "bmp", "webp", "pgm"])
+def test_damaged_files_end_in_our_error_or_in_a_picture(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels(24, 24, 3)).convert("L" if suffix == "pgm" else "RGB").save(
+        path, **({"exif": exif} if suffix in ("png", "jpg", "webp", "tif") else {})
+    )
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    num_refused = 0
+    for case in range(150):
+        data = bytearray(whole)
+        if case % 3 == 0:
+            data = data[: rng.randrange(len(data))]
+        else:
+            for _ in range(rng.choice((1, 3, 30))):
+                # Half of the damage in the headers.
+                data[rng.randrange(len(data) if case % 2 else min(len(data), 100))] = rng.randrange(256)
+        path.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                image = read_image(path, max_pixels=1_000_000)
+                assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+            except ImageReadError as error:
+                assert str(path) in str(error)
+                num_refused += 1
+    assert num_refused > 20

@@ -1,0 +1,162 @@
+"""The checker of data sets: counts, suggestions, exit codes. tests/data/test_flaws.py: that it agrees with training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from sparseinst.data.annotations import MaskWindow
+from sparseinst.tools import check_dataset
+from tests.data.flawed_json import CONTENT, annotation, flawed, write
+from tests.shapes_data import write_shapes
+from tests.tiny_model import tiny_cfg
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_cfg().dump())
+    return str(path)
+
+
+def check(capsys, json_file, images, *args):
+    code = check_dataset.main([str(json_file), str(images), *map(str, args)])
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err
+    return code, output.out
+
+
+def test_counts_by_hand(config_file, tmp_path, capsys):
+    content = flawed("none")
+    # 1.png: sides 20 and 25; 2.png: 30, 33 and 1; a crowd on 3.png; nothing on 4.png.
+    content["annotations"] += [annotation(5, 2, 17, 2, 2, 33), annotation(6, 2, 3, 50, 30, 1)]
+    code, output = check(capsys, *write(tmp_path, content), "--config-file", config_file)
+    assert code == 0
+    assert "4 images, 3 categories, 6 annotations (1 crowds)" in output
+    assert "Annotations of each category: disc 1, cross 2, bar 3" in output
+    assert "objects per image: median 1, 99th percentile 3, most 3; images without objects: 2 of 4" in output
+    assert "80.0% small (below 32 x 32 pixels), 20.0% medium, 0.0% large" in output
+    assert "NUM_CLASSES 3; MODEL.SPARSE_INST.DECODER.NUM_MASKS 3 or more" in output and "(it is 6)" in output
+    assert output.endswith("Nothing here stops a training.\n")
+
+
+def test_drawn_shapes_in_every_way(tmp_path, capsys):
+    files = write_shapes(tmp_path / "shapes", 6)
+    reports = [check(capsys, *files, *args) for args in ([], ["--quick"], ["--workers", 2], ["--evaluation"])]
+    assert [code for code, _ in reports] == [0] * 4
+    assert reports[0][1] == reports[1][1] == reports[2][1]
+    assert "NUM_CLASSES 4" in reports[0][1] and reports[3][1].endswith("Nothing here stops an evaluation.\n")
+
+
+def test_all_broken_images_are_told_in_one_pass(config_file, tmp_path, capsys):
+    json_file, images = write(tmp_path)
+    (images / "1.png").write_bytes((images / "1.png").read_bytes()[:-300])
+    (images / "2.png").unlink()
+    Image.new("RGB", (40, 60)).save(images / "3.png")
+    (images / "4.png").write_text("no picture")
+    for workers in (0, 2):
+        arguments = ["--config-file", config_file, "--workers", workers]
+        code, output = check(capsys, json_file, images, *arguments)
+        assert code == 1 and "Problems, which stop a training: 4" in output
+        assert "unreadable picture: 2" in output and "1.png: " in output and "4.png: it is no picture" in output
+        assert "missing file: 1" in output and "'2.png'" in output
+        assert "another image size: 1" in output and "EXIF" in output
+        assert output.endswith("A training with these data would stop.\n")
+    # Headers alone do not tell of the first.
+    code, output = check(capsys, json_file, images, "--config-file", config_file, "--quick")
+    assert code == 1 and "Problems, which stop a training: 3" in output
+
+
+def test_kinds_are_capped_and_counted(config_file, tmp_path, capsys):
+    content = flawed("none")
+    for number in range(10, 40):
+        content["annotations"].append({**annotation(number, 1, 3, 0, 0, 9), "segmentation": [[1, 2, 3]]})
+    content["annotations"].append({**annotation(77, 1, 3, 0, 0, 9), "segmentation": [[1, 2]]})
+    files = write(tmp_path, content)
+    code, output = check(capsys, *files, "--config-file", config_file, "--show", 2)
+    assert code == 1
+    assert "segmentation: 30\n" in output and output.count("a polygon of 3 numbers") == 2 and "and 28 more" in output
+    assert "Warnings: 1\n  polygons of fewer than three points: 1\n    annotation 77 ('1.png')" in output
+
+
+def test_what_only_warns(config_file, tmp_path, capsys):
+    content = flawed("none")
+    content["images"].append({**content["images"][0], "id": 9})
+    content["annotations"] += [annotation(number, 1, 3, 1, 1, 9) for number in range(10, 20)]
+    code, output = check(capsys, *write(tmp_path, content), "--config-file", config_file)
+    assert code == 0
+    assert "'1.png' is named by 2 images" in output and "NUM_MASKS 12 would hold all" in output
+
+
+def test_the_number_of_classes_counts_where_a_config_is_given(config_file, tmp_path, capsys):
+    files = write(tmp_path, flawed("one category too many"))
+    assert check(capsys, *files)[0] == 0
+    code, output = check(capsys, *files, "--config-file", config_file)
+    assert code == 1 and "set MODEL.SPARSE_INST.DECODER.NUM_CLASSES 4" in output
+    opts = ["--opts", "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4]
+    assert check(capsys, *files, "--config-file", config_file, *opts)[0] == 0
+
+
+def test_wrong_arguments(tmp_path, capsys):
+    json_file, images = write(tmp_path)
+    for arguments, message in (
+        ([tmp_path / "none.json", images], "none.json"),
+        ([json_file, tmp_path / "none"], "There is no folder"),
+        ([json_file, images, "--config-file", "no_such_config"], "no_such_config"),
+        ([json_file, images, "--opts", "NO.KEY", "1"], "NO.KEY"),
+        ([json_file, images, "--workers", "-1"], "--workers"),
+    ):
+        assert check_dataset.main(list(map(str, arguments))) == 2
+        assert message in (error := capsys.readouterr().err) and error.startswith("error: ")
+    with pytest.raises(SystemExit) as error:
+        check_dataset.main([])
+    assert error.value.code == 2
+
+
+def test_objects_that_the_mask_grid_loses(config_file, tmp_path, capsys):
+    # Resized from 40 x 60 to 64 x 96, by 1.6: a square of one pixel covers 1.6, and the grid looks at 2 of 4.
+    content = {**CONTENT, "annotations": [annotation(n, 1, 3, n, 10, 1) for n in range(20)]}
+    files = write(tmp_path, content)
+    code, output = check(capsys, *files, "--config-file", config_file)
+    (line,) = [line for line in output.splitlines() if "the mask grid loses" in line]
+    num_lost = int(line.split(": ")[1].split(" of 20")[0])
+    assert code == 0 and "short side 64" in line and "ANTIALIASED_TARGETS True keeps them" in line
+    assert 0 < num_lost < 20
+    opts = ["--opts", "MODEL.SPARSE_INST.ANTIALIASED_TARGETS", "True"]
+    assert "loses: none, with" in check(capsys, *files, "--config-file", config_file, *opts)[1]
+
+
+@pytest.mark.parametrize("pixels_per_cell", [4.0, 2.0, 16 / 3])
+def test_what_the_grid_shows_is_what_the_whole_mask_s_reduction_shows(pixels_per_cell):
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(200):
+        mask = np.zeros((96, 128), bool)
+        top, left = rng.integers(0, (90, 120))
+        height, width = rng.integers(1, 6, 2)
+        mask[top : top + height, left : left + width] = rng.random((height, width))[: 96 - top, : 128 - left] < 0.5
+        window = MaskWindow(mask, 0, 0).shrink()
+        if window is None:
+            continue
+        cells = (round(96 / pixels_per_cell), round(128 / pixels_per_cell))
+        whole = torch.from_numpy(mask)[None, None].float()
+        expected = bool(F.interpolate(whole, size=cells, mode="bilinear", align_corners=False).any())
+        assert check_dataset.is_on_grid(window, pixels_per_cell) == expected
+        seen.add(expected)
+    assert seen == {True, False} or pixels_per_cell == 2
+
+
+def test_a_json_that_is_garbage_ends_in_a_verdict(config_file, tmp_path, capsys):
+    text = json.dumps(CONTENT)
+    rng = np.random.default_rng(0)
+    codes = []
+    for _ in range(25):
+        damaged = bytearray(text.encode())
+        for _ in range(3):
+            damaged[rng.integers(len(damaged))] = rng.integers(32, 127)
+        json_file, images = write(tmp_path, damaged.decode())
+        codes.append(check(capsys, json_file, images)[0])
+    assert set(codes) <= {0, 1} and 1 in codes
