@@ -162,11 +162,17 @@ def _read_torch(path: Path) -> object:
     # What timm's and DeiT's training scripts put beside the weights; it holds values only.
     safe_globals = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5
     with safe_globals([argparse.Namespace]) if safe_globals else contextlib.nullcontext():
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_torch(path, weights_only=True)
 
 
 def _read_any_torch(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return _load_torch(path, weights_only=False)
+
+
+def _load_torch(path: Path, weights_only: bool) -> object:
+    # Given a path, newer versions read what is called .safetensors as that.
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
 def _read_arrays(path: Path) -> object:

@@ -32,7 +32,7 @@ def assert_is_state(content):
         assert torch.equal(torch.as_tensor(content[name]), value)
 
 
-@pytest.mark.parametrize("name", ["weights.pth", "weights.pkl", "weights"])
+@pytest.mark.parametrize("name", ["weights.pth", "weights.pkl", "weights.safetensors", "weights"])
 def test_pytorch_files_of_both_formats_whatever_they_are_called(tmp_path, name):
     torch.save(STATE, tmp_path / name)
     assert_is_state(read_weights_file(tmp_path / name).content)

@@ -56,11 +56,16 @@ def whole(kind: str) -> bytes:
 
 
 def changed_pickle(data: bytes, generator: random.Random) -> bytes:
-    """Instructions replaced, put in, left out or repeated; what follows the pickle stays."""
+    """Instructions replaced, put in, left out or repeated, or other numbers; what follows the pickle stays."""
     places = [place for _, _, place in pickletools.genops(data)]
     end = places[-1] + 1
     parts = [data[a:b] for a, b in zip(places, [*places[1:], end])]
+    only_numbers = generator.random() < 0.5
     for _ in range(generator.choice((1, 1, 2, 4))):
+        if only_numbers:
+            place = generator.choice([place for place, part in enumerate(parts) if part[:1] in (b"K", b"M", b"J")])
+            parts[place] = b"K%c" % generator.randrange(12)
+            continue
         place = generator.randrange(len(parts))
         instruction = generator.choice([generator.choice(INSTRUCTIONS), generator.choice(parts)])
         parts[place : place + generator.randrange(3)] = [instruction] * generator.choice((0, 1, 1, 1, 2, 200))
