@@ -10,12 +10,12 @@ import random
 import resource
 import shutil
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.faults.child import Outcome, num_cases, run_in_child
+from tests.faults.child import Child, Outcome, num_cases
 
 MAX_CPU_SECONDS = 10
 MAX_GROWTH_KB = 2**20
@@ -42,24 +42,36 @@ def run_cases(prepare: Prepare, folder: Path, short: int, full: int) -> None:
     """
     alone = os.environ.get("SPARSEINST_CASE")
     numbers = [int(alone)] if alone else range(num_cases(short, full))
-    with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        outcomes = dict(zip(numbers, pool.map(lambda number: _run_case(prepare, number, str(folder)), numbers)))
+    outcomes: dict[int, Outcome] = {}
+    # From one thread: multiprocessing loses exit codes where several wait.
+    running: dict[int, Child] = {}
+    for number in numbers:
+        running[number] = Child(_judge, prepare, number, str(folder))
+        if len(running) == NUM_WORKERS:
+            _wait_for_first(running, outcomes)
+    while running:
+        _wait_for_first(running, outcomes)
     wrong = {number: fault for number, outcome in outcomes.items() if (fault := _fault(outcome))}
-    counts = Counter(_last_line(outcome.output) for number, outcome in outcomes.items() if number not in wrong)
-    slowest = max(outcomes, key=lambda number: outcomes[number].seconds)
-    print(f"{len(outcomes)} cases, {len(wrong)} wrong; slowest: case {slowest}, {outcomes[slowest].seconds:.1f} s")
-    print("\n".join(f"{count:5} {line}" for line, count in sorted(counts.items())))
+    told = {number: _lines(outcome.output) for number, outcome in outcomes.items() if number not in wrong}
+    seconds = {number: float(lines[-2]) for number, lines in told.items()}
+    print(f"{len(outcomes)} cases, {len(wrong)} wrong")
+    if seconds:
+        slowest = max(seconds, key=seconds.__getitem__)
+        print(f"slowest: case {slowest}, {seconds[slowest]:.2f} s")
+    for line, count in sorted(Counter(lines[-1] for lines in told.values()).items()):
+        print(f"{count:5} {line}")
     if alone:
-        print(outcomes[numbers[0]].output)
+        print(outcomes[int(alone)].output)
     assert not wrong, f"{len(wrong)} of {len(outcomes)}: " + "\n".join(f"case {n}: {f}" for n, f in wrong.items())
 
 
-def _run_case(prepare: Prepare, number: int, folder: str) -> Outcome:
-    return run_in_child(_judge, prepare, number, folder, timeout=MAX_WALL_SECONDS)
+def _wait_for_first(running: dict[int, Child], outcomes: dict[int, Outcome]) -> None:
+    number = next(iter(running))
+    outcomes[number] = running.pop(number).wait(MAX_WALL_SECONDS)
 
 
 def _judge(prepare: Prepare, number: int, folder: str) -> None:
-    """In the child. Its last line of output is the outcome."""
+    """In the child. Its last lines of output are how many seconds the reading took, and the outcome."""
     own = Path(folder) / f"case {number}"
     own.mkdir(exist_ok=True)
     os.chdir(own)
@@ -68,6 +80,7 @@ def _judge(prepare: Prepare, number: int, folder: str) -> None:
     _limit_resources()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcome = "read"
+    start = time.perf_counter()
     try:
         read()
     except ValueError as error:
@@ -76,13 +89,14 @@ def _judge(prepare: Prepare, number: int, folder: str) -> None:
             raise AssertionError(f"the message names no file: {text}") from error
         print(text)
         outcome = "refused"
+    seconds = time.perf_counter() - start
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     if grown > MAX_GROWTH_KB:
         raise AssertionError(f"it took {grown / 1024:.0f} MB")
     if (own / CANARY).exists():
         raise AssertionError("it ran code")
     shutil.rmtree(own)
-    print(f"{kind}: {outcome}")
+    print(f"{seconds:.3f}\n{kind}: {outcome}")
 
 
 def _limit_resources() -> None:
@@ -101,12 +115,12 @@ def _fault(outcome: Outcome) -> str:
     if outcome.signal is not None:
         return f"ended by signal {outcome.signal}"
     if outcome.exit_code != 0:
-        return _last_line(outcome.output) or f"exit code {outcome.exit_code}"
+        return f"exit code {outcome.exit_code}, {_lines(outcome.output)[-1]}"
     return ""
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1]
+def _lines(text: str) -> list[str]:
+    return text.strip().splitlines() or [""]
 
 
 def damaged(data: bytes, generator: random.Random) -> bytes:

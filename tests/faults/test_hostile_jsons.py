@@ -64,8 +64,8 @@ def whole() -> dict:
 
 def change(content: object, generator: random.Random) -> object:
     """The content with one place in it replaced, left out or repeated."""
-    if not isinstance(content, list | dict) or not content or generator.random() < 0.08:
-        return generator.choice(VALUES)
+    if not isinstance(content, list | dict) or not content or generator.random() < 0.05:
+        return _near(content, generator) if generator.random() < 0.6 else generator.choice(VALUES)
     key = generator.choice(list(content) if isinstance(content, dict) else range(len(content)))
     changed = content.copy()
     action = generator.random()
@@ -79,6 +79,18 @@ def change(content: object, generator: random.Random) -> object:
     else:
         changed[key] = change(changed[key], generator)
     return changed
+
+
+def _near(value: object, generator: random.Random) -> object:
+    """A value that may pass where the value does."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return value
+    if isinstance(value, str):
+        place = generator.randrange(len(value) + 1)
+        return value[:place] + chr(generator.randrange(33, 127)) + value[place + generator.randrange(2) :]
+    return generator.choice(
+        (value + 1, value - 1, -value, value * 10, value / 3, value + 0.5, float(value), value * 1e6)
+    )
 
 
 class OnePerPicture(nn.Module):
