@@ -26,8 +26,8 @@ MAX_WALL_SECONDS = 90
 NUM_WORKERS = 2
 
 Prepare = Callable[[random.Random, int, Path], tuple[str, Callable[[], object]]]
-# What messages about overrides name instead.
-NAMED_BESIDES = ("KEY VALUE overrides", "MODEL.DEVICE is")
+# What messages name instead: of overrides, and of a json's pictures that are elsewhere.
+NAMED_BESIDES = ("KEY VALUE overrides", "MODEL.DEVICE is", "/dev/zero")
 # A folder that code in a file would make where the case runs.
 CANARY = "made by code"
 

@@ -96,9 +96,9 @@ def changed_structure(kind: str, data: bytes, generator: random.Random) -> bytes
             content = archive.read(name)
             if name.endswith("data.pkl"):
                 content = changed_pickle(content, generator)
-            elif generator.random() < 0.1:
+            elif generator.random() < 0.03:
                 content = damaged(content, generator)
-            if generator.random() < 0.98:
+            if generator.random() < 0.99:
                 changed.writestr(name, content)
     return file.getvalue()
 
