@@ -103,6 +103,8 @@ def extract_tensors(content: object, averaged: bool = True) -> tuple[dict[str, t
 
 def _tensors(state: Mapping) -> dict[str, torch.Tensor]:
     tensors = {}
+    # An array under many names is one copy, or a small file could fill the memory.
+    copies: dict[int, torch.Tensor] = {}
     for name, value in state.items():
         # Caffe2's files hold the optimizer's momentum too.
         if isinstance(name, str) and not name.endswith("_momentum"):
@@ -110,7 +112,9 @@ def _tensors(state: Mapping) -> dict[str, torch.Tensor]:
                 tensors[name] = value
             elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
                 # A copy of its own: a pickle's array may be read-only, or of another byte order.
-                tensors[name] = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+                if id(value) not in copies:
+                    copies[id(value)] = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+                tensors[name] = copies[id(value)]
     return tensors
 
 

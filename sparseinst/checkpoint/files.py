@@ -1,20 +1,24 @@
 """Weights files: read by what they hold, whatever they are called, and without running code that they bring."""
 
 import argparse
-import codecs
 import contextlib
 import logging
+import mmap
 import os
 import pickle
 import re
 import string
 import zipfile
-from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
+
+from sparseinst.checkpoint.arrays import ArrayUnpickler
+from sparseinst.checkpoint.pickles import CodeNeededError
+from sparseinst.checkpoint.safetensors_claims import check_safetensors_claims
+from sparseinst.checkpoint.torch_claims import check_legacy_claims, check_zip_claims
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,11 @@ _FOREIGN_STARTS = {
     b"\x1f\x8b": "compressed with gzip; unpack it",
     b"\x89HDF": "an HDF5 file of Keras or TensorFlow, which cannot be read here; convert it to PyTorch's format",
 }
+# What damaged files make the readers raise: pickle, zipfile, torch and ours. RuntimeError is torch's of its C++ parts.
+_READER_ERRORS = (
+    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+    EOFError, OverflowError, AssertionError, OSError,
+)  # fmt: skip
 _READABLE = "PyTorch files (.pth), safetensors and pickles of numpy arrays (.pkl) can be read"
 
 
@@ -65,26 +74,33 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
     """
     path = Path(path)
     kind = _kind_of(path)
-    if kind == SAFETENSORS:
-        return WeightsFile(kind, _read_safetensors(path))
-    read_safely, read_with_code = (
-        (_read_plain_pickle, _read_any_pickle) if kind == PICKLE else (_read_torch, _read_any_torch)
-    )
-    try:
-        return WeightsFile(kind, read_safely(path))
-    except Exception as error:  # Damaged files make the libraries raise nearly anything.
-        if _needs_code(error):
+    read = {ZIP: _read_zip, LEGACY: _read_legacy, PICKLE: _read_arrays, SAFETENSORS: _read_safetensors}[kind]
+    with _explained_damage(path, kind, _READER_ERRORS):
+        try:
+            return WeightsFile(kind, read(path))
+        except pickle.UnpicklingError as error:
+            if not _needs_code(error):
+                raise
             if not trusted:
                 raise WeightsFileError(
                     f"{path} cannot be read without running code that it names ({_unknown_name(error)}). If it comes "
                     "from someone you trust, set MODEL.TRUSTED_WEIGHTS True; else ask for the bare state dict"
                 ) from error
-        else:
-            raise _damaged(path, kind, error) from error
     logger.warning("%s runs code while it is read, as MODEL.TRUSTED_WEIGHTS allows", path)
+    # That code may not be installed here, or not be what it was.
+    with _explained_damage(path, kind, (*_READER_ERRORS, ImportError)):
+        return WeightsFile(kind, (_read_any_pickle if kind == PICKLE else _read_any_torch)(path))
+
+
+@contextlib.contextmanager
+def _explained_damage(path: Path, kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
-        return WeightsFile(kind, read_with_code(path))
-    except Exception as error:
+        yield
+    except WeightsFileError:
+        raise
+    except MemoryError as error:
+        raise WeightsFileError(f"{path}, {path.stat().st_size} bytes, does not fit into the memory") from error
+    except errors as error:
         raise _damaged(path, kind, error) from error
 
 
@@ -122,7 +138,7 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise _damaged(path, ZIP, error) from error
     entries = {name.partition("/")[2] for name in names}
     if "constants.pkl" in entries:
@@ -131,20 +147,37 @@ def _check_zip(path: Path) -> None:
         raise WeightsFileError(f"{path} is a zip file, but none of PyTorch's. {_READABLE}")
 
 
+def _read_zip(path: Path) -> object:
+    check_zip_claims(path)
+    return _read_torch(path)
+
+
+def _read_legacy(path: Path) -> object:
+    with _mapped(path) as file:
+        check_legacy_claims(path, file)
+    return _read_torch(path)
+
+
 def _read_torch(path: Path) -> object:
     # What timm's and DeiT's training scripts put beside the weights; it holds values only.
     safe_globals = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5
     with safe_globals([argparse.Namespace]) if safe_globals else contextlib.nullcontext():
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_torch(path, weights_only=True)
 
 
 def _read_any_torch(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return _load_torch(path, weights_only=False)
 
 
-def _read_plain_pickle(path: Path) -> object:
+def _load_torch(path: Path, weights_only: bool) -> object:
+    # Given a path, newer versions read what is called .safetensors as that.
     with path.open("rb") as file:
-        return _PlainUnpickler(file, encoding="latin1").load()
+        return torch.load(file, map_location="cpu", weights_only=weights_only)
+
+
+def _read_arrays(path: Path) -> object:
+    with _mapped(path) as file:
+        return ArrayUnpickler(file, len(file)).load()
 
 
 def _read_any_pickle(path: Path) -> object:
@@ -161,60 +194,22 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is read with the package safetensors, which cannot be imported ({error}). "
             "Install it: pip install 'sparseinst[timm]', or pip install safetensors"
         ) from error
+    check_safetensors_claims(path)
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except SafetensorError as error:
         raise _damaged(path, SAFETENSORS, error) from error
 
 
-class _CodeNeededError(pickle.UnpicklingError):
-    """A pickle names something that is not data."""
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    # How protocols 0 to 2 write bytes.
-    if encoding != "latin1":
-        raise _CodeNeededError(f"it asks for the codec {encoding!r}")
-    return codecs.encode(text, encoding)
-
-
-def _numpy_functions() -> dict[str, object]:
-    """The functions that numpy's own pickles name, by that name; taken from pickles, since they are not public."""
-    array = np.zeros(1, np.float32)
-    functions = [array.__reduce__()[0], np.float32(0).__reduce__()[0], array.__reduce_ex__(5)[0]]
-    return {function.__name__: function for function in functions}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Knows numpy's arrays and numbers, dicts, lists, tuples, sets, strings and numbers, and nothing else."""
-
-    _KNOWN = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("__builtin__", "set"): set,
-        ("builtins", "set"): set,
-        ("_codecs", "encode"): _encode,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        # numpy 2 moved numpy.core to numpy._core; files have either.
-        **{
-            (f"numpy.{core}.{module}", name): function
-            for core in ("core", "_core")
-            for module in ("multiarray", "numeric")
-            for name, function in _numpy_functions().items()
-        },
-    }
-
-    def find_class(self, module: str, name: str) -> object:
-        """Called by ``load`` for whatever the pickle names."""
-        try:
-            return self._KNOWN[module, name]
-        except KeyError:
-            raise _CodeNeededError(f"it names {module}.{name}") from None
+def _mapped(path: Path) -> mmap.mmap:
+    """A file in memory, of which nothing is read or allocated before it is asked for."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _needs_code(error: Exception) -> bool:
     # torch.load tells of both by UnpicklingError; of damage it says nothing about weights_only.
-    return isinstance(error, _CodeNeededError) or (
+    return isinstance(error, CodeNeededError) or (
         isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
     )
 

@@ -4,11 +4,14 @@ Importing this module registers both with Detectron2's PathManager.
 """
 
 import contextlib
+import http.client
 import importlib.util
 import os
+import pickle
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from detectron2.utils.file_io import PathHandler, PathManager
@@ -16,10 +19,17 @@ from iopath.common.file_io import get_cache_dir
 
 from sparseinst.checkpoint.files import WeightsFileError
 
+# What a download raises: OSError is URLError too, ValueError is of addresses that are none, RuntimeError is iopath's.
+_DOWNLOAD_ERRORS = (OSError, http.client.HTTPException, ValueError, RuntimeError)
+# What timm raises besides, where it reads what was downloaded.
+_READER_ERRORS = (LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
+# Of libraries that timm uses; which of them depends on its version, and that of huggingface_hub.
+_LIBRARIES_ERRORS = (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("safetensors", "SafetensorError"))
+
 
 def check_weights_file(weights: str) -> None:
     """Check that MODEL.WEIGHTS, unless it is empty or a URL, names a file. Raises WeightsFileError."""
-    if weights and "://" not in weights and not any(Path(p).is_file() for p in (weights, weights.split("?")[0])):
+    if weights and "://" not in weights and not any(map(os.path.isfile, (weights, weights.split("?")[0]))):
         raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
 
 
@@ -49,9 +59,12 @@ def find_weights(weights: str) -> str:
 def _explained_download(weights: str) -> Iterator[None]:
     try:
         yield
-    except URLError as error:
+    except WeightsFileError:
+        raise
+    except _DOWNLOAD_ERRORS as error:
+        reason = getattr(error, "reason", error)
         raise WeightsFileError(
-            f"MODEL.WEIGHTS {weights} cannot be downloaded ({error.reason}). Name a file that is on this machine, or "
+            f"MODEL.WEIGHTS {weights!r} cannot be downloaded ({reason}). Name a file that is on this machine, or "
             'set MODEL.WEIGHTS "" to start from random weights'
         ) from error
 
@@ -67,7 +80,7 @@ class PackageHandler(PathHandler):
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
         name, _, file_name = path.removeprefix(self.PREFIX).partition("/")
         # Finds the package without importing it.
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        spec = importlib.util.find_spec(name) if name.isidentifier() and name != "__main__" else None
         folders = list(spec.submodule_search_locations or ()) if spec else []
         if not folders:
             raise WeightsFileError(
@@ -114,7 +127,7 @@ class TimmHandler(PathHandler):
         if force or not cached.is_file():
             try:
                 state_dict = timm.create_model(name, pretrained=True).state_dict()
-            except Exception as error:  # Of its own, and of whatever downloads for it.
+            except (*_DOWNLOAD_ERRORS, *_READER_ERRORS, *_errors_of_libraries()) as error:
                 cause = (str(error).strip().splitlines() or [""])[0][:300]
                 raise WeightsFileError(
                     f"timm has no weights for MODEL.WEIGHTS {path}, or cannot download them "
@@ -129,6 +142,10 @@ class TimmHandler(PathHandler):
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
         return open(self._get_local_path(path), mode, buffering)
+
+
+def _errors_of_libraries() -> list[type[Exception]]:
+    return [getattr(sys.modules[library], name) for library, name in _LIBRARIES_ERRORS if library in sys.modules]
 
 
 PathManager.register_handler(PackageHandler(), allow_override=True)

@@ -45,12 +45,26 @@ class ClassInfo(NamedTuple):
         Raises:
             ValueError: there is no such file, or it holds something else.
         """
-        content = read_json(Path(path))
+        return cls.from_content(read_json(Path(path)), str(path))
+
+    @classmethod
+    def from_content(cls, content: Any, source: str) -> "ClassInfo":
+        """The classes of a dict form that may be anything.
+
+        Args:
+            content: what was found.
+            source: where, for messages.
+
+        Raises:
+            ValueError: it is something else.
+        """
         if not isinstance(content, dict) or set(content) != set(cls._fields):
-            raise ValueError(f"{path} is no list of classes; expected a JSON object with the keys {cls._fields}")
+            raise ValueError(f"{source} has no list of classes; expected a dict with the keys {cls._fields}")
         info = cls(**content)
         if not all(isinstance(values, list) for values in info) or len(info.names) != len(info.category_ids):
-            raise ValueError(f"{path}: 'names' and 'category_ids' must be lists of one length")
+            raise ValueError(f"{source}: 'names' and 'category_ids' must be lists of one length")
+        if not all(isinstance(name, str) for name in info.names) or not all(type(i) is int for i in info.category_ids):
+            raise ValueError(f"{source}: 'names' must be text, and 'category_ids' whole numbers")
         return info
 
 

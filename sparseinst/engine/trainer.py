@@ -267,7 +267,7 @@ class CheckpointedClasses:
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Raises ValueError where a run is resumed with other classes."""
-        if ClassInfo(**state_dict) != self.classes:
+        if ClassInfo.from_content(state_dict, "The checkpoint") != self.classes:
             raise ValueError(
                 f"The checkpoint that --resume found was trained on the classes {state_dict['names'][:5]}, ..., but "
                 f"DATASETS.TRAIN has {self.classes.names[:5]}, ...: choose another OUTPUT_DIR, or leave out --resume"

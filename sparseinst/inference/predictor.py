@@ -174,13 +174,14 @@ def _check_array(image: np.ndarray) -> None:
         )
 
 
-def _find_classes(cfg: CfgNode, saved: dict | None) -> ClassInfo:
+def _find_classes(cfg: CfgNode, saved: object) -> ClassInfo:
     num_classes = cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES
     weights = cfg.MODEL.WEIGHTS
     classes_file = Path(weights).parent / "classes.json"
     classes = None
     if saved is not None:
-        source, classes = f"The checkpoint {weights}", ClassInfo(**saved)
+        source = f"The checkpoint {weights}"
+        classes = ClassInfo.from_content(saved, source)
     elif weights and classes_file.is_file():
         source, classes = str(classes_file), ClassInfo.load(classes_file)
     if classes is not None:

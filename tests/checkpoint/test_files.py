@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from sparseinst.checkpoint import WeightsFileError, check_weights_file, find_weights, read_weights_file
+from sparseinst.checkpoint import (
+    WeightsFileError,
+    check_weights_file,
+    extract_tensors,
+    find_weights,
+    read_weights_file,
+)
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2)}
 
@@ -32,7 +38,7 @@ def assert_is_state(content):
         assert torch.equal(torch.as_tensor(content[name]), value)
 
 
-@pytest.mark.parametrize("name", ["weights.pth", "weights.pkl", "weights"])
+@pytest.mark.parametrize("name", ["weights.pth", "weights.pkl", "weights.safetensors", "weights"])
 def test_pytorch_files_of_both_formats_whatever_they_are_called(tmp_path, name):
     torch.save(STATE, tmp_path / name)
     assert_is_state(read_weights_file(tmp_path / name).content)
@@ -235,3 +241,21 @@ def test_without_timm_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"sparseinst\[timm\]"):
         find_weights("timm://resnet18")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["http://[::1", "http://a b/weights.pth", "http://\0/weights.pth", "http://xn--\ud800.com/w", "catalog://none",
+     "http://127.0.0.1:9/weights.pth", "a" * 5000, "a\0b", "package://__main__/weights.pth", "package://../weights.pth",
+     "package://os/weights.pth", "package://torch/../weights.pth", "file:///none.pth", "://"],
+)  # fmt: skip
+def test_addresses_that_are_none(weights):
+    with pytest.raises(WeightsFileError, match="MODEL.WEIGHTS|Python package"):
+        find_weights(weights)
+
+
+def test_arrays_under_several_names_are_copied_once(tmp_path):
+    array = np.zeros(1000, np.float32)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({str(index): array for index in range(100)}))
+    tensors, _ = extract_tensors(read_weights_file(tmp_path / "a.pkl").content)
+    assert len(tensors) == 100 and len({tensor.data_ptr() for tensor in tensors.values()}) == 1

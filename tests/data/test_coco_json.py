@@ -286,7 +286,10 @@ def test_class_info_survives_its_file(tmp_path: Path) -> None:
     info.save(tmp_path / "classes.json")
     assert ClassInfo.load(tmp_path / "classes.json") == info
     assert json.loads((tmp_path / "classes.json").read_text()) == {"names": ["Äpfel", "b"], "category_ids": [3, 90]}
-    for text in ('{"names": []}', "[]", '{"names": ["a"], "category_ids": []}', '{"names": 1, "category_ids": 2}', "{"):
+    for text in (
+        '{"names": []}', "[]", '{"names": ["a"], "category_ids": []}', '{"names": 1, "category_ids": 2}', "{",
+        '{"names": [1], "category_ids": [2]}', '{"names": ["a"], "category_ids": ["2"]}',
+    ):  # fmt: skip
         (tmp_path / "classes.json").write_text(text)
         with pytest.raises(ValueError, match="classes.json"):
             ClassInfo.load(tmp_path / "classes.json")

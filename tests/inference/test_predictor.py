@@ -207,6 +207,11 @@ def test_class_names_in_order_of_preference(tmp_path):
         predictor = Predictor(cfg)
         assert predictor.classes == ClassInfo(["rouge", "bleu"], [2, 4])
         assert predictor.metadata.thing_classes == ["rouge", "bleu"]
+        for classes in ([1, 2], {"names": ["a", "b"]}, {"names": [1, 2], "category_ids": [1, 2]}):
+            save_checkpoint(cfg, tmp_path, classes=classes)
+            with pytest.raises(ValueError, match="The checkpoint .*(list of classes|must be text)"):
+                Predictor(cfg)
+        save_checkpoint(cfg, tmp_path)
 
         # COCO's names come without its data.
         cfg.DATASETS.TEST = ("coco_2017_val",)
