@@ -55,7 +55,7 @@ def test_train_then_evaluate_then_resume(workspace, tmp_path):
 
     large = run(
         *workspace, "--eval-only", "OUTPUT_DIR", tmp_path / "eval", "MODEL.WEIGHTS", weights,
-        "MODEL.SPARSE_INST.MAX_MASK_GIB", 1e-6,
+        "MODEL.SPARSE_INST.MAX_MASK_GIB", 1e-6, "MODEL.SPARSE_INST.CLS_THRESHOLD", -1.0,
     )  # fmt: skip
     assert large.returncode == 1 and "Traceback" not in large.stderr
     assert "error: " in large.stderr and ".jpg: " in large.stderr and "OUTPUT_MASK_FORMAT to rle" in large.stderr
