@@ -50,6 +50,7 @@ quickstart: install
 	@echo '== 1 of 4: drawing the data set'
 	"$(VENV_PYTHON)" -m sparseinst.tools.make_shapes --output $(QUICK_DATA)
 	@echo '== 2 of 4: training from random weights, about 5 minutes on 2 cores'
+	rm -rf $(QUICK_OUTPUT)
 	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) OUTPUT_DIR $(QUICK_OUTPUT)
 	@echo '== 3 of 4: evaluation on images of another seed'
 	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) --eval-only \

@@ -18,19 +18,25 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 
-from sparseinst.checkpoint import checkpointer_from_config
+from sparseinst.checkpoint import OutputError, checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
-from sparseinst.data.loader import build_train_loader, derive_seed
+from sparseinst.data.images import DataError
+from sparseinst.data.loader import WorkerDiedError, build_train_loader, derive_seed
 from sparseinst.engine.evaluation import evaluate
-from sparseinst.engine.finite import FiniteGuard
+from sparseinst.engine.finite import FiniteGuard, NonFiniteStepError
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
 from sparseinst.engine.optimizer import build_optimizer
 from sparseinst.engine.step_record import AMP_DTYPES
+from sparseinst.modeling import MaskMemoryError
 from sparseinst.modeling.criterion import normalizer_over_ranks
 from sparseinst.modeling.structures import LossNormalizer
 
 logger = logging.getLogger(__name__)
+
+
+# What stops a training that has begun, with a message for the user; anything else is a defect.
+RUN_ERRORS = (DataError, MaskMemoryError, NonFiniteStepError, OutputError, WorkerDiedError)
 
 
 class Trainer(SimpleTrainer):
@@ -173,6 +179,12 @@ class Trainer(SimpleTrainer):
                     self.after_step()
                 # Tells the hooks that the training came to its end.
                 self.iter = self.max_iter
+            except RUN_ERRORS as error:
+                logger.error("%s", error)
+                raise
+            except Exception:
+                logger.exception("Exception during training:")
+                raise
             finally:
                 self.after_train()
         return self.results

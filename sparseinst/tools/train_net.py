@@ -14,10 +14,8 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from sparseinst.checkpoint import OutputError, check_weights_file, checkpointer_from_config
+from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
 from sparseinst.data.coco_json import check_num_classes, class_info, log_data_warnings, register_user_datasets
-from sparseinst.data.images import DataError
-from sparseinst.data.loader import WorkerDiedError
 from sparseinst.engine.evaluation import evaluate_and_time
 from sparseinst.engine.finite import NonFiniteStepError
 from sparseinst.engine.interruption import TrainingInterrupted
@@ -30,8 +28,7 @@ from sparseinst.engine.processes import (
     run_processes,
 )
 from sparseinst.engine.setup import load_config, resolve_config_file
-from sparseinst.engine.trainer import Trainer, check_test_config
-from sparseinst.modeling import MaskMemoryError
+from sparseinst.engine.trainer import RUN_ERRORS, Trainer, check_test_config
 
 DATA_FLAGS = {
     "--train-json": "COCO json to train on, in place of DATASETS.TRAIN",
@@ -52,8 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What stops a run that has begun, with a message for the user.
-RUN_ERRORS = (DataError, MaskMemoryError, OutputError, WorkerDiedError)
 # The disk, or the user's share of it, is full; a file is too large.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

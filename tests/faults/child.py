@@ -131,7 +131,5 @@ def _run(output: str, function: Callable[..., Any], args: tuple) -> None:
     except BaseException:
         traceback.print_exc()
         code = EXIT_EXCEPTION
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code or 0)
+    # So that multiprocessing ends the data workers.
+    sys.exit(code or 0)
