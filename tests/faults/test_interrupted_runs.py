@@ -73,9 +73,9 @@ def test_killed_at_random_moments(workspace):
     output = folder / "killed"
     phases = Counter()
     # One of six in an evaluation, one in the middle of writing a checkpoint, four at moments uniform over a run.
-    num_kills = num_cases(3, 75)
-    while phases.total() - phases["finished"] < num_kills:
-        wanted = [None, "evaluating", "saving", None, None, None][phases.total() % 6]
+    aimed = Counter()
+    while phases.total() - phases["finished"] < num_cases(1, 50) or aimed["saving"] < num_cases(1, 12):
+        wanted = [None, "evaluating", "saving", None, None, None][(phases + aimed).total() % 6]
         child = Child(train, config, output, wanted == "saving", 3)
         delay = rng.uniform(0, 0.2 if wanted else seconds)
         struck = interrupt(child, output, signal.SIGKILL, wanted, delay)
@@ -87,15 +87,12 @@ def test_killed_at_random_moments(workspace):
             phases["finished"] += 1
             continue
         assert outcome.signal == signal.SIGKILL, outcome.output
-        phases[f"{struck}{', aimed at' if wanted else ''}"] += 1
+        (aimed if wanted else phases)[struck] += 1
     outcome = run_in_child(train, config, output, False, 3, timeout=TIMEOUT)
     assert outcome.exit_code == 0, outcome.output
     assert_same_end(whole, output)
     assert not list(output.glob(".*.partial"))
-    print("phases of SIGKILL:", dict(phases))
-    in_save = phases["saving"] + phases["saving, aimed at"]
-    at_random = sum(count for name, count in phases.items() if name != "finished" and "aimed" not in name)
-    assert in_save >= num_cases(1, 10) and at_random >= num_cases(1, 48)
+    print("phases of SIGKILL at random:", dict(phases), "aimed at:", dict(aimed))
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
