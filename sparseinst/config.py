@@ -34,6 +34,18 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Most memory that the boolean masks of one image may take, in GiB; prediction stops before it takes more. 100 masks
     # of a camera's 42 megapixels fit.
     sparse_inst.MAX_MASK_GIB = 4.0
+    # How the network runs where nothing is trained; see sparseinst.modeling.optimization.
+    sparse_inst.INFERENCE = CfgNode()
+    # Fold norms and neighbouring linear layers into convolutions: float32 results move by rounding only.
+    sparse_inst.INFERENCE.FUSE = True
+    # Feature maps in channels-last layout.
+    sparse_inst.INFERENCE.CHANNELS_LAST = True
+    # "float32"; "bfloat16" or "float16" autocast.
+    sparse_inst.INFERENCE.PRECISION = "float32"
+    # torch.compile: seconds to minutes before the first picture, once more at the first one of another size.
+    sparse_inst.INFERENCE.COMPILE = False
+    # "torch"; "openvino" on a CPU (extra "openvino").
+    sparse_inst.INFERENCE.ENGINE = "torch"
     # Ground truth on the mask grid: the share of each cell that the instance covers. Otherwise, as published, only the
     # cell's central pixels count, and objects of one or two pixels can vanish.
     sparse_inst.ANTIALIASED_TARGETS = False

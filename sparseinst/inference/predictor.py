@@ -21,6 +21,7 @@ from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
 from sparseinst.data.rle_masks import RLEMasks
+from sparseinst.modeling.optimization import optimize_as_configured
 
 
 class Predictor:
@@ -76,6 +77,7 @@ class Predictor:
             model = build_model(cfg)
             model.eval()
             checkpoint = checkpointer_from_config(cfg, model).load(cfg.MODEL.WEIGHTS)
+            model = optimize_as_configured(cfg, model)
         classes = _find_classes(cfg, checkpoint.get("classes"))
         return {
             "model": model,

@@ -186,7 +186,10 @@ class InstanceBranch(nn.Module):
         Returns:
             Class logits, mask kernels, objectness logits and the activation maps.
         """
-        features = self.inst_convs(features)
+        return self.predict(self.inst_convs(features))
+
+    def predict(self, features: torch.Tensor) -> InstanceBranchOutput:
+        """What follows the 3x3 convolutions, whose output (B, dim, H, W) is given."""
         iam_logits = self.iam_conv(features)
         if self.iam_normalization == "softmax":
             iam_logits = iam_logits + self.softmax_bias
@@ -300,8 +303,12 @@ class BaseIAMDecoder(nn.Module):
     def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Decode the encoder's map (B, C, H, W) into the dict that structures.py describes."""
         features = append_coordinates(features)
-        instances = self.inst_branch(features)
-        mask_features = self.mask_branch(features)
+        return self.decode(self.inst_branch.inst_convs(features), self.mask_branch.mask_convs(features))
+
+    def decode(self, inst_features: torch.Tensor, mask_features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What follows the 3x3 convolutions of both branches, whose outputs (B, dim, H, W) are given."""
+        instances = self.inst_branch.predict(inst_features)
+        mask_features = self.mask_branch.projection(mask_features)
         mask_logits = torch.bmm(instances.mask_kernels, mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
         if instances.windows is not None:
             mask_logits = mask_logits + window_logits(instances.windows, instances.iam_weights)

@@ -29,6 +29,7 @@ from sparseinst.engine.processes import (
 )
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import RUN_ERRORS, Trainer, check_test_config
+from sparseinst.modeling.optimization import optimize_as_configured
 
 DATA_FLAGS = {
     "--train-json": "COCO json to train on, in place of DATASETS.TRAIN",
@@ -131,6 +132,7 @@ def _prepare_evaluation(cfg: CfgNode, args: argparse.Namespace) -> Callable[[], 
     model.eval()
     checkpointer = checkpointer_from_config(cfg, model, cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    model = optimize_as_configured(cfg, model)
     return lambda: evaluate_and_time(cfg, model)
 
 

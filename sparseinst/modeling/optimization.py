@@ -1,0 +1,167 @@
+"""A SparseInst made fast for inference: one function for evaluation, demo, predictor and benchmark."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import ImageList
+from torch import nn
+
+from sparseinst.modeling.fused import fuse_network
+from sparseinst.modeling.sparse_inst import SparseInst
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ENGINES = ("torch", "openvino")
+# Sides of the image that finds out what feeds what: small, and a multiple of every stride.
+_EXAMPLE_SIZE = (96, 128)
+
+Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+class OptimizedSparseInst(nn.Module):
+    """What a SparseInst in eval mode is, with another way to run its network.
+
+    Args:
+        model: preprocesses and postprocesses; its parts are those that run, where ``network`` uses them.
+        network: normalised, padded images (B, 3, ., .) to the decoder's dict, in float32.
+    """
+
+    def __init__(self, model: SparseInst, network: Network) -> None:
+        super().__init__()
+        self.model = model
+        self._network = network
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """As SparseInst's."""
+        return self.model.device
+
+    @property
+    def decoder(self) -> nn.Module:
+        """As SparseInst's."""
+        return self.model.decoder
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        """As SparseInst's in eval mode."""
+        images = self.preprocess_image(batched_inputs)
+        return self.postprocess(self.network(images.tensor), batched_inputs, images)
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """As SparseInst's."""
+        return self.model.preprocess_image(batched_inputs)
+
+    def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As SparseInst's, in the way that was chosen."""
+        with torch.inference_mode():
+            return self._network(images)
+
+    def postprocess(
+        self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
+    ) -> list[dict]:
+        """As SparseInst's."""
+        return self.model.postprocess(outputs, batched_inputs, images)
+
+    def train(self, mode: bool = True) -> "OptimizedSparseInst":
+        """It stays in eval mode whatever is asked for: folded norms cannot learn."""
+        return super().train(False)
+
+
+def optimize_for_inference(
+    model: nn.Module,
+    *,
+    fuse: bool = True,
+    channels_last: bool = True,
+    precision: str = "float32",
+    compile: bool = False,
+    engine: str = "torch",
+) -> nn.Module:
+    """A copy of a model whose predictions are the same, and sooner there.
+
+    Args:
+        model: a SparseInst, on its device; not changed. A model of another meta-architecture is returned as it is.
+        fuse: rewrite the network, see :mod:`sparseinst.modeling.fused`; float32 results move by rounding only.
+        channels_last: feature maps in channels-last layout.
+        precision: "float32"; "bfloat16" or "float16": autocast of PyTorch. What autocast leaves in float32 stays so,
+            the normalisation of activation maps and the pooling among it.
+        compile: run the network through ``torch.compile``. It is compiled at the first picture, and once more, then
+            for all sizes, at the first one of another size. Without a C++ compiler a line says so, and it runs as it
+            is.
+        engine: "torch"; "openvino": the network runs in OpenVINO, on the CPU, in float32, compiled once for all sizes.
+
+    Raises:
+        ValueError: an unknown name, or a combination that does not exist.
+        ImportError: the engine's package is not installed.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"MODEL.SPARSE_INST.INFERENCE.PRECISION is {precision!r}; it must be one of {list(PRECISIONS)}"
+        )
+    if engine not in ENGINES:
+        raise ValueError(f"MODEL.SPARSE_INST.INFERENCE.ENGINE is {engine!r}; it must be one of {list(ENGINES)}")
+    if not isinstance(model, SparseInst):
+        return model
+    if engine != "torch" and (precision != "float32" or compile or model.device.type != "cpu"):
+        raise ValueError(
+            f"MODEL.SPARSE_INST.INFERENCE.ENGINE {engine} runs on the CPU in float32, without COMPILE; set "
+            "MODEL.DEVICE cpu, PRECISION float32 and COMPILE False, or ENGINE torch"
+        )
+    example = torch.randn(1, 3, *_EXAMPLE_SIZE, generator=torch.Generator().manual_seed(0)).to(model.device)
+    if fuse:
+        model = fuse_network(model, example)
+    if engine == "openvino":
+        from sparseinst.modeling.openvino_network import OpenVINONetwork
+
+        return OptimizedSparseInst(model, OpenVINONetwork(model.network, example))
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    network: Network = _compiled(model.network) if compile else model.network
+    dtype = None if precision == "float32" else PRECISIONS[precision]
+    device_type = model.device.type
+
+    def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        autocast = torch.autocast(device_type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
+        with autocast:
+            return network(images)
+
+    return OptimizedSparseInst(model, run)
+
+
+def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """:func:`optimize_for_inference` as MODEL.SPARSE_INST.INFERENCE says."""
+    keys = cfg.MODEL.SPARSE_INST.INFERENCE
+    return optimize_for_inference(
+        model,
+        fuse=keys.FUSE,
+        channels_last=keys.CHANNELS_LAST,
+        precision=keys.PRECISION,
+        compile=keys.COMPILE,
+        engine=keys.ENGINE,
+    )
+
+
+def _compiled(network: Network) -> Network:
+    """The network through torch.compile, or as it is where that does not work."""
+    current: Network = torch.compile(network)
+
+    def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal current
+        if current is network:
+            return network(images)
+        try:
+            return current(images)
+        except RuntimeError as error:
+            # Where the network itself is at fault it fails again, as it is.
+            outputs = network(images)
+            current = network
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logger.warning("torch.compile does not work here, so the network runs as it is: %s", reason)
+            return outputs
+
+    return run

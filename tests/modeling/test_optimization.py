@@ -1,0 +1,227 @@
+"""A model that is optimised for inference against the plain one: every config, sizes, options, and what is refused."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from torch import nn
+
+from sparseinst import get_config_file
+from sparseinst.engine.setup import load_config
+from sparseinst.modeling import optimization
+from sparseinst.modeling.fused import FusedDecoder, FusedEncoder, fold_norms, fuse_network
+from sparseinst.modeling.optimization import OptimizedSparseInst, optimize_as_configured, optimize_for_inference
+from tests.test_configs import PUBLISHED
+from tests.tiny_model import random_input, tiny_cfg, tiny_model
+
+
+def give_character(model, seed=0):
+    """Norms and biases that are neither 0 nor 1, so that leaving one out is seen."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+            module.running_mean.copy_(0.1 * torch.randn(module.running_mean.shape, generator=generator))
+            module.running_var.copy_(0.8 + 0.4 * torch.rand(module.running_var.shape, generator=generator))
+        if isinstance(getattr(module, "bias", None), torch.Tensor):
+            module.bias.data.add_(0.1 * torch.randn(module.bias.shape, generator=generator))
+    return model
+
+
+def assert_close(outputs, expected, tolerance=1e-4):
+    assert outputs.keys() == expected.keys()
+    for name, value in expected.items():
+        assert outputs[name].dtype == torch.float32 and outputs[name].shape == value.shape
+        error = (outputs[name] - value).abs().max() / value.abs().max()
+        assert error < tolerance, (name, error.item())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return give_character(tiny_model("MODEL.SPARSE_INST.DECODER.OUTPUT_IAM", True))
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "sparse_inst_r18_giam", "sparse_inst_mobilenetv3_giam"])
+def test_every_config(name):
+    torch.manual_seed(0)
+    cfg = load_config(get_config_file(name), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    model = give_character(build_model(cfg).eval())
+    before = copy.deepcopy(model.state_dict())
+    optimized = optimize_as_configured(cfg, model)
+    assert isinstance(optimized.model.encoder, FusedEncoder) and isinstance(optimized.decoder, FusedDecoder)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert_close(optimized.network(images), model.network(images))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    # Convolutions whose norms do not learn here have none left.
+    left = [module for module in optimized.modules() if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d)]
+    assert not left
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (96, 64), (224, 32)])
+def test_sizes_in_turn_and_batches(model, channels_last, size):
+    optimized = optimize_for_inference(model, channels_last=channels_last)
+    with torch.no_grad():
+        for batch, (height, width) in ((1, size), (2, (64, 64)), (3, size)):
+            images = torch.randn(batch, 3, height, width)
+            assert_close(optimized.network(images), model.network(images))
+
+
+def test_more_sizes_than_are_kept(model):
+    optimized = optimize_for_inference(model)
+    with torch.no_grad():
+        for width in range(32, 32 * 20, 32):
+            images = torch.randn(1, 3, 32, width)
+            assert_close(optimized.network(images), model.network(images))
+    assert len(optimized.decoder._coordinate_maps) == 16
+
+
+def test_predictions_are_those_of_the_plain_model(model):
+    inputs = [random_input(50, 70), random_input(33, 64, seed=1)]
+    with torch.no_grad():
+        expected, found = model(inputs), optimize_for_inference(model)(inputs)
+    for first, second in zip(expected, found):
+        first, second = first["instances"], second["instances"]
+        assert len(first) and len(first) == len(second)
+        assert torch.allclose(first.scores, second.scores, atol=1e-4)
+        assert (first.pred_masks == second.pred_masks).float().mean() > 0.999
+        assert first.pred_iams.shape == second.pred_iams.shape
+
+
+@pytest.mark.parametrize("norm", ["", "GN", "BN"])
+def test_norms_of_encoder_and_decoder(norm):
+    model = give_character(
+        tiny_model(
+            "MODEL.SPARSE_INST.ENCODER.NORM", norm, "MODEL.SPARSE_INST.DECODER.NORM", norm,
+            "MODEL.SPARSE_INST.ENCODER.NUM_CHANNELS", 32, "MODEL.SPARSE_INST.DECODER.INST.DIM", 32,
+            "MODEL.SPARSE_INST.DECODER.MASK.DIM", 32,
+        )
+    )  # fmt: skip
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert_close(optimize_for_inference(model).network(images), model.network(images))
+
+
+def test_options_for_small_data():
+    model = give_character(
+        tiny_model("MODEL.SPARSE_INST.DECODER.LOCATION_PRIOR", 1.0, "MODEL.SPARSE_INST.DECODER.MASK_WINDOW", 0.5)
+    )
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert_close(optimize_for_inference(model).network(images), model.network(images))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02)])
+def test_half_precision_within_its_rounding(model, precision, tolerance):
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        outputs = optimize_for_inference(model, precision=precision).network(images)
+        assert_close({name: value.float() for name, value in outputs.items()}, model.network(images), tolerance)
+
+
+def test_a_convolution_that_feeds_more_than_a_norm_keeps_it():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+            self.alone, self.its_norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.its_norm(self.alone(self.norm(x) + self.relu(x)))
+
+    module = give_character(Twice().eval())
+    x = torch.randn(1, 3, 5, 5)
+    with torch.no_grad():
+        expected = module(x)
+        assert fold_norms(module, lambda: module(x)) == 1
+        assert torch.allclose(module(x), expected, atol=1e-5)
+    assert isinstance(module.norm, nn.BatchNorm2d) and isinstance(module.its_norm, nn.Identity)
+
+
+def test_a_network_that_would_change_stays_as_it_is(model, caplog):
+    """A convolution whose output is used beside its norm, between the modules."""
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64).eval()
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.norm(x) + 3 * x.tanh()
+
+    other = copy.deepcopy(model)
+    other.backbone.stem.conv1 = give_character(Hidden().eval())
+    logging.getLogger("sparseinst").propagate = True
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        assert torch.equal(optimize_for_inference(other, channels_last=False).network(images)["pred_masks"],
+                           other.network(images)["pred_masks"])  # fmt: skip
+    assert "cannot be fused" in caplog.text
+
+
+def test_other_parts_stay_as_they_are(model):
+    class MyEncoder(type(model.encoder)):
+        pass
+
+    other = copy.deepcopy(model)
+    other.encoder.__class__ = MyEncoder
+    fused = fuse_network(other, torch.zeros(1, 3, 64, 64))
+    assert type(fused.encoder) is MyEncoder and isinstance(fused.decoder, FusedDecoder)
+    linear = nn.Linear(2, 2)
+    assert optimize_for_inference(linear) is linear
+
+
+def test_it_cannot_be_trained(model):
+    optimized = optimize_for_inference(model)
+    assert not optimized.training and not any(p.requires_grad for p in optimized.parameters())
+    assert not optimized.train().training and not any(module.training for module in optimized.modules())
+
+
+def test_without_a_compiler_it_runs_as_it_is(model, monkeypatch, caplog):
+    def no_compiler(function):
+        def run(*args):
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
+
+        return run
+
+    monkeypatch.setattr(optimization.torch, "compile", no_compiler)
+    optimized = optimize_for_inference(model, compile=True)
+    images = torch.randn(1, 3, 64, 64)
+    logging.getLogger("sparseinst").propagate = True
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert_close(optimized.network(images), model.network(images))
+    assert len(caplog.messages) == 1 and "No working C++ compiler found" in caplog.messages[0]
+
+
+def test_openvino_gives_the_same_numbers_at_any_size(model):
+    pytest.importorskip("openvino", reason="the package openvino (extra 'openvino') is not installed")
+    optimized = optimize_for_inference(model, engine="openvino")
+    assert isinstance(optimized, OptimizedSparseInst)
+    with torch.no_grad():
+        for batch, height, width in ((1, 64, 96), (2, 32, 64), (1, 160, 32)):
+            images = torch.randn(batch, 3, height, width)
+            assert_close(optimized.network(images), model.network(images))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("PRECISION", "float8", "INFERENCE.PRECISION is 'float8'"),
+        ("ENGINE", "tensorrt", "INFERENCE.ENGINE is 'tensorrt'"),
+    ],
+)
+def test_refused_by_name(model, key, value, message):
+    cfg = tiny_cfg(f"MODEL.SPARSE_INST.INFERENCE.{key}", value)
+    with pytest.raises(ValueError, match=message):
+        optimize_as_configured(cfg, model)
+
+
+def test_openvino_takes_no_other_options(model):
+    with pytest.raises(ValueError, match="PRECISION float32 and COMPILE False"):
+        optimize_for_inference(model, engine="openvino", precision="bfloat16")
