@@ -303,12 +303,10 @@ class BaseIAMDecoder(nn.Module):
     def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Decode the encoder's map (B, C, H, W) into the dict that structures.py describes."""
         features = append_coordinates(features)
-        return self.decode(self.inst_branch.inst_convs(features), self.mask_branch.mask_convs(features))
+        return self.combine(self.inst_branch(features), self.mask_branch(features))
 
-    def decode(self, inst_features: torch.Tensor, mask_features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What follows the 3x3 convolutions of both branches, whose outputs (B, dim, H, W) are given."""
-        instances = self.inst_branch.predict(inst_features)
-        mask_features = self.mask_branch.projection(mask_features)
+    def combine(self, instances: InstanceBranchOutput, mask_features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What both branches gave, mask features (B, D, H, W), as the decoder's dict."""
         mask_logits = torch.bmm(instances.mask_kernels, mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
         if instances.windows is not None:
             mask_logits = mask_logits + window_logits(instances.windows, instances.iam_weights)

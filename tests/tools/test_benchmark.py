@@ -1,6 +1,7 @@
 """The benchmark: what it times, what it compares with, its figures and its errors; no test asserts a time."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -11,6 +12,17 @@ from sparseinst.engine.benchmark import STAGES, PlainSparseInst, drawn_outputs, 
 from sparseinst.modeling.optimization import optimize_for_inference
 from sparseinst.tools import benchmark
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before():
+    """The command's handlers write to a stream that is gone after the test."""
+    loggers = [logging.getLogger(name) for name in ("fvcore", "detectron2", "sparseinst")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture
