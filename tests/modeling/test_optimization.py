@@ -11,7 +11,7 @@ from torch import nn
 
 from sparseinst import get_config_file
 from sparseinst.engine.setup import load_config
-from sparseinst.modeling import optimization
+from sparseinst.modeling import optimization, winograd
 from sparseinst.modeling.fused import FusedDecoder, FusedEncoder, fold_norms, fuse_network
 from sparseinst.modeling.optimization import OptimizedSparseInst, optimize_as_configured, optimize_for_inference
 from tests.test_configs import PUBLISHED
@@ -44,7 +44,9 @@ def model():
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "sparse_inst_r18_giam", "sparse_inst_mobilenetv3_giam"])
-def test_every_config(name):
+def test_every_config(monkeypatch, name):
+    # Pictures as small as these would never see Winograd's way.
+    monkeypatch.setattr(winograd, "MIN_TILES", 1)
     torch.manual_seed(0)
     cfg = load_config(get_config_file(name), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     model = give_character(build_model(cfg).eval())
@@ -55,6 +57,7 @@ def test_every_config(name):
     with torch.no_grad():
         assert_close(optimized.network(images), model.network(images))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert any(isinstance(module, winograd.WinogradConv2d) for module in optimized.decoder.modules())
     # Convolutions whose norms do not learn here have none left.
     left = [module for module in optimized.modules() if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d)]
     assert not left

@@ -1,0 +1,147 @@
+"""3x3 convolutions with a quarter of the multiplications (Lavin and Gray, arXiv 1509.09308).
+
+In the letters of that paper: the output is cut into tiles of 4x4 pixels, F(4x4, 3x3). Each needs 6x6 pixels of the input.
+Transformed (B), they are multiplied by the transformed weights (G), 36 numbers in place of 16 * 9 per pair of channels,
+and transformed back (A). The polynomials are evaluated at 0, 3/4, -3/4, 3/2, -3/2 and infinity: of float32's rounding this
+leaves a quarter of what the paper's 0, 1, -1, 2, -2 do, and no more than convolutions that sum in the plain order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2 import layers
+from torch import nn
+from torch.nn import functional as F
+
+TILE = 4
+# Of the input, for a tile and a kernel of 3 pixels.
+_WINDOW = TILE + 2
+# The points are 0, +-_P, +-2 _P and infinity.
+_P = 0.75
+_P2, _Q, _Q2 = _P**2, 2 * _P, (2 * _P) ** 2
+# A row for each point: 1, the point and its square, over the product of the distances to the other points.
+_G = tuple(
+    (1 / distances, point / distances, point**2 / distances)
+    for point, distances in (
+        (0, _P2 * _Q2),
+        (_P, 2 * _P2 * (_P2 - _Q2)),
+        (-_P, 2 * _P2 * (_P2 - _Q2)),
+        (_Q, 2 * _Q2 * (_Q2 - _P2)),
+        (-_Q, 2 * _Q2 * (_Q2 - _P2)),
+    )
+) + ((0, 0, 1 / _P**3),)
+# With fewer channels the transforms cost more than the products save, ...
+MIN_CHANNELS = 128
+# ... and with fewer tiles reading the transformed weights does.
+MIN_TILES = 24
+# Rows of tiles that are worked on at once: what the second-level and the shared cache hold.
+_CHUNK_BYTES = 5 * 2**20
+
+
+class WinogradConv2d(nn.Module):
+    """What a convolution computes, on the CPU in float32, channels last.
+
+    Args:
+        conv: one that :func:`can_be_winograd` says yes to. It is kept, for pictures of few tiles.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        g = torch.tensor(_G, dtype=torch.float64)
+        weight = torch.einsum("ai,ocij,bj->abco", g, conv.weight.detach().double(), g)
+        self.register_buffer("weight", weight.flatten(0, 1).to(conv.weight.dtype).contiguous(), persistent=False)
+        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+        self.register_buffer("bias", bias, persistent=False)
+        scale = _P ** torch.arange(TILE)
+        self.register_buffer("pixel_scale", scale[:, None, None, None] * scale[:, None], persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, O, H, W), in channels-last layout."""
+        batch, channels, height, width = x.shape
+        rows, columns = -(-height // TILE), -(-width // TILE)
+        if batch * rows * columns < MIN_TILES:
+            return self.conv(x)
+        padded = F.pad(x, (1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height)).permute(0, 2, 3, 1)
+        num_outputs = self.weight.shape[-1]
+        output = x.new_empty(batch, rows, TILE, columns, TILE, num_outputs)
+        row_bytes = self.weight.shape[0] * batch * columns * max(channels, num_outputs) * x.element_size()
+        step = max(1, _CHUNK_BYTES // row_bytes)
+        for first in range(0, rows, step):
+            chunk = output[:, first : first + step]
+            strip = padded[:, TILE * first : TILE * (first + chunk.shape[1]) + 2]
+            products = self._multiply(strip, chunk.shape[1], columns)
+            # The tile's rows, then its columns.
+            half = products.new_empty(TILE, *products.shape[1:])
+            _transform_back(half, products)
+            _transform_back(chunk.permute(4, 2, 0, 1, 3, 5), half.transpose(0, 1))
+        torch.addcmul(self.bias, output, self.pixel_scale, out=output)
+        output = output.view(batch, TILE * rows, TILE * columns, num_outputs)
+        return output[:, :height, :width].permute(0, 3, 1, 2)
+
+    def _multiply(self, strip: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """Padded pixels (B, 4 * rows + 2, 4 * columns + 2, C) to products (6, 6, B, rows, columns, O)."""
+        batch, _, width, channels = strip.shape
+        half = strip.new_empty(_WINDOW, batch, rows, width, channels)
+        _transform(half, [strip[:, i : i + TILE * (rows - 1) + 1 : TILE] for i in range(_WINDOW)])
+        tiles = strip.new_empty(_WINDOW, _WINDOW, batch, rows, columns, channels)
+        columns_of_tiles = [half[:, :, :, i : i + TILE * (columns - 1) + 1 : TILE] for i in range(_WINDOW)]
+        _transform(tiles.transpose(0, 1), columns_of_tiles)
+        return torch.bmm(tiles.view(_WINDOW**2, -1, channels), self.weight).view(*tiles.shape[:-1], -1)
+
+
+def can_be_winograd(module: nn.Module) -> bool:
+    """Whether a module is a convolution of 3x3 pixels that is cheaper so."""
+    return (
+        type(module) in (nn.Conv2d, layers.Conv2d)
+        and getattr(module, "norm", None) is None
+        and getattr(module, "activation", None) is None
+        and module.kernel_size == (3, 3)
+        and module.padding == (1, 1)
+        and module.padding_mode == "zeros"
+        and module.stride == module.dilation == (1, 1)
+        and module.groups == 1
+        and min(module.in_channels, module.out_channels) >= MIN_CHANNELS
+    )
+
+
+def use_winograd(module: nn.Module) -> int:
+    """Replace the convolutions inside a module, in place; returns how many."""
+    count = 0
+    for parent in list(module.modules()):
+        if isinstance(parent, WinogradConv2d):
+            continue
+        for name, child in parent.named_children():
+            if can_be_winograd(child):
+                setattr(parent, name, WinogradConv2d(child))
+                count += 1
+    return count
+
+
+def _transform(out: torch.Tensor, x: Sequence[torch.Tensor]) -> None:
+    """B: six pixels in a line to six numbers, the first axis of ``out``."""
+    even, odd = torch.sub(x[4], x[2], alpha=_Q2), torch.sub(x[3], x[1], alpha=_Q2)
+    torch.add(even, odd, alpha=_P, out=out[1])
+    torch.sub(even, odd, alpha=_P, out=out[2])
+    # x4 - (P2 + Q2) x2 + P2 Q2 x0 and the same one pixel on, of the differences at hand.
+    torch.sub(x[2], x[0], alpha=_Q2, out=out[0])
+    torch.sub(even, out[0], alpha=_P2, out=out[0])
+    torch.sub(x[5], x[3], alpha=_Q2, out=out[5])
+    out[5].sub_(odd, alpha=_P2)
+    torch.sub(x[4], x[2], alpha=_P2, out=even)
+    torch.sub(x[3], x[1], alpha=_P2, out=odd)
+    torch.add(even, odd, alpha=_Q, out=out[3])
+    torch.sub(even, odd, alpha=_Q, out=out[4])
+
+
+def _transform_back(out: torch.Tensor, x: Sequence[torch.Tensor]) -> None:
+    """A: six numbers to the four pixels of a tile in a line, the first axis of ``out``; pixel i over P^i."""
+    near, far = x[1] + x[2], x[3] + x[4]
+    torch.add(x[0], near, out=out[0])
+    out[0].add_(far)
+    torch.add(near, far, alpha=4, out=out[2])
+    torch.sub(x[1], x[2], out=near)
+    torch.sub(x[3], x[4], out=far)
+    torch.add(near, far, alpha=2, out=out[1])
+    torch.add(near, far, alpha=8, out=out[3])
+    out[3].add_(x[5])
