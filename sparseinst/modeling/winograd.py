@@ -1,9 +1,9 @@
 """3x3 convolutions with a quarter of the multiplications (Lavin and Gray, arXiv 1509.09308).
 
-In the letters of that paper: the output is cut into tiles of 4x4 pixels, F(4x4, 3x3). Each needs 6x6 pixels of the input.
-Transformed (B), they are multiplied by the transformed weights (G), 36 numbers in place of 16 * 9 per pair of channels,
-and transformed back (A). The polynomials are evaluated at 0, 3/4, -3/4, 3/2, -3/2 and infinity: of float32's rounding this
-leaves a quarter of what the paper's 0, 1, -1, 2, -2 do, and no more than convolutions that sum in the plain order.
+In the letters of that paper: the output is cut into tiles of 4x4 pixels, F(4x4, 3x3). Each needs 6x6 pixels of the
+input. Transformed (B), they are multiplied by the transformed weights (G), 36 numbers in place of 16 * 9 per pair of
+channels, and transformed back (A). The polynomials are evaluated at 0, 3/4, -3/4, 3/2, -3/2 and infinity: of float32's
+rounding this leaves a quarter of what the paper's 0, 1, -1, 2, -2 do, and little more than the plain sum does.
 """
 
 from collections.abc import Sequence
