@@ -58,36 +58,70 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, O, H, W), in channels-last layout."""
-        batch, channels, height, width = x.shape
-        rows, columns = -(-height // TILE), -(-width // TILE)
-        if batch * rows * columns < MIN_TILES:
+        batch, _, height, width = x.shape
+        if batch * -(-height // TILE) * -(-width // TILE) < MIN_TILES:
             return self.conv(x)
-        padded = F.pad(x, (1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height)).permute(0, 2, 3, 1)
-        num_outputs = self.weight.shape[-1]
-        output = x.new_empty(batch, rows, TILE, columns, TILE, num_outputs)
-        row_bytes = self.weight.shape[0] * batch * columns * max(channels, num_outputs) * x.element_size()
-        step = max(1, _CHUNK_BYTES // row_bytes)
-        for first in range(0, rows, step):
-            chunk = output[:, first : first + step]
-            strip = padded[:, TILE * first : TILE * (first + chunk.shape[1]) + 2]
-            products = self._multiply(strip, chunk.shape[1], columns)
-            # The tile's rows, then its columns.
-            half = products.new_empty(TILE, *products.shape[1:])
-            _transform_back(half, products)
-            _transform_back(chunk.permute(4, 2, 0, 1, 3, 5), half.transpose(0, 1))
-        torch.addcmul(self.bias, output, self.pixel_scale, out=output)
-        output = output.view(batch, TILE * rows, TILE * columns, num_outputs)
-        return output[:, :height, :width].permute(0, 3, 1, 2)
+        # The compiler would take minutes over what is within, and win little.
+        convolve = _opaque_convolution if torch.compiler.is_compiling() else winograd_convolution
+        return convolve(x, self.weight, self.bias, self.pixel_scale)
 
-    def _multiply(self, strip: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """Padded pixels (B, 4 * rows + 2, 4 * columns + 2, C) to products (6, 6, B, rows, columns, O)."""
-        batch, _, width, channels = strip.shape
-        half = strip.new_empty(_WINDOW, batch, rows, width, channels)
-        _transform(half, [strip[:, i : i + TILE * (rows - 1) + 1 : TILE] for i in range(_WINDOW)])
-        tiles = strip.new_empty(_WINDOW, _WINDOW, batch, rows, columns, channels)
-        columns_of_tiles = [half[:, :, :, i : i + TILE * (columns - 1) + 1 : TILE] for i in range(_WINDOW)]
-        _transform(tiles.transpose(0, 1), columns_of_tiles)
-        return torch.bmm(tiles.view(_WINDOW**2, -1, channels), self.weight).view(*tiles.shape[:-1], -1)
+
+def winograd_convolution(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pixel_scale: torch.Tensor
+) -> torch.Tensor:
+    """The convolution of :class:`WinogradConv2d`.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (36, C, O), transformed.
+        bias: (O,).
+        pixel_scale: (4, 1, 4, 1), what the pixels of a tile are still to be multiplied by.
+
+    Returns:
+        (B, O, H, W), dense, channels last.
+    """
+    batch, channels, height, width = x.shape
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    padded = F.pad(x, (1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height)).permute(0, 2, 3, 1)
+    num_outputs = weight.shape[-1]
+    output = x.new_empty(batch, rows, TILE, columns, TILE, num_outputs)
+    row_bytes = len(weight) * batch * columns * max(channels, num_outputs) * x.element_size()
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for first in range(0, rows, step):
+        chunk = output[:, first : first + step]
+        strip = padded[:, TILE * first : TILE * (first + chunk.shape[1]) + 2]
+        windows = _transform_windows(strip, chunk.shape[1], columns)
+        products = torch.bmm(windows.view(_WINDOW**2, -1, channels), weight)
+        products = products.view(*windows.shape[:-1], num_outputs)
+        # The tile's rows, then its columns.
+        half = products.new_empty(TILE, *products.shape[1:])
+        _transform_back(half, products)
+        _transform_back(chunk.permute(4, 2, 0, 1, 3, 5), half.transpose(0, 1))
+    torch.addcmul(bias, output, pixel_scale, out=output)
+    output = output.view(batch, TILE * rows, TILE * columns, num_outputs)[:, :height, :width]
+    return output.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+_opaque_convolution = torch.library.custom_op(
+    "sparseinst::winograd_convolution", winograd_convolution, mutates_args=(), device_types="cpu"
+)
+
+
+@_opaque_convolution.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pixel_scale: torch.Tensor) -> torch.Tensor:
+    shape = (x.shape[0], weight.shape[-1], *x.shape[-2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _transform_windows(strip: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Padded pixels (B, 4 * rows + 2, 4 * columns + 2, C) to transformed windows (6, 6, B, rows, columns, C)."""
+    batch, _, width, channels = strip.shape
+    half = strip.new_empty(_WINDOW, batch, rows, width, channels)
+    _transform(half, [strip[:, i : i + TILE * (rows - 1) + 1 : TILE] for i in range(_WINDOW)])
+    windows = strip.new_empty(_WINDOW, _WINDOW, batch, rows, columns, channels)
+    lines = [half[:, :, :, i : i + TILE * (columns - 1) + 1 : TILE] for i in range(_WINDOW)]
+    _transform(windows.transpose(0, 1), lines)
+    return windows
 
 
 def can_be_winograd(module: nn.Module) -> bool:

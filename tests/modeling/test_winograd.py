@@ -102,3 +102,12 @@ def test_replaced_in_place_and_once():
         assert use_winograd(model) == 1 and isinstance(model[2][0], WinogradConv2d)
         assert_close(model(x), expected)
     assert use_winograd(model) == 0
+
+
+@pytest.mark.parametrize("size", [(16, 24), (15, 22), (1, 97)])
+def test_what_a_compiler_is_told_of_it(size):
+    module = WinogradConv2d(make_conv(6, 5))
+    x = torch.randn(2, 6, *size)
+    arguments = (x, module.weight, module.bias, module.pixel_scale)
+    torch.library.opcheck(winograd._opaque_convolution, arguments)
+    assert torch.equal(winograd._opaque_convolution(*arguments), winograd.winograd_convolution(*arguments))
