@@ -167,6 +167,9 @@ def coco_results(instances: Instances, image_id: int, category_ids: dict[int, in
         instances: on any device; ``pred_masks`` boolean (n, height, width), RLEMasks, or absent.
         image_id: the data set's.
         category_ids: the data set's category of each class; None: the class itself.
+
+    Raises:
+        ValueError: a class that is not among them.
     """
     if len(instances) == 0:
         return []
@@ -175,6 +178,11 @@ def coco_results(instances: Instances, image_id: int, category_ids: dict[int, in
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
     classes = instances.pred_classes.tolist()
     if category_ids is not None:
+        if max(classes) >= len(category_ids):
+            raise ValueError(
+                f"A prediction has class {max(classes)}, and the data set has classes 0 to {len(category_ids) - 1}: "
+                "set MODEL.SPARSE_INST.DECODER.NUM_CLASSES to their number"
+            )
         classes = [category_ids[index] for index in classes]
     results = [
         {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}

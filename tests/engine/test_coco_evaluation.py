@@ -20,8 +20,10 @@ from sparseinst.engine.coco_evaluation import (
     coco_results,
     run_coco_eval,
 )
+from sparseinst.engine.trainer import check_test_config
+from tests.tiny_model import tiny_cfg
 
-SIZE = (48, 64)
+SIZE = (96, 128)
 # With gaps, as COCO's own.
 CATEGORIES = [1, 2, 5, 7, 11, 90]
 
@@ -32,8 +34,8 @@ def rectangle(rng):
     y, x = rng.integers(0, SIZE[0] - height), rng.integers(0, SIZE[1] - width)
     mask = np.zeros(SIZE, np.uint8)
     mask[y : y + height, x : x + width] = 1
-    # Not its whole box.
-    mask[y, x] = 0
+    # Less than its box, so that their areas are not of the same kind.
+    mask[y : y + height // 2, x : x + width // 2] = 0
     return mask
 
 
@@ -163,6 +165,16 @@ def test_a_model_that_finds_nothing(scene, tmp_path):
 def test_an_unknown_computation_is_refused():
     with pytest.raises(ValueError, match="TEST.COCO_EVAL is 'cocoapi'; it must be one of pycocotools"):
         check_coco_eval("cocoapi")
+    # Before anything is read or trained.
+    with pytest.raises(ValueError, match="TEST.COCO_EVAL"):
+        check_test_config(tiny_cfg("TEST.COCO_EVAL", "cocoapi"))
+
+
+def test_a_class_that_the_data_set_has_not(scene):
+    instances = max(scene[1].values(), key=len)
+    instances = Instances(SIZE, **{**instances.get_fields(), "pred_classes": instances.pred_classes + 6})
+    with pytest.raises(ValueError, match="has classes 0 to 5: set MODEL.SPARSE_INST.DECODER.NUM_CLASSES"):
+        coco_results(instances, 1, dict(enumerate(CATEGORIES)))
 
 
 def test_a_missing_package_is_named(monkeypatch):
