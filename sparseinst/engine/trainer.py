@@ -22,6 +22,7 @@ from sparseinst.checkpoint import OutputError, checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import DataError
 from sparseinst.data.loader import WorkerDiedError, build_train_loader, derive_seed
+from sparseinst.engine.coco_evaluation import check_coco_eval
 from sparseinst.engine.evaluation import evaluate
 from sparseinst.engine.finite import FiniteGuard, NonFiniteStepError
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
@@ -308,5 +309,6 @@ def check_config(cfg: CfgNode) -> None:
 
 def check_test_config(cfg: CfgNode) -> None:
     """Refuse keys that the evaluation cannot honour. Raises ValueError."""
+    check_coco_eval(cfg.TEST.COCO_EVAL)
     if cfg.TEST.AUG.ENABLED:
         raise ValueError("TEST.AUG.ENABLED is True: test-time augmentation is not available for SparseInst; unset it")

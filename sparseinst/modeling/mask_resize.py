@@ -3,7 +3,7 @@
 A picture's mask is its probabilities resized twice (SparseInst's published post-processing): bilinearly from the mask
 grid to the padded input, cropped to the image, bilinearly to the output, then compared with the threshold. On a GPU
 that is done as it is written here, in :func:`resize_masks`. On a CPU most of it is wasted: a mask fills a small part of
-its picture, and only there can it be above the threshold. :func:`mask_windows` computes that part alone, and what it
+its picture, and only there can it be above the threshold. :func:`map_windows` computes that part alone, and what it
 gives equals the plain computation bit for bit:
 
 - A bilinear value lies between the values that it is made of. So a pixel can be above the threshold only where one of
@@ -16,12 +16,16 @@ gives equals the plain computation bit for bit:
 """
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+Result = TypeVar("Result")
 
 # Float pixels that are resized at once; 100 masks at 4K would take 3.3 GB.
 MAX_PIXELS_AT_ONCE = 2**25
@@ -30,8 +34,8 @@ MAX_PIXELS_AT_ONCE = 2**25
 ROUNDINGS = 12
 FLOAT32_UNIT = 2.0**-24
 # Output rows and columns that are computed at once: the part of the matrix that they need is a narrow band.
-ROW_BLOCK = 64
-COLUMN_BLOCK = 128
+ROW_BLOCK = 16
+COLUMN_BLOCK = 32
 
 
 class MaskWindow(NamedTuple):
@@ -63,7 +67,7 @@ class Axis(NamedTuple):
         last: (output size,) the last one; ascending.
     """
 
-    weights: torch.Tensor
+    weights: np.ndarray
     first: np.ndarray
     last: np.ndarray
 
@@ -77,7 +81,7 @@ def resize_masks(
 ) -> torch.Tensor:
     """Boolean masks at the output size: bilinear to the padded input, cropped, bilinear to the output, thresholded.
 
-    The plain computation, in chunks of bounded memory: what is published, and what :func:`mask_windows` must equal.
+    The plain computation, in chunks of bounded memory: what is published, and what :func:`map_windows` must equal.
 
     Args:
         mask_probs: (n, Hm, Wm) in [0, 1], over the padded input.
@@ -131,26 +135,49 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
     ).float()
 
 
-def mask_windows(
+def map_windows(
+    function: Callable[[int, MaskWindow], Result],
     mask_probs: torch.Tensor,
     padded_size: tuple[int, int],
     image_size: tuple[int, int],
     output_size: tuple[int, int],
     mask_threshold: float,
-) -> Iterator[MaskWindow]:
-    """The masks of :func:`resize_masks`, one after the other, each without what is empty around it.
+) -> list[Result]:
+    """Call a function with each of the masks of :func:`resize_masks`, without what is empty around it.
 
-    Never more than one mask (on a GPU: one chunk of them) is in memory, whatever the output's size.
+    On a CPU PyTorch's number of threads share the masks. Never more than one mask for each of them (on a GPU: one chunk
+    of masks) is in memory, whatever the output's size.
 
     Args:
+        function: gets a mask's index and its window, on the masks' device; (0, 0) pixels where the mask is empty. On a
+            CPU it is called in several threads at once, and in any order.
         mask_probs: see :func:`resize_masks`, as all others.
 
     Returns:
-        An iterator over the masks' windows, on the masks' device; (0, 0) pixels where a mask is empty.
+        What the function returned, in the masks' order.
     """
+    mask_probs = mask_probs.detach()
     sizes = (padded_size, image_size, output_size)
-    windows = _windows_alone if mask_probs.device.type == "cpu" else _windows_in_chunks
-    return windows(mask_probs.detach(), *sizes, mask_threshold)
+    if mask_probs.device.type != "cpu":
+        return [function(*item) for item in enumerate(_windows_in_chunks(mask_probs, *sizes, mask_threshold))]
+    window_of = _window_function(mask_probs, *sizes, mask_threshold)
+    num_masks = len(mask_probs)
+    results: list[Result] = [None] * num_masks
+    # Shared: who has finished a mask takes the next one.
+    indices = itertools.count()
+
+    def work(_: int) -> None:
+        while (index := next(indices)) < num_masks:
+            results[index] = function(index, window_of(index))
+
+    num_threads = min(torch.get_num_threads(), num_masks)
+    if num_threads <= 1:
+        work(0)
+        return results
+    with ThreadPoolExecutor(num_threads) as pool:
+        # As a list, which raises what was raised.
+        list(pool.map(work, range(num_threads)))
+    return results
 
 
 def _windows_in_chunks(
@@ -169,66 +196,74 @@ def _windows_in_chunks(
             yield MaskWindow(y0, x0, mask[y0:y1, x0:x1]) if is_found else MaskWindow(0, 0, mask[:0, :0])
 
 
-def _windows_alone(
+def _window_function(
     mask_probs: torch.Tensor,
     padded_size: tuple[int, int],
     image_size: tuple[int, int],
     output_size: tuple[int, int],
     mask_threshold: float,
-) -> Iterator[MaskWindow]:
-    """Mask by mask, only where it can be above the threshold."""
+) -> Callable[[int], MaskWindow]:
+    """From a mask's index to its window, of which no more is computed than what can be above the threshold.
+
+    NumPy computes it, one thread for each mask: PyTorch would start threads of its own for every large block.
+    """
     rows, columns = (
         composed_axis(*sizes) for sizes in zip(mask_probs.shape[-2:], padded_size, image_size, output_size)
     )
     # What float32 can lose of a value next to the threshold; the last term is where it underflows.
     margin = ROUNDINGS * FLOAT32_UNIT * mask_threshold + 1e-36
     low, high = mask_threshold - margin, mask_threshold + margin
-    tops, bottoms = _reach(mask_probs.amax(2) > low, rows)
-    lefts, rights = _reach(mask_probs.amax(1) > low, columns)
-    for probs, top, bottom, left, right in zip(mask_probs, tops, bottoms, lefts, rights):
+    # Written so that NaN counts: beside it there may be cells that are above.
+    row_ranges = _reach(mask_probs.amax(2).le(low).logical_not_(), rows)
+    column_ranges = _reach(mask_probs.amax(1).le(low).logical_not_(), columns)
+    arrays = mask_probs.numpy()
+
+    def window(index: int) -> MaskWindow:
+        (top, bottom), (left, right) = row_ranges[index], column_ranges[index]
         if top >= bottom or left >= right:
-            yield MaskWindow(0, 0, torch.zeros((0, 0), dtype=torch.bool))
-            continue
-        pixels = _window_pixels(probs, rows, columns, (top, bottom), (left, right), low, high)
+            return MaskWindow(0, 0, torch.zeros((0, 0), dtype=torch.bool))
+        pixels = _window_pixels(arrays[index], rows, columns, (top, bottom), (left, right), low, high)
         if pixels is None:
-            plain = resize_masks(probs[None], padded_size, image_size, output_size, mask_threshold)
-            pixels = plain[0, top:bottom, left:right]
-        yield _tight(pixels, top, left)
+            plain = resize_masks(mask_probs[index : index + 1], padded_size, image_size, output_size, mask_threshold)
+            pixels = plain[0, top:bottom, left:right].numpy()
+        return _tight(pixels, top, left)
+
+    return window
 
 
-def _reach(is_above: torch.Tensor, axis: Axis) -> tuple[list[int], list[int]]:
+def _reach(is_above: torch.Tensor, axis: Axis) -> list[tuple[int, int]]:
     """From the grid rows (n, Hm) where a mask may be above the threshold to the output rows [start, end) of that."""
     above = is_above.numpy()
     first = above.argmax(1)
     last = above.shape[1] - 1 - above[:, ::-1].argmax(1)
     start = np.searchsorted(axis.last, first, side="left")
     end = np.searchsorted(axis.first, last, side="right")
-    return start.tolist(), np.where(above.any(1), end, 0).tolist()
+    return list(zip(start.tolist(), np.where(above.any(1), end, 0).tolist()))
 
 
 def _window_pixels(
-    probs: torch.Tensor,
+    probs: np.ndarray,
     rows: Axis,
     columns: Axis,
     row_range: tuple[int, int],
     column_range: tuple[int, int],
     low: float,
     high: float,
-) -> torch.Tensor | None:
+) -> np.ndarray | None:
     """Booleans (height, width) of one window; None where a pixel lies between ``low`` and ``high``."""
     (top, bottom), (left, right) = row_range, column_range
     first_cell, end_cell = rows.first[top], rows.last[bottom - 1] + 1
-    probs = probs[first_cell:end_cell].double()
+    probs = probs[first_cell:end_cell].astype(np.float64)
     # Grid rows, output columns.
-    strips = torch.empty((len(probs), right - left), dtype=torch.float64)
+    strips = np.empty((len(probs), right - left))
     for start, end, cells in _blocks(columns, left, right, COLUMN_BLOCK):
-        strips[:, start - left : end - left] = probs[:, cells] @ columns.weights[start:end, cells].T
-    pixels = torch.empty((bottom - top, right - left), dtype=torch.bool)
+        np.matmul(probs[:, cells], columns.weights[start:end, cells].T, out=strips[:, start - left : end - left])
+    pixels = np.empty((bottom - top, right - left), dtype=bool)
     for start, end, cells in _blocks(rows, top, bottom, ROW_BLOCK):
         values = rows.weights[start:end, cells] @ strips[cells.start - first_cell : cells.stop - first_cell]
-        block = torch.gt(values, high, out=pixels[start - top : end - top])
-        # Written so that NaN counts as undecided.
-        if not torch.equal(block, (values <= low).logical_not_()):
+        block = np.greater(values, high, out=pixels[start - top : end - top])
+        # NaN is in neither count, so it counts as undecided.
+        if np.count_nonzero(block) + np.count_nonzero(values <= low) < values.size:
             return None
     return pixels
 
@@ -240,14 +275,14 @@ def _blocks(axis: Axis, start: int, end: int, size: int) -> Iterator[tuple[int, 
         yield block_start, block_end, slice(axis.first[block_start], axis.last[block_end - 1] + 1)
 
 
-def _tight(pixels: torch.Tensor, top: int, left: int) -> MaskWindow:
-    array = pixels.numpy()
-    rows = np.flatnonzero(array.any(1))
+def _tight(pixels: np.ndarray, top: int, left: int) -> MaskWindow:
+    rows = np.flatnonzero(pixels.any(1))
     if len(rows) == 0:
-        return MaskWindow(0, 0, pixels[:0, :0])
-    columns = np.flatnonzero(array[rows[0] : rows[-1] + 1].any(0))
+        return MaskWindow(0, 0, torch.zeros((0, 0), dtype=torch.bool))
+    columns = np.flatnonzero(pixels[rows[0] : rows[-1] + 1].any(0))
     y, x = int(rows[0]), int(columns[0])
-    return MaskWindow(top + y, left + x, pixels[y : int(rows[-1]) + 1, x : int(columns[-1]) + 1])
+    pixels = pixels[y : int(rows[-1]) + 1, x : int(columns[-1]) + 1]
+    return MaskWindow(top + y, left + x, torch.from_numpy(pixels))
 
 
 @functools.lru_cache(maxsize=16)
@@ -258,7 +293,7 @@ def composed_axis(grid_size: int, padded_size: int, image_size: int, output_size
         cells, shares = _taps(image_size, output_size)
         weights = sum(shares[:, tap, None] * weights[cells[:, tap]] for tap in range(cells.shape[1]))
     has_share = (weights > 0).numpy()
-    return Axis(weights, has_share.argmax(1), grid_size - 1 - has_share[:, ::-1].argmax(1))
+    return Axis(weights.numpy(), has_share.argmax(1), grid_size - 1 - has_share[:, ::-1].argmax(1))
 
 
 def _taps(input_size: int, output_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,6 @@
 """COCO's run-length encoding of a mask, from its window alone."""
 
 import numpy as np
-import torch
 from pycocotools import mask as mask_api
 
 from sparseinst.modeling.mask_resize import MaskWindow
@@ -32,11 +31,13 @@ def encode_window(window: MaskWindow, output_size: tuple[int, int]) -> dict:
 
 def _runs(window: MaskWindow, height: int) -> tuple[np.ndarray, np.ndarray]:
     """Where runs start and where they have ended, column by column, as positions in the whole mask's columns."""
-    rows, columns = window.pixels.shape
-    # A pixel that is not of the mask before the first column, and one after each.
-    flat = torch.zeros(1 + columns * (rows + 1), dtype=torch.bool, device=window.pixels.device)
-    flat[1:].view(columns, rows + 1)[:, :rows] = window.pixels.T
-    edges = (flat[1:] != flat[:-1]).nonzero().squeeze(1).cpu().numpy()
-    column, row = np.divmod(edges, rows + 1)
-    positions = (window.left + column) * height + window.top + row
+    pixels = window.pixels.cpu().numpy()
+    rows, columns = pixels.shape
+    # Where a pixel is not as the one above it; outside the window there is nothing of the mask.
+    is_edge = np.empty((rows + 1, columns), dtype=bool)
+    is_edge[0], is_edge[-1] = pixels[0], pixels[-1]
+    np.not_equal(pixels[1:], pixels[:-1], out=is_edge[1:-1])
+    row, column = np.divmod(np.flatnonzero(is_edge), columns)
+    # Edges are few: sorting them takes less than turning the mask.
+    positions = np.sort((window.left + column) * height + window.top + row)
     return positions[::2], positions[1::2]

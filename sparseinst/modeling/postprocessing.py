@@ -1,9 +1,12 @@
 """From the decoder's output to detections of one image, as functions of tensors. Letters: see structures.py."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sparseinst.modeling.mask_resize import mask_windows, masks_to_boxes, resize_masks
+from sparseinst.modeling.mask_resize import MaskWindow, map_windows, masks_to_boxes, resize_masks
 from sparseinst.modeling.mask_rle import encode_window
 from sparseinst.modeling.structures import Detections
 
@@ -141,15 +144,23 @@ def _boolean_masks(
         found = masks.flatten(1).any(1).nonzero().squeeze(1)
         masks = masks if len(found) == len(masks) else masks[found]
         return masks_to_boxes(masks), masks, found
-    masks = torch.zeros((len(mask_probs), *output_size), dtype=torch.bool)
-    boxes, found = [], []
-    for index, window in enumerate(mask_windows(mask_probs, *sizes, mask_threshold)):
-        if window.pixels.numel():
-            x0, y0, x1, y1 = window.box
-            masks[len(found), y0:y1, x0:x1] = window.pixels
-            boxes.append(window.box)
-            found.append(index)
-    return _boxes_tensor(boxes), masks[: len(found)], torch.tensor(found, dtype=torch.int64)
+    # By NumPy: memory of which no more is filled with zeros than what is looked at.
+    masks = np.zeros((len(mask_probs), *output_size), dtype=bool)
+
+    def draw(index: int, window: MaskWindow) -> tuple[int, int, int, int]:
+        x0, y0, x1, y1 = window.box
+        masks[index, y0:y1, x0:x1] = window.pixels.numpy()
+        return window.box
+
+    boxes = map_windows(draw, mask_probs, *sizes, mask_threshold)
+    found = [index for index, (x0, _, x1, _) in enumerate(boxes) if x0 < x1]
+    for place, index in enumerate(found):
+        # In place: a copy would be as large.
+        if place < index:
+            masks[place] = masks[index]
+    boxes = [boxes[index] for index in found]
+    found_masks = torch.from_numpy(masks[: len(found)])
+    return _boxes_tensor(boxes), found_masks, torch.tensor(found, dtype=torch.int64)
 
 
 def _rle_masks(
@@ -160,17 +171,18 @@ def _rle_masks(
     mask_threshold: float,
 ) -> tuple[torch.Tensor, list[dict], torch.Tensor]:
     """As :func:`_boolean_masks`, with the masks as compressed RLEs."""
-    boxes, rles, found = [], [], []
-    for index, window in enumerate(mask_windows(mask_probs, padded_size, image_size, output_size, mask_threshold)):
-        if window.pixels.numel():
-            boxes.append(window.box)
-            rles.append(encode_window(window, output_size))
-            found.append(index)
+
+    def encode(_: int, window: MaskWindow) -> tuple[tuple[int, int, int, int], dict] | None:
+        return (window.box, encode_window(window, output_size)) if window.pixels.numel() else None
+
+    encoded = map_windows(encode, mask_probs, padded_size, image_size, output_size, mask_threshold)
+    found = [index for index, mask in enumerate(encoded) if mask is not None]
+    boxes, rles = zip(*(encoded[index] for index in found)) if found else ((), ())
     device = mask_probs.device
-    return _boxes_tensor(boxes).to(device), rles, torch.tensor(found, dtype=torch.int64, device=device)
+    return _boxes_tensor(boxes).to(device), list(rles), torch.tensor(found, dtype=torch.int64, device=device)
 
 
-def _boxes_tensor(boxes: list[tuple[int, int, int, int]]) -> torch.Tensor:
+def _boxes_tensor(boxes: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.engine.evaluation import (
     STAGES,
     StageTimer,
@@ -41,6 +42,20 @@ def test_results_and_speed_are_written(dataset, tmp_path):
     assert speed["num_batches"] == 2 and speed["warmup_batches"] == 5 and speed["batch_size"] == 1
     assert speed["images_per_second"] > 0 and speed["peak_memory_mb"] > 50
     assert speed["precision"] == "float32" and "cpu" in speed["device"]
+    seconds = written["seconds"]
+    assert {
+        "waiting for data",
+        "model",
+        "results",
+        "gathering",
+        "writing",
+        "AP of bbox",
+        "AP of segm",
+        "the rest",
+    } < set(seconds)
+    # The stages of the model are measured apart.
+    assert seconds["model"] > sum(speed["stages"][stage]["median_ms"] for stage in STAGES) / 1e3
+    assert all(value > 0 for value in seconds.values())
 
 
 def test_timed_stages_give_the_model_s_own_answer():
@@ -72,8 +87,8 @@ def test_a_single_batch_is_not_all_warm_up():
 
 def test_evaluator_by_type(dataset, tmp_path):
     cfg = make_cfg(dataset, tmp_path, "MODEL.SPARSE_INST.MAX_DETECTIONS", 300)
-    assert build_evaluator(cfg, dataset)._max_dets_per_image[-1] == 300
-    assert build_evaluator(make_cfg(dataset, tmp_path), dataset)._max_dets_per_image[-1] == 100
+    assert build_evaluator(cfg, dataset).max_detections == 300
+    assert build_evaluator(make_cfg(dataset, tmp_path), dataset).max_detections == 100
     MetadataCatalog.get("evaluation_unknown").set(evaluator_type="panoptic")
     with pytest.raises(ValueError, match="panoptic"):
         build_evaluator(cfg, "evaluation_unknown")
@@ -117,6 +132,40 @@ def truth_model(dataset, *opts):
     model.register_forward_pre_hook(remember)
     model.network = network
     return model
+
+
+def test_masks_are_encoded_where_they_are_made(dataset, tmp_path, monkeypatch):
+    model = truth_model(dataset, "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4)
+    formats = []
+    postprocess = model.postprocess
+    model.postprocess = lambda *args: formats.append(model.output_mask_format) or postprocess(*args)
+    # Not those that are whole.
+    monkeypatch.setattr(RLEMasks, "encode", None)
+    evaluate(make_cfg(dataset, tmp_path), model)
+    assert set(formats) == {"rle"} and model.output_mask_format == "bitmask"
+
+    model.postprocess = None
+    with pytest.raises(TypeError):
+        evaluate(make_cfg(dataset, tmp_path), model)
+    assert model.output_mask_format == "bitmask"
+
+
+def test_the_time_is_logged(dataset, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="sparseinst.engine.evaluation"):
+        evaluate(make_cfg(dataset, tmp_path), tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4))
+    (line,) = [message for message in caplog.messages if message.startswith("Evaluation took")]
+    assert " s: preparing " in line and ", model " in line and "AP of segm" in line
+
+
+def test_the_faster_computation_is_chosen_by_the_config(dataset, tmp_path):
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed (extra fast-eval)")
+    model = truth_model(dataset, "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4)
+    cfg = make_cfg(dataset, tmp_path, "TEST.COCO_EVAL", "faster-coco-eval")
+    assert build_evaluator(cfg, dataset).coco_eval == "faster-coco-eval"
+    fast, plain = evaluate(cfg, model), evaluate(make_cfg(dataset, tmp_path), model)
+    assert plain["segm"]["AP"] > 5
+    for task in ("bbox", "segm"):
+        assert fast[task] == pytest.approx(plain[task], rel=1e-14, abs=0, nan_ok=True)
 
 
 def test_several_data_sets(dataset, tmp_path, tmp_path_factory):

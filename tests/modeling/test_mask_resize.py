@@ -1,5 +1,7 @@
 """Masks at the output size: the windows against the plain computation, bit for bit."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -7,9 +9,21 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sparseinst.modeling import mask_resize
-from sparseinst.modeling.mask_resize import composed_axis, mask_windows, masks_to_boxes, resize_masks
+from sparseinst.modeling.mask_resize import composed_axis, map_windows, masks_to_boxes, resize_masks
 
 SIZES = {"padded_size": (32, 64), "image_size": (30, 41), "output_size": (47, 90)}
+
+
+def mask_windows(*args, **kwargs):
+    return map_windows(lambda _, window: window, *args, **kwargs)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def random_probs(num_masks, size, seed=0):
@@ -122,6 +136,34 @@ def test_undecided_masks_are_computed_plainly(monkeypatch):
     assert len(calls) == 1
 
 
+def test_several_threads_share_the_masks(two_threads):
+    probs = random_probs(37, (8, 16))
+    probs[5] = 0.45
+    probs[20] = 0.01
+    with torch.inference_mode():
+        assert_windows_equal_plain(probs, **SIZES, threshold=float(probs[5, 0, 0]))
+    # The first one waits for the last: another thread has to come there.
+    reached = threading.Event()
+    names = set()
+
+    def meet(index, window):
+        names.add(threading.get_ident())
+        if index == 36:
+            reached.set()
+        return reached.wait(10) if index == 0 else index
+
+    assert map_windows(meet, probs, **SIZES, mask_threshold=0.45) == [True, *range(1, 37)]
+    assert len(names) == 2 and threading.get_ident() not in names
+
+
+def test_an_error_in_a_thread_is_raised(two_threads):
+    def fail(index, window):
+        raise KeyError(f"mask {index}")
+
+    with pytest.raises(KeyError, match="mask"):
+        map_windows(fail, random_probs(9, (8, 16)), **SIZES, mask_threshold=0.45)
+
+
 def test_windows_of_chunks_are_the_same(monkeypatch):
     # What runs on a GPU.
     probs = random_probs(7, (8, 16))
@@ -156,6 +198,14 @@ def test_not_a_number_stays_where_it_is():
     assert_windows_equal_plain(probs, (32, 64), (30, 41), (147, 190), 0.45)
 
 
+def test_not_a_number_hides_no_edge():
+    # The mask's first row and column have it; they are above the threshold elsewhere.
+    probs = torch.full((1, 8, 16), 0.01)
+    probs[0, 2:5, 3:9] = 0.9
+    probs[0, 2, 6] = probs[0, 4, 3] = float("nan")
+    assert_windows_equal_plain(probs, (32, 64), (30, 41), (147, 190), 0.45)
+
+
 def test_gradients_and_autocast_do_not_matter():
     probs = random_probs(5, (8, 16))
     composed_axis.cache_clear()
@@ -174,7 +224,7 @@ def test_gradients_and_autocast_do_not_matter():
 )
 def test_weights_of_an_axis(sizes):
     axis = composed_axis(*sizes)
-    weights = axis.weights
+    weights = torch.from_numpy(axis.weights)
     assert weights.shape == (sizes[-1], sizes[0])
     torch.testing.assert_close(weights.sum(1), torch.ones(sizes[-1], dtype=torch.float64), atol=1e-6, rtol=0)
     # Resizing a ramp in float32 gives the same as the matrix.
