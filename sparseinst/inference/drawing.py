@@ -131,7 +131,7 @@ def paint_mask(picture: np.ndarray, window: Window, color: Color, alpha: float, 
         return
     height, width = window.pixels.shape
     place = picture[window.y : window.y + height, window.x : window.x + width]
-    cv2.copyTo(cv2.LUT(place, _blend_table(color, alpha)), window.pixels, place)
+    cv2.copyTo(_blend(place, color, alpha), window.pixels, place)
     outlines, _ = cv2.findContours(window.pixels, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     cv2.drawContours(picture, outlines, -1, _levels(color), edge, cv2.LINE_AA, offset=(window.x, window.y))
 
@@ -153,12 +153,11 @@ def paint_box(picture: np.ndarray, box: Sequence[float], color: Color, alpha: fl
             (round(box[1] - frame / 2), round(box[3] - frame / 2), picture.shape[0]),
         )
     )
-    table = _blend_table(color, alpha)
     # Upper and lower strip with the corners, left and right one between them.
     for top, bottom, left, right in ((0, 1, 0, 3), (2, 3, 0, 3), (1, 2, 0, 1), (1, 2, 2, 3)):
         place = picture[y[top] : y[bottom], x[left] : x[right]]
         if place.size:
-            place[:] = cv2.LUT(place, table)
+            place[:] = _blend(place, color, alpha)
 
 
 def paint_labels(picture: np.ndarray, labels: Sequence[Label]) -> None:
@@ -209,15 +208,15 @@ def _free_y(y: int, x: int, size: tuple[int, int], taken: list[tuple[int, int, i
     return y
 
 
+def _blend(pixels: np.ndarray, color: Color, alpha: float) -> np.ndarray:
+    """Pixels with a share ``alpha`` of a colour."""
+    # A linear map of the channels: OpenCV's fastest way here.
+    scale = (1 - alpha) * np.eye(3, dtype=np.float32)
+    return cv2.transform(pixels, np.column_stack([scale, 255 * alpha * np.array(color, dtype=np.float32)]))
+
+
 def _levels(color: Color) -> tuple[int, int, int]:
     return tuple(round(255 * part) for part in color)
-
-
-@functools.lru_cache(maxsize=256)
-def _blend_table(color: Color, alpha: float) -> np.ndarray:
-    """What each value of each channel becomes, (1, 256, 3) uint8."""
-    values = np.arange(256, dtype=np.float64)[:, None] * (1 - alpha) + 255 * alpha * np.array(color)
-    return np.rint(values).astype(np.uint8)[None]
 
 
 @functools.lru_cache(maxsize=1024)
