@@ -41,7 +41,10 @@ def read_ahead(items: Iterable[Item], queue_length: int = QUEUE_LENGTH) -> Itera
 
 
 def work_behind(
-    work: Callable[[Item], Result], items: Iterable[Item], queue_length: int = QUEUE_LENGTH
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    queue_length: int = QUEUE_LENGTH,
+    is_large: Callable[[Item], bool] = lambda item: False,
 ) -> Iterator[Result]:
     """What ``work`` makes of each item, in a thread, while the caller's thread makes the next items.
 
@@ -49,6 +52,7 @@ def work_behind(
         work: called with one item after the other, always in the same thread.
         items: asked for in the caller's thread.
         queue_length: items that may wait for ``work``; 0: it is done at once, without a thread.
+        is_large: whether the next item is not to be made before this one is done, because of its memory.
     """
     if queue_length == 0:
         yield from map(work, items)
@@ -58,7 +62,10 @@ def work_behind(
         try:
             for item in items:
                 waiting.append(thread.submit(work, item))
-                while waiting and (waiting[0].done() or len(waiting) > queue_length):
+                allowed = 0 if is_large(item) else queue_length
+                # It is not to be kept while the next one is made.
+                del item
+                while waiting and (waiting[0].done() or len(waiting) > allowed):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
@@ -53,6 +54,10 @@ from sparseinst.tools.demo_results import CocoResults, TimedPredictor, images_fi
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Pictures that are read ahead, and that may wait until they are drawn: fewer than frames, as they can be large.
+PICTURE_QUEUE_LENGTH = 1
+# Where the boolean masks of a picture take more, the next ones are not made before it is drawn.
+LARGE_MASK_BYTES = 2**28
 # As shells tell that Ctrl-C ended a command.
 EXIT_INTERRUPTED = 130
 
@@ -75,12 +80,13 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
             f"{predictor.classes.names[:5]}, ...: give the json that belongs to the model's data"
         )
     results = CocoResults(predictor.classes)
+    num_done = 0
     timed = TimedPredictor(predictor, args.confidence_threshold)
     draw = functools.partial(draw_instances, metadata=predictor.metadata, drawing=args.drawing)
     failures = []
 
     def predict() -> Iterator[tuple[Path, str, np.ndarray, Instances]]:
-        with contextlib.closing(read_ahead(map(_read, paths))) as images:
+        with contextlib.closing(read_ahead(map(_read, paths), PICTURE_QUEUE_LENGTH)) as images:
             named = zip(paths, output_names(paths), images, strict=True)
             for path, name, image in tqdm(named, total=len(paths), unit="picture"):
                 try:
@@ -95,6 +101,7 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
                     yield path, name, image, instances
 
     def finish(predicted: tuple[Path, str, np.ndarray, Instances]) -> dict[str, np.ndarray]:
+        nonlocal num_done
         path, name, image, instances = predicted
         pictures = {}
         if args.output is not None or args.json is None:
@@ -109,17 +116,19 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
         if args.output is not None:
             for relative_name, picture in pictures.items():
                 save_picture(args.output / relative_name, picture)
-        results.add(str(path), instances)
+        if args.json is not None:
+            results.add(str(path), instances)
+        num_done += 1
         return pictures
 
     show = _show_pictures if args.output is None else None
-    interrupted = _run(predict(), finish, show)
+    interrupted = _run(predict(), finish, show, PICTURE_QUEUE_LENGTH)
     if args.json is not None:
         results.write(args.json)
     if args.output is not None:
         iams = f", their activation maps in {args.output / IAM_FOLDER}" if args.show_iams else ""
-        print(f"{len(results)} of {len(paths)} pictures are in {args.output}{iams}")
-    print(timed.speed(len(results), "pictures"))
+        print(f"{num_done} of {len(paths)} pictures are in {args.output}{iams}")
+    print(timed.speed(num_done, "pictures"))
     for failure in failures:
         print(failure, file=sys.stderr)
     if interrupted:
@@ -149,6 +158,7 @@ def run_video(args: argparse.Namespace, cfg: CfgNode, predictor: Predictor | Non
         reader = stack.enter_context(VideoReader(source))
         predictor = predictor or Predictor(cfg)
         results = CocoResults(predictor.classes)
+        num_done = 0
         timed = TimedPredictor(predictor, args.confidence_threshold)
         drawer = VideoDrawer(predictor.metadata, args.drawing)
         writer = None if output is None else stack.enter_context(VideoWriter(output, reader.fps))
@@ -160,23 +170,26 @@ def run_video(args: argparse.Namespace, cfg: CfgNode, predictor: Predictor | Non
                     yield frame, timed.predict(frame)
 
         def finish(predicted: tuple[np.ndarray, Instances]) -> np.ndarray:
+            nonlocal num_done
             frame, instances = predicted
             if writer is not None or is_shown:
                 frame = drawer.draw(frame, instances)
             if writer is not None:
                 writer.write(frame)
-            results.add(name, instances, frame=len(results) + 1)
+            num_done += 1
+            if args.json is not None:
+                results.add(name, instances, frame=num_done)
             return frame
 
         show = (lambda frame: _show(name, frame, wait_ms=1)) if is_shown else None
-        interrupted = _run(predict(), finish, show)
-    if len(results) == 0 and not interrupted:
+        interrupted = _run(predict(), finish, show, QUEUE_LENGTH)
+    if num_done == 0 and not interrupted:
         raise ValueError(f"OpenCV could not read a single frame of {name}")
     if args.json is not None:
         results.write(args.json)
-    if output is not None and len(results) > 0:
-        print(f"{'The first ' if interrupted else ''}{len(results)} frames are in {output}")
-    print(timed.speed(len(results), "frames"))
+    if output is not None and num_done > 0:
+        print(f"{'The first ' if interrupted else ''}{num_done} frames are in {output}")
+    print(timed.speed(num_done, "frames"))
     return EXIT_INTERRUPTED if interrupted else 0
 
 
@@ -192,23 +205,25 @@ def _run(
     predicted: Generator[Item, None, None],
     finish: Callable[[Item], Result],
     show: Callable[[Result], bool] | None,
+    queue_length: int,
 ) -> bool:
     """Predict in this thread and finish in another, until the end.
 
     Args:
-        predicted: the predictions.
+        predicted: the predictions; the last of each are the instances.
         finish: draws, writes and collects one of them.
         show: shows what is finished, at once; True where it is to be the last. Windows belong to this thread, and what
             they show is not to wait: all is done in this thread then.
+        queue_length: predictions that may wait until they are finished.
 
     Returns:
         Whether Ctrl-C ended it.
     """
-    queue_length = QUEUE_LENGTH if show is None else 0
+    queue_length = queue_length if show is None else 0
     try:
         with (
             contextlib.closing(predicted),
-            contextlib.closing(work_behind(finish, predicted, queue_length)) as finished,
+            contextlib.closing(work_behind(finish, predicted, queue_length, _is_large)) as finished,
         ):
             for result in finished:
                 if show is not None and show(result):
@@ -217,6 +232,11 @@ def _run(
         print("Interrupted", file=sys.stderr)
         return True
     return False
+
+
+def _is_large(predicted: tuple) -> bool:
+    masks = predicted[-1].pred_masks
+    return isinstance(masks, torch.Tensor) and masks.numel() > LARGE_MASK_BYTES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -294,6 +314,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        # Before anything was done.
+        print("Interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _skip_rejected(cfg: CfgNode, threshold: float) -> None:

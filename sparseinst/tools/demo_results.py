@@ -20,10 +20,6 @@ class CocoResults:
         self._images: list[dict] = []
         self._results: list[dict] = []
 
-    def __len__(self) -> int:
-        """Pictures so far."""
-        return len(self._images)
-
     def add(self, file_name: str, instances: Instances, **extra: int) -> None:
         """Append the instances of one picture; image ids count from 1."""
         height, width = instances.image_size

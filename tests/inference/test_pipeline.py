@@ -76,6 +76,24 @@ def test_no_more_than_so_many_wait_for_work():
     assert list(results) == list(range(1, 20))
 
 
+def test_after_a_large_item_the_next_one_is_not_made_before_it_is_done():
+    done = []
+
+    def work(item):
+        time.sleep(0.02)
+        done.append(item)
+
+    def items():
+        for item in range(8):
+            # 2 and 5 are large.
+            assert not {2, 5} & set(range(item)) - set(done)
+            yield item
+
+    for _ in work_behind(work, items(), 3, lambda item: item in (2, 5)):
+        pass
+    assert done == list(range(8))
+
+
 def failing(count):
     yield from range(count)
     raise ValueError("no more frames")

@@ -169,6 +169,33 @@ def test_a_video_is_drawn_frame_by_frame(tmp_path, config_file, capsys):
     assert (tmp_path / "named.mp4").is_file()
 
 
+def test_masks_below_the_threshold_are_not_made_and_change_nothing(tmp_path, tiny_config_file):
+    save_scene(tmp_path / "in" / "a.png")
+
+    def found(threshold, *options):
+        file = tmp_path / "found.json"
+        common = ["--input", tmp_path / "in", "--json", file, "--confidence-threshold", threshold]
+        assert run(tiny_config_file, *common, *options) == 0
+        return json.loads(file.read_text())
+
+    everything = found(0)
+    scores = sorted((result["score"] for result in everything), reverse=True)
+    assert len(scores) > 3
+    # At a score itself, and between two.
+    for threshold in (scores[1], (scores[1] + scores[2]) / 2, scores[-1]):
+        for options in ((), ("--mask-nms", "0.5")):
+            expected = [result for result in found(0, *options) if result["score"] >= threshold]
+            assert found(threshold, *options) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        kept = []
+        patch.setattr(demo, "run_images", lambda args, cfg: kept.append(cfg.MODEL.SPARSE_INST.CLS_THRESHOLD) or 0)
+        for threshold in (0, 0.5):
+            found_nothing = ["--input", "x", "--json", tmp_path / "x.json", "--confidence-threshold", threshold]
+            assert run(tiny_config_file, *found_nothing) == 0
+        assert run(tiny_config_file, *found_nothing, "--opts", "MODEL.SPARSE_INST.CLS_THRESHOLD", "0.7") == 0
+        assert kept == [0, pytest.approx(0.4995), 0.7]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
