@@ -146,6 +146,26 @@ def test_leaving_early_ends_the_threads_and_drops_what_waits(queue_length):
         done.clear()
 
 
+def test_what_waits_when_it_is_left_is_not_done():
+    started, made, gate = [], threading.Event(), threading.Event()
+
+    def items():
+        yield from range(3)
+        made.set()
+        yield from range(3, 1000)
+
+    def work(item):
+        started.append(item)
+        assert (made if item == 0 else gate).wait(TIMEOUT)
+
+    results = work_behind(work, items(), 3)
+    next(results)
+    # 1 is in work, 2 and 3 wait.
+    threading.Timer(0.5, gate.set).start()
+    results.close()
+    assert started in ([0], [0, 1])
+
+
 def test_ctrl_c_while_an_item_is_made_ends_the_work():
     def items():
         yield 0
