@@ -2,7 +2,8 @@
 
 from sparseinst.data.images import ImageReadError, read_image
 from sparseinst.inference.predictor import Predictor, to_coco_results
-from sparseinst.inference.video import VideoReader, VideoWriter, draw_video
+from sparseinst.inference.video import VideoReader, VideoWriter
+from sparseinst.inference.video_drawing import draw_video
 from sparseinst.inference.visualization import draw_beside, draw_iams, draw_instances
 
 __all__ = [

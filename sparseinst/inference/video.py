@@ -1,16 +1,14 @@
-"""Video files: read frames, write frames, draw predictions with colours that follow the objects."""
+"""Video files: read frames, write frames."""
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 import cv2
 import numpy as np
-from detectron2.data.catalog import Metadata
-from detectron2.structures import Instances
-from detectron2.utils.video_visualizer import VideoVisualizer
-from detectron2.utils.visualizer import ColorMode
 
 FALLBACK_FPS = 25.0
 
@@ -50,7 +48,7 @@ class VideoReader:
             found, frame = self._capture.read()
             if not found:
                 return
-            yield np.ascontiguousarray(frame[:, :, ::-1])
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -62,7 +60,10 @@ class VideoReader:
 
 
 class VideoWriter:
-    """Writes frames to an .mp4 file; a context manager, the file is complete when it is left.
+    """Writes frames to an .mp4 file that is whole or not there; a context manager.
+
+    The frames go to a file beside it, which takes its name when the context is left. Where an error leaves the context,
+    nothing is left of it, and a file that had the name before stays; after Ctrl-C the frames so far are kept.
 
     OpenCV writes even sizes only: of an odd height or width the last row or column is left out.
 
@@ -71,14 +72,21 @@ class VideoWriter:
         fps: frames per second.
         codec: four letters; OpenCV's PyPI wheels have "mp4v" and do not have "avc1".
 
+    Attributes:
+        num_frames: written so far.
+
     Raises:
-        ValueError: another extension; at the first frame: the file cannot be written, OpenCV has no such codec.
+        ValueError: another extension; at the first frame: the file cannot be written, OpenCV has no such codec; at the
+            end: the file cannot take its name.
     """
 
     def __init__(self, path: str | os.PathLike, fps: float, codec: str = "mp4v") -> None:
         self.path = Path(path)
         if self.path.suffix.lower() != ".mp4":
             raise ValueError(f"A video is written as .mp4; the name {self.path} ends in {self.path.suffix!r}")
+        self.num_frames = 0
+        # OpenCV takes the kind of file from the ending.
+        self._part = self.path.with_name(f".{secrets.token_hex(8)}.part.mp4")
         self._fps = fps
         self._codec = codec
         self._writer: cv2.VideoWriter | None = None
@@ -96,7 +104,8 @@ class VideoWriter:
             self._open(size)
         if size != self._size:
             raise ValueError(f"The frames of {self.path} are {self._size} (height, width); found one of {size}")
-        self._writer.write(np.ascontiguousarray(frame_rgb[:, :, ::-1]))
+        self._writer.write(cv2.cvtColor(frame_rgb, cv2.COLOR_RGB2BGR))
+        self.num_frames += 1
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -104,39 +113,40 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writer is not None:
-            self._writer.release()
+        if self._writer is None:
+            return
+        self._writer.release()
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            self._put_in_place()
+        else:
+            self._remove_part()
+
+    def _put_in_place(self) -> None:
+        try:
+            # A link that has the name is replaced, not followed.
+            self._part.replace(self.path)
+        except OSError as error:
+            raise ValueError(
+                f"Cannot write {self.path}: {error.strerror or error}; its {self.num_frames} frames are in {self._part}"
+            ) from error
+
+    def _remove_part(self) -> None:
+        with contextlib.suppress(OSError):
+            self._part.unlink(missing_ok=True)
 
     def _open(self, size: tuple[int, int]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # A link that has the name is replaced, not followed.
-            self.path.unlink(missing_ok=True)
+            if self.path.is_dir():
+                raise IsADirectoryError("it is a folder")
         except OSError as error:
             raise ValueError(f"Cannot write {self.path}: {error.strerror or error}") from error
         fourcc = cv2.VideoWriter.fourcc(*self._codec)
-        writer = cv2.VideoWriter(str(self.path), fourcc, self._fps, size[::-1])
+        writer = cv2.VideoWriter(str(self._part), fourcc, self._fps, size[::-1])
         if not writer.isOpened():
+            self._remove_part()
             raise ValueError(
                 f"OpenCV {cv2.__version__} cannot write {self.path} with the codec {self._codec!r}: the codec is not "
                 "in this build, or the file cannot be made"
             )
         self._writer, self._size = writer, size
-
-
-def draw_video(frames: Iterable[tuple[np.ndarray, Instances]], metadata: Metadata) -> Iterator[np.ndarray]:
-    """Draw masks, names and scores on the frames of one video, an object in one colour from frame to frame.
-
-    Args:
-        frames: each frame, (height, width, 3) uint8 in RGB, with its instances on the CPU.
-        metadata: holds ``thing_classes``.
-
-    Yields:
-        The drawn frames, of the same size.
-    """
-    visualizer = VideoVisualizer(metadata, ColorMode.IMAGE)
-    for frame, instances in frames:
-        if len(instances) == 0:
-            yield frame
-        else:
-            yield visualizer.draw_instance_predictions(frame, instances).get_image()

@@ -1,22 +1,29 @@
-"""Draw predictions on pictures, videos and the webcam: ``python -m sparseinst.tools.demo --help``."""
+"""Draw predictions on pictures, videos and the webcam: ``python -m sparseinst.tools.demo --help``.
+
+Reading, the model, and drawing and writing run beside one another. The last line says how many pictures or frames were
+done in a second, and how many the model alone would do, from a decoded picture to masks on the host: the time that
+was spent in it while the other stages ran too. On a machine that does nothing else, that is what
+``python -m sparseinst.tools.benchmark --size HEIGHT WIDTH --detections N`` calls end to end, with as many objects.
+"""
 
 import argparse
 import contextlib
-import json
+import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.engine.setup import load_config
 from sparseinst.inference import (
@@ -27,10 +34,11 @@ from sparseinst.inference import (
     draw_beside,
     draw_iams,
     draw_instances,
-    draw_video,
     read_image,
-    to_coco_results,
 )
+from sparseinst.inference.pipeline import QUEUE_LENGTH, read_ahead, work_behind
+from sparseinst.inference.video_drawing import VideoDrawer
+from sparseinst.inference.visualization import DRAWINGS
 from sparseinst.modeling import MaskMemoryError
 from sparseinst.tools.demo_files import (
     IAM_FOLDER,
@@ -40,40 +48,26 @@ from sparseinst.tools.demo_files import (
     output_names,
     save_picture,
     video_file,
-    write_file,
 )
+from sparseinst.tools.demo_results import CocoResults, TimedPredictor, images_file
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-class CocoResults:
-    """What the command predicts, collected for ``--json``."""
-
-    def __init__(self, classes: ClassInfo) -> None:
-        self._classes = classes
-        self._images: list[dict] = []
-        self._results: list[dict] = []
-
-    def add(self, file_name: str, instances: Instances, **extra: int) -> None:
-        """Append the instances of one picture; image ids count from 1."""
-        height, width = instances.image_size
-        image_id = len(self._images) + 1
-        self._images.append({"id": image_id, "file_name": file_name, "height": height, "width": width, **extra})
-        self._results += to_coco_results(instances, image_id, self._classes.category_ids)
-
-    def write(self, path: Path) -> None:
-        """Write the results list to ``path``, and beside it STEM_images.json, a COCO data set without annotations."""
-        categories = [{"id": id, "name": name} for name, id in zip(*self._classes, strict=True)]
-        images = {"images": self._images, "annotations": [], "categories": categories}
-        write_file(path, json.dumps(self._results).encode())
-        write_file(images_file(path), json.dumps(images).encode())
-
-
-def images_file(results: Path) -> Path:
-    """Where it stands which picture an image id of the results is."""
-    return results.with_name(f"{results.stem}_images.json")
+# Pictures that are read ahead, and that may wait until they are drawn: fewer than frames, as they can be large.
+PICTURE_QUEUE_LENGTH = 1
+# Where the boolean masks of a picture take more, the next ones are not made before it is drawn.
+LARGE_MASK_BYTES = 2**28
+# As shells tell that Ctrl-C ended a command.
+EXIT_INTERRUPTED = 130
 
 
 def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
-    """Predict and draw pictures; returns 1 where one of them could not be read, else 0."""
+    """Predict and draw pictures.
+
+    Returns:
+        Exit code: 0; 1 where one of them could not be read; 130 where Ctrl-C ended it.
+    """
     paths = find_images(args.input)
     if args.output is not None:
         check_image_folder(args.output, paths)
@@ -86,26 +80,35 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
             f"{predictor.classes.names[:5]}, ...: give the json that belongs to the model's data"
         )
     results = CocoResults(predictor.classes)
+    num_done = 0
+    timed = TimedPredictor(predictor, args.confidence_threshold)
+    draw = functools.partial(draw_instances, metadata=predictor.metadata, drawing=args.drawing)
     failures = []
-    for path, name in zip(tqdm(paths, unit="picture"), output_names(paths), strict=True):
-        try:
-            image = read_image(path)
-        except ImageReadError as error:
-            failures.append(str(error))
-            continue
-        try:
-            instances = _confident(predictor([image], "RGB")[0], args.confidence_threshold)
-        except MaskMemoryError as error:
-            failures.append(f"{path}: {error}")
-            continue
-        results.add(str(path), instances)
+
+    def predict() -> Iterator[tuple[Path, str, np.ndarray, Instances]]:
+        with contextlib.closing(read_ahead(map(_read, paths), PICTURE_QUEUE_LENGTH)) as images:
+            named = zip(paths, output_names(paths), images, strict=True)
+            for path, name, image in tqdm(named, total=len(paths), unit="picture"):
+                try:
+                    if isinstance(image, ImageReadError):
+                        raise image
+                    instances = timed.predict(image)
+                except ImageReadError as error:
+                    failures.append(str(error))
+                except MaskMemoryError as error:
+                    failures.append(f"{path}: {error}")
+                else:
+                    yield path, name, image, instances
+
+    def finish(predicted: tuple[Path, str, np.ndarray, Instances]) -> dict[str, np.ndarray]:
+        nonlocal num_done
+        path, name, image, instances = predicted
         pictures = {}
         if args.output is not None or args.json is None:
-            pictures[name] = draw_instances(image, instances, predictor.metadata)
+            pictures[name] = draw(image, instances)
             truth = None if ground_truth is None else ground_truth.find(path)
             if truth is not None:
-                truth_picture = draw_instances(image, truth, predictor.metadata)
-                pictures[name] = draw_beside([(pictures[name], "predictions"), (truth_picture, "ground truth")])
+                pictures[name] = draw_beside([(pictures[name], "predictions"), (draw(image, truth), "ground truth")])
         if args.show_iams:
             pictures[f"{IAM_FOLDER}/{name}"] = draw_iams(
                 image, instances, predictor.metadata, normalization=predictor.iam_normalization
@@ -113,61 +116,136 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
         if args.output is not None:
             for relative_name, picture in pictures.items():
                 save_picture(args.output / relative_name, picture)
-        elif any([_show(relative_name, picture, wait_ms=0) for relative_name, picture in pictures.items()]):
-            break
+        if args.json is not None:
+            results.add(str(path), instances)
+        num_done += 1
+        return pictures
 
+    show = _show_pictures if args.output is None else None
+    interrupted = _run(predict(), finish, show, PICTURE_QUEUE_LENGTH)
     if args.json is not None:
         results.write(args.json)
-    num_drawn = len(paths) - len(failures)
     if args.output is not None:
         iams = f", their activation maps in {args.output / IAM_FOLDER}" if args.show_iams else ""
-        print(f"{num_drawn} of {len(paths)} pictures are in {args.output}{iams}")
+        print(f"{num_done} of {len(paths)} pictures are in {args.output}{iams}")
+    print(timed.speed(num_done, "pictures"))
     for failure in failures:
         print(failure, file=sys.stderr)
+    if interrupted:
+        return EXIT_INTERRUPTED
     return 1 if failures else 0
 
 
-def run_video(args: argparse.Namespace, cfg: CfgNode) -> int:
-    """Predict and draw the frames of a video file or of a camera; returns 0."""
-    source, name = (args.video_input, args.video_input) if args.webcam is None else (args.webcam, "webcam")
+def run_video(args: argparse.Namespace, cfg: CfgNode, predictor: Predictor | None = None) -> int:
+    """Predict and draw the frames of a video file or of a camera.
+
+    Args:
+        args: the command's.
+        cfg: the model's config.
+        predictor: in place of the one that the config describes.
+
+    Returns:
+        Exit code: 0, or 130 where Ctrl-C ended it.
+    """
+    is_camera = args.webcam is not None
+    source, name = (args.webcam, "webcam") if is_camera else (args.video_input, args.video_input)
     output = None if args.output is None else video_file(args.output, name)
     if output is not None:
         check_not_read("--output", output, _files_read(args, cfg))
     _check_json(args, cfg)
-    show = args.webcam is not None or (output is None and args.json is None)
+    is_shown = is_camera or (output is None and args.json is None)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(VideoReader(source))
-        writer = None if output is None else stack.enter_context(VideoWriter(output, reader.fps))
-        predictor = Predictor(cfg)
+        predictor = predictor or Predictor(cfg)
         results = CocoResults(predictor.classes)
-        num_frames = 0
+        num_done = 0
+        timed = TimedPredictor(predictor, args.confidence_threshold)
+        drawer = VideoDrawer(predictor.metadata, args.drawing)
+        writer = None if output is None else stack.enter_context(VideoWriter(output, reader.fps))
 
         def predict() -> Iterator[tuple[np.ndarray, Instances]]:
-            nonlocal num_frames
-            for frame in tqdm(reader, total=reader.num_frames, unit="frame"):
-                instances = _confident(predictor([frame], "RGB")[0], args.confidence_threshold)
-                num_frames += 1
-                results.add(name, instances, frame=num_frames)
-                yield frame, instances
+            # A camera's frames are shown as soon as they can be.
+            with contextlib.closing(read_ahead(reader, 0 if is_camera else QUEUE_LENGTH)) as frames:
+                for frame in tqdm(frames, total=reader.num_frames, unit="frame"):
+                    yield frame, timed.predict(frame)
 
-        draws = writer is not None or show
-        for frame in draw_video(predict(), predictor.metadata) if draws else predict():
+        def finish(predicted: tuple[np.ndarray, Instances]) -> np.ndarray:
+            nonlocal num_done
+            frame, instances = predicted
+            if writer is not None or is_shown:
+                frame = drawer.draw(frame, instances)
             if writer is not None:
                 writer.write(frame)
-            if show and _show(name, frame, wait_ms=1):
-                break
-    if num_frames == 0:
+            num_done += 1
+            if args.json is not None:
+                results.add(name, instances, frame=num_done)
+            return frame
+
+        show = (lambda frame: _show(name, frame, wait_ms=1)) if is_shown else None
+        interrupted = _run(predict(), finish, show, QUEUE_LENGTH)
+    if num_done == 0 and not interrupted:
         raise ValueError(f"OpenCV could not read a single frame of {name}")
     if args.json is not None:
         results.write(args.json)
-    if output is not None:
-        print(f"{num_frames} frames are in {output}")
-    return 0
+    if output is not None and num_done > 0:
+        print(f"{'The first ' if interrupted else ''}{num_done} frames are in {output}")
+    print(timed.speed(num_done, "frames"))
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+def _read(path: Path) -> np.ndarray | ImageReadError:
+    # The error is one of this picture alone.
+    try:
+        return read_image(path)
+    except ImageReadError as error:
+        return error
+
+
+def _run(
+    predicted: Generator[Item, None, None],
+    finish: Callable[[Item], Result],
+    show: Callable[[Result], bool] | None,
+    queue_length: int,
+) -> bool:
+    """Predict in this thread and finish in another, until the end.
+
+    Args:
+        predicted: the predictions; the last of each are the instances.
+        finish: draws, writes and collects one of them.
+        show: shows what is finished, at once; True where it is to be the last. Windows belong to this thread, and what
+            they show is not to wait: all is done in this thread then.
+        queue_length: predictions that may wait until they are finished.
+
+    Returns:
+        Whether Ctrl-C ended it.
+    """
+    queue_length = queue_length if show is None else 0
+    try:
+        with (
+            contextlib.closing(predicted),
+            contextlib.closing(work_behind(finish, predicted, queue_length, _is_large)) as finished,
+        ):
+            for result in finished:
+                if show is not None and show(result):
+                    break
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
+        return True
+    return False
+
+
+def _is_large(predicted: tuple) -> bool:
+    masks = predicted[-1].pred_masks
+    return isinstance(masks, torch.Tensor) and masks.numel() > LARGE_MASK_BYTES
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m sparseinst.tools.demo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m sparseinst.tools.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--config-file", required=True, help="YAML file, or the name of one that comes with the package"
     )
@@ -194,6 +272,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--show-iams", action="store_true", help="draw the instances' activation maps too")
     parser.add_argument(
+        "--drawing",
+        choices=DRAWINGS,
+        default="fast",
+        help="who draws: we (default), or Detectron2's visualizers, which draw alike in many times the time",
+    )
+    parser.add_argument(
         "--mask-nms",
         type=float,
         metavar="IOU",
@@ -213,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         Exit code: 0; 1 where a picture could not be read; 2 where the arguments, the config, the weights or the video
-        do not allow a run.
+        do not allow a run; 130 where Ctrl-C ended it: what was done until then is kept.
     """
     args = build_parser().parse_args(argv)
     for name in ("fvcore", "detectron2", "sparseinst"):
@@ -225,10 +309,22 @@ def main(argv: list[str] | None = None) -> int:
             cfg.MODEL.SPARSE_INST.MASK_NMS_THRESHOLD = args.mask_nms
         if args.show_iams:
             cfg.MODEL.SPARSE_INST.DECODER.OUTPUT_IAM = True
+        _skip_rejected(cfg, args.confidence_threshold)
         return run_video(args, cfg) if args.input is None else run_images(args, cfg)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        # Before anything was done.
+        print("Interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _skip_rejected(cfg: CfgNode, threshold: float) -> None:
+    """Let the model make no masks for what is below the command's threshold: rescoring only lowers a score."""
+    # A little lower, since the score is rounded.
+    keys = cfg.MODEL.SPARSE_INST
+    keys.CLS_THRESHOLD = max(keys.CLS_THRESHOLD, 0.999 * threshold)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -270,8 +366,8 @@ def _check_json(args: argparse.Namespace, cfg: CfgNode, paths: Sequence[Path] = 
             check_not_read("--json", file, _files_read(args, cfg, paths))
 
 
-def _confident(instances: Instances, threshold: float) -> Instances:
-    return instances[instances.scores >= threshold]
+def _show_pictures(pictures: dict[str, np.ndarray]) -> bool:
+    return any([_show(name, picture, wait_ms=0) for name, picture in pictures.items()])
 
 
 def _show(title: str, picture: np.ndarray, wait_ms: int) -> bool:

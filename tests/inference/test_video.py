@@ -1,13 +1,10 @@
+import contextlib
+
 import cv2
 import numpy as np
 import pytest
-import torch
-from detectron2.data.catalog import Metadata
-from detectron2.structures import Boxes, Instances
-from pycocotools import mask as mask_api
 
-from sparseinst.data.rle_masks import RLEMasks
-from sparseinst.inference import VideoReader, VideoWriter, draw_video
+from sparseinst.inference import VideoReader, VideoWriter
 
 
 def frames_of(height, width, count=6):
@@ -81,33 +78,47 @@ def test_extension_codec_and_size_are_checked(tmp_path):
             writer.write(frame[:16])
 
 
-def test_an_object_keeps_its_colour_and_the_frame_its_size():
-    # Detectron2 draws each new object's colour at random, and one of them is the frame's grey.
-    np.random.seed(0)
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_a_video_is_whole_or_not_there(tmp_path, error):
+    path = tmp_path / "clip.mp4"
+    path.write_text("an earlier one")
+    expected = pytest.raises(error) if error else contextlib.nullcontext()
+    with expected, VideoWriter(path, 10) as writer:
+        for index, frame in enumerate(frames_of(48, 64)):
+            if error and index == 4:
+                raise error
+            writer.write(frame)
+            # Until its end it stands beside its place.
+            assert path.read_text() == "an earlier one"
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+    if error is ValueError:
+        assert path.read_text() == "an earlier one"
+        return
+    with VideoReader(path) as reader:
+        assert len(list(reader)) == writer.num_frames == (4 if error else 6)
 
-    def predictions():
-        for index in range(4):
-            mask = torch.zeros((1, 97, 131), dtype=torch.bool)
-            mask[0, 20:60, index : 40 + index] = True
-            instances = Instances((97, 131), pred_masks=mask, scores=torch.tensor([0.9]))
-            instances.pred_boxes = Boxes(torch.tensor([[index, 20, 40 + index, 60]], dtype=torch.float32))
-            instances.pred_classes = torch.tensor([0])
-            # The second frame misses the object.
-            yield np.full((97, 131, 3), 128, np.uint8), instances[:0] if index == 1 else instances
 
-    pictures = list(draw_video(predictions(), Metadata(name="video_test", thing_classes=["bar"])))
-    assert [picture.shape for picture in pictures] == [(97, 131, 3)] * 4
-    assert (pictures[1] == 128).all()
-    colours = [pictures[index][55, 30].astype(int) for index in (0, 2, 3)]
-    assert np.abs(colours[0] - 128).max() > 20
-    assert all(np.array_equal(colour, colours[0]) for colour in colours)
+def test_a_video_without_frames_leaves_what_was_there(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_text("an earlier one")
+    with VideoWriter(path, 10):
+        pass
+    assert path.read_text() == "an earlier one" and len(list(tmp_path.iterdir())) == 1
 
-    def encoded():
-        for frame, instances in predictions():
-            rles = [mask_api.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in instances.pred_masks]
-            fields = {**instances.get_fields(), "pred_masks": RLEMasks(rles, (97, 131))}
-            yield frame, Instances((97, 131), **fields)
 
-    np.random.seed(0)
-    of_encoded = list(draw_video(encoded(), Metadata(name="video_test", thing_classes=["bar"])))
-    assert all(np.array_equal(*both) for both in zip(pictures, of_encoded))
+def test_where_a_video_cannot_be_put_is_told_before_it_is_written(tmp_path):
+    (tmp_path / "clip.mp4").mkdir()
+    with VideoWriter(tmp_path / "clip.mp4", 10) as writer, pytest.raises(ValueError, match="Cannot write.*folder"):
+        writer.write(np.zeros((32, 32, 3), np.uint8))
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_video_that_cannot_take_its_name_is_not_lost(tmp_path):
+    path = tmp_path / "clip.mp4"
+    with pytest.raises(ValueError, match=r"Cannot write .*clip\.mp4.* its 1 frames are in .*\.part\.mp4"):
+        with VideoWriter(path, 10) as writer:
+            writer.write(np.zeros((32, 32, 3), np.uint8))
+            path.mkdir()
+    (part,) = (file for file in tmp_path.iterdir() if file.is_file())
+    with VideoReader(part) as reader:
+        assert len(list(reader)) == 1

@@ -1,3 +1,4 @@
+import colorsys
 import weakref
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.visualizer import Visualizer
 from pycocotools import mask as mask_api
 
 from sparseinst.data.rle_masks import RLEMasks
@@ -68,6 +70,38 @@ def test_names_and_boxes_of_many_instances_are_left_out():
     assert dark == [True, True, False]
 
 
+@pytest.mark.parametrize("size", [(480, 600), (120, 160)])
+def test_it_looks_like_detectron2(size):
+    image, instances = scene(*size)
+    image[:] = np.random.default_rng(0).integers(0, 256, (1, 1, 3))
+    fast, slow = (
+        draw_instances(image, instances, METADATA, drawing=drawing).astype(int) for drawing in ("fast", "detectron2")
+    )
+    differences = np.abs(fast - slow).max(2)
+    # Where they differ much, it is by a pixel in a line's or a letter's place.
+    assert np.median(differences) <= 1 and (differences > 30).mean() < 0.02
+    assert np.abs(fast.mean((0, 1)) - slow.mean((0, 1))).max() < 2
+
+
+def test_detectron2_draws_as_before():
+    """One by one, largest first, with its own visualizer."""
+    image, instances = scene(480, 600)
+    visualizer = Visualizer(image, METADATA, font_size_scale=1.4)
+    for index in (0, 1):
+        color = colorsys.hsv_to_rgb((0.33 + index * 0.618034) % 1, 0.85, 1.0)
+        visualizer.overlay_instances(
+            boxes=instances.pred_boxes[index],
+            masks=[instances.pred_masks[index].numpy()],
+            labels=[f"{METADATA.thing_classes[1 - index]} {90 - 10 * index}%"],
+            assigned_colors=[color],
+            alpha=0.45,
+        )
+    expected = visualizer.output.get_image()
+    assert np.array_equal(draw_instances(image, instances, METADATA, drawing="detectron2"), expected)
+    with pytest.raises(ValueError, match="'slow'.*fast, detectron2"):
+        draw_instances(image, instances, METADATA, drawing="slow")
+
+
 def test_nothing_found_is_the_plain_picture():
     image, instances = scene(480, 500)
     image[:, :100] = (1, 2, 3)
@@ -75,16 +109,17 @@ def test_nothing_found_is_the_plain_picture():
     assert np.array_equal(picture, image) and picture is not image
 
 
+@pytest.mark.parametrize("drawing", ["fast", "detectron2"])
 @pytest.mark.parametrize("size", [(480, 600), (120, 160), (1700, 2)])
 @pytest.mark.parametrize("count", [1, 30])
-def test_encoded_masks_are_drawn_alike(size, count):
+def test_encoded_masks_are_drawn_alike(size, count, drawing):
     image, instances = scene(*size) if size[1] > 2 else narrow_scene(*size)
     instances = Instances.cat([instances] * count)
     encoded = instances[:]
     encoded.remove("pred_masks")
     rles = [mask_api.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in instances.pred_masks]
     encoded.pred_masks = RLEMasks(rles, size)
-    drawings = [draw_instances(image, each, METADATA) for each in (instances, encoded)]
+    drawings = [draw_instances(image, each, METADATA, drawing=drawing) for each in (instances, encoded)]
     assert np.array_equal(*drawings)
     maps = [draw_iams(image, each, METADATA, max_instances=2) for each in (instances, encoded)]
     assert np.array_equal(*maps)
@@ -101,7 +136,8 @@ def narrow_scene(height, width):
     return np.zeros((height, width, 3), np.uint8), instances
 
 
-def test_one_mask_at_a_time_is_decoded(monkeypatch):
+@pytest.mark.parametrize("drawing", ["fast", "detectron2"])
+def test_one_mask_at_a_time_is_decoded(monkeypatch, drawing):
     # At 8000 x 8000 a decoded mask takes 64 MB, and there can be 100.
     alive, most = [], []
 
@@ -116,8 +152,18 @@ def test_one_mask_at_a_time_is_decoded(monkeypatch):
     image, instances = scene(480, 600)
     rles = [mask_api.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in instances.pred_masks]
     encoded = Instances((480, 600), **{**instances.get_fields(), "pred_masks": RLEMasks(rles, (480, 600))})
-    draw_instances(image, Instances.cat([encoded] * 20), METADATA)
+    draw_instances(image, Instances.cat([encoded] * 20), METADATA, drawing=drawing)
     assert len(most) == 40 and max(most) <= 2
+
+
+def test_a_hundred_objects_are_drawn():
+    image, instances = scene(480, 600)
+    before = image.copy()
+    picture = draw_instances(image, Instances.cat([instances] * 50), METADATA)
+    # The masks lie one over the other; without them, nothing.
+    masks = instances.pred_masks.any(0).numpy()
+    assert (np.abs(picture.astype(int) - image).max(2) > 40)[masks].mean() > 0.99
+    assert np.array_equal(image, before)
 
 
 def test_drawings_repeat():

@@ -4,81 +4,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from PIL import Image
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
 from sparseinst.engine.setup import load_config
 from sparseinst.inference import VideoReader, VideoWriter
 from sparseinst.tools import demo
-from tests.red_segmenter import red_segmenter_config
 from tests.tiny_model import tiny_cfg, tiny_model
+from tests.tools.demo_scenes import ground_truth_json, pixels_of, run, save_scene
 
 REPO = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture(autouse=True)
-def loggers_as_before():
-    """The command sets up loggers for the process; the other tests need theirs as they were."""
-    loggers = [logging.getLogger(name) for name in ("fvcore", "detectron2", "sparseinst")]
-    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers[:] = handlers
-        logger.propagate = propagate
-        logger.setLevel(level)
-
-
-@pytest.fixture(autouse=True)
-def no_window(monkeypatch):
-    monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(cv2, "currentUIFramework", lambda: "")
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    """A window that records; "q" is pressed at the third picture."""
-    pictures = []
-    monkeypatch.setattr(cv2, "currentUIFramework", lambda: "QT5")
-    monkeypatch.setattr(cv2, "imshow", lambda title, picture: pictures.append((title, np.array(picture))))
-    monkeypatch.setattr(cv2, "waitKey", lambda wait_ms: ord("q") if len(pictures) >= 3 else -1)
-    return pictures
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    """The stub's config and weights."""
-    cfg = red_segmenter_config()
-    classes = {"names": ["red thing", "blue thing"], "category_ids": [3, 8]}
-    torch.save({"model": {"scores": torch.tensor([0.9, 0.3])}, "classes": classes}, tmp_path / "model.pth")
-    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
-    path = tmp_path / "config.yaml"
-    path.write_text(cfg.dump())
-    return str(path)
-
-
-def save_scene(path, background=(90, 160, 90), red=True, size=(48, 64)):
-    """A red block at x 8..39, y 8..23, and a blue one that is found with a low score."""
-    pixels = np.full((*size, 3), background, np.uint8)
-    if red:
-        pixels[8:24, 8:40] = (250, 20, 20)
-        pixels[30:40, 40:60] = (20, 20, 250)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def pixels_of(path):
-    return np.asarray(Image.open(path).convert("RGB")).astype(int)
-
-
-def run(config_file, *arguments):
-    return demo.main(["--config-file", config_file, *map(str, arguments)])
+pytestmark = pytest.mark.usefixtures("loggers_as_before", "no_window")
 
 
 def test_a_picture_is_drawn_in_its_colours(tmp_path, config_file, capsys):
@@ -98,21 +39,6 @@ def test_threshold(tmp_path, config_file):
     path = save_scene(tmp_path / "in" / "a.png")
     assert run(config_file, "--input", path, "--output", tmp_path / "out", "--confidence-threshold", 0.2) == 0
     assert np.abs(pixels_of(tmp_path / "out" / "a.png")[350, 500] - (20, 20, 250)).max() > 40
-
-
-def ground_truth_json(tmp_path, names=("red thing", "blue thing")):
-    """One block of class 1, category id 8, at the blue block's place in in/a.png."""
-    content = {
-        "images": [{"id": 5, "file_name": "in/a.png", "height": 48, "width": 64}],
-        "categories": [{"id": id, "name": name} for id, name in zip((3, 8), names)],
-        "annotations": [
-            {"id": 1, "image_id": 5, "category_id": 8, "bbox": [40, 30, 20, 10], "area": 200, "iscrowd": 0,
-             "segmentation": [[40, 30, 60, 30, 60, 40, 40, 40]]}
-        ],
-    }  # fmt: skip
-    path = tmp_path / "truth.json"
-    path.write_text(json.dumps(content))
-    return path
 
 
 def test_ground_truth_is_drawn_beside(tmp_path, config_file):
@@ -243,6 +169,33 @@ def test_a_video_is_drawn_frame_by_frame(tmp_path, config_file, capsys):
     assert (tmp_path / "named.mp4").is_file()
 
 
+def test_masks_below_the_threshold_are_not_made_and_change_nothing(tmp_path, tiny_config_file):
+    save_scene(tmp_path / "in" / "a.png")
+
+    def found(threshold, *options):
+        file = tmp_path / "found.json"
+        common = ["--input", tmp_path / "in", "--json", file, "--confidence-threshold", threshold]
+        assert run(tiny_config_file, *common, *options) == 0
+        return json.loads(file.read_text())
+
+    everything = found(0)
+    scores = sorted((result["score"] for result in everything), reverse=True)
+    assert len(scores) > 3
+    # At a score itself, and between two.
+    for threshold in (scores[1], (scores[1] + scores[2]) / 2, scores[-1]):
+        for options in ((), ("--mask-nms", "0.5")):
+            expected = [result for result in found(0, *options) if result["score"] >= threshold]
+            assert found(threshold, *options) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        kept = []
+        patch.setattr(demo, "run_images", lambda args, cfg: kept.append(cfg.MODEL.SPARSE_INST.CLS_THRESHOLD) or 0)
+        for threshold in (0, 0.5):
+            found_nothing = ["--input", "x", "--json", tmp_path / "x.json", "--confidence-threshold", threshold]
+            assert run(tiny_config_file, *found_nothing) == 0
+        assert run(tiny_config_file, *found_nothing, "--opts", "MODEL.SPARSE_INST.CLS_THRESHOLD", "0.7") == 0
+        assert kept == [0, pytest.approx(0.4995), 0.7]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -275,123 +228,6 @@ def test_wrong_arguments_are_told(tmp_path, config_file, capsys, arguments, mess
     assert run(config_file, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
     assert message in capsys.readouterr().err
     assert all(path.read_bytes() == content for path, content in before.items())
-
-
-def test_no_input_is_overwritten(tmp_path, config_file, capsys):
-    picture, truth = save_scene(tmp_path / "in" / "a.png"), ground_truth_json(tmp_path)
-    with VideoWriter(tmp_path / "in" / "clip.mp4", 10) as writer:
-        writer.write(np.zeros((32, 32, 3), np.uint8))
-    (tmp_path / "folder").symlink_to(tmp_path / "in")
-    (tmp_path / "hard.mp4").hardlink_to(tmp_path / "in" / "clip.mp4")
-    (tmp_path / "soft.mp4").symlink_to(tmp_path / "in" / "clip.mp4")
-    (tmp_path / "soft.json").symlink_to(truth)
-    (tmp_path / "truth_of_x_images.json").hardlink_to(truth)
-    (tmp_path / "names").mkdir()
-    (tmp_path / "names" / "a.png").symlink_to(picture)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    pictures = ["--input", picture, "--ground-truth", truth]
-    video = ["--video-input", tmp_path / "in" / "clip.mp4"]
-    commands = [
-        [*pictures, "--output", tmp_path / "folder"],
-        [*pictures, "--output", tmp_path / "out" / ".." / "in"],
-        # The input is named by a link that lies where its drawing would.
-        ["--input", tmp_path / "names" / "a.png", "--output", tmp_path / "names"],
-        [*pictures, "--json", truth],
-        [*pictures, "--json", tmp_path / "soft.json"],
-        [*pictures, "--json", tmp_path / "truth_of_x.json"],
-        [*pictures, "--json", picture],
-        [*pictures, "--json", config_file],
-        [*pictures, "--json", tmp_path / "model.pth"],
-        [*video, "--json", tmp_path / "in" / "clip.mp4"],
-        [*video, "--output", tmp_path / "hard.mp4"],
-        [*video, "--output", tmp_path / "soft.mp4"],
-        [*video, "--output", tmp_path / "in"],
-    ]
-    (tmp_path / "out").mkdir()
-    for arguments in commands:
-        assert run(config_file, *arguments) == 2, arguments
-        assert "would overwrite" in (message := capsys.readouterr().err) or "would be overwritten" in message, message
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-
-def test_links_in_the_output_folder_are_replaced_not_followed(tmp_path, config_file):
-    picture = save_scene(tmp_path / "in" / "a.png")
-    hard = save_scene(tmp_path / "in" / "b.png")
-    others = [tmp_path / name for name in ("other.json", "other.mp4")]
-    for other in others:
-        other.write_text("not ours")
-    with VideoWriter(tmp_path / "in" / "clip.mp4", 10) as writer:
-        writer.write(np.zeros((32, 32, 3), np.uint8))
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "a.png").symlink_to(picture)
-    (output / "b.png").hardlink_to(hard)
-    (output / "found.json").symlink_to(others[0])
-    (output / "clip.mp4").symlink_to(others[1])
-    before = picture.read_bytes(), hard.read_bytes()
-    assert run(config_file, "--input", picture, hard, "--output", output, "--json", output / "found.json") == 0
-    assert run(config_file, "--video-input", tmp_path / "in" / "clip.mp4", "--output", output) == 0
-    assert (picture.read_bytes(), hard.read_bytes()) == before
-    assert [other.read_text() for other in others] == ["not ours"] * 2
-    assert not any(path.is_symlink() for path in output.iterdir())
-    assert pixels_of(output / "a.png").shape == (480, 640, 3)
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def test_a_folder_of_activation_maps_elsewhere_is_refused(tmp_path, config_file, capsys):
-    picture = save_scene(tmp_path / "in" / "a.png")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "iams").symlink_to(tmp_path / "elsewhere")
-    assert run(config_file, "--input", picture, "--output", tmp_path / "out", "--show-iams") == 2
-    assert "outside of --output" in capsys.readouterr().err
-    assert not list((tmp_path / "elsewhere").iterdir())
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "..png",
-        "...png",
-        " .png",
-        "-.png",
-        "..\\..\\evil.png",
-        "a\nb.png",
-        "%s.png",
-        "~.png",
-        "ä☃.png",
-        "no suffix",
-        "..",
-    ],
-)
-def test_whatever_its_name_a_drawing_stays_in_the_folder(tmp_path, config_file, name):
-    if name == "..":
-        # As a folder: its pictures.
-        save_scene(tmp_path / "in" / "a.png")
-        (tmp_path / "in" / "below").mkdir()
-        picture = tmp_path / "in" / "below" / ".."
-    else:
-        path = save_scene(tmp_path / "a.png")
-        (tmp_path / "in").mkdir()
-        picture = path.rename(tmp_path / "in" / name)
-    before = {path for path in tmp_path.rglob("*")}
-    assert run(config_file, "--input", picture, "--output", tmp_path / "deep" / "out") == 0
-    (drawn,) = {path for path in tmp_path.rglob("*") if path.is_file()} - before
-    assert drawn.parent == tmp_path / "deep" / "out" and pixels_of(drawn).shape == (480, 640, 3)
-
-
-@pytest.mark.parametrize("flag", ["--output", "--json"])
-def test_what_cannot_be_written_is_named(tmp_path, config_file, capsys, flag):
-    picture = save_scene(tmp_path / "in" / "a.png")
-    (tmp_path / "file").write_text("")
-    target = tmp_path / "file" / "below" / ("x.json" if flag == "--json" else "out")
-    assert run(config_file, "--input", picture, flag, target) == 2
-    message = capsys.readouterr().err
-    assert f"error: Cannot write {target}" in message and "Not a directory" in message
-    # A folder that has the drawing's name.
-    (tmp_path / "out" / "a.png").mkdir(parents=True)
-    assert run(config_file, "--input", picture, "--output", tmp_path / "out") == 2
-    assert "Cannot write" in capsys.readouterr().err and not list(tmp_path.rglob("*.part"))
 
 
 def test_window(tmp_path, config_file, shown):
