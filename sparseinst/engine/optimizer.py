@@ -45,7 +45,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model: its parameters that require a gradient are optimized.
 
     Raises:
-        ValueError: an unknown SOLVER.OPTIMIZER or SOLVER.OPTIMIZER_IMPLEMENTATION, or one that the device does not have.
+        ValueError: an unknown SOLVER.OPTIMIZER or OPTIMIZER_IMPLEMENTATION, or one that the device does not have.
     """
     solver = cfg.SOLVER
     base_lr = learning_rate(cfg)
@@ -89,8 +89,8 @@ def _new_optimizer(cfg: CfgNode, groups: list[dict], base_lr: float) -> torch.op
     except RuntimeError as error:
         # How torch tells of parameters on a device that it has no fused optimizer for.
         raise ValueError(
-            f"SOLVER.OPTIMIZER_IMPLEMENTATION {name} does not work on MODEL.DEVICE {cfg.MODEL.DEVICE} ({error}); set it "
-            'to "auto"'
+            f"SOLVER.OPTIMIZER_IMPLEMENTATION {name} does not work on MODEL.DEVICE {cfg.MODEL.DEVICE} ({error}): set "
+            "it to auto"
         ) from error
     raise ValueError(f'SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be "ADAMW" or "SGD"')
 

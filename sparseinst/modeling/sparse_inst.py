@@ -145,7 +145,9 @@ class SparseInst(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images, then pad them with zeros, right and bottom, to one size."""
-        images = [(x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        images = [
+            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+        ]
         # Of Detectron2's Swin alone, without an FPN around it, the property raises an AttributeError.
         divisibility = math.lcm(SIZE_DIVISIBILITY, getattr(self.backbone, "size_divisibility", 0) or 1)
         constraints = {**self.backbone.padding_constraints, "size_divisibility": divisibility}

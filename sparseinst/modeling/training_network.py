@@ -48,13 +48,11 @@ def prepare_for_training(
 def prepare_as_configured(cfg: CfgNode, model: nn.Module) -> None:
     """:func:`prepare_for_training` as SOLVER says."""
     solver = cfg.SOLVER
-    prepare_for_training(
-        model, channels_last=solver.CHANNELS_LAST, compile=solver.COMPILE, recompute=solver.RECOMPUTE
-    )
+    prepare_for_training(model, channels_last=solver.CHANNELS_LAST, compile=solver.COMPILE, recompute=solver.RECOMPUTE)
 
 
 def recompute_activations(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Have modules keep their inputs alone in training, and compute the rest again in the backward pass (checkpointing).
+    """Activation checkpointing: modules keep their inputs alone, and compute the rest again in the backward pass.
 
     Less memory for a longer step: what each module keeps inside for its gradient is there only while its own gradient
     is computed. Gradients are the same, and running statistics move once.
