@@ -45,7 +45,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model: its parameters that require a gradient are optimized.
 
     Raises:
-        ValueError: an unknown SOLVER.OPTIMIZER or OPTIMIZER_IMPLEMENTATION, or one that the device does not have.
+        ValueError: an unknown SOLVER.OPTIMIZER or SOLVER.OPTIMIZER_IMPLEMENTATION.
     """
     solver = cfg.SOLVER
     base_lr = learning_rate(cfg)
@@ -79,19 +79,10 @@ def _new_optimizer(cfg: CfgNode, groups: list[dict], base_lr: float) -> torch.op
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"SOLVER.OPTIMIZER_IMPLEMENTATION is {name!r}; it must be one of {list(IMPLEMENTATIONS)}")
     implementation = IMPLEMENTATIONS[name]
-    try:
-        if solver.OPTIMIZER == "ADAMW":
-            return torch.optim.AdamW(groups, lr=base_lr, amsgrad=solver.AMSGRAD, **implementation)
-        if solver.OPTIMIZER == "SGD":
-            return torch.optim.SGD(
-                groups, lr=base_lr, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **implementation
-            )
-    except RuntimeError as error:
-        # How torch tells of parameters on a device that it has no fused optimizer for.
-        raise ValueError(
-            f"SOLVER.OPTIMIZER_IMPLEMENTATION {name} does not work on MODEL.DEVICE {cfg.MODEL.DEVICE} ({error}): set "
-            "it to auto"
-        ) from error
+    if solver.OPTIMIZER == "ADAMW":
+        return torch.optim.AdamW(groups, lr=base_lr, amsgrad=solver.AMSGRAD, **implementation)
+    if solver.OPTIMIZER == "SGD":
+        return torch.optim.SGD(groups, lr=base_lr, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **implementation)
     raise ValueError(f'SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be "ADAMW" or "SGD"')
 
 
