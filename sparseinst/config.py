@@ -148,8 +148,8 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Learning rate of the backbone's parameters over BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     cfg.SOLVER.AMSGRAD = False
-    # How PyTorch updates the weights: "auto" (its choice), "for-loop", "foreach", "fused" (fastest); rounding differs. A
-    # resumed run may have another.
+    # How PyTorch updates the weights: "auto" (its choice), "for-loop", "foreach", "fused" (the fastest); equal but
+    # for rounding; a resumed run may have another.
     cfg.SOLVER.OPTIMIZER_IMPLEMENTATION = "auto"
     # Batch size that BASE_LR was chosen for: BASE_LR is multiplied by IMS_PER_BATCH over this. 0: off.
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0

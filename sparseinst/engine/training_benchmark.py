@@ -391,16 +391,22 @@ def _peak_here(cfg: CfgNode, keeps_batches: bool, num_threads: int) -> int:
     torch.set_num_threads(num_threads)
     cfg = as_training(cfg)
     is_cuda = cfg.MODEL.DEVICE.startswith("cuda")
-    before = 0 if is_cuda else _largest_resident_set()
+    before = 0 if is_cuda else _resident_bytes("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         trainer = _timed_trainer(cfg, folder, keeps_batches)
         for _ in range(_MEMORY_STEPS):
             trainer.step(with_stages=False)
-    return torch.cuda.max_memory_allocated() if is_cuda else _largest_resident_set() - before
+    return torch.cuda.max_memory_allocated() if is_cuda else _resident_bytes("VmHWM") - before
 
 
-def _largest_resident_set() -> int:
-    # Kilobytes on Linux, bytes on macOS.
+def _resident_bytes(entry: str) -> int:
+    """The process's resident set: "VmRSS" now, "VmHWM" at most so far; without Linux's files at most so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage would count what the process had before it became another program: a copy of its parent.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{entry}:"))
+        return int(line.split()[1]) * 1024
+    # Kilobytes, but for macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
