@@ -24,6 +24,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from sparseinst.data.coco_json import check_num_classes
+from sparseinst.data.ellipses import write_ellipses
 from sparseinst.data.loader import build_train_loader
 from sparseinst.data.synthetic import write_shapes_dataset
 from sparseinst.engine.benchmark import ratio, summarize
@@ -37,7 +38,6 @@ from sparseinst.engine.training_benchmark import (
     as_training_of,
     images_per_second,
     measure,
-    write_ellipses,
 )
 
 # What has a name of its own in --compare; each is KEY VALUE pairs below SOLVER.

@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils.events import EventStorage
 
 from sparseinst.data.coco_json import register_coco_json
+from sparseinst.data.ellipses import write_ellipses
 from sparseinst.engine import training_benchmark
 from sparseinst.engine.trainer import Trainer
 from sparseinst.engine.training_benchmark import (
@@ -26,7 +27,6 @@ from sparseinst.engine.training_benchmark import (
     TimedTrainer,
     as_training_of,
     measure,
-    write_ellipses,
 )
 from sparseinst.tools import benchmark_training
 from tests.tiny_model import NUM_CLASSES, tiny_cfg
