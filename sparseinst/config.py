@@ -150,12 +150,20 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Learning rate of the backbone's parameters over BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     cfg.SOLVER.AMSGRAD = False
+    # How PyTorch updates the weights: "auto" (its choice), "for-loop", "foreach", "fused" (the fastest); equal but
+    # for rounding; a resumed run may have another.
+    cfg.SOLVER.OPTIMIZER_IMPLEMENTATION = "auto"
     # Batch size that BASE_LR was chosen for: BASE_LR is multiplied by IMS_PER_BATCH over this. 0: off.
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
     # Each step's IMS_PER_BATCH images go through the model in this many parts; losses are normalised over all.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
     # Train with weights and feature maps in channels-last layout: faster convolutions on most CPUs and with AMP.
     cfg.SOLVER.CHANNELS_LAST = False
+    # Train through torch.compile: minutes before the first step, and again for other sizes.
+    cfg.SOLVER.COMPILE = False
+    # Modules, * for any part of a name, whose activations are computed again in the backward pass: less memory, longer
+    # steps. Most of it: ["backbone.*", "encoder", "decoder.*_branch"].
+    cfg.SOLVER.RECOMPUTE = []
     # Periodic checkpoints kept, the newest; the best and the final one are kept besides. 0: all.
     cfg.SOLVER.MAX_CHECKPOINTS = 5
     # Type of automatic mixed precision (SOLVER.AMP.ENABLED): "float16" or "bfloat16".

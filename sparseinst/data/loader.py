@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import random
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
@@ -78,6 +80,7 @@ class TrainLoader:
         group_by_aspect_ratio: put wide images into batches of their own, as AspectRatioGroupedDataset does.
         num_workers: processes that read and map images; 0: this one does.
         max_broken_images: how many different images may be passed over.
+        pin_memory: put samples where a GPU can fetch them while it computes; for training on CUDA.
 
     Attributes:
         seed: as given.
@@ -98,6 +101,7 @@ class TrainLoader:
         group_by_aspect_ratio: bool = True,
         num_workers: int = 0,
         max_broken_images: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         self._bucket_of_image = np.zeros(len(images), dtype=np.uint8)
         if group_by_aspect_ratio:
@@ -117,6 +121,7 @@ class TrainLoader:
         self.batch_size = batch_size
         self.seed = seed
         self._num_workers = num_workers
+        self._pin_memory = pin_memory
         self.broken = BrokenImages(max_broken_images)
 
     def __iter__(self) -> Iterator[list[dict]]:
@@ -137,7 +142,9 @@ class TrainLoader:
             _MappedImages(self._images, self._mapper, self.seed),
             batch_sampler=itertools.islice(self._sample_batches(), start, None),
             num_workers=self._num_workers if num_workers is None else num_workers,
-            collate_fn=_as_list,
+            collate_fn=_Samples,
+            pin_memory=self._pin_memory,
+            worker_init_fn=_use_one_thread,
             # Otherwise it would draw from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -244,6 +251,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         max_broken_images=cfg.DATALOADER.MAX_BROKEN_IMAGES,
+        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
     )
 
 
@@ -297,8 +305,32 @@ def _sampler_builder(cfg: CfgNode, images: Sequence[dict]) -> Callable[[int], It
     )
 
 
-def _as_list(samples: list) -> list:
-    return samples
+class _Samples(list):
+    """What _MappedImages gave for a batch."""
+
+    def pin_memory(self) -> "_Samples":
+        """Called by PyTorch's loader."""
+        return _Samples((None if sample is None else _pinned(sample), failures) for sample, failures in self)
+
+
+def _pinned(value: Any) -> Any:
+    """A sample's tensors in pinned memory, those of its Instances and masks too."""
+    if isinstance(value, dict):
+        return {key: _pinned(item) for key, item in value.items()}
+    if isinstance(value, Instances):
+        fields = {name: _pinned(field) for name, field in value.get_fields().items()}
+        return Instances(value.image_size, **fields)
+    if isinstance(value, BitMasks | Boxes):
+        return type(value)(value.tensor.pin_memory())
+    return value.pin_memory() if isinstance(value, torch.Tensor) else value
+
+
+def _use_one_thread(worker: int) -> None:
+    """One thread for each process that reads images: there are as many of these as are to run at once."""
+    # PyTorch's own are set by its loader. Detectron2 imports OpenCV where it is installed.
+    cv2 = sys.modules.get("cv2")
+    if cv2 is not None:
+        cv2.setNumThreads(1)
 
 
 def _first_line(error: Exception) -> str:

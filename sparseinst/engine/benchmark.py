@@ -200,20 +200,20 @@ def _run_once(
     scenes: dict[str, dict[str, torch.Tensor]],
 ) -> list[float]:
     with torch.inference_mode():
-        times = [_now(model.device)]
+        times = [now(model.device)]
         inputs, images = _preprocess(model, pictures, augmentations)
-        times.append(_now(model.device))
+        times.append(now(model.device))
         outputs = model.network(images.tensor)
-        times.append(_now(model.device))
+        times.append(now(model.device))
         if name not in scenes:
             scenes[name] = drawn_outputs(outputs, num_detections, median_area)
         del outputs
-        restart = _now(model.device)
+        restart = now(model.device)
         results = model.postprocess(scenes[name], inputs, images)
-        times.append(_now(model.device))
+        times.append(now(model.device))
         for result in results:
             result["instances"].to("cpu")
-        times.append(_now(model.device))
+        times.append(now(model.device))
     drawing = restart - times[2]
     steps = [end - start for start, end in zip(times, times[1:])]
     steps[2] -= drawing
@@ -251,8 +251,8 @@ def _measure_parts(
 def _timed(module: nn.Module, seconds: list[float], device: torch.device) -> Iterator[None]:
     starts: list[float] = []
     handles = [
-        module.register_forward_pre_hook(lambda *_: starts.append(_now(device))),
-        module.register_forward_hook(lambda *_: seconds.append(_now(device) - starts[-1])),
+        module.register_forward_pre_hook(lambda *_: starts.append(now(device))),
+        module.register_forward_hook(lambda *_: seconds.append(now(device) - starts[-1])),
     ]
     try:
         yield
@@ -261,7 +261,8 @@ def _timed(module: nn.Module, seconds: list[float], device: torch.device) -> Ite
             handle.remove()
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of a clock, after the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -35,10 +35,12 @@ class Verdict(NamedTuple):
     Attributes:
         take_step: update the weights; False: skip the step, gradients are to be dropped.
         also: of each of the caller's own flags, whether it is set on any process.
+        losses: this process's, on the host.
     """
 
     take_step: bool
     also: list[bool]
+    losses: dict[str, torch.Tensor]
 
 
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
@@ -113,25 +115,35 @@ class FiniteGuard:
         Raises:
             NonFiniteStepError: on all processes, with the same message.
         """
-        loss_is_finite, gradient_is_finite = self._look(losses)
-        any_loss, any_gradient, *also = any_rank([not loss_is_finite, not gradient_is_finite, *also], self.device)
+        any_loss, any_gradient, also, host_losses = self._look(losses, also)
         if not any_loss and not any_gradient:
             self.counts.update(in_row=0, scaler_in_row=0)
-            return Verdict(True, also)
+            return Verdict(True, also, host_losses)
         if not any_loss and self._is_left_to_scaler(iteration):
-            return Verdict(True, also)
+            return Verdict(True, also, host_losses)
         self._stop_or_skip(losses, batches, normalizer, iteration, with_gradients=not any_loss)
-        return Verdict(False, also)
+        return Verdict(False, also, host_losses)
 
-    def _look(self, losses: dict[str, torch.Tensor]) -> tuple[bool, bool]:
+    def _look(
+        self, losses: dict[str, torch.Tensor], also: Sequence[bool]
+    ) -> tuple[bool, bool, list[bool], dict[str, torch.Tensor]]:
+        """Whether a loss, and a gradient, is not finite on any process; the flags likewise; the losses on the host."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        # One wait for the device, whatever the number of losses and parameters.
         values = torch.stack([*losses.values(), nn.utils.get_total_norm(gradients)])
-        *loss_flags, gradient_flag = torch.isfinite(values).tolist()
-        # Squares can overflow where no gradient does: the largest entry, which takes longer, cannot.
-        if not gradient_flag:
-            gradient_flag = math.isfinite(nn.utils.get_total_norm(gradients, norm_type=math.inf).item())
-        return all(loss_flags), gradient_flag
+        is_bad = ~torch.isfinite(values)
+        # Filled in, not copied: a copy to a GPU waits for it.
+        flags = [is_bad[:-1].any(), is_bad[-1], *(torch.full_like(is_bad[0], flag) for flag in also)]
+        votes = torch.stack(flags).to(values.dtype)
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+        # One wait for the device, whatever the number of losses, parameters and processes.
+        host_values, votes = torch.cat([values, votes]).cpu().split([len(values), len(votes)])
+        any_loss, any_gradient, *also = votes.bool().tolist()
+        if any_gradient:
+            # Squares can overflow where no gradient does: the largest entry, which takes longer, cannot.
+            largest = nn.utils.get_total_norm(gradients, norm_type=math.inf).item()
+            (any_gradient,) = any_rank([not math.isfinite(largest)], self.device)
+        return any_loss, any_gradient, also, dict(zip(losses, host_values))
 
     def _is_left_to_scaler(self, iteration: int) -> bool:
         """Count a step that the gradient scaler is going to skip; False where it has had its chances."""

@@ -84,6 +84,8 @@ def find_first_non_finite(
     losses: dict[str, float] = {}
     try:
         for watch.batch, batch in enumerate(batches):
+            # A forward pass that is repeated for its activations may end in the middle of a module.
+            watch.entered.clear()
             with torch.set_grad_enabled(with_gradients):
                 batch_losses = step_losses(model, batch, normalizer, device, amp_dtype)
             if with_gradients:
@@ -106,6 +108,10 @@ class _Watch:
         # Names of the modules that are being computed, outermost first.
         self.entered: list[str] = []
         self.modules = dict(model.named_modules())
+        # Compiled programs pass hooks over.
+        self.model, self.training_network = model, getattr(model, "training_network", None)
+        if self.training_network is not None:
+            model.training_network = None
         for name, module in self.modules.items():
             self.handles += [
                 module.register_forward_pre_hook(functools.partial(self._before, name), with_kwargs=True),
@@ -118,6 +124,8 @@ class _Watch:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        if self.training_network is not None:
+            self.model.training_network = self.training_network
 
     def _before(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # What was not finite before any module's output was, comes from an operation of the enclosing module's own.

@@ -10,6 +10,14 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+# What SOLVER.OPTIMIZER_IMPLEMENTATION asks torch's optimizers for.
+IMPLEMENTATIONS = {
+    "auto": {},
+    "for-loop": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
 NORM_MODULES = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -29,13 +37,15 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD, as SOLVER.OPTIMIZER says, with gradient clipping as SOLVER.CLIP_GRADIENTS says.
 
     CLIP_TYPE "full_model" clips the norm of all gradients together; Detectron2's own types clip each parameter.
+    Gradients that a GradScaler has enlarged must be unscaled before the step, whatever the implementation: a fused
+    optimizer would do so by itself, but only after the clipping.
 
     Args:
         cfg: the SOLVER keys are read.
         model: its parameters that require a gradient are optimized.
 
     Raises:
-        ValueError: an unknown SOLVER.OPTIMIZER.
+        ValueError: an unknown SOLVER.OPTIMIZER or SOLVER.OPTIMIZER_IMPLEMENTATION.
     """
     solver = cfg.SOLVER
     base_lr = learning_rate(cfg)
@@ -48,12 +58,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         backbone_multiplier=solver.BACKBONE_MULTIPLIER,
     )
-    if solver.OPTIMIZER == "ADAMW":
-        optimizer = torch.optim.AdamW(groups, lr=base_lr, amsgrad=solver.AMSGRAD)
-    elif solver.OPTIMIZER == "SGD":
-        optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
-    else:
-        raise ValueError(f'SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be "ADAMW" or "SGD"')
+    optimizer = _new_optimizer(cfg, groups, base_lr)
+    optimizer.register_load_state_dict_pre_hook(_keep_implementation)
 
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
@@ -65,6 +71,29 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer.register_step_pre_hook(clip_full_model)
         return optimizer
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def _new_optimizer(cfg: CfgNode, groups: list[dict], base_lr: float) -> torch.optim.Optimizer:
+    solver = cfg.SOLVER
+    name = solver.OPTIMIZER_IMPLEMENTATION
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"SOLVER.OPTIMIZER_IMPLEMENTATION is {name!r}; it must be one of {list(IMPLEMENTATIONS)}")
+    implementation = IMPLEMENTATIONS[name]
+    if solver.OPTIMIZER == "ADAMW":
+        return torch.optim.AdamW(groups, lr=base_lr, amsgrad=solver.AMSGRAD, **implementation)
+    if solver.OPTIMIZER == "SGD":
+        return torch.optim.SGD(groups, lr=base_lr, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **implementation)
+    raise ValueError(f'SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be "ADAMW" or "SGD"')
+
+
+def _keep_implementation(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+    """A state dict holds the implementation of the run that saved it; a resumed run keeps the one it was built with."""
+    groups = [
+        {**saved, **{key: own[key] for key in ("foreach", "fused") if key in own}}
+        for saved, own in zip(state_dict["param_groups"], optimizer.param_groups)
+    ]
+    # Of other numbers of groups the optimizer tells by itself.
+    return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
 
 
 def learning_rate(cfg: CfgNode) -> float:

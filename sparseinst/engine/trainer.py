@@ -32,6 +32,7 @@ from sparseinst.engine.step_record import AMP_DTYPES
 from sparseinst.modeling import MaskMemoryError
 from sparseinst.modeling.criterion import normalizer_over_ranks
 from sparseinst.modeling.structures import LossNormalizer
+from sparseinst.modeling.training_network import prepare_as_configured
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,7 @@ class Trainer(SimpleTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg)
         model = build_model(cfg)
-        if cfg.SOLVER.CHANNELS_LAST:
-            model.to(memory_format=torch.channels_last)
+        prepare_as_configured(cfg, model)
         logger.info("Model:\n%s", model)
         self.device = torch.device(cfg.MODEL.DEVICE)
         optimizer = build_optimizer(cfg, model)
@@ -229,7 +229,8 @@ class Trainer(SimpleTrainer):
         if not verdict.take_step:
             self.optimizer.zero_grad()
             return
-        self.write_metrics(losses, data_time, self.iter)
+        # From the host, where the guard has them: each would be waited for otherwise.
+        self.write_metrics(verdict.losses, data_time, self.iter)
         self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()

@@ -1,26 +1,21 @@
 """A SparseInst made fast for inference: one function for evaluation, demo, predictor and benchmark."""
 
 import contextlib
-import logging
-from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from torch import nn
 
+from sparseinst.modeling.compilation import Network, compiled
 from sparseinst.modeling.fused import fuse_network
 from sparseinst.modeling.sparse_inst import SparseInst
 from sparseinst.modeling.winograd import use_winograd
-
-logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENGINES = ("torch", "openvino")
 # Sides of the image that finds out what feeds what: small, and a multiple of every stride.
 _EXAMPLE_SIZE = (96, 128)
-
-Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 class OptimizedSparseInst(nn.Module):
@@ -126,7 +121,7 @@ def optimize_for_inference(
         model.to(memory_format=torch.channels_last)
     if winograd and fuse and channels_last and precision == "float32" and model.device.type == "cpu":
         use_winograd(model)
-    network: Network = _compiled(model.network) if compile else model.network
+    network: Network = compiled(model.network) if compile else model.network
     dtype = None if precision == "float32" else PRECISIONS[precision]
     device_type = model.device.type
 
@@ -152,24 +147,3 @@ def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
         compile=keys.COMPILE,
         engine=keys.ENGINE,
     )
-
-
-def _compiled(network: Network) -> Network:
-    """The network through torch.compile, or as it is where that does not work."""
-    current: Network = torch.compile(network)
-
-    def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        nonlocal current
-        if current is network:
-            return network(images)
-        try:
-            return current(images)
-        except RuntimeError as error:
-            # Where the network itself is at fault it fails again, as it is.
-            outputs = network(images)
-            current = network
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            logger.warning("torch.compile does not work here, so the network runs as it is: %s", reason)
-            return outputs
-
-    return run

@@ -1,7 +1,7 @@
 """The meta-architecture: Detectron2's structures in, Detectron2's structures out. Letters: see structures.py."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -83,6 +83,8 @@ class SparseInst(nn.Module):
         self.output_mask_format = output_mask_format
         self.max_mask_gib = max_mask_gib
         self.antialiased_targets = antialiased_targets
+        # What runs in place of plain_network where something is learned; see sparseinst.modeling.training_network.
+        self.training_network: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -143,7 +145,9 @@ class SparseInst(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images, then pad them with zeros, right and bottom, to one size."""
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        images = [
+            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+        ]
         # Of Detectron2's Swin alone, without an FPN around it, the property raises an AttributeError.
         divisibility = math.lcm(SIZE_DIVISIBILITY, getattr(self.backbone, "size_divisibility", 0) or 1)
         constraints = {**self.backbone.padding_constraints, "size_divisibility": divisibility}
@@ -151,6 +155,12 @@ class SparseInst(nn.Module):
 
     def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Normalised, padded images (B, 3, ., .) to the decoder's dict."""
+        if self.training and torch.is_grad_enabled() and self.training_network is not None:
+            return self.training_network(images)
+        return self.plain_network(images)
+
+    def plain_network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As :meth:`network`, whatever a training has chosen."""
         return self.decoder(self.encoder(self.backbone(images)))
 
     def prepare_targets(

@@ -11,8 +11,6 @@ post-processing, "end to end" all four. Reading and decoding files, and drawing,
 import argparse
 import json
 import logging
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import nn
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.images import read_image
 from sparseinst.engine.benchmark import STAGES, Measurement, PlainSparseInst, measure, ratio, summarize
+from sparseinst.engine.benchmark_settings import apply_setting, machine
 from sparseinst.engine.setup import load_config
 from sparseinst.modeling.optimization import optimize_as_configured
 from sparseinst.modeling.sparse_inst import SparseInst
@@ -144,20 +143,10 @@ def build_models(cfg: CfgNode, settings: Sequence[str]) -> dict[str, nn.Module]:
         raise ValueError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; the benchmark runs a SparseInst")
     models: dict[str, nn.Module] = {}
     for setting in settings:
-        name, is_own, text = setting.partition("=")
-        if name == PLAIN:
-            models[name] = PlainSparseInst(model)
+        if setting == PLAIN:
+            models[PLAIN] = PlainSparseInst(model)
             continue
-        if not is_own and name not in NAMED_SETTINGS:
-            raise ValueError(f"--compare {name}: there are {PLAIN}, {', '.join(NAMED_SETTINGS)}, and NAME='KEY VALUE'")
-        words = shlex.split(text if is_own else NAMED_SETTINGS[name])
-        keys = [key if key.startswith("MODEL.") else f"{INFERENCE}.{key}" for key in words[::2]]
-        own_cfg = cfg.clone()
-        own_cfg.defrost()
-        try:
-            own_cfg.merge_from_list([word for pair in zip(keys, words[1::2], strict=True) for word in pair])
-        except (KeyError, AssertionError, ValueError) as error:
-            raise ValueError(f"--compare {setting}: {error}") from error
+        name, own_cfg, keys = apply_setting(cfg, setting, NAMED_SETTINGS, INFERENCE, [PLAIN])
         # Other keys than those of INFERENCE shape the model itself.
         is_other = any(not key.startswith(f"{INFERENCE}.") for key in keys)
         models[name] = optimize_as_configured(own_cfg, build_model(own_cfg).eval() if is_other else model)
@@ -206,24 +195,6 @@ def as_dict(measurements: dict[str, Measurement]) -> dict:
         }
         for name, measured in measurements.items()
     }
-
-
-def machine(cfg: CfgNode) -> str:
-    """What it runs on, and PyTorch's version."""
-    if cfg.MODEL.DEVICE.startswith("cuda"):
-        device = torch.cuda.get_device_name(torch.device(cfg.MODEL.DEVICE))
-    else:
-        device = f"{_processor()}, {torch.get_num_threads()} threads"
-    return f"{device}, PyTorch {torch.__version__.partition('+')[0]}"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _pictures(args: argparse.Namespace, cfg: CfgNode) -> list[np.ndarray]:

@@ -5,12 +5,14 @@ import logging
 import random
 from collections import Counter
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 
 from sparseinst.data.broken_images import BrokenImages, SafeMapper, TestLoader
@@ -43,6 +45,13 @@ def make_loader(broken=(), images=IMAGES, **kwargs):
     )  # fmt: skip
 
 
+class ThreadsMapper(RandomMapper):
+    """Says how many threads the process that maps may use."""
+
+    def __call__(self, image):
+        return {**super().__call__(image), "threads": (torch.get_num_threads(), cv2.getNumThreads())}
+
+
 def take(batches, count):
     return list(itertools.islice(batches, count))
 
@@ -62,6 +71,55 @@ def test_a_later_start_gives_the_batches_that_were_to_come(num_workers):
     whole = take(make_loader(broken=[4]), 12)
     assert take(make_loader(broken=[4], num_workers=num_workers).batches(7), 5) == whole[7:]
     assert take(make_loader(broken=[4], seed=6), 12) != whole
+
+
+def test_workers_use_one_thread_each():
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        loader = TrainLoader(
+            IMAGES, ThreadsMapper(), lambda seed: TrainingSampler(len(IMAGES), seed=seed), batch_size=2, seed=5,
+            num_workers=1,
+        )  # fmt: skip
+        assert {sample["threads"] for batch in take(loader, 2) for sample in batch} == {(1, 1)}
+        assert cv2.getNumThreads() == 3
+    finally:
+        cv2.setNumThreads(before[1])
+    assert torch.get_num_threads() == before[0]
+
+
+def test_what_a_gpu_fetches_is_pinned(monkeypatch):
+    class Mapper(RandomMapper):
+        def __call__(self, image):
+            super().__call__(image)
+            masks = torch.ones(2, 4, 5, dtype=torch.bool)
+            instances = Instances(
+                (4, 5), gt_masks=BitMasks(masks), gt_boxes=Boxes(torch.ones(2, 4)), gt_classes=torch.tensor([1, 2])
+            )
+            return {**image, "image": torch.ones(3, 4, 5), "instances": instances}
+
+    # Without a GPU nothing can be pinned: marked copies stand for what would be.
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+
+    def is_pinned(tensor):
+        return any(tensor is other for other in pinned)
+
+    loader = TrainLoader(
+        IMAGES, Mapper(broken=[2]), lambda seed: TrainingSampler(len(IMAGES), seed=seed), batch_size=2, seed=5,
+        max_broken_images=1, pin_memory=True,
+    )  # fmt: skip
+    for sample in itertools.chain.from_iterable(take(loader, 11)):
+        instances = sample["instances"]
+        assert sample["file_name"] == f"{sample['index']}.jpg" and instances.image_size == (4, 5)
+        assert isinstance(instances.gt_masks, BitMasks) and isinstance(instances.gt_boxes, Boxes)
+        for tensor in (
+            sample["image"], instances.gt_classes, instances.gt_masks.tensor, instances.gt_boxes.tensor
+        ):  # fmt: skip
+            assert is_pinned(tensor)
+        assert instances.gt_classes.tolist() == [1, 2]
 
 
 def test_samples_differ_from_epoch_to_epoch_and_the_global_random_numbers_stay():

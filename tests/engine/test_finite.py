@@ -9,9 +9,10 @@ from detectron2.engine import HookBase
 from torch import nn
 
 from sparseinst.engine.finite import NonFiniteStepError, any_rank
-from sparseinst.engine.first_non_finite import find_first_non_finite
+from sparseinst.engine.first_non_finite import INPUT, find_first_non_finite
 from sparseinst.engine.step_record import STEP_FILE, replay_step
 from sparseinst.engine.trainer import Trainer
+from sparseinst.modeling.training_network import recompute_activations
 from sparseinst.tools.replay_step import cli
 from tests.shapes_data import register_shapes
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
@@ -313,3 +314,44 @@ def test_gradients_whose_squares_alone_overflow_are_finite(make_trainer):
     assert len(trainer.storage.history("total_loss").values()) == 1
     squares = sum(parameter.grad.square().sum() for parameter in trainer.model.parameters())
     assert squares == float("inf")
+
+
+def test_activations_that_are_recomputed_do_not_confuse_the_search():
+    model = tiny_model().train()
+    recompute_activations(model, ["backbone.*", "encoder", "decoder.*_branch"])
+    fine, broken = random_input(num_instances=2), random_input(num_instances=2)
+    broken["image"] = broken["image"].float()
+    broken["image"][0, 5, 5] = float("nan")
+    finding, _ = find_first_non_finite(
+        model, [[fine], [broken]], device=torch.device("cpu"), with_gradients=True
+    )  # fmt: skip
+    assert (finding.batch, finding.what, finding.name) == (1, INPUT, "")
+    assert find_first_non_finite(model, [[fine]], device=torch.device("cpu"), with_gradients=True)[0] is None
+
+
+def test_the_search_runs_the_network_that_hooks_can_watch():
+    model = tiny_model().train()
+
+    def compiled(images):
+        raise AssertionError("hooks do not see this one")
+
+    model.training_network = compiled
+    with torch.no_grad():
+        model.encoder.fusion.bias.fill_(float("nan"))
+    finding, _ = find_first_non_finite(
+        model, [[random_input(num_instances=2)]], device=torch.device("cpu"), with_gradients=True
+    )  # fmt: skip
+    assert finding.name == "encoder.fusion"
+    assert model.training_network is compiled
+
+
+def test_metrics_are_taken_from_what_the_guard_copied(make_trainer):
+    trainer = make_trainer("SOLVER.MAX_ITER", 1)
+    verdicts = []
+    check = trainer.finite_guard.check
+    trainer.finite_guard.check = lambda *args, **kwargs: verdicts.append(check(*args, **kwargs)) or verdicts[-1]
+    written = []
+    trainer.write_metrics = lambda losses, *_: written.append(losses)
+    trainer.train()
+    assert written[0] is verdicts[0].losses
+    assert {"loss_ce", "loss_mask", "loss_dice", "loss_objectness"} == written[0].keys()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparseinst.engine.optimizer import build_optimizer, learning_rate, parameter_groups
+from sparseinst.engine.optimizer import IMPLEMENTATIONS, build_optimizer, learning_rate, parameter_groups
 from tests.tiny_model import tiny_cfg, tiny_model
 
 
@@ -92,3 +92,94 @@ def test_gradient_clipping(clip_type):
     optimizer.step()
     moved = [old - parameter.item() for old, parameter in zip(before, parameters)]
     assert moved == pytest.approx([3.0, 4.0] if clip_type == "full_model" else [5.0, 5.0], rel=1e-4)
+
+
+CLIPS = {
+    "none": (),
+    **{
+        clip_type: (
+            "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type,
+            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.5,
+        )
+        for clip_type in ("full_model", "norm", "value")
+    },
+}  # fmt: skip
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+
+
+def train(implementation, name, clip, with_scaler, broken_steps=(), model=None, num_steps=4, state=None):
+    """Weights after a few steps as the trainer takes them, and the optimizer."""
+    model = small_net() if model is None else model
+    cfg = tiny_cfg(
+        "SOLVER.OPTIMIZER", name, "SOLVER.OPTIMIZER_IMPLEMENTATION", implementation, "SOLVER.BASE_LR", 0.01,
+        *CLIPS[clip],
+    )  # fmt: skip
+    optimizer = build_optimizer(cfg, model)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=with_scaler)
+    for index in range(num_steps):
+        x = torch.arange(12.0).view(4, 3) * (index + 1)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=with_scaler):
+            loss = model(x).float().square().mean() * (float("inf") if index in broken_steps else 1)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), optimizer
+
+
+@pytest.mark.parametrize("name", ["ADAMW", "SGD"])
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("with_scaler", [False, True])
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_implementations_give_the_same_weights(implementation, name, clip, with_scaler):
+    expected, _ = train("for-loop", name, clip, with_scaler)
+    found, optimizer = train(implementation, name, clip, with_scaler)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert all(group[implementation] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_step_that_is_not_finite_is_skipped(implementation, clip):
+    before, _ = train(implementation, "ADAMW", clip, True, num_steps=1)
+    after, optimizer = train(implementation, "ADAMW", clip, True, broken_steps=(1,), num_steps=2)
+    assert torch.equal(before, after)
+    assert {state["step"].item() for state in optimizer.state.values()} == {1}
+    expected, _ = train("for-loop", "ADAMW", clip, True, broken_steps=(1,))
+    assert torch.allclose(train(implementation, "ADAMW", clip, True, broken_steps=(1,))[0], expected, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize(("first", "second"), [("for-loop", "fused"), ("fused", "for-loop"), ("auto", "foreach")])
+@pytest.mark.parametrize("name", ["ADAMW", "SGD"])
+def test_a_run_is_resumed_with_another_implementation(first, second, name):
+    model = small_net()
+    _, optimizer = train(first, name, "full_model", False, model=model, num_steps=2)
+    saved = optimizer.state_dict()
+    found, optimizer = train(second, name, "full_model", False, model=model, num_steps=2, state=saved)
+    own = IMPLEMENTATIONS[second]
+    assert all(group[key] == value for group in optimizer.param_groups for key, value in own.items())
+    assert all(group["lr"] == 0.01 for group in optimizer.param_groups)
+    model = small_net()
+    _, optimizer = train(first, name, "full_model", False, model=model, num_steps=2)
+    expected, _ = train(first, name, "full_model", False, model=model, num_steps=2, state=optimizer.state_dict())
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_other_groups_than_the_checkpoints_are_told_by_the_optimizer():
+    _, optimizer = train("auto", "ADAMW", "none", False)
+    state = optimizer.state_dict()
+    state["param_groups"].append(state["param_groups"][0])
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(state)
+
+
+def test_unknown_implementations():
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER_IMPLEMENTATION is 'fast'; it must be one of .*'fused'"):
+        build_optimizer(tiny_cfg("SOLVER.OPTIMIZER_IMPLEMENTATION", "fast"), _Model())

@@ -169,6 +169,70 @@ def test_channels_last_gives_the_same_gradients(shapes, tmp_path):
         assert (plain[name] - gradient).norm() <= 2e-2 * gradient.norm() + 1e-6, name
 
 
+RECOMPUTE = ("SOLVER.RECOMPUTE", ["backbone.*", "encoder", "decoder.*_branch"])
+FUSED = ("SOLVER.OPTIMIZER_IMPLEMENTATION", "fused")
+FLOAT16 = ("SOLVER.AMP.ENABLED", True)
+SGD = ("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("plain", "opts", "tolerance"),
+    [
+        # Adam's first steps are of one size, however small a gradient, and so is what rounding does to it.
+        ((), FUSED, 5e-2),
+        ((), RECOMPUTE, 1e-6),
+        (("SOLVER.ACCUMULATE_STEPS", 2), RECOMPUTE, 1e-6),
+        ((), (*FUSED, *RECOMPUTE, "SOLVER.CHANNELS_LAST", True), 5e-2),
+        (SGD, (*FUSED, *RECOMPUTE, "SOLVER.CHANNELS_LAST", True), 1e-3),
+        (FLOAT16, (*FUSED, *RECOMPUTE), 1e-5),
+    ],
+)
+def test_options_give_the_same_weights(shapes, tmp_path, plain, opts, tolerance):
+    common = ("DATASETS.TEST", (), "MODEL.RESNETS.NORM", "BN", *plain)
+    torch.manual_seed(0)
+    start = build_model(make_cfg(shapes, tmp_path, *common))
+    plain, _ = run(make_cfg(shapes, tmp_path / "plain", *common))
+    fast, _ = run(make_cfg(shapes, tmp_path / "fast", *common, *opts))
+    assert fast.model.state_dict().keys() == plain.model.state_dict().keys()
+    # Relative to how far four steps have moved the weights.
+    start, plain, fast = (
+        torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        for model in (start, plain.model, fast.model)
+    )
+    moved, apart = (plain - start).norm(), (fast - plain).norm()
+    assert 0 < moved and apart <= tolerance * moved
+
+
+def test_a_run_is_resumed_with_other_options(shapes, tmp_path):
+    def weights(folder, resumed_with):
+        opts = ("DATASETS.TEST", (), "SOLVER.CHECKPOINT_PERIOD", 2)
+        run(make_cfg(shapes, folder, *opts, "SOLVER.MAX_ITER", 2))
+        trainer, _ = run(make_cfg(shapes, folder, *opts, *resumed_with), resume=True)
+        assert trainer.start_iter == 2
+        saved = torch.load(folder / "model_final.pth")
+        assert saved["iteration"] == 3
+        return trainer, saved["model"]
+
+    _, expected = weights(tmp_path / "plain", ())
+    trainer, found = weights(tmp_path / "fast", (*FUSED, *RECOMPUTE))
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name].float(), value.float(), rtol=1e-5, atol=1e-6), name
+
+
+def test_a_compiled_run_writes_the_checkpoint_of_any_other(shapes, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: lambda images: compiled.append(1) or network(images))
+    opts = ("SOLVER.MAX_ITER", 2, "DATASETS.TEST", ())
+    run(make_cfg(shapes, tmp_path / "plain", *opts))
+    assert not compiled
+    run(make_cfg(shapes, tmp_path / "compiled", *opts, "SOLVER.COMPILE", True))
+    assert len(compiled) == 2
+    first, second = (torch.load(tmp_path / name / "model_final.pth")["model"] for name in ("plain", "compiled"))
+    assert list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_accumulation_divides_the_batch(shapes, tmp_path):
     trainer = Trainer(make_cfg(shapes, tmp_path, "SOLVER.ACCUMULATE_STEPS", 2))
     assert len(next(iter(trainer.data_loader))) == 2
@@ -228,6 +292,8 @@ def test_stock_mapper_by_name(shapes, tmp_path):
     [
         ("TEST.AUG.ENABLED", True),
         ("SOLVER.AMP.DTYPE", "float8"),
+        ("SOLVER.OPTIMIZER_IMPLEMENTATION", "fast"),
+        ("SOLVER.RECOMPUTE", ["backbone.res7"]),
         ("MODEL.SPARSE_INST.DATASET_MAPPER", "Mine"),
         ("DATASETS.TRAIN", ()),
     ],
