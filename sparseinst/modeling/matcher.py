@@ -1,5 +1,6 @@
 """Bipartite matching of predictions and ground truth. Letters: see structures.py."""
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.utils.registry import Registry
@@ -46,13 +47,15 @@ def matching_scores(
         (N, M) float32 in [0, 1].
     """
     with no_autocast(class_logits.device):
-        class_probs = class_logits.float().sigmoid()[:, targets.gt_classes]
+        class_probs = class_logits[:, targets.gt_classes].float().sigmoid()
         dice = pairwise_dice_score(mask_logits.float().flatten(1).sigmoid(), targets.gt_masks.flatten(1))
         scores = class_probs**beta * dice**alpha
         if iam_weights is not None:
-            maps = iam_weights.float().unflatten(0, (-1, len(class_logits))).mean(0)
-            gt_masks = masks_on_grid(targets.gt_masks, maps.shape[-2:])
-            scores = scores * (maps.flatten(1) @ gt_masks.flatten(1).T).clamp(0, 1) ** gamma
+            gt_masks = masks_on_grid(targets.gt_masks, iam_weights.shape[-2:]).flatten(1)
+            # The mean over the groups after the product: before it, all maps would be copied.
+            inside = gt_masks @ iam_weights.float().flatten(1).T
+            inside = inside.unflatten(1, (-1, len(class_logits))).mean(1).T
+            scores = scores * inside.clamp(0, 1) ** gamma
         return scores
 
 
@@ -105,16 +108,13 @@ class SparseInstMatcher:
         # The assignment needs numbers. One process of several must not stop in the middle of a step either, where the
         # others wait for it: the losses, which are not finite then, are what all of them look at.
         flat = flat.nan_to_num(NOT_FINITE_SCORE, NOT_FINITE_SCORE, NOT_FINITE_SCORE)
-        pairs = []
-        for (rows, columns), score in zip(shapes, flat.split([rows * columns for rows, columns in shapes])):
-            prediction_idx, gt_idx = linear_sum_assignment(score.view(rows, columns).numpy(), maximize=True)
-            pairs.append(
-                MatchedPairs(
-                    torch.as_tensor(prediction_idx, dtype=torch.int64, device=device),
-                    torch.as_tensor(gt_idx, dtype=torch.int64, device=device),
-                )
-            )
-        return pairs
+        indices = [
+            np.stack(linear_sum_assignment(score.view(rows, columns).numpy(), maximize=True))
+            for (rows, columns), score in zip(shapes, flat.split([rows * columns for rows, columns in shapes]))
+        ]
+        # And one copy back, which waits for nothing.
+        joint = torch.from_numpy(np.concatenate(indices, axis=1)).to(device, torch.int64, non_blocking=True)
+        return [MatchedPairs(*pairs) for pairs in joint.split([part.shape[1] for part in indices], dim=1)]
 
 
 def build_sparse_inst_matcher(cfg: CfgNode):

@@ -199,7 +199,7 @@ class SparseInst(nn.Module):
         reduced = torch.empty((len(instances), *mask_size), device=self.device)
         at_once = max(1, PIXELS_AT_ONCE // math.prod(padded_size))
         for start in range(0, len(instances), at_once):
-            part = slice(start, min(start + at_once, len(instances)))
+            part = slice(start, start + at_once)
             masks = gt_masks_tensor(instances[part]).to(self.device, non_blocking=True)
             padded = torch.zeros((len(masks), *padded_size), device=self.device)
             padded[:, :height, :width] = masks

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper
-from detectron2.structures import BitMasks, BoxMode, ImageList
+from detectron2.structures import BitMasks, BoxMode, ImageList, PolygonMasks
 from PIL import Image
 from pycocotools import mask as mask_api
 from torch.nn import functional as F
@@ -154,3 +154,26 @@ def test_fractions_in_a_tensor_are_kept():
     check_targets(model, [x], model.preprocess_image([x]), (16, 24))
     x["instances"].gt_masks = BitMasks(x["instances"].gt_masks > 0.5)
     check_targets(model, [x], model.preprocess_image([x]), (16, 24))
+
+
+@pytest.mark.parametrize("make", [random_input, lambda *args, **kwargs: as_polygons(random_input(*args, **kwargs))])
+def test_whole_masks_are_made_a_few_at_a_time(make, monkeypatch):
+    model = tiny_model().train()
+    x = make(50, 70, num_instances=7)
+    counts = []
+
+    def counted(instances):
+        counts.append(len(instances))
+        return gt_masks_tensor(instances)
+
+    monkeypatch.setattr(sparse_inst, "gt_masks_tensor", counted)
+    # The image is padded to 64 x 96.
+    monkeypatch.setattr(sparse_inst, "PIXELS_AT_ONCE", 3 * 64 * 96 + 10)
+    check_targets(model, [x], model.preprocess_image([x]), (16, 24))
+    assert counts == [3, 3, 1]
+
+
+def as_polygons(x):
+    boxes = x["instances"].gt_masks.get_bounding_boxes().tensor.tolist()
+    x["instances"].gt_masks = PolygonMasks([[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes])
+    return x
