@@ -124,6 +124,10 @@ class GridMasks:
         """The counts on another device; takes the arguments of ``torch.Tensor.to``."""
         return GridMasks(self.counts.to(*args, **kwargs), self.windows, self.grid, self.image_size)
 
+    def pin_memory(self) -> "GridMasks":
+        """The counts where a GPU can fetch them while it computes, as ``torch.Tensor.pin_memory``."""
+        return GridMasks(self.counts.pin_memory(), self.windows, self.grid, self.image_size)
+
     def on_grid(self, size: tuple[int, int]) -> torch.Tensor:
         """The share of each cell, (M, *size) float32 in [0, 1], on the device of the counts.
 

@@ -122,8 +122,8 @@ class SparseInstCriterion(nn.Module):
             if "labels" in self.items:
                 class_logits = outputs["pred_logits"].float()
                 losses["loss_ce"] = self.class_weight * _class_loss(class_logits, targets, pairs, normalizer)
+            # Of the maps only what is matched is copied, to float32 where it is of half precision.
             gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
-            # What is not matched stays as it is, also in half precision.
             if "masks" in self.items:
                 mask_logits = matched_predictions(outputs["pred_masks"], pairs)[:, 0].float()
                 objectness_logits = matched_predictions(outputs["pred_scores"], pairs)[:, 0, 0].float()

@@ -99,8 +99,9 @@ def binary_mask_iou(
     """
     predicted = mask_probs.flatten(1) >= prob_threshold
     target = gt_masks.flatten(1) > gt_threshold
-    intersection = (predicted & target).sum(1)
-    union = (predicted | target).sum(1)
+    # By default booleans are summed as int64, eight bytes for each, which takes longer than all the rest.
+    intersection = (predicted & target).sum(1, dtype=torch.int32)
+    union = (predicted | target).sum(1, dtype=torch.int32)
     return intersection / (union + IOU_EPS)
 
 

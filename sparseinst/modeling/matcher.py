@@ -12,8 +12,8 @@ from sparseinst.modeling.structures import InstanceTargets, MatchedPairs
 
 SPARSE_INST_MATCHER_REGISTRY = Registry("SPARSE_INST_MATCHER")
 SPARSE_INST_MATCHER_REGISTRY.__doc__ = """
-Matchers: called as ``matcher(outputs, targets)`` with the decoder's dict and one InstanceTargets per image; return one
-MatchedPairs per image. Built as ``Name(cfg)``.
+Matchers: called as ``matcher(outputs, targets)`` with the decoder's dict, of half precision under autocast, and one
+InstanceTargets per image; return one MatchedPairs per image. Built as ``Name(cfg)``.
 """
 
 # In place of a score that is not finite; more than the scores, at most 1, of all instances of an image together.
@@ -94,7 +94,6 @@ class SparseInstMatcher:
             One per image, min(N, M) pairs each, on the outputs' device. Predictions whose score is not finite are
             matched before all others, so that a loss tells of them.
         """
-        device = outputs["pred_logits"].device
         iam_weights = outputs["iam_weights"] if self.gamma > 0 else [None] * len(targets)
         scores = [
             matching_scores(class_logits, mask_logits, target, self.alpha, self.beta, maps, self.gamma)
@@ -102,6 +101,11 @@ class SparseInstMatcher:
                 outputs["pred_logits"], outputs["pred_masks"], targets, iam_weights
             )
         ]
+        return self.assign(scores)
+
+    @staticmethod
+    def assign(scores: list[torch.Tensor]) -> list[MatchedPairs]:
+        """The assignment of each image's scores (N, M); pairs are on the scores' device."""
         # One copy to the host for the whole batch: every copy waits for the device.
         shapes = [tuple(score.shape) for score in scores]
         flat = torch.cat([score.flatten() for score in scores]).cpu()
@@ -113,7 +117,7 @@ class SparseInstMatcher:
             for (rows, columns), score in zip(shapes, flat.split([rows * columns for rows, columns in shapes]))
         ]
         # And one copy back, which waits for nothing.
-        joint = torch.from_numpy(np.concatenate(indices, axis=1)).to(device, torch.int64, non_blocking=True)
+        joint = torch.from_numpy(np.concatenate(indices, axis=1)).to(scores[0].device, torch.int64, non_blocking=True)
         return [MatchedPairs(*pairs) for pairs in joint.split([part.shape[1] for part in indices], dim=1)]
 
 

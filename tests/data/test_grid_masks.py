@@ -100,3 +100,10 @@ def test_counts_move_with_the_model_and_whole_masks_stay():
     moved = grid_masks(random_masks(), MaskGrid(4)).to("meta")
     assert moved.counts.device.type == "meta" and moved.on_grid((16, 24)).device.type == "meta"
     assert torch.equal(moved.whole(), random_masks())
+
+
+def test_counts_are_pinned(monkeypatch):
+    # Without a GPU there is nothing to pin for.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    masks = grid_masks(random_masks(), MaskGrid(4))
+    assert torch.equal(masks.pin_memory().counts, masks.counts + 1) and len(masks.pin_memory()) == len(masks)
