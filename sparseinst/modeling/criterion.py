@@ -109,7 +109,6 @@ class SparseInstCriterion(nn.Module):
             "masks"; ``loss_iam`` where it has a weight. Scalars, weighted. Without any instance all but ``loss_ce`` are
             0, with a gradient of 0.
         """
-        outputs = {name: output.float() for name, output in outputs.items()}
         with no_autocast(outputs["pred_logits"].device):
             pairs = self.matcher(outputs, targets)
             if normalizer is None:
@@ -121,34 +120,23 @@ class SparseInstCriterion(nn.Module):
                 )
             losses = {}
             if "labels" in self.items:
-                losses["loss_ce"] = self.class_weight * self._class_loss(outputs, targets, pairs, normalizer)
+                class_logits = outputs["pred_logits"].float()
+                losses["loss_ce"] = self.class_weight * _class_loss(class_logits, targets, pairs, normalizer)
+            # Of the maps only what is matched is copied, to float32 where it is of half precision.
             gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
             if "masks" in self.items:
-                mask_logits = matched_predictions(outputs["pred_masks"], pairs)
-                objectness_logits = matched_predictions(outputs["pred_scores"], pairs)[:, 0]
+                mask_logits = matched_predictions(outputs["pred_masks"], pairs)[:, 0].float()
+                objectness_logits = matched_predictions(outputs["pred_scores"], pairs)[:, 0, 0].float()
                 losses.update(self._mask_losses(mask_logits, objectness_logits, gt_masks, normalizer))
             if self.iam_weight > 0:
-                # Group-major maps to (B, N, G, H, W).
-                num_masks = outputs["pred_logits"].shape[1]
-                iam_weights = outputs["iam_weights"].unflatten(1, (-1, num_masks)).transpose(1, 2)
+                iam_weights = outputs["iam_weights"]
+                num_groups = iam_weights.shape[1] // outputs["pred_logits"].shape[1]
                 loss = activation_loss(
-                    matched_predictions(iam_weights, pairs), masks_on_grid(gt_masks, iam_weights.shape[-2:])
+                    matched_predictions(iam_weights, pairs, num_groups).float(),
+                    masks_on_grid(gt_masks, iam_weights.shape[-2:]),
                 )
                 losses["loss_iam"] = self.iam_weight * loss.sum() / normalizer.num_matched
         return losses
-
-    def _class_loss(
-        self,
-        outputs: dict[str, torch.Tensor],
-        targets: list[InstanceTargets],
-        pairs: list[MatchedPairs],
-        normalizer: LossNormalizer,
-    ) -> torch.Tensor:
-        class_logits = outputs["pred_logits"]
-        one_hot = torch.zeros_like(class_logits)
-        for image_one_hot, target, pair in zip(one_hot, targets, pairs):
-            image_one_hot[pair.prediction_idx, target.gt_classes[pair.gt_idx]] = 1.0
-        return sigmoid_focal_loss(class_logits, one_hot).sum() / normalizer.num_instances
 
     def _mask_losses(
         self,
@@ -158,29 +146,56 @@ class SparseInstCriterion(nn.Module):
         normalizer: LossNormalizer,
     ) -> dict[str, torch.Tensor]:
         # Sums over zero pairs are 0 and still hang on the graph, so every parameter gets a gradient.
+        mask_probs = mask_logits.sigmoid()
         objectness_loss = F.binary_cross_entropy_with_logits(
-            objectness_logits, binary_mask_iou(mask_logits, gt_masks), reduction="sum"
+            objectness_logits, binary_mask_iou(mask_probs, gt_masks), reduction="sum"
         )
         return {
             "loss_objectness": self.objectness_weight * objectness_loss / normalizer.num_matched,
-            "loss_dice": self.mask_dice_weight * dice_loss(mask_logits, gt_masks).sum() / normalizer.num_instances,
-            "loss_mask": self.mask_pixel_weight * mask_bce_loss(mask_logits, gt_masks).sum() / normalizer.num_matched,
+            "loss_dice": self.mask_dice_weight * dice_loss(mask_probs, gt_masks).sum() / normalizer.num_instances,
+            "loss_mask": self.mask_pixel_weight * mask_bce_loss(mask_logits, gt_masks) / normalizer.num_matched,
         }
 
 
-def matched_predictions(predictions: torch.Tensor, pairs: list[MatchedPairs]) -> torch.Tensor:
-    """What belongs to the matched predictions of all images, one after the other.
+def _class_loss(
+    class_logits: torch.Tensor, targets: list[InstanceTargets], pairs: list[MatchedPairs], normalizer: LossNormalizer
+) -> torch.Tensor:
+    idx = joint_prediction_idx(pairs, class_logits.shape[1])
+    matched_classes = torch.cat([target.gt_classes[pair.gt_idx] for target, pair in zip(targets, pairs)])
+    one_hot = class_logits.new_zeros((class_logits.shape[:2].numel(), class_logits.shape[2]))
+    # Ones of the device's own: a number of Python's may be copied to it, which the host would wait for.
+    one_hot.index_put_((idx, matched_classes), one_hot.new_ones(len(idx)))
+    one_hot = one_hot.view(class_logits.shape)
+    return sigmoid_focal_loss(class_logits, one_hot).sum() / normalizer.num_instances
 
-    Image by image, so that the pairs of each image stay its own, however many instances the others have.
+
+def joint_prediction_idx(pairs: list[MatchedPairs], num_maps: int) -> torch.Tensor:
+    """The matched predictions of all images, counted through the batch: (P,), P pairs in all.
 
     Args:
-        predictions: (B, N, ...).
+        pairs: one per image. Those of each image stay its own, however many instances the others have.
+        num_maps: how many an image has.
+    """
+    return torch.cat([pair.prediction_idx + image * num_maps for image, pair in enumerate(pairs)])
+
+
+def matched_predictions(predictions: torch.Tensor, pairs: list[MatchedPairs], num_groups: int = 1) -> torch.Tensor:
+    """What belongs to the matched predictions of all images, one after the other.
+
+    In one selection, whose backward fills one map of zeros; image by image it fills, and copies, one for each.
+
+    Args:
+        predictions: (B, G * N, ...), group-major.
         pairs: one per image.
+        num_groups: G.
 
     Returns:
-        (P, ...), P pairs in all.
+        (P, G, ...), P pairs in all.
     """
-    return torch.cat([values[pair.prediction_idx] for values, pair in zip(predictions, pairs)])
+    num_maps = predictions.shape[1]
+    groups = torch.arange(num_groups, device=predictions.device) * (num_maps // num_groups)
+    idx = joint_prediction_idx(pairs, num_maps)[:, None] + groups
+    return predictions.flatten(0, 1).index_select(0, idx.flatten()).unflatten(0, idx.shape)
 
 
 def normalizer_over_ranks(

@@ -1,5 +1,6 @@
 """Bipartite matching of predictions and ground truth. Letters: see structures.py."""
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.utils.registry import Registry
@@ -11,8 +12,8 @@ from sparseinst.modeling.structures import InstanceTargets, MatchedPairs
 
 SPARSE_INST_MATCHER_REGISTRY = Registry("SPARSE_INST_MATCHER")
 SPARSE_INST_MATCHER_REGISTRY.__doc__ = """
-Matchers: called as ``matcher(outputs, targets)`` with the decoder's dict and one InstanceTargets per image; return one
-MatchedPairs per image. Built as ``Name(cfg)``.
+Matchers: called as ``matcher(outputs, targets)`` with the decoder's dict, of half precision under autocast, and one
+InstanceTargets per image; return one MatchedPairs per image. Built as ``Name(cfg)``.
 """
 
 # In place of a score that is not finite; more than the scores, at most 1, of all instances of an image together.
@@ -46,13 +47,15 @@ def matching_scores(
         (N, M) float32 in [0, 1].
     """
     with no_autocast(class_logits.device):
-        class_probs = class_logits.float().sigmoid()[:, targets.gt_classes]
+        class_probs = class_logits[:, targets.gt_classes].float().sigmoid()
         dice = pairwise_dice_score(mask_logits.float().flatten(1).sigmoid(), targets.gt_masks.flatten(1))
         scores = class_probs**beta * dice**alpha
         if iam_weights is not None:
-            maps = iam_weights.float().unflatten(0, (-1, len(class_logits))).mean(0)
-            gt_masks = masks_on_grid(targets.gt_masks, maps.shape[-2:])
-            scores = scores * (maps.flatten(1) @ gt_masks.flatten(1).T).clamp(0, 1) ** gamma
+            gt_masks = masks_on_grid(targets.gt_masks, iam_weights.shape[-2:]).flatten(1)
+            # The mean over the groups after the product: before it, all maps would be copied.
+            inside = gt_masks @ iam_weights.float().flatten(1).T
+            inside = inside.unflatten(1, (-1, len(class_logits))).mean(1).T
+            scores = scores * inside.clamp(0, 1) ** gamma
         return scores
 
 
@@ -91,7 +94,6 @@ class SparseInstMatcher:
             One per image, min(N, M) pairs each, on the outputs' device. Predictions whose score is not finite are
             matched before all others, so that a loss tells of them.
         """
-        device = outputs["pred_logits"].device
         iam_weights = outputs["iam_weights"] if self.gamma > 0 else [None] * len(targets)
         scores = [
             matching_scores(class_logits, mask_logits, target, self.alpha, self.beta, maps, self.gamma)
@@ -99,22 +101,24 @@ class SparseInstMatcher:
                 outputs["pred_logits"], outputs["pred_masks"], targets, iam_weights
             )
         ]
+        return self.assign(scores)
+
+    @staticmethod
+    def assign(scores: list[torch.Tensor]) -> list[MatchedPairs]:
+        """The assignment of each image's scores (N, M); pairs are on the scores' device."""
         # One copy to the host for the whole batch: every copy waits for the device.
         shapes = [tuple(score.shape) for score in scores]
         flat = torch.cat([score.flatten() for score in scores]).cpu()
         # The assignment needs numbers. One process of several must not stop in the middle of a step either, where the
         # others wait for it: the losses, which are not finite then, are what all of them look at.
         flat = flat.nan_to_num(NOT_FINITE_SCORE, NOT_FINITE_SCORE, NOT_FINITE_SCORE)
-        pairs = []
-        for (rows, columns), score in zip(shapes, flat.split([rows * columns for rows, columns in shapes])):
-            prediction_idx, gt_idx = linear_sum_assignment(score.view(rows, columns).numpy(), maximize=True)
-            pairs.append(
-                MatchedPairs(
-                    torch.as_tensor(prediction_idx, dtype=torch.int64, device=device),
-                    torch.as_tensor(gt_idx, dtype=torch.int64, device=device),
-                )
-            )
-        return pairs
+        indices = [
+            np.stack(linear_sum_assignment(score.view(rows, columns).numpy(), maximize=True))
+            for (rows, columns), score in zip(shapes, flat.split([rows * columns for rows, columns in shapes]))
+        ]
+        # And one copy back, which waits for nothing.
+        joint = torch.from_numpy(np.concatenate(indices, axis=1)).to(scores[0].device, torch.int64, non_blocking=True)
+        return [MatchedPairs(*pairs) for pairs in joint.split([part.shape[1] for part in indices], dim=1)]
 
 
 def build_sparse_inst_matcher(cfg: CfgNode):

@@ -38,15 +38,17 @@ def test_dice_loss_by_hand():
     # As above: 1 - 8 / 10.0001; the fractional target 0.5 on the left half: sum(m t) = 2, sums of squares 2 and 2.
     logits = torch.stack([HALF_LOGITS, HALF_LOGITS])
     targets = torch.stack([LEFT_HALF, LEFT_HALF / 2])
-    torch.testing.assert_close(dice_loss(logits, targets), torch.tensor([1 - 8 / 10.0001, 1 - 4 / 4.0001]))
+    torch.testing.assert_close(dice_loss(logits.sigmoid(), targets), torch.tensor([1 - 8 / 10.0001, 1 - 4 / 4.0001]))
 
 
 def test_mask_bce_by_hand():
     # 8 pixels at probability 0.5 cost log 2 each whatever the target, the other 8 nothing: mean = log(2) / 2.
     # Against the top half: 8 left pixels log 2 each, and the 4 upper right pixels cost 40 each.
-    logits = torch.stack([HALF_LOGITS, HALF_LOGITS])
-    expected = torch.tensor([math.log(2) / 2, (8 * math.log(2) + 4 * 40) / 16])
-    torch.testing.assert_close(mask_bce_loss(logits, torch.stack([LEFT_HALF, TOP_HALF])), expected)
+    expected = [math.log(2) / 2, (8 * math.log(2) + 4 * 40) / 16]
+    for masks, value in zip((LEFT_HALF, TOP_HALF), expected):
+        assert mask_bce_loss(HALF_LOGITS[None], masks[None]).item() == pytest.approx(value, rel=1e-6)
+    both = mask_bce_loss(torch.stack([HALF_LOGITS, HALF_LOGITS]), torch.stack([LEFT_HALF, TOP_HALF]))
+    assert both.item() == pytest.approx(sum(expected), rel=1e-6)
 
 
 def test_focal_loss_by_hand():
@@ -68,7 +70,7 @@ def test_focal_loss_by_hand():
 def test_binary_mask_iou_by_hand():
     # Left half against top half: 4 of 12 pixels. Against itself: 8 of 8.
     logits = torch.stack([HALF_LOGITS, HALF_LOGITS])
-    iou = binary_mask_iou(logits, torch.stack([TOP_HALF, LEFT_HALF]))
+    iou = binary_mask_iou(logits.sigmoid(), torch.stack([TOP_HALF, LEFT_HALF]))
     torch.testing.assert_close(iou, torch.tensor([4 / (12 + 1e-6), 8 / (8 + 1e-6)]))
 
 
@@ -77,12 +79,12 @@ def test_binary_mask_iou_thresholds():
     logits = torch.tensor([0.41, 0.41, 0.39, 0.39]).logit().view(1, 2, 2)
     targets = torch.tensor([1.0, 0.5, 1.0, 0.0]).view(1, 2, 2)
     # Predicted {0, 1}, target {0, 2}: 1 of 3.
-    torch.testing.assert_close(binary_mask_iou(logits, targets), torch.tensor([1 / 3]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(binary_mask_iou(logits.sigmoid(), targets), torch.tensor([1 / 3]), rtol=1e-5, atol=0)
 
 
 def test_binary_mask_iou_of_empty_masks_is_zero_and_has_no_gradient():
     logits = torch.full((1, 4, 4), -9.0, requires_grad=True)
-    iou = binary_mask_iou(logits, torch.zeros(1, 4, 4))
+    iou = binary_mask_iou(logits.sigmoid(), torch.zeros(1, 4, 4))
     assert iou.item() == 0
     assert not iou.requires_grad
 
@@ -92,7 +94,7 @@ def test_saturated_logits_are_finite(logit):
     logits = torch.full((1, 1, 1), logit, requires_grad=True)
     for target in (torch.zeros(1, 1, 1), torch.ones(1, 1, 1)):
         total = (
-            dice_loss(logits, target).sum()
+            dice_loss(logits.sigmoid(), target).sum()
             + mask_bce_loss(logits, target).sum()
             + sigmoid_focal_loss(logits, target).sum()
         )

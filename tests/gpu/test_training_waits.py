@@ -1,0 +1,44 @@
+"""Inside a training step the host waits for CUDA once: for the matching scores."""
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+
+from sparseinst.data import SparseInstDatasetMapper
+from sparseinst.data.grid_masks import GridMasks
+from tests.shapes_data import register_shapes
+from tests.tiny_model import tiny_cfg, tiny_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture
+def sync_debug_mode():
+    yield torch.cuda.set_sync_debug_mode
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_only_the_matcher_waits(tmp_path, sync_debug_mode):
+    images = DatasetCatalog.get(register_shapes(tmp_path, "waits_train", 2))
+    opts = ["MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "MODEL.SPARSE_INST.LOSS.IAM_WEIGHT", 1.0]
+    model = tiny_model(*opts).cuda().train()
+    mapper = SparseInstDatasetMapper(tiny_cfg(*opts), is_train=True, mask_grid=model.mask_grid)
+    batch = [mapper(image) for image in images]
+    assert all(isinstance(x["instances"].gt_masks, GridMasks) for x in batch)
+    matcher = model.criterion.matcher
+
+    def waiting_matcher(outputs, targets):
+        sync_debug_mode("default")
+        pairs = matcher(outputs, targets)
+        sync_debug_mode(mode)
+        return pairs
+
+    model.criterion.matcher = waiting_matcher
+    # Once before, for what is set up at the first call.
+    for mode in ("default", "error"):
+        sync_debug_mode(mode)
+        images = model.preprocess_image(batch)
+        outputs = model.network(images.tensor)
+        targets = model.prepare_targets(batch, images, outputs["pred_masks"].shape[-2:])
+        losses = model.criterion(outputs, targets)
+        sum(losses.values()).backward()
