@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparseinst.data.broken_images import BrokenImages, Failure, SafeMapper, TestLoader
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
-from sparseinst.data.grid_masks import MaskGrid
+from sparseinst.data.grid_masks import GridMasks, MaskGrid
 from sparseinst.data.images import DataError
 
 _logger = logging.getLogger(__name__)
@@ -328,7 +328,7 @@ def _pinned(value: Any) -> Any:
         return Instances(value.image_size, **fields)
     if isinstance(value, BitMasks | Boxes):
         return type(value)(value.tensor.pin_memory())
-    return value.pin_memory() if isinstance(value, torch.Tensor) else value
+    return value.pin_memory() if isinstance(value, torch.Tensor | GridMasks) else value
 
 
 def _use_one_thread(worker: int) -> None:

@@ -149,13 +149,13 @@ class InstanceSegmentationEvaluator(DatasetEvaluator):
         figures = {
             name: float(100 * value) if value >= 0 else float("nan") for name, value in zip(METRICS, evaluated.stats)
         }
-        logger.info("Results for %s:\n%s", task, create_small_table(figures))
+        logger.info("Evaluation results for %s:\n%s", task, create_small_table(figures))
         names = self._metadata.get("thing_classes") or []
         if len(names) > 1:
             # IoU thresholds, recalls, classes; all areas, the largest number of detections.
             precisions = evaluated.eval["precision"][:, :, :, 0, -1]
             by_class = {name: _mean_of_known(precisions[:, :, index]) for index, name in enumerate(names)}
-            logger.info("AP of each class for %s:\n%s", task, _class_table(by_class))
+            logger.info("Per-category %s AP:\n%s", task, _class_table(by_class))
             figures |= {f"AP-{name}": value for name, value in by_class.items()}
         return figures
 

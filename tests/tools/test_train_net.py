@@ -57,8 +57,8 @@ def test_train_then_evaluate_then_resume(workspace, tmp_path):
         *workspace, "--eval-only", "OUTPUT_DIR", tmp_path / "eval", "MODEL.WEIGHTS", weights,
         "MODEL.SPARSE_INST.MAX_MASK_GIB", 1e-6, "MODEL.SPARSE_INST.CLS_THRESHOLD", -1.0,
     )  # fmt: skip
-    assert large.returncode == 1 and "Traceback" not in large.stderr
-    assert "error: " in large.stderr and ".jpg: " in large.stderr and "OUTPUT_MASK_FORMAT to rle" in large.stderr
+    # Results are encoded mask by mask, whatever boolean masks would take.
+    assert large.returncode == 0, large.stderr
 
     # Heads of another shape are what a fine-tuning starts from, and an evaluation cannot.
     other_heads = ["OUTPUT_DIR", tmp_path / "heads", "MODEL.WEIGHTS", weights, "MODEL.SPARSE_INST.DECODER.GROUPS", 4]
