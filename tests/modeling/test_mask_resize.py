@@ -1,7 +1,5 @@
 """Masks at the output size: the windows against the plain computation, bit for bit."""
 
-import threading
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -16,14 +14,6 @@ SIZES = {"padded_size": (32, 64), "image_size": (30, 41), "output_size": (47, 90
 
 def mask_windows(*args, **kwargs):
     return map_windows(lambda _, window: window, *args, **kwargs)
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_probs(num_masks, size, seed=0):
@@ -134,34 +124,6 @@ def test_undecided_masks_are_computed_plainly(monkeypatch):
     threshold = float(probs[0, 0, 0])
     assert_windows_equal_plain(probs, (32, 64), (30, 41), (147, 190), threshold)
     assert len(calls) == 1
-
-
-def test_several_threads_share_the_masks(two_threads):
-    probs = random_probs(37, (8, 16))
-    probs[5] = 0.45
-    probs[20] = 0.01
-    with torch.inference_mode():
-        assert_windows_equal_plain(probs, **SIZES, threshold=float(probs[5, 0, 0]))
-    # The first one waits for the last: another thread has to come there.
-    reached = threading.Event()
-    names = set()
-
-    def meet(index, window):
-        names.add(threading.get_ident())
-        if index == 36:
-            reached.set()
-        return reached.wait(10) if index == 0 else index
-
-    assert map_windows(meet, probs, **SIZES, mask_threshold=0.45) == [True, *range(1, 37)]
-    assert len(names) == 2 and threading.get_ident() not in names
-
-
-def test_an_error_in_a_thread_is_raised(two_threads):
-    def fail(index, window):
-        raise KeyError(f"mask {index}")
-
-    with pytest.raises(KeyError, match="mask"):
-        map_windows(fail, random_probs(9, (8, 16)), **SIZES, mask_threshold=0.45)
 
 
 def test_windows_of_chunks_are_the_same(monkeypatch):
