@@ -157,8 +157,8 @@ def map_windows(
     if mask_probs.device.type != "cpu":
         return [function(*item) for item in enumerate(_windows_in_chunks(mask_probs, *sizes, mask_threshold))]
     window_of = _window_function(mask_probs, *sizes, mask_threshold)
-    # One after the other: two threads, which wait for one another between a mask's small steps, took longer for 50 masks
-    # of 480x640, and little less for 100 of 1080x1920.
+    # One after the other: two threads, which wait for one another between a mask's small steps, took longer for 50
+    # masks of 480x640, and little less for 100 of 1080x1920.
     return [function(index, window_of(index)) for index in range(len(mask_probs))]
 
 
