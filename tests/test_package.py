@@ -118,7 +118,20 @@ def test_detectron2_and_opencv_are_not_required(metadata: Message) -> None:
 
 
 @pytest.mark.parametrize(
-    "tool", ["train_net", "demo", "make_shapes", "analyze_model", "convert_weights", "select_classes"]
+    "tool",
+    [
+        "train_net",
+        "demo",
+        "make_shapes",
+        "analyze_model",
+        "convert_weights",
+        "select_classes",
+        "check_dataset",
+        "replay_step",
+        "benchmark",
+        "benchmark_training",
+        "benchmark_video",
+    ],
 )
 def test_tools_run_from_another_folder(clean_python: Path, tmp_path: Path, tool: str) -> None:
     result = run_elsewhere(clean_python, "-m", f"sparseinst.tools.{tool}", "--help", folder=tmp_path)
