@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2 import layers
-from torch import nn
+from torch import library, nn
 from torch.nn import functional as F
 
 TILE = 4
@@ -102,7 +102,7 @@ def winograd_convolution(
     return output.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
-_opaque_convolution = torch.library.custom_op(
+_opaque_convolution = library.custom_op(
     "sparseinst::winograd_convolution", winograd_convolution, mutates_args=(), device_types="cpu"
 )
 

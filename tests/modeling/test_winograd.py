@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2 import layers
-from torch import nn
+from torch import library, nn
 from torch.nn import functional as F
 
 from sparseinst.modeling import winograd
@@ -109,5 +109,5 @@ def test_what_a_compiler_is_told_of_it(size):
     module = WinogradConv2d(make_conv(6, 5))
     x = torch.randn(2, 6, *size)
     arguments = (x, module.weight, module.bias, module.pixel_scale)
-    torch.library.opcheck(winograd._opaque_convolution, arguments)
+    library.opcheck(winograd._opaque_convolution, arguments)
     assert torch.equal(winograd._opaque_convolution(*arguments), winograd.winograd_convolution(*arguments))
