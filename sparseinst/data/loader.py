@@ -146,12 +146,13 @@ class TrainLoader:
             num_workers=self._num_workers if num_workers is None else num_workers,
             collate_fn=_Samples,
             pin_memory=self._pin_memory,
-            worker_init_fn=_use_one_thread,
             # Otherwise it would draw from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
         try:
-            for samples in loader:
+            with _one_opencv_thread():
+                batches = iter(loader)
+            for samples in batches:
                 for sample, failures in samples:
                     self.broken.add(failures)
                     if sample is None:
@@ -331,12 +332,23 @@ def _pinned(value: Any) -> Any:
     return value.pin_memory() if isinstance(value, torch.Tensor | GridMasks) else value
 
 
-def _use_one_thread(worker: int) -> None:
-    """One thread for each process that reads images: there are as many of these as are to run at once."""
-    # PyTorch's own are set by its loader. Detectron2 imports OpenCV where it is installed.
+@contextlib.contextmanager
+def _one_opencv_thread() -> Iterator[None]:
+    """The processes that are started within use one of OpenCV's threads each, as one of PyTorch's.
+
+    The number is set before they are forked: OpenCV would wait in them for threads that only this process has.
+    """
+    # Detectron2 imports OpenCV where it is installed.
     cv2 = sys.modules.get("cv2")
-    if cv2 is not None:
-        cv2.setNumThreads(1)
+    if cv2 is None:
+        yield
+        return
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import random
+import signal
 from collections import Counter
 
 import cv2
@@ -76,8 +77,15 @@ def test_a_later_start_gives_the_batches_that_were_to_come(num_workers):
 
 
 def test_workers_use_one_thread_each():
+    def give_up(*_):
+        raise TimeoutError("the workers hang")
+
     before = torch.get_num_threads(), cv2.getNumThreads()
     cv2.setNumThreads(3)
+    # A forked process does not have the threads that this starts.
+    cv2.GaussianBlur(np.zeros((2000, 2000), np.uint8), (9, 9), 0)
+    handler = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
     try:
         loader = TrainLoader(
             IMAGES, ThreadsMapper(), lambda seed: TrainingSampler(len(IMAGES), seed=seed), batch_size=2, seed=5,
@@ -86,6 +94,8 @@ def test_workers_use_one_thread_each():
         assert {sample["threads"] for batch in take(loader, 2) for sample in batch} == {(1, 1)}
         assert cv2.getNumThreads() == 3
     finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
         cv2.setNumThreads(before[1])
     assert torch.get_num_threads() == before[0]
 
