@@ -34,8 +34,9 @@ _G = tuple(
 MIN_CHANNELS = 128
 # ... and with fewer tiles reading the transformed weights does.
 MIN_TILES = 24
-# Rows of tiles that are worked on at once: what the second-level and the shared cache hold.
-_CHUNK_BYTES = 5 * 2**20
+# Rows of tiles that are worked on at once: with few, the weights are read too often; with many, the shared cache does
+# not hold them.
+_CHUNK_BYTES = 16 * 2**20
 
 
 class WinogradConv2d(nn.Module):
@@ -86,7 +87,8 @@ def winograd_convolution(
     num_outputs = weight.shape[-1]
     output = x.new_empty(batch, rows, TILE, columns, TILE, num_outputs)
     row_bytes = len(weight) * batch * columns * max(channels, num_outputs) * x.element_size()
-    step = max(1, _CHUNK_BYTES // row_bytes)
+    num_chunks = -(-rows * row_bytes // _CHUNK_BYTES)
+    step = -(-rows // num_chunks)
     for first in range(0, rows, step):
         chunk = output[:, first : first + step]
         strip = padded[:, TILE * first : TILE * (first + chunk.shape[1]) + 2]
