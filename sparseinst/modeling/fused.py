@@ -111,6 +111,10 @@ def fold_norms(module: nn.Module, run) -> int:
     return count
 
 
+def _is_captured(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _is_linear(*convs: nn.Conv2d) -> bool:
     """Whether no norm is left, as one that takes its statistics from the picture (GN) is."""
     return all(conv.norm is None for conv in convs)
@@ -222,8 +226,8 @@ class FusedDecoder(nn.Module):
 
     def _coordinate_map(self, features: torch.Tensor) -> torch.Tensor:
         """What the first convolutions make of the coordinates, and their bias: (1, both widths, H, W)."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            # A map that was kept would be taken for a constant of every size.
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or _is_captured(features):
+            # A map that was kept would be taken for a constant of every size; a graph would read it after it is gone.
             return self._compute_coordinate_map(features)
         key = (features.shape[-2:], features.dtype, features.device)
         if key not in self._coordinate_maps:

@@ -1,13 +1,16 @@
 """A SparseInst made fast for inference: one function for evaluation, demo, predictor and benchmark."""
 
 import contextlib
+import copy
 
 import torch
+from detectron2 import layers
 from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from torch import nn
 
 from sparseinst.modeling.compilation import Network, compiled
+from sparseinst.modeling.cuda_graphs import GraphedNetwork
 from sparseinst.modeling.fused import fuse_network
 from sparseinst.modeling.sparse_inst import SparseInst
 from sparseinst.modeling.winograd import use_winograd
@@ -75,6 +78,7 @@ def optimize_for_inference(
     winograd: bool = True,
     precision: str = "float32",
     compile: bool = False,
+    cuda_graphs: bool = False,
     engine: str = "torch",
 ) -> nn.Module:
     """A copy of a model whose predictions are the same, and sooner there.
@@ -86,11 +90,14 @@ def optimize_for_inference(
         winograd: wide 3x3 convolutions with fewer multiplications, see :mod:`sparseinst.modeling.winograd`; float32
             results move by some 1e-5. Only on the CPU, in float32, with fuse and channels_last, in PyTorch; elsewhere
             it changes nothing.
-        precision: "float32"; "bfloat16" or "float16": autocast of PyTorch. What autocast leaves in float32 stays so,
-            the normalisation of activation maps and the pooling among it.
+        precision: "float32"; "bfloat16" or "float16": autocast of PyTorch, with the weights of convolutions and linear
+            layers held in that type, which autocast would convert at each picture. What autocast leaves in float32
+            stays so, the normalisation of activation maps and the pooling among it.
         compile: run the network through ``torch.compile``. It is compiled at the first picture, and once more, then
             for all sizes, at the first one of another size. Without a C++ compiler a line says so, and it runs as it
             is.
+        cuda_graphs: record the network's kernels at the first picture of each shape, and replay them; for the 8 shapes
+            that came last. Only on CUDA; elsewhere it changes nothing.
         engine: "torch"; "openvino": the network runs in OpenVINO, on the CPU, in float32, compiled once for all sizes.
 
     Raises:
@@ -111,8 +118,7 @@ def optimize_for_inference(
             "MODEL.DEVICE cpu, PRECISION float32 and COMPILE False, or ENGINE torch"
         )
     example = torch.randn(1, 3, *_EXAMPLE_SIZE, generator=torch.Generator().manual_seed(0)).to(model.device)
-    if fuse:
-        model = fuse_network(model, example)
+    model = fuse_network(model, example) if fuse else copy.deepcopy(model).eval().requires_grad_(False)
     if engine == "openvino":
         from sparseinst.modeling.openvino_network import OpenVINONetwork
 
@@ -123,6 +129,8 @@ def optimize_for_inference(
         use_winograd(model)
     network: Network = compiled(model.network) if compile else model.network
     dtype = None if precision == "float32" else PRECISIONS[precision]
+    if dtype is not None:
+        _hold_weights_in(model, dtype)
     device_type = model.device.type
 
     def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -132,7 +140,15 @@ def optimize_for_inference(
         with autocast:
             return network(images)
 
-    return OptimizedSparseInst(model, run)
+    return OptimizedSparseInst(model, GraphedNetwork(run) if cuda_graphs and device_type == "cuda" else run)
+
+
+def _hold_weights_in(model: nn.Module, dtype: torch.dtype) -> None:
+    # Not of classes derived from these, which may compute with their weights before they use them.
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, layers.Conv2d, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
 
 
 def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
@@ -145,5 +161,6 @@ def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
         winograd=keys.WINOGRAD,
         precision=keys.PRECISION,
         compile=keys.COMPILE,
+        cuda_graphs=keys.CUDA_GRAPHS,
         engine=keys.ENGINE,
     )

@@ -43,6 +43,8 @@ NAMED_SETTINGS = {
     "compiled": "FUSE True CHANNELS_LAST True WINOGRAD True COMPILE True",
     "bfloat16": "PRECISION bfloat16",
     "float16": "PRECISION float16",
+    "cuda-graphs": "CUDA_GRAPHS True",
+    "float16-cuda-graphs": "PRECISION float16 CUDA_GRAPHS True",
     "openvino": "ENGINE openvino",
 }
 PLAIN = "plain"

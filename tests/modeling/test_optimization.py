@@ -125,6 +125,25 @@ def test_half_precision_within_its_rounding(model, precision, tolerance):
         assert_close({name: value.float() for name, value in outputs.items()}, model.network(images), tolerance)
 
 
+def test_half_weights_are_what_autocast_makes_of_them(model, monkeypatch):
+    images = torch.randn(2, 3, 64, 96)
+    held = optimize_for_inference(model, precision="bfloat16")
+    assert held.decoder.conv.weight.dtype == torch.bfloat16
+    monkeypatch.setattr(optimization, "_hold_weights_in", lambda model, dtype: None)
+    converted = optimize_for_inference(model, precision="bfloat16").network(images)
+    for name, value in held.network(images).items():
+        assert torch.equal(value, converted[name])
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_model_itself_stays_as_it_is(model, fuse):
+    before = {name: (value.clone(), value.stride()) for name, value in model.state_dict().items()}
+    optimize_for_inference(model, fuse=fuse, precision="bfloat16")
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name][0].dtype and value.stride() == before[name][1]
+        assert torch.equal(value, before[name][0])
+
+
 def test_a_convolution_that_feeds_more_than_a_norm_keeps_it():
     class Twice(nn.Module):
         def __init__(self):
