@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
 
 class OpenVINONetwork:
-    """Runs a network on the CPU in OpenVINO, in float32, for images of any size.
+    """Runs a network on the CPU in OpenVINO, in float32, for images of any size, one after the other.
 
     Args:
         network: images (B, 3, ., .) to a dict of tensors.
@@ -30,7 +31,8 @@ class OpenVINONetwork:
             program = openvino.convert_model(
                 _Outputs(network, self._names),
                 example_input=example,
-                input=[openvino.PartialShape([-1, 3, -1, -1])],
+                # A batch of several is no faster on a CPU, and OpenVINO stumbles over some graphs with it.
+                input=[openvino.PartialShape([1, 3, -1, -1])],
             )
         settings = {
             # Otherwise it computes in bfloat16 where the processor can.
@@ -42,8 +44,11 @@ class OpenVINONetwork:
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """The network's dict, in float32."""
-        results = self._program(images.contiguous().numpy())
-        return {name: torch.from_numpy(results[index]) for index, name in enumerate(self._names)}
+        results = [self._program(image.contiguous().numpy()) for image in images.split(1)]
+        return {
+            name: torch.from_numpy(np.concatenate([result[index] for result in results]))
+            for index, name in enumerate(self._names)
+        }
 
 
 class _Outputs(nn.Module):

@@ -88,8 +88,8 @@ def optimize_for_inference(
         fuse: rewrite the network, see :mod:`sparseinst.modeling.fused`; float32 results move by rounding only.
         channels_last: feature maps in channels-last layout.
         winograd: wide 3x3 convolutions with fewer multiplications, see :mod:`sparseinst.modeling.winograd`; float32
-            results move by some 1e-5. Only on the CPU, in float32, with fuse and channels_last, in PyTorch; elsewhere
-            it changes nothing.
+            results move by some 1e-5. Only on the CPU, in float32, with fuse, and with channels_last where PyTorch is
+            the engine; elsewhere it changes nothing.
         precision: "float32"; "bfloat16" or "float16": autocast of PyTorch, with the weights of convolutions and linear
             layers held in that type, which autocast would convert at each picture. What autocast leaves in float32
             stays so, the normalisation of activation maps and the pooling among it.
@@ -122,6 +122,8 @@ def optimize_for_inference(
     if engine == "openvino":
         from sparseinst.modeling.openvino_network import OpenVINONetwork
 
+        if winograd and fuse:
+            use_winograd(model)
         return OptimizedSparseInst(model, OpenVINONetwork(model.network, example))
     if channels_last:
         model.to(memory_format=torch.channels_last)

@@ -46,6 +46,7 @@ NAMED_SETTINGS = {
     "cuda-graphs": "CUDA_GRAPHS True",
     "float16-cuda-graphs": "PRECISION float16 CUDA_GRAPHS True",
     "openvino": "ENGINE openvino",
+    "openvino-plain": "ENGINE openvino WINOGRAD False",
 }
 PLAIN = "plain"
 INFERENCE = "MODEL.SPARSE_INST.INFERENCE"

@@ -221,10 +221,15 @@ def test_without_a_compiler_it_runs_as_it_is(model, monkeypatch, caplog):
     assert len(caplog.messages) == 1 and "No working C++ compiler found" in caplog.messages[0]
 
 
-def test_openvino_gives_the_same_numbers_at_any_size(model):
+@pytest.mark.parametrize("winograd_is_used", [False, True])
+def test_openvino_gives_the_same_numbers_at_any_size(model, monkeypatch, winograd_is_used):
     pytest.importorskip("openvino", reason="the package openvino (extra 'openvino') is not installed")
-    optimized = optimize_for_inference(model, engine="openvino")
+    # The tiny model's convolutions are narrow.
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
+    optimized = optimize_for_inference(model, engine="openvino", winograd=winograd_is_used)
     assert isinstance(optimized, OptimizedSparseInst)
+    used = [module for module in optimized.modules() if isinstance(module, winograd.WinogradConv2d)]
+    assert bool(used) is winograd_is_used
     with torch.no_grad():
         for batch, height, width in ((1, 64, 96), (2, 32, 64), (1, 160, 32)):
             images = torch.randn(batch, 3, height, width)

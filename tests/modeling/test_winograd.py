@@ -38,6 +38,17 @@ def test_sizes(monkeypatch, size, batch, bias):
         assert_close(WinogradConv2d(conv)(x), in_float64(conv, x))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 12), (13, 18), (2, 50)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_way_of_engines(size, batch):
+    conv = make_conv(7, 5)
+    fast = WinogradConv2d(conv)
+    x = torch.randn(batch, 7, *size)
+    with torch.no_grad():
+        found = winograd.winograd_convolution_of_products(x, fast.weight, fast.bias, *fast.matrices)
+        assert_close(found, in_float64(conv, x))
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 40_000, 2**30])
 def test_chunks_give_the_same(monkeypatch, chunk_bytes):
     x = torch.randn(2, 16, 37, 22)
