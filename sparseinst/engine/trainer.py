@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparseinst.checkpoint import OutputError, checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import DataError
-from sparseinst.data.loader import WorkerDiedError, build_train_loader, derive_seed
+from sparseinst.data.loader import WorkerDiedError, build_train_loader, derive_seed, seed_cpu
 from sparseinst.engine.coco_evaluation import check_coco_eval
 from sparseinst.engine.evaluation import evaluate
 from sparseinst.engine.finite import FiniteGuard, NonFiniteStepError
@@ -208,7 +208,9 @@ class Trainer(SimpleTrainer):
         self.batches = [next(self._loader_iter) for _ in range(self.accumulate_steps)]
         data_time = time.perf_counter() - start
 
-        seed_all_rng(derive_seed(self.data_loader.seed, self.iter, comm.get_rank()))
+        # Both draw the same numbers on a CPU; without GPUs Detectron2's takes far longer.
+        seed_rng = seed_cpu if self.device.type == "cpu" else seed_all_rng
+        seed_rng(derive_seed(self.data_loader.seed, self.iter, comm.get_rank()))
         self.finite_guard.start_step()
         self.optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}

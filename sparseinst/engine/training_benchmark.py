@@ -155,7 +155,7 @@ class TimedTrainer:
             _time_calls(model.criterion, "matcher", clock, MATCHER)
         scaler.scale = scale_and_begin_backward
         trainer.register_hooks([_EndOfBackward(clock)])
-        # After the clipping, which comes before the step or, of each parameter, is a part of it.
+        # After the clipping, which comes before them.
         trainer.optimizer.register_step_pre_hook(lambda *_: clock.switch(OPTIMIZER))
         trainer.optimizer.register_step_post_hook(lambda *_: clock.switch(LOOP))
 
