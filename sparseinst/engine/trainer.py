@@ -26,6 +26,7 @@ from sparseinst.engine.coco_evaluation import check_coco_eval
 from sparseinst.engine.evaluation import evaluate
 from sparseinst.engine.finite import FiniteGuard, NonFiniteStepError
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
+from sparseinst.engine.host_memory import keep_freed_memory
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
 from sparseinst.engine.optimizer import build_full_model_clip, build_optimizer
 from sparseinst.engine.step_record import AMP_DTYPES
@@ -61,6 +62,8 @@ class Trainer(SimpleTrainer):
         prepare_as_configured(cfg, model)
         logger.info("Model:\n%s", model)
         self.device = torch.device(cfg.MODEL.DEVICE)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         optimizer = build_optimizer(cfg, model)
         ddp_model = create_ddp_model(
             model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if self.device.type == "cuda" else None
