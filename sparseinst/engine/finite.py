@@ -86,6 +86,8 @@ class FiniteGuard:
         self.max_scaler_skips = nonfinite.MAX_SKIPS
         self.cfg = cfg
         self.model = model
+        # To look for them in all modules would take a part of each step.
+        self._parameters = list(model.parameters())
         self.grad_scaler = grad_scaler
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.amp_dtype = AMP_DTYPES[amp.DTYPE] if amp.ENABLED else None
@@ -118,7 +120,7 @@ class FiniteGuard:
         Raises:
             NonFiniteStepError: on all processes, with the same message.
         """
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         any_loss, any_gradient, also, host_losses = self._look(losses, gradients, norm, also)
         take_step = not any_loss and not any_gradient
