@@ -51,7 +51,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # "torch"; "openvino" on a CPU (extra "openvino").
     sparse_inst.INFERENCE.ENGINE = "torch"
     # Evaluation, demo and benchmark on the CPU: memory that is freed stays with the process, which is faster. In a
-    # program of your own: sparseinst.engine.host_memory.keep_freed_memory().
+    # program of your own: sparseinst.engine.host_memory.keep_freed_memory(True).
     sparse_inst.INFERENCE.KEEP_FREED_MEMORY = True
     # Ground truth on the mask grid: the share of each cell that the instance covers. Otherwise, as published, only the
     # cell's central pixels count, and objects of one or two pixels can vanish.
@@ -166,8 +166,6 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CHANNELS_LAST = False
     # Train through torch.compile: minutes before the first step, and again for other sizes.
     cfg.SOLVER.COMPILE = False
-    # train_net on the CPU: memory that is freed stays with the process: faster, but fragments of it lie unused.
-    cfg.SOLVER.KEEP_FREED_MEMORY = False
     # Modules, * for any part of a name, whose activations are computed again in the backward pass: less memory, longer
     # steps. Most of it: ["backbone.*", "encoder", "decoder.*_branch"].
     cfg.SOLVER.RECOMPUTE = []

@@ -5,6 +5,7 @@ checked before they are given to it, and RLE is decoded here. Messages say what 
 knows.
 """
 
+import math
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -245,15 +246,20 @@ def rasterize(polygons: list[np.ndarray], image_size: tuple[int, int]) -> MaskWi
     """
     if not polygons:
         return None
-    points = np.concatenate(polygons)
-    limits = np.array(image_size)[::-1]
-    left, top = (int(value) for value in np.clip(np.floor(points.min(axis=0)), 0, limits))
-    right, bottom = (int(value) for value in np.clip(np.ceil(points.max(axis=0)), 0, limits))
+    points = polygons[0] if len(polygons) == 1 else np.concatenate(polygons)
+    # Plain numbers: NumPy takes longer for a few of them.
+    height, width = image_size
+    (x_min, y_min), (x_max, y_max) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    left, top = max(math.floor(x_min), 0), max(math.floor(y_min), 0)
+    right, bottom = min(math.ceil(x_max), width), min(math.ceil(y_max), height)
     if right <= left or bottom <= top:
         return None
-    rles = coco_mask.frPyObjects([_round_evenly(polygon).reshape(-1) for polygon in polygons], bottom, right)
-    mask = coco_mask.decode(coco_mask.merge(rles))[top:, left:]
-    return MaskWindow(mask.astype(bool), top, left)
+    if min(x_min, y_min) < 0:
+        polygons = [_round_evenly(polygon) for polygon in polygons]
+    rles = coco_mask.frPyObjects([polygon.reshape(-1) for polygon in polygons], bottom, right)
+    mask = coco_mask.decode(rles[0] if len(rles) == 1 else coco_mask.merge(rles))[top:, left:]
+    # Zeros and ones.
+    return MaskWindow(mask.view(bool), top, left)
 
 
 def _round_evenly(coordinates: np.ndarray) -> np.ndarray:

@@ -12,13 +12,18 @@ _LONG_SIDE_BEFORE_CROP = 10_000
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's, but never to a side of no pixel: 1 x 4000 becomes 1 x 853, not 0 x 853."""
+    """Detectron2's, but never to a side of no pixel: 1 x 4000 becomes 1 x 853, not 0 x 853.
+
+    Pictures that have their size already are not copied, which is all that Detectron2 would do.
+    """
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)
-        if isinstance(transform, T.NoOpTransform) or min(transform.new_h, transform.new_w) > 0:
+        if isinstance(transform, T.NoOpTransform):
             return transform
         new_size = (max(1, transform.new_h), max(1, transform.new_w))
+        if new_size == image.shape[:2]:
+            return T.NoOpTransform()
         return T.ResizeTransform(*image.shape[:2], *new_size, self.interp)
 
 

@@ -19,6 +19,11 @@ from sparseinst.data.images import MAX_IMAGE_PIXELS, DataError, check_channel_or
 
 _logger = logging.getLogger(__name__)
 
+# Of these each pixel comes from the source image.
+_WITHOUT_NEW_PIXELS = (
+    T.NoOpTransform, T.HFlipTransform, T.VFlipTransform, T.ResizeTransform, T.CropTransform
+)  # fmt: skip
+
 
 class SparseInstDatasetMapper:
     """Detectron2's `DatasetMapper` for instance masks of any format, rasterised in the data loader's worker.
@@ -136,6 +141,17 @@ def _check_annotation(annotation: Any) -> None:
         raise DataError(f"category_id is {class_index!r}; expected a class, a whole number from 0")
 
 
+def _visible_pixels(transforms: T.TransformList, source_size: tuple[int, int]) -> np.ndarray | None:
+    """Where a transformed image shows something of the source image, bool (H, W); None: everywhere.
+
+    A pixel that a padding or a rotation made shows nothing of it, whatever a polygon says.
+    """
+    if all(type(transform) in _WITHOUT_NEW_PIXELS for transform in transforms.transforms):
+        return None
+    visible = transforms.apply_segmentation(np.ones(source_size, dtype=np.uint8)) == 1
+    return None if visible.all() else visible
+
+
 def _build_instances(
     annotations: list[dict[str, Any]],
     transforms: T.TransformList,
@@ -150,9 +166,7 @@ def _build_instances(
     """
     if not isinstance(annotations, list | tuple):
         raise DataError(f"{file_name}: 'annotations' is a {type(annotations).__name__}; expected a list")
-    # A pixel that a padding or a rotation made shows nothing of the source image, whatever a polygon says.
-    visible = transforms.apply_segmentation(np.ones(source_size, dtype=np.uint8)) == 1
-    all_visible = visible.all()
+    visible = _visible_pixels(transforms, source_size)
     boxes: list[tuple[int, int, int, int]] = []
     classes: list[int] = []
     windows: list[PackedWindow] = []
@@ -172,7 +186,7 @@ def _build_instances(
         if not segmentation:
             message = f"{place}: no segmentation; such annotations are left out."
             log_first_n(logging.WARNING, message, n=1, name=__name__, key="caller")
-        if window is not None and not all_visible:
+        if window is not None and visible is not None:
             left, top, right, bottom = window.box()
             window = window._replace(mask=window.mask & visible[top:bottom, left:right]).shrink()
         if window is not None:

@@ -74,8 +74,9 @@ def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: 
         else:
             # Its colour would not do for RGB, and Pillow would warn of it.
             image.info.pop("transparency", None)
-        image = _turned(image.convert("RGB"), orientation)
-        pixels = np.asarray(image)
+        # To convert RGB to RGB would copy it.
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        pixels = np.asarray(_turned(image, orientation))
     return pixels if channel_order == "RGB" else pixels[:, :, ::-1]
 
 

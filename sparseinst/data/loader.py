@@ -47,14 +47,18 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of Python, numpy and PyTorch on the CPU from a seed; afterwards they go on as before."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def seed_cpu(seed: int) -> None:
+    """Random numbers of Python, numpy and PyTorch on the CPU from a seed."""
     random.seed(seed)
     np.random.seed(seed)
-    # manual_seed would touch the GPUs too, which a worker process must not.
+    # manual_seed would touch the GPUs too, which a worker process must not; and it takes a hundred times as long.
     torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Random numbers of Python, numpy and PyTorch on the CPU go on afterwards as if nothing had been drawn within."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
@@ -212,15 +216,19 @@ class _MappedImages(Dataset):
         self._mapper = SafeMapper(mapper)
         self._seed = seed
 
-    def __getitem__(self, position_and_index: tuple[int, int]) -> tuple[dict | None, list[Failure]]:
-        position, index = position_and_index
+    def __getitems__(self, batch: list[tuple[int, int]]) -> list[tuple[dict | None, list[Failure]]]:
+        """Called by PyTorch's loader. The state is kept once for all: that takes longer than to seed."""
+        with kept_random_state():
+            return [self._read(position, index) for position, index in batch]
+
+    def _read(self, position: int, index: int) -> tuple[dict | None, list[Failure]]:
         failures: list[Failure] = []
         for attempt in range(_SUBSTITUTES + 1):
             seed = derive_seed(self._seed, position, attempt)
             if attempt > 0:
                 index = seed % len(self._images)
-            with seeded(seed):
-                sample, failure = self._mapper(self._images[index])
+            seed_cpu(seed)
+            sample, failure = self._mapper(self._images[index])
             if sample is not None:
                 break
             failures.append(failure)

@@ -36,11 +36,14 @@ class Verdict(NamedTuple):
         take_step: update the weights; False: skip the step, gradients are to be dropped.
         also: of each of the caller's own flags, whether it is set on any process.
         losses: this process's, on the host.
+        gradient_norm: the Euclidean norm of all gradients together, as a gradient scaler has left them; a scalar on
+            their device. It overflows before they do.
     """
 
     take_step: bool
     also: list[bool]
     losses: dict[str, torch.Tensor]
+    gradient_norm: torch.Tensor
 
 
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
@@ -83,6 +86,8 @@ class FiniteGuard:
         self.max_scaler_skips = nonfinite.MAX_SKIPS
         self.cfg = cfg
         self.model = model
+        # To look for them in all modules would take a part of each step.
+        self._parameters = list(model.parameters())
         self.grad_scaler = grad_scaler
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.amp_dtype = AMP_DTYPES[amp.DTYPE] if amp.ENABLED else None
@@ -115,21 +120,27 @@ class FiniteGuard:
         Raises:
             NonFiniteStepError: on all processes, with the same message.
         """
-        any_loss, any_gradient, also, host_losses = self._look(losses, also)
-        if not any_loss and not any_gradient:
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        any_loss, any_gradient, also, host_losses = self._look(losses, gradients, norm, also)
+        take_step = not any_loss and not any_gradient
+        if take_step:
             self.counts.update(in_row=0, scaler_in_row=0)
-            return Verdict(True, also, host_losses)
-        if not any_loss and self._is_left_to_scaler(iteration):
-            return Verdict(True, also, host_losses)
-        self._stop_or_skip(losses, batches, normalizer, iteration, with_gradients=not any_loss)
-        return Verdict(False, also, host_losses)
+        elif not any_loss and self._is_left_to_scaler(iteration):
+            take_step = True
+        else:
+            self._stop_or_skip(losses, batches, normalizer, iteration, with_gradients=not any_loss)
+        return Verdict(take_step, also, host_losses, norm)
 
     def _look(
-        self, losses: dict[str, torch.Tensor], also: Sequence[bool]
+        self,
+        losses: dict[str, torch.Tensor],
+        gradients: list[torch.Tensor],
+        norm: torch.Tensor,
+        also: Sequence[bool],
     ) -> tuple[bool, bool, list[bool], dict[str, torch.Tensor]]:
         """Whether a loss, and a gradient, is not finite on any process; the flags likewise; the losses on the host."""
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        values = torch.stack([*losses.values(), nn.utils.get_total_norm(gradients)])
+        values = torch.stack([*losses.values(), norm])
         is_bad = ~torch.isfinite(values)
         # Filled in, not copied: a copy to a GPU waits for it.
         flags = [is_bad[:-1].any(), is_bad[-1], *(torch.full_like(is_bad[0], flag) for flag in also)]

@@ -1,43 +1,49 @@
 """Memory of the CPU that is freed stays with the process.
 
-A feature map takes tens of megabytes. Blocks of that size glibc asks of the system at each allocation and gives back
-at once, and the system clears each page when it is first touched: of a network's time that is a tenth and more.
+Feature maps and masks take tens of megabytes. Pieces of that size glibc asks of the system each time and gives back at
+once, and the system fills every page with zeros again: of a step's or a picture's time that can be a tenth and more.
 """
 
 import ctypes
+import os
+import sys
 
 from detectron2.config import CfgNode
 
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
-_LARGEST_INT = 2**31 - 1
+# Of glibc's malloc.h, see man 3 mallopt; and the environment variables that set the same.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+_SMALL = (
+    # The largest that glibc takes; set alone, either one would freeze the other at 128 KiB.
+    (_M_MMAP_THRESHOLD, 32 * 2**20),
+    (_M_TRIM_THRESHOLD, 2**30),
+)
+# No piece beside the heap, and a heap that does not shrink.
+_ALL = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def keep_freed_memory() -> bool:
-    """Keep what is freed for the next tensors, from now on, in this process and in those that it forks.
+def keep_freed_memory(all_sizes: bool = False) -> bool:
+    """Keep what is freed for what is asked for next, from now on, in this process and in those that it forks.
 
-    It is for a command, or for a program that wants it: a library does not decide this for the process that it runs
-    in. The process then does not shrink, and grows by what lies unused between blocks of different sizes.
-
-    Returns:
-        Whether it was done. Without glibc it is not, and nothing changes.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        # Another C library; Windows knows no name None.
-        return False
-    # No blocks beside the heap, and a heap that does not shrink.
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT))
-
-
-def keep_freed_memory_as_configured(cfg: CfgNode, training: bool) -> bool:
-    """:func:`keep_freed_memory` where the config wants it: on the CPU, with a GPU the tensors are not in this memory.
+    It is for a command, or for a program that wants it: it holds for all of the process, and cannot be taken back.
 
     Args:
-        cfg: MODEL.DEVICE, and KEEP_FREED_MEMORY of SOLVER or of MODEL.SPARSE_INST.INFERENCE.
-        training: which of the two.
+        all_sizes: False: pieces of up to 32 MiB, a GiB in all; the process holds no more than it did at its most.
+            True: everything; the process grows by what lies unused between pieces of different sizes.
+
+    Returns:
+        False, and nothing is done, where there is no glibc, or where the environment says how it is to deal with it.
     """
-    keys = cfg.SOLVER if training else cfg.MODEL.SPARSE_INST.INFERENCE
-    return cfg.MODEL.DEVICE == "cpu" and keys.KEEP_FREED_MEMORY and keep_freed_memory()
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in _VARIABLES):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(*setting) == 1 for setting in (_ALL if all_sizes else _SMALL))
+
+
+def keep_freed_memory_for_inference(cfg: CfgNode) -> bool:
+    """:func:`keep_freed_memory` of all sizes, where MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY says so.
+
+    Not with a GPU: there the tensors are not in this memory.
+    """
+    wanted = cfg.MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY
+    return cfg.MODEL.DEVICE == "cpu" and wanted and keep_freed_memory(all_sizes=True)

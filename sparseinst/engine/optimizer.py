@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -34,9 +35,9 @@ NORM_MODULES = (
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD, as SOLVER.OPTIMIZER says, with gradient clipping as SOLVER.CLIP_GRADIENTS says.
+    """AdamW or SGD, as SOLVER.OPTIMIZER says, which clips each parameter where SOLVER.CLIP_GRADIENTS says so.
 
-    CLIP_TYPE "full_model" clips the norm of all gradients together; Detectron2's own types clip each parameter.
+    CLIP_TYPE "full_model", of all gradients together, is done before a step: see :func:`build_full_model_clip`.
     Gradients that a GradScaler has enlarged must be unscaled before the step, whatever the implementation: a fused
     optimizer would do so by itself, but only after the clipping.
 
@@ -60,17 +61,49 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     optimizer = _new_optimizer(cfg, groups, base_lr)
     optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+    return optimizer if _clips_full_model(cfg) else maybe_add_gradient_clipping(cfg, optimizer)
 
-    clip = solver.CLIP_GRADIENTS
-    if clip.ENABLED and clip.CLIP_TYPE == "full_model":
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-        def clip_full_model(*_) -> None:
-            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+class FullModelClip(NamedTuple):
+    """Scales all gradients alike where the norm of all of them together is too large.
 
-        optimizer.register_step_pre_hook(clip_full_model)
-        return optimizer
-    return maybe_add_gradient_clipping(cfg, optimizer)
+    Attributes:
+        parameters: whose gradients it scales.
+        max_norm: what the norm is brought down to.
+        norm_type: 2.0 for the Euclidean norm.
+    """
+
+    parameters: list[nn.Parameter]
+    max_norm: float
+    norm_type: float
+
+    def __call__(self, euclidean_norm: torch.Tensor | None = None) -> None:
+        """To be called when the gradients are complete, and unscaled.
+
+        Args:
+            euclidean_norm: of all gradients, a scalar on their device, where it has been taken already.
+        """
+        norm = euclidean_norm
+        if norm is None or self.norm_type != 2:
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(gradients, self.norm_type)
+        # PyTorch multiplies by min(1, max_norm / (norm + 1e-6)), also by 1. Another device would be waited for.
+        if norm.device.type == "cpu" and norm + 1e-6 <= self.max_norm:
+            return
+        nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
+
+
+def build_full_model_clip(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> FullModelClip | None:
+    """What clips before each step; None where SOLVER.CLIP_GRADIENTS has no CLIP_TYPE "full_model"."""
+    if not _clips_full_model(cfg):
+        return None
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return FullModelClip(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+
+def _clips_full_model(cfg: CfgNode) -> bool:
+    return cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model"
 
 
 def _new_optimizer(cfg: CfgNode, groups: list[dict], base_lr: float) -> torch.optim.Optimizer:

@@ -21,13 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from sparseinst.checkpoint import OutputError, checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import DataError
-from sparseinst.data.loader import WorkerDiedError, build_train_loader, derive_seed
+from sparseinst.data.loader import WorkerDiedError, build_train_loader, derive_seed, seed_cpu
 from sparseinst.engine.coco_evaluation import check_coco_eval
 from sparseinst.engine.evaluation import evaluate
 from sparseinst.engine.finite import FiniteGuard, NonFiniteStepError
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
+from sparseinst.engine.host_memory import keep_freed_memory
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
-from sparseinst.engine.optimizer import build_optimizer
+from sparseinst.engine.optimizer import build_full_model_clip, build_optimizer
 from sparseinst.engine.step_record import AMP_DTYPES
 from sparseinst.modeling import MaskMemoryError
 from sparseinst.modeling.criterion import normalizer_over_ranks
@@ -61,6 +62,8 @@ class Trainer(SimpleTrainer):
         prepare_as_configured(cfg, model)
         logger.info("Model:\n%s", model)
         self.device = torch.device(cfg.MODEL.DEVICE)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         optimizer = build_optimizer(cfg, model)
         ddp_model = create_ddp_model(
             model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if self.device.type == "cuda" else None
@@ -76,6 +79,7 @@ class Trainer(SimpleTrainer):
         self.amp_dtype = AMP_DTYPES[amp.DTYPE] if amp.ENABLED else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.finite_guard = FiniteGuard(cfg, model, self.grad_scaler)
+        self.clip_gradients = build_full_model_clip(cfg, optimizer)
         self.batches: list[list[dict]] = []
         self.results: dict = {}
         self._loader_iter = None
@@ -207,7 +211,9 @@ class Trainer(SimpleTrainer):
         self.batches = [next(self._loader_iter) for _ in range(self.accumulate_steps)]
         data_time = time.perf_counter() - start
 
-        seed_all_rng(derive_seed(self.data_loader.seed, self.iter, comm.get_rank()))
+        # Both draw the same numbers on a CPU; without GPUs Detectron2's takes far longer.
+        seed_rng = seed_cpu if self.device.type == "cpu" else seed_all_rng
+        seed_rng(derive_seed(self.data_loader.seed, self.iter, comm.get_rank()))
         self.finite_guard.start_step()
         self.optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
@@ -234,6 +240,9 @@ class Trainer(SimpleTrainer):
         # From the host, where the guard has them: each would be waited for otherwise.
         self.write_metrics(verdict.losses, data_time, self.iter)
         self.grad_scaler.unscale_(self.optimizer)
+        if self.clip_gradients is not None:
+            # The guard's norm is that of the scaled gradients.
+            self.clip_gradients(None if self.grad_scaler.is_enabled() else verdict.gradient_norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

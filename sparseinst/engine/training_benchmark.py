@@ -155,7 +155,7 @@ class TimedTrainer:
             _time_calls(model.criterion, "matcher", clock, MATCHER)
         scaler.scale = scale_and_begin_backward
         trainer.register_hooks([_EndOfBackward(clock)])
-        # After the clipping, which is such a hook too or comes before them.
+        # After the clipping, which comes before them.
         trainer.optimizer.register_step_pre_hook(lambda *_: clock.switch(OPTIMIZER))
         trainer.optimizer.register_step_post_hook(lambda *_: clock.switch(LOOP))
 

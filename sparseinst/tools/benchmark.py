@@ -28,7 +28,7 @@ from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.images import read_image
 from sparseinst.engine.benchmark import STAGES, Measurement, PlainSparseInst, measure, ratio, summarize
 from sparseinst.engine.benchmark_settings import apply_setting, machine
-from sparseinst.engine.host_memory import keep_freed_memory_as_configured
+from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.setup import load_config
 from sparseinst.modeling.optimization import optimize_as_configured
 from sparseinst.modeling.sparse_inst import SparseInst
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cfg = load_config(args.config_file, args.opts)
         pictures = _pictures(args, cfg)
-        keep_freed_memory_as_configured(cfg, training=False)
+        keep_freed_memory_for_inference(cfg)
         models = build_models(cfg, args.compare)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

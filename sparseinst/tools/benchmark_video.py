@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import nn
 
 from sparseinst.engine.benchmark import drawn_outputs
-from sparseinst.engine.host_memory import keep_freed_memory_as_configured
+from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.setup import load_config
 from sparseinst.inference import Predictor, VideoReader, VideoWriter, draw_instances
 from sparseinst.inference.visualization import DRAWINGS
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"--detections and --objects: MODEL.SPARSE_INST.DECODER.NUM_MASKS allows up to {num_masks}"
             )
-        keep_freed_memory_as_configured(cfg, training=False)
+        keep_freed_memory_for_inference(cfg)
         torch.manual_seed(0)
         model = DrawnObjects(optimize_as_configured(cfg, build_model(cfg).eval()), args.detections).eval()
         predictor = Predictor(cfg, model=model)

@@ -25,7 +25,7 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from sparseinst.data.ground_truth import GroundTruth
-from sparseinst.engine.host_memory import keep_freed_memory_as_configured
+from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.setup import load_config
 from sparseinst.inference import (
     ImageReadError,
@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.show_iams:
             cfg.MODEL.SPARSE_INST.DECODER.OUTPUT_IAM = True
         _skip_rejected(cfg, args.confidence_threshold)
-        keep_freed_memory_as_configured(cfg, training=False)
+        keep_freed_memory_for_inference(cfg)
         return run_video(args, cfg) if args.input is None else run_images(args, cfg)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
 from sparseinst.data.coco_json import check_num_classes, class_info, log_data_warnings, register_user_datasets
 from sparseinst.engine.evaluation import evaluate_and_time
 from sparseinst.engine.finite import NonFiniteStepError
-from sparseinst.engine.host_memory import keep_freed_memory_as_configured
+from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.interruption import TrainingInterrupted
 from sparseinst.engine.output_folder import check_free_space, check_no_earlier_run, claimed
 from sparseinst.engine.processes import (
@@ -90,7 +90,8 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sparseinst")
     log_data_warnings(cfg, splits)
     default_setup(cfg, args)
-    keep_freed_memory_as_configured(cfg, training=not args.eval_only)
+    if args.eval_only:
+        keep_freed_memory_for_inference(cfg)
     return cfg
 
 

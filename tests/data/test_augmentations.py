@@ -42,6 +42,17 @@ def test_ordinary_sizes_are_those_of_detectron2():
         assert (ours.new_h, ours.new_w) == (max(1, stock.new_h), max(1, stock.new_w))
 
 
+@pytest.mark.parametrize("size", [(64, 90), (1, 90), (64, 1)])
+def test_a_picture_that_has_its_size_is_not_copied(size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    augmentations = [kind([min(size)], max(size), "choice") for kind in (ResizeShortestEdge, T.ResizeShortestEdge)]
+    ours, stock = (augmentation.get_transform(image) for augmentation in augmentations)
+    assert ours.apply_image(image) is image
+    assert np.array_equal(stock.apply_image(image), image)
+    points = np.array([[0.3, 0.7], [55.5, 1.25]])
+    assert np.array_equal(ours.apply_coords(points.copy()), stock.apply_coords(points.copy()))
+
+
 def test_a_size_of_zero_leaves_the_picture_alone():
     (resize,) = build_test_augmentations(tiny_cfg("INPUT.MIN_SIZE_TEST", 0))
     assert size_after(resize, 1, 4000) == (1, 4000)

@@ -212,7 +212,7 @@ def test_another_channel_order(tmp_path):
               ZeroDivisionError, OverflowError, RuntimeError, NotImplementedError, MemoryError, ValueError],
 )  # fmt: skip
 def test_whatever_a_plugin_raises_is_our_error(error, tmp_path, monkeypatch):
-    Image.fromarray(pixels(5, 4, 3)).save(tmp_path / "a.png")
+    Image.fromarray(pixels(5, 4, 3)).convert("L").save(tmp_path / "a.png")
 
     def fail(image, mode):
         raise error("inside of a plugin")

@@ -154,6 +154,13 @@ def test_samples_differ_from_epoch_to_epoch_and_the_global_random_numbers_stay()
     assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == expected
 
 
+def test_a_samples_random_numbers_depend_on_its_own_position_alone():
+    # Not on its neighbours, of which a batch of another size has others.
+    samples = [x for batch in take(make_loader(batch_size=2, group_by_aspect_ratio=False), 6) for x in batch]
+    others = [x for batch in take(make_loader(batch_size=3, group_by_aspect_ratio=False), 4) for x in batch]
+    assert samples == others
+
+
 def test_ranks_share_one_stream(monkeypatch):
     whole = take(make_loader(group_by_aspect_ratio=False, batch_size=2), 6)
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)

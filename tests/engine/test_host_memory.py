@@ -1,60 +1,62 @@
-"""Freed memory that stays with the process, told by the pages that the system has to give it."""
+"""What is freed is kept; seen from how many pages the system has to fill anew. In processes of their own."""
 
-import platform
+import os
 import subprocess
 import sys
 
 import pytest
 
 from sparseinst.engine import host_memory
-from sparseinst.engine.host_memory import keep_freed_memory, keep_freed_memory_as_configured
 from sparseinst.engine.setup import load_config
 
-# In a process of its own, since it cannot be taken back. glibc keeps up to seven small rests of aligned blocks between
-# large ones, so the first rounds are not counted.
-SCRIPT = """
-import resource, sys, torch
+# The first rounds are not counted: of aligned pieces glibc leaves up to seven small rests between large ones.
+CODE = """
+import resource, sys
+import torch
 from sparseinst.engine.host_memory import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+
+print(keep_freed_memory(all_sizes=sys.argv[1] == "all"))
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
+    tensors = [torch.ones(int(sys.argv[2]) * 2**18) for _ in range(4)]
+    del tensors
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told to")
-def test_a_tensor_costs_no_page():
-    done = subprocess.run([sys.executable, "-c", SCRIPT, "keep"], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100
+def run(which, mebibytes, **variables):
+    environment = {name: value for name, value in os.environ.items() if name not in host_memory._VARIABLES}
+    command = [sys.executable, "-c", CODE, which, str(mebibytes)]
+    done = subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, check=True)
+    is_kept, num_faults = done.stdout.split()
+    return is_kept == "True", int(num_faults)
 
 
-@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
-def test_another_c_library(monkeypatch, error):
-    def cdll(name):
-        raise error("no such function")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is set, which is Linux's")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
+    # Four of 12 MiB are 12288 pages of 4 KiB, fewer where the system gives larger ones.
+    is_kept, num_faults = run("small", 12)
+    if not is_kept:
+        pytest.skip("the C library has no mallopt")
+    assert num_faults < 10
+    is_kept, num_faults = run("small", 12, MALLOC_TRIM_THRESHOLD_="65536", MALLOC_MMAP_THRESHOLD_="65536")
+    assert not is_kept and num_faults > 20
+    # Larger than what is kept otherwise.
+    assert run("all", 40)[1] < 10 < run("small", 40)[1]
 
-    monkeypatch.setattr("ctypes.CDLL", cdll)
-    assert not keep_freed_memory()
+
+def test_elsewhere_nothing_is_done(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: pytest.fail("not to be asked for"))
+    assert not host_memory.keep_freed_memory()
 
 
-@pytest.mark.parametrize(
-    ("device", "solver", "inference", "training", "expected"),
-    [
-        ("cpu", False, True, False, True),
-        ("cpu", False, True, True, False),
-        ("cpu", True, False, True, True),
-        ("cpu", True, False, False, False),
-        ("cuda", True, True, True, False),
-    ],
-)
-def test_keys(monkeypatch, device, solver, inference, training, expected):
+@pytest.mark.parametrize(("device", "key"), [("cpu", True), ("cpu", False), ("cuda", True)])
+def test_the_key_of_inference(monkeypatch, device, key):
     cfg = load_config("sparse_inst_r50_giam", ["MODEL.DEVICE", "cpu"])
-    assert (cfg.SOLVER.KEEP_FREED_MEMORY, cfg.MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY) == (False, True)
-    cfg.MODEL.DEVICE = device
-    cfg.SOLVER.KEEP_FREED_MEMORY = solver
-    cfg.MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY = inference
+    assert cfg.MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY
+    cfg.MODEL.DEVICE, cfg.MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY = device, key
     calls = []
-    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: not calls.append(1))
-    assert keep_freed_memory_as_configured(cfg, training) is bool(calls) is expected
+    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda all_sizes: not calls.append(all_sizes))
+    assert host_memory.keep_freed_memory_for_inference(cfg) is (device == "cpu" and key)
+    assert calls == [True] * (device == "cpu" and key)

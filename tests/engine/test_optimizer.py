@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from sparseinst.engine.optimizer import IMPLEMENTATIONS, build_optimizer, learning_rate, parameter_groups
+from sparseinst.engine.optimizer import (
+    IMPLEMENTATIONS,
+    FullModelClip,
+    build_full_model_clip,
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+)
 from tests.tiny_model import tiny_cfg, tiny_model
 
 
@@ -89,9 +96,58 @@ def test_gradient_clipping(clip_type):
     before = [parameter.item() for parameter in parameters]
     for parameter, gradient in zip(parameters, (30.0, 40.0)):
         parameter.grad = torch.full_like(parameter, gradient)
+    clip = build_full_model_clip(cfg, optimizer)
+    assert (clip is None) == (clip_type != "full_model")
+    if clip is not None:
+        clip()
     optimizer.step()
     moved = [old - parameter.item() for old, parameter in zip(before, parameters)]
     assert moved == pytest.approx([3.0, 4.0] if clip_type == "full_model" else [5.0, 5.0], rel=1e-4)
+
+
+def parameter_with_gradient():
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, -4.0])
+    return parameter
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "norm_type", "known_norm", "factor"),
+    [
+        (1.0, 2.0, None, 1 / 5),
+        # The norm that is known is taken, here a wrong one; no other is.
+        (1.0, 2.0, 50.0, 1 / 50),
+        (1.0, 1.0, 50.0, 1 / 7),
+        (1.0, float("inf"), 50.0, 1 / 4),
+        # Squares that overflow, of gradients that do not.
+        (1.0, 2.0, float("inf"), 0.0),
+    ],
+)
+def test_all_gradients_are_scaled_alike(max_norm, norm_type, known_norm, factor):
+    parameter = parameter_with_gradient()
+    clip = FullModelClip([parameter, nn.Parameter(torch.zeros(1))], max_norm, norm_type)
+    clip(None if known_norm is None else torch.tensor(known_norm))
+    assert parameter.grad.tolist() == pytest.approx([3 * factor, -4 * factor], rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", [5.0, 5.0 - 2e-6, 5.0 + 2e-6, 1e-7, 0.0])
+@pytest.mark.parametrize("max_norm", [5.0, 1e-6, 5.0 - 1e-6])
+def test_gradients_that_are_small_enough_are_left_alone(max_norm, norm):
+    # To the bit what PyTorch's multiplication with a factor of at most 1 gives.
+    ours, torchs = parameter_with_gradient(), parameter_with_gradient()
+    FullModelClip([ours], max_norm, 2.0)(torch.tensor(norm))
+    nn.utils.clip_grads_with_norm_([torchs], max_norm, torch.tensor(norm))
+    assert torch.equal(ours.grad, torchs.grad)
+
+
+def test_nothing_is_multiplied_by_one():
+    parameter = parameter_with_gradient()
+    # The number of times that it was changed in place.
+    before = parameter.grad._version
+    FullModelClip([parameter], 5.1, 2.0)()
+    assert parameter.grad._version == before
+    FullModelClip([parameter], 4.9, 2.0)()
+    assert parameter.grad._version > before
 
 
 CLIPS = {
@@ -121,6 +177,7 @@ def train(implementation, name, clip, with_scaler, broken_steps=(), model=None, 
     optimizer = build_optimizer(cfg, model)
     if state is not None:
         optimizer.load_state_dict(state)
+    clip_full_model = build_full_model_clip(cfg, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=with_scaler)
     for index in range(num_steps):
         x = torch.arange(12.0).view(4, 3) * (index + 1)
@@ -129,6 +186,8 @@ def train(implementation, name, clip, with_scaler, broken_steps=(), model=None, 
             loss = model(x).float().square().mean() * (float("inf") if index in broken_steps else 1)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
+        if clip_full_model is not None:
+            clip_full_model()
         scaler.step(optimizer)
         scaler.update()
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), optimizer

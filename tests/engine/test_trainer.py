@@ -137,6 +137,8 @@ def step_gradients(cfg, batches):
     """Gradients that one step leaves, and the losses that it logs."""
     torch.manual_seed(0)
     trainer = Trainer(cfg)
+    # At the scale that it starts with a step may overflow.
+    trainer.grad_scaler.load_state_dict({**trainer.grad_scaler.state_dict(), "scale": 16.0})
     trainer.iter, trainer.max_iter = 0, 1
     trainer._loader_iter = iter(batches)
     with EventStorage() as trainer.storage:
@@ -203,6 +205,23 @@ def test_options_give_the_same_weights(shapes, tmp_path, plain, opts, tolerance)
     )
     moved, apart = (plain - start).norm(), (fast - plain).norm()
     assert 0 < moved and apart <= tolerance * moved
+
+
+@pytest.mark.parametrize("clip_value", [0.1, 1e3])
+@pytest.mark.parametrize("amp_dtype", [None, "bfloat16", "float16"])
+def test_the_gradients_are_clipped_after_they_are_unscaled(shapes, tmp_path, amp_dtype, clip_value):
+    amp = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", amp_dtype) if amp_dtype else ()
+    opts = ("DATASETS.TEST", (), "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", clip_value, *SGD, *amp)
+    full_model = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model")
+    cfg = make_cfg(shapes, tmp_path, *opts)
+    batch = next(iter(Trainer(cfg).data_loader))
+    gradients, _ = step_gradients(cfg, [batch])
+    clipped, _ = step_gradients(make_cfg(shapes, tmp_path, *opts, *full_model), [batch])
+    norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+    assert 1 < norm < 500
+    factor = min(1, clip_value / norm.item())
+    for name, gradient in gradients.items():
+        assert torch.allclose(clipped[name], gradient * factor, rtol=1e-4, atol=1e-7), name
 
 
 def test_a_run_is_resumed_with_other_options(shapes, tmp_path):
