@@ -32,8 +32,8 @@ MAX_PIXELS_AT_ONCE = 2**25
 ROUNDINGS = 12
 FLOAT32_UNIT = 2.0**-24
 # Output rows and columns that are computed at once: the part of the matrix that they need is a narrow band.
-ROW_BLOCK = 16
-COLUMN_BLOCK = 32
+ROW_BLOCK = 24
+COLUMN_BLOCK = 48
 
 
 class MaskWindow(NamedTuple):

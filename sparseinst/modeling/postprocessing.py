@@ -109,7 +109,8 @@ def detect(
     """
     scores, classes = class_scores(class_logits, objectness_logits)
     prediction_idx = (scores > cls_threshold).nonzero().squeeze(1)
-    mask_probs = mask_logits[prediction_idx].float().sigmoid()
+    # In place: the selection is a copy already.
+    mask_probs = mask_logits[prediction_idx].float().sigmoid_()
     scores = scores[prediction_idx] * maskness(mask_probs, mask_threshold)
 
     scores, order = scores.sort(descending=True, stable=True)
