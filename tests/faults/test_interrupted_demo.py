@@ -47,6 +47,8 @@ def workspace(tmp_path_factory):
 
 def draw(folder, output, kind):
     torch.set_num_threads(1)
+    # A shell starts what runs in the background with Ctrl-C ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     source = ["--video-input", folder / "clip.mp4"] if kind == "video" else ["--input", folder / "pictures"]
     arguments = ["--config-file", folder / "config.yaml", *source, "--output", output]
     raise SystemExit(demo.main([str(argument) for argument in arguments]))
