@@ -31,7 +31,7 @@ class OpenVINONetwork:
             program = openvino.convert_model(
                 _Outputs(network, self._names),
                 example_input=example,
-                # A batch of several is no faster on a CPU, and OpenVINO stumbles over some graphs with it.
+                # Of batches of any size OpenVINO 2026.4 returned one picture where the graph has Winograd's gathers.
                 input=[openvino.PartialShape([1, 3, -1, -1])],
             )
         settings = {

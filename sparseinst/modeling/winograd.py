@@ -132,10 +132,12 @@ def winograd_convolution_of_products(
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, padded_width - 1 - width, 1, padded_height - 1 - height))
     # Where each window's pixels lie: (6, 6, B, rows, columns).
     pixels = torch.arange(_WINDOW, device=x.device)
-    y = TILE * torch.arange(rows, device=x.device) + pixels[:, None]
-    x_place = TILE * torch.arange(columns, device=x.device) + pixels[:, None]
-    image = padded_height * padded_width * torch.arange(batch, device=x.device)
-    places = image[:, None, None] + padded_width * y[:, None, None, :, None] + x_place[:, None, None, :]
+    pixel_rows = TILE * torch.arange(rows, device=x.device) + pixels[:, None]
+    pixel_columns = TILE * torch.arange(columns, device=x.device) + pixels[:, None]
+    images = padded_height * padded_width * torch.arange(batch, device=x.device)
+    places = (
+        images[:, None, None] + padded_width * pixel_rows[:, None, None, :, None] + pixel_columns[:, None, None, :]
+    )
     windows = padded.reshape(-1, channels).index_select(0, places.flatten())
 
     windows = torch.matmul(transform, windows.reshape(_WINDOW**2, -1)).reshape(_WINDOW**2, -1, channels)
