@@ -135,9 +135,7 @@ def winograd_convolution_of_products(
     pixel_rows = TILE * torch.arange(rows, device=x.device) + pixels[:, None]
     pixel_columns = TILE * torch.arange(columns, device=x.device) + pixels[:, None]
     images = padded_height * padded_width * torch.arange(batch, device=x.device)
-    places = (
-        images[:, None, None] + padded_width * pixel_rows[:, None, None, :, None] + pixel_columns[:, None, None, :]
-    )
+    places = images[:, None, None] + padded_width * pixel_rows[:, None, None, :, None] + pixel_columns[:, None, None, :]
     windows = padded.reshape(-1, channels).index_select(0, places.flatten())
 
     windows = torch.matmul(transform, windows.reshape(_WINDOW**2, -1)).reshape(_WINDOW**2, -1, channels)
