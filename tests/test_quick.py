@@ -8,7 +8,7 @@ from pycocotools.cocoeval import COCOeval
 
 from sparseinst import get_config_file
 from sparseinst.data.coco_json import check_num_classes, register_user_datasets
-from sparseinst.data.synthetic import write_shapes_dataset
+from sparseinst.data.shapes import write_shapes_dataset
 from sparseinst.engine.setup import load_config
 from sparseinst.engine.trainer import Trainer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sparseinst.data.synthetic import write_shapes_dataset
+from sparseinst.data.shapes import write_shapes_dataset
 
 SETTINGS_FILE = "shapes_settings.json"
 # Raised when the same settings come to give other data, so that an older data set is not taken for a new one.

@@ -10,7 +10,7 @@ from detectron2.utils.env import seed_all_rng
 
 from sparseinst import get_config_file
 from sparseinst.data.coco_json import register_user_datasets
-from sparseinst.data.synthetic import write_shapes_dataset
+from sparseinst.data.shapes import write_shapes_dataset
 from sparseinst.engine.finite import NonFiniteStepError
 from sparseinst.engine.setup import load_config
 from sparseinst.engine.trainer import Trainer

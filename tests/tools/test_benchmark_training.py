@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils.events import EventStorage
 
 from sparseinst.data.coco_json import register_coco_json
-from sparseinst.data.ellipses import write_ellipses
+from sparseinst.data.shapes import write_ellipses
 from sparseinst.engine import training_benchmark
 from sparseinst.engine.trainer import Trainer
 from sparseinst.engine.training_benchmark import (

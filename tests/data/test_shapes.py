@@ -13,17 +13,15 @@ from pycocotools import mask as mask_util
 from scipy import stats
 from shapely.geometry import Polygon
 
-from sparseinst.data.shape_scenes import (
+from sparseinst.data.shapes import (
     CLASS_NAMES,
     MAX_OBJECTS,
     MIN_VISIBLE,
     SHAPES,
+    TEXTURES,
     ShapeScene,
-    compose_scene,
-)
-from sparseinst.data.shape_textures import TEXTURES
-from sparseinst.data.synthetic import (
     annotate_scene,
+    compose_scene,
     draw_shapes_image,
     image_generator,
     paint_scene,
@@ -178,7 +176,7 @@ def measured(drawn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             mask = decode(annotation["segmentation"])
             y, x = np.nonzero(mask)
             classes.append(shape.class_index)
-            textures.append(list(TEXTURES).index(shape.texture))
+            textures.append(TEXTURES.index(shape.texture))
             values.append([*item.image[mask].mean(axis=0), mask.sum(), x.mean(), y.mean()])
     return np.array(classes), np.array(textures), np.array(values)
 
@@ -296,7 +294,7 @@ def test_detectron2_loads_what_is_written(tmp_path):
     assert content["info"]["seed"] == 0 and content["info"]["size"] == SIZE
     assert sum(annotation["iscrowd"] for annotation in content["annotations"]) == 1
 
-    name = "shapes_of_test_synthetic"
+    name = "shapes_of_test_shapes"
     register_coco_instances(name, {}, str(json_path), str(tmp_path / "val"))
     try:
         records = DatasetCatalog.get(name)
