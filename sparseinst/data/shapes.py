@@ -5,9 +5,6 @@ areas and positions only where that fails (about 1 % of the images), because the
 Coordinates are COCO's: x right, y down, in pixels; pixel (x, y) covers [x, x + 1) x [y, y + 1).
 """
 
-import json
-from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -17,18 +14,19 @@ from pycocotools import mask as mask_util
 from shapely.geometry import Polygon
 
 Rng = np.random.Generator
+Annotations = list[dict[str, Any]]
 _Member = tuple[int, float, np.ndarray]  # class, side, centre
 
 
-def _unit_outline(points: list[tuple[float, float]]) -> np.ndarray:
+def _unit_outline(points: list[tuple[float, float]] | np.ndarray) -> np.ndarray:
     """Move a polygon's centroid to the origin and scale its area to 1; returns (P, 2)."""
     polygon = Polygon(points)
     return (np.array(points) - np.array(polygon.centroid.coords[0])) / np.sqrt(polygon.area)
 
 
-def _regular_polygon(num_corners: int) -> list[tuple[float, float]]:
+def _regular_polygon(num_corners: int) -> np.ndarray:
     angles = 2 * np.pi * np.arange(num_corners) / num_corners
-    return list(zip(np.cos(angles).tolist(), np.sin(angles).tolist()))
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 _PLUS = [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]
@@ -151,11 +149,6 @@ def _draw_layout(rng: Rng, image_size: tuple[int, int], num: int, crowd: bool) -
             return sides, centres, num_pairs
 
 
-def _stays_above(side: float, image_area: int) -> bool:
-    """Return whether an object is too small to be hidden."""
-    return side**2 < _MIN_HIDDEN_AREA * image_area
-
-
 def _place(rng: Rng, image_size: tuple[int, int], sides: np.ndarray, num_pairs: int) -> np.ndarray | None:
     """Draw centres (N, 2) for :func:`_draw_layout`; None where there is not enough room."""
     height, width = image_size
@@ -175,7 +168,7 @@ def _place(rng: Rng, image_size: tuple[int, int], sides: np.ndarray, num_pairs: 
         others = index - is_partner
         clearance = _CLEARANCE * (side + sides[:others])
         free &= (((centres[:, None] - placed[:others]) ** 2).sum(axis=2) >= clearance**2).all(axis=1)
-        if not free.any() or (is_partner and _stays_above(max(side, sides[index - 1]), height * width)):
+        if not free.any() or (is_partner and max(side, sides[index - 1]) ** 2 < _MIN_HIDDEN_AREA * height * width):
             return None
         placed[index] = centres[np.argmax(free)]
     return placed
@@ -197,33 +190,16 @@ def _crowd_outlines(rng: Rng, class_index: int, side: float, centre: np.ndarray)
     return [_turned_outline(rng, class_index, side, place) for place in centre + spacing * side * offsets]
 
 
-def _visible_parts(lower: Polygon, upper: Polygon) -> list[Polygon] | None:
+def _visible_parts(lower: Polygon, upper: Polygon | None = None) -> list[Polygon] | None:
     """Return the visible polygons of the lower one; None where the two do not overlap well, or with holes or specks."""
+    if upper is None:
+        return [lower]
     visible = lower.difference(upper)
     parts = list(shapely.get_parts(visible))
-    if not MIN_VISIBLE * lower.area <= visible.area <= lower.area - _MIN_PART:
-        return None
-    if any(part.geom_type != "Polygon" or len(part.interiors) or part.area < _MIN_PART for part in parts):
-        return None
-    return parts
-
-
-def _turn_group(
-    rng: Rng, members: list[_Member], placed: list[Polygon]
-) -> list[tuple[np.ndarray, list[Polygon]]] | None:
-    """Draw rotations of one object, or of two that overlap, until they fit.
-
-    Returns outline and visible polygons, the lower object first; None where no rotation fitted.
-    """
-    for _ in range(80):
-        outlines = [_turned_outline(rng, *member) for member in members]
-        polygons = [Polygon(outline) for outline in outlines]
-        if placed and any(shapely.dwithin(polygon, placed, _GAP).any() for polygon in polygons):
-            continue
-        lowest = polygons[:1] if len(polygons) == 1 else _visible_parts(*polygons)
-        if lowest is not None:
-            return list(zip(outlines, [lowest, polygons[1:]]))
-    return None
+    is_good = MIN_VISIBLE * lower.area <= visible.area <= lower.area - _MIN_PART and all(
+        part.geom_type == "Polygon" and not len(part.interiors) and part.area >= _MIN_PART for part in parts
+    )
+    return parts if is_good else None
 
 
 def compose_scene(rng: Rng, height: int, width: int, *, with_crowd: bool = False) -> ShapeScene:
@@ -277,16 +253,23 @@ def _turn_members(
     groups = [members[index : index + 2][::-1] for index in range(0, 2 * num_pairs, 2)]
     for group in groups:
         rng.shuffle(group)
-        if _stays_above(group[0][1], image_area):
+        if group[0][1] ** 2 < _MIN_HIDDEN_AREA * image_area:
             group.reverse()
     for group in groups + [[member] for member in members[2 * num_pairs :]]:
-        turned = _turn_group(rng, group, [Polygon(shape.outline) for shape in objects])
-        if turned is None:
+        placed = [Polygon(shape.outline) for shape in objects]
+        for _ in range(80):
+            outlines = [_turned_outline(rng, *member) for member in group]
+            polygons = [Polygon(outline) for outline in outlines]
+            if placed and any(shapely.dwithin(polygon, placed, _GAP).any() for polygon in polygons):
+                continue
+            visible = _visible_parts(*polygons)
+            if visible is not None:
+                break
+        else:
             return None
         avoid = [background_tones]
-        for (class_index, _, _), (outline, visible) in zip(group, turned, strict=True):
-            parts = [np.array(part.exterior.coords[:-1]) for part in visible]
-            add(class_index, False, outline, parts, avoid)
+        for member, outline, parts in zip(group, outlines, [visible, polygons[1:]]):
+            add(member[0], False, outline, [np.array(part.exterior.coords[:-1]) for part in parts], avoid)
     return objects
 
 
@@ -354,7 +337,7 @@ def _annotation(class_index: int, segmentation: list | dict, size: tuple[int, in
     }
 
 
-def annotate_scene(scene: ShapeScene) -> list[dict[str, Any]]:
+def annotate_scene(scene: ShapeScene) -> Annotations:
     """Return COCO annotations of a scene's visible objects, without ``id`` and ``image_id``; the crowd comes first.
 
     category_id counts from 1, segmentation is polygons (uncompressed RLE for the crowd), area (pixels) and bbox
@@ -379,60 +362,19 @@ def image_generator(seed: int, index: int) -> Rng:
     return np.random.default_rng((seed, index))
 
 
-def draw_shapes_image(
-    rng: Rng, height: int, width: int, *, with_crowd: bool = False
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def draw_shapes_image(rng: Rng, height: int, width: int, *, with_crowd: bool = False) -> tuple[np.ndarray, Annotations]:
     """Draw one image (H, W, 3) uint8 RGB and its annotations, as :func:`compose_scene` and :func:`annotate_scene`."""
     scene = compose_scene(rng, height, width, with_crowd=with_crowd)
     return paint_scene(rng, scene), annotate_scene(scene)
 
 
-def write_shapes_dataset(
-    output_dir: str | Path,
-    num_images: int,
-    seed: int,
-    size: int = 128,
-    *,
-    split: str = "train",
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> Path:
-    """Write ``SPLIT.json`` (COCO format) and ``SPLIT/000000.jpg`` and so on, which depend on the seed only.
-
-    Args:
-        output_dir: created where absent.
-        num_images: at least 1; image 0 holds the one crowd annotation.
-        seed: not negative.
-        size: height and width of the images, pixels, at least MIN_SIZE.
-        split: name of the json and of the image folder.
-        progress: wraps the loop over images, to show a bar.
-
-    Returns:
-        Path of the json.
-
-    Raises:
-        ValueError: num_images, seed or size is out of range.
-    """
-    if num_images < 1:
-        raise ValueError(f"The number of images of {split!r} must be at least 1, not {num_images}")
-    if seed < 0:
-        raise ValueError(f"The seed of {split!r} must not be negative, not {seed}")
-    drawn = (
-        draw_shapes_image(image_generator(seed, index), size, size, with_crowd=index == 0)
-        for index in progress(range(num_images))
-    )
-    info = {"description": "Drawn shapes", "seed": seed, "num_images": num_images, "size": size}
-    return _write_coco(Path(output_dir), split, drawn, CLASS_NAMES, info)
-
-
-def random_ellipses(
-    rng: Rng, image_size: tuple[int, int], num_ellipses: int, median_area: float = 0.05
-) -> list[np.ndarray]:
+def random_ellipses(rng: Rng, image_size: tuple[int, int], num: int, median_area: float = 0.05) -> list[np.ndarray]:
     """Draw any number of ellipses, which may overlap, for benchmarks; :func:`rasterize` gives their masks.
 
     Args:
         rng: the only source of chance.
         image_size: (height, width).
-        num_ellipses: objects.
+        num: of ellipses.
         median_area: share of the image that half of the ellipses are smaller than.
 
     Returns:
@@ -440,7 +382,7 @@ def random_ellipses(
     """
     height, width = image_size
     outlines = []
-    for _ in range(num_ellipses):
+    for _ in range(num):
         side = np.sqrt(height * width * median_area * np.exp(rng.standard_normal()))
         stretch = np.exp(0.2 * rng.standard_normal())
         centre = rng.uniform((1, 1), (width - 1, height - 1))
@@ -448,48 +390,11 @@ def random_ellipses(
     return outlines
 
 
-def write_ellipses(
-    folder: Path,
-    size: tuple[int, int],
-    num_instances: int,
-    num_classes: int,
-    num_images: int = 8,
-    median_area: float = 0.05,
-    seed: int = 0,
-) -> tuple[Path, Path]:
-    """Write images of noise with ``num_instances`` :func:`random_ellipses` each; returns json and image folder."""
-    rng = np.random.default_rng(seed)
-
-    def draw() -> tuple[np.ndarray, list[dict[str, Any]]]:
-        # Blocks of 8 pixels give about as many bytes as a photograph.
-        cells = rng.integers(0, 256, (-(-size[0] // 8), -(-size[1] // 8), 3), dtype=np.uint8)
-        outlines = [
-            [outline.round(2).ravel().tolist()] for outline in random_ellipses(rng, size, num_instances, median_area)
-        ]
-        classes = rng.integers(num_classes, size=num_instances).tolist()
-        image = cells.repeat(8, 0).repeat(8, 1)[: size[0], : size[1]]
-        return image, [_annotation(*item, size, False) for item in zip(classes, outlines)]
-
-    names = [f"class {index + 1}" for index in range(num_classes)]
-    return _write_coco(folder, "ellipses", (draw() for _ in range(num_images)), names, {}), folder / "ellipses"
-
-
-def _write_coco(folder: Path, split: str, drawn: Iterable[tuple], class_names: list[str], info: dict) -> Path:
-    """Write images (H, W, 3) uint8 RGB with their annotations; returns the json."""
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for index, (image, found) in enumerate(drawn):
-        name = f"{index:06d}.jpg"
-        if not cv2.imwrite(str(folder / split / name), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]):
-            raise OSError(f"Could not write {folder / split / name}")
-        images.append({"id": index + 1, "file_name": name, "height": image.shape[0], "width": image.shape[1]})
-        annotations += [
-            {"id": number, "image_id": index + 1, **annotation}
-            for number, annotation in enumerate(found, len(annotations) + 1)
-        ]
-    categories = [{"id": number, "name": name, "supercategory": "shape"} for number, name in enumerate(class_names, 1)]
-    content = {"info": info, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
-    json_path = folder / f"{split}.json"
-    json_path.write_text(json.dumps(content))
-    return json_path
+def draw_ellipses_image(rng: Rng, size: tuple[int, int], num: int, num_classes: int) -> tuple[np.ndarray, Annotations]:
+    """Draw an image of noise (H, W, 3) uint8 in size (H, W) and COCO annotations of :func:`random_ellipses`."""
+    # Blocks of 8 pixels give about as many bytes as a photograph.
+    cells = rng.integers(0, 256, (size[0] // 8 + 1, size[1] // 8 + 1, 3), dtype=np.uint8)
+    polygons = [[outline.round(2).ravel().tolist()] for outline in random_ellipses(rng, size, num)]
+    classes = rng.integers(num_classes, size=num).tolist()
+    annotations = [_annotation(*item, size, False) for item in zip(classes, polygons)]
+    return cells.repeat(8, 0).repeat(8, 1)[: size[0], : size[1]], annotations

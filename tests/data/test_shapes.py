@@ -25,8 +25,8 @@ from sparseinst.data.shapes import (
     draw_shapes_image,
     image_generator,
     paint_scene,
-    write_shapes_dataset,
 )
+from sparseinst.tools.make_shapes import write_shapes_dataset
 
 SIZE = 128
 NUM_IMAGES = 350

@@ -10,7 +10,6 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils.events import EventStorage
 
 from sparseinst.data.coco_json import register_coco_json
-from sparseinst.data.shapes import write_ellipses
 from sparseinst.engine import training_benchmark
 from sparseinst.engine.trainer import Trainer
 from sparseinst.engine.training_benchmark import (
@@ -29,6 +28,7 @@ from sparseinst.engine.training_benchmark import (
     measure,
 )
 from sparseinst.tools import benchmark_training
+from sparseinst.tools.make_shapes import write_ellipses
 from tests.tiny_model import NUM_CLASSES, tiny_cfg
 
 
