@@ -5,7 +5,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 from sparseinst.data.coco_json import register_coco_json
-from sparseinst.data.synthetic import write_shapes_dataset
+from sparseinst.tools.make_shapes import write_shapes_dataset
 
 CLASS_NAMES = ["disc", "triangle", "cross", "bar"]
 

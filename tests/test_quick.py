@@ -8,9 +8,9 @@ from pycocotools.cocoeval import COCOeval
 
 from sparseinst import get_config_file
 from sparseinst.data.coco_json import check_num_classes, register_user_datasets
-from sparseinst.data.synthetic import write_shapes_dataset
 from sparseinst.engine.setup import load_config
 from sparseinst.engine.trainer import Trainer
+from sparseinst.tools.make_shapes import write_shapes_dataset
 
 ITERATIONS = 280
 # Last 20 iterations over the first 20. The published settings end above both.

@@ -24,9 +24,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from sparseinst.data.coco_json import check_num_classes
-from sparseinst.data.ellipses import write_ellipses
 from sparseinst.data.loader import build_train_loader
-from sparseinst.data.synthetic import write_shapes_dataset
 from sparseinst.engine.benchmark import ratio, summarize
 from sparseinst.engine.benchmark_settings import apply_setting, machine
 from sparseinst.engine.setup import load_config
@@ -39,6 +37,7 @@ from sparseinst.engine.training_benchmark import (
     images_per_second,
     measure,
 )
+from sparseinst.tools.make_shapes import write_ellipses, write_shapes_dataset
 
 # What has a name of its own in --compare; each is KEY VALUE pairs below SOLVER.
 NAMED_SETTINGS = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pycocotools import mask as mask_api
 
+from sparseinst.data.shapes import random_ellipses, rasterize
 from sparseinst.inference import Predictor, to_coco_results
 from sparseinst.modeling.postprocessing import detect
 from tests.faults.child import num_cases, run_in_child
@@ -20,13 +21,8 @@ GRID = (160, 160)
 def crowded_outputs(num_masks=NUM_DETECTIONS, seed=0):
     """Soft-edged ellipses with a median of 5 % of the picture, one that fills it and one that is noise."""
     generator = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in GRID), indexing="ij")
-    areas = 0.05 * (torch.randn(num_masks, generator=generator) * 0.8).exp() * GRID[0] * GRID[1]
-    shapes = (torch.randn(num_masks, generator=generator) * 0.4).exp()
-    radii = torch.stack([(areas / torch.pi * shapes).sqrt(), (areas / torch.pi / shapes).sqrt()], 1)[..., None, None]
-    centres = torch.rand(num_masks, 2, 1, 1, generator=generator) * torch.tensor(GRID)[:, None, None]
-    distances = ((torch.stack([y, x]) - centres) / radii).square().sum(1).sqrt()
-    mask_logits = ((1 - distances) * radii.amin(1)).clamp(-12, 12)
+    outlines = random_ellipses(np.random.default_rng(seed), GRID, num_masks)
+    mask_logits = 24 * torch.from_numpy(np.stack([rasterize([outline], GRID) for outline in outlines])) - 12
     mask_logits[0] = 3
     mask_logits[1] = torch.randn(GRID, generator=generator) * 3
     return {
