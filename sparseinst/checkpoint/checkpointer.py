@@ -9,11 +9,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from torch import nn
 
+from sparseinst.checkpoint.atomic_write import write_atomically
 from sparseinst.checkpoint.converters import BACKBONE, Converted, convert, explain_mismatch, extract_tensors
 from sparseinst.checkpoint.coverage import Coverage, first_names, frozen_tensors, measure
 from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
 from sparseinst.checkpoint.locations import find_weights
-from sparseinst.checkpoint.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
         logger.info("Saving checkpoint to %s", path)
-        write_whole(path, lambda file: torch.save(data, file))
+        write_atomically(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -94,7 +94,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             OutputError: as :meth:`save`.
         """
         text = last_filename_basename.encode()
-        write_whole(Path(self.save_dir) / "last_checkpoint", lambda file: file.write(text))
+        write_atomically(Path(self.save_dir) / "last_checkpoint", lambda file: file.write(text))
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint in the folder."""
