@@ -71,6 +71,6 @@ def _output_error(path: Path, error: OSError) -> OutputError:
     except OSError:
         free = ""
     return OutputError(
-        f"{path} cannot be written: {error.strerror or error}{free}. Files that were there are as they were. Make "
-        "room, or give another OUTPUT_DIR"
+        f"{path} cannot be written: {error.strerror or error}{free}. Existing files are unchanged. Make "
+        "room, or write to another folder (OUTPUT_DIR)"
     )
