@@ -1,7 +1,8 @@
 """Describe a weights file, or convert it to a Detectron2 checkpoint for a config.
 
-``python -m sparseinst.tools.convert_weights --input resnet50.pth`` lists format, source and tensors. With ``--config-file``
-and ``--output`` it writes a checkpoint with the names of that config's model, which Detectron2's own checkpointer loads.
+``python -m sparseinst.tools.convert_weights --input resnet50.pth`` lists format, source and tensors. With
+``--config-file`` and ``--output`` it writes a checkpoint with the names of that config's model, which Detectron2's own
+checkpointer loads.
 """
 
 import argparse
