@@ -1,11 +1,11 @@
-"""Weights: any file that users have, read safely, renamed for the model, and its coverage reported."""
+"""Read weights files safely, rename their tensors for the model, load them and report the coverage."""
 
+from sparseinst.checkpoint.atomic_write import OutputError, write_atomically
 from sparseinst.checkpoint.checkpointer import SparseInstCheckpointer, checkpointer_from_config
-from sparseinst.checkpoint.converters import convert, extract_tensors, family_of
 from sparseinst.checkpoint.coverage import Coverage, measure
-from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
+from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
 from sparseinst.checkpoint.locations import check_weights_file, find_weights
-from sparseinst.checkpoint.whole_files import OutputError, write_whole
+from sparseinst.checkpoint.names import convert, family_of
 
 __all__ = [
     "Coverage",
@@ -20,5 +20,5 @@ __all__ = [
     "find_weights",
     "measure",
     "read_weights_file",
-    "write_whole",
+    "write_atomically",
 ]

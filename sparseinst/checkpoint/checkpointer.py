@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer, which also makes sure that weights were loaded, from any file that users have."""
+"""Detectron2's checkpointer, extended to read every weights file and to check what a load fills."""
 
 import logging
 from pathlib import Path
@@ -9,42 +9,42 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from torch import nn
 
-from sparseinst.checkpoint.converters import BACKBONE, Converted, convert, explain_mismatch, extract_tensors
+from sparseinst.checkpoint.atomic_write import write_atomically
 from sparseinst.checkpoint.coverage import Coverage, first_names, frozen_tensors, measure
-from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
+from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
 from sparseinst.checkpoint.locations import find_weights
-from sparseinst.checkpoint.whole_files import write_whole
+from sparseinst.checkpoint.names import BACKBONE, Converted, convert, explain_mismatch
 
 logger = logging.getLogger(__name__)
 
-# Where MODEL.MIN_BACKBONE_COVERAGE is 0, less than this is still told.
+# Where MODEL.MIN_BACKBONE_COVERAGE is 0, a smaller share is still logged as a warning.
 _LOUD_BELOW = 0.9
 _ALLOW = "set MODEL.MIN_BACKBONE_COVERAGE 0.0 to start from what fits"
 
 
 class SparseInstCheckpointer(DetectionCheckpointer):
-    """Loads a model whole, or a training's start as far as a file goes, and says how far that is.
+    """Load checkpoints and pretrained weights, and report which tensors of the model a file fills.
 
-    ``load(path)`` is for a model that was trained: the file must fill all of it. ``load(path, checkpointables=[])``,
-    which is what :meth:`resume_or_load` does where a training starts, takes pretrained backbones and models with other
-    heads too, if ``min_backbone_coverage`` is given.
+    It replaces parts of DetectionCheckpointer, which runs code of ``.pkl`` files, only logs tensors that a model does
+    not get, and leaves half a file where a process stops while it writes. The files are the same.
 
-    A checkpoint is written whole or not at all, whenever the process is stopped, and a run is resumed from the newest
-    one that can be read. The files, and what is in them, are those of Detectron2's checkpointer.
+    ``load(path)`` requires a file that fills the whole model. ``load(path, checkpointables=[])``, which
+    :meth:`resume_or_load` calls at the start of a training, also accepts pretrained backbones and models with other
+    heads if ``min_backbone_coverage`` is given.
 
     Args:
         model: the model, with its backbone as ``backbone`` if it has one.
         save_dir: folder of the checkpoints.
-        min_backbone_coverage: share of the backbone's tensors that the start of a training must fill, 0 for whatever;
-            None where no training is to start, and every load must fill the model.
-        trusted: read files that can only be read by running code that they name.
+        min_backbone_coverage: share of the backbone's tensors that the start of a training must fill, 0 to 1; None
+            where every load must fill the model.
+        trusted: also read files that run code which they name.
         save_to_disk, checkpointables: as DetectionCheckpointer's.
 
     Attributes:
-        coverage: what the last load filled; None before one.
+        coverage: what the last load filled; None before the first.
 
     Raises:
-        ValueError: ``min_backbone_coverage`` is no share.
+        ValueError: ``min_backbone_coverage`` is outside 0 to 1.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         self._content: dict = {}
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write the model and the checkpointables to NAME.pth, on the main process only.
+        """Write the model and the checkpointables to NAME.pth atomically, on the main process only.
 
         Args:
             name: of the file, without ``.pth``.
-            kwargs: what else to save.
+            kwargs: further values to save.
 
         Raises:
-            OutputError: the file cannot be written; older checkpoints are untouched.
+            OutputError: the file cannot be written; older checkpoints are unchanged.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -84,40 +84,40 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
         logger.info("Saving checkpoint to %s", path)
-        write_whole(path, lambda file: torch.save(data, file))
+        write_atomically(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Write down which checkpoint is the last one.
+        """Record the last checkpoint's file name.
 
         Raises:
             OutputError: as :meth:`save`.
         """
         text = last_filename_basename.encode()
-        write_whole(Path(self.save_dir) / "last_checkpoint", lambda file: file.write(text))
+        write_atomically(Path(self.save_dir) / "last_checkpoint", lambda file: file.write(text))
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a checkpoint in the folder."""
+        """Return whether the folder has a checkpoint."""
         return bool(self._checkpoints())
 
     def get_checkpoint_file(self) -> str:
-        """Path of the last checkpoint in the folder, "" where there is none."""
+        """Return the path of the folder's last checkpoint, "" where it has none."""
         return str(next(iter(self._checkpoints()), ""))
 
     def periodic_checkpoints(self) -> list[str]:
-        """Paths of the checkpoints that are named by their iteration, oldest first."""
+        """Return the paths of the checkpoints that are named by their iteration, oldest first."""
         numbered = f"model_{'[0-9]' * 7}.pth"
         return sorted(str(path) for path in Path(self.save_dir).glob(numbered))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
-        """With ``resume`` load the newest checkpoint of the folder that can be read, if it has any; else the weights.
+        """Load the folder's newest readable checkpoint if ``resume`` and it has any, else the weights.
 
         Args:
-            path: the weights that a training starts from, see :meth:`load`.
+            path: weights to start a training from, see :meth:`load`.
             resume: whether to look for a checkpoint.
 
         Raises:
-            ValueError: as :meth:`load`; or there are checkpoints, and none of them can be read.
+            ValueError: as :meth:`load`; or none of the folder's checkpoints can be read.
         """
         checkpoints = self._checkpoints() if resume else []
         errors = []
@@ -137,35 +137,44 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=[])
 
     def _checkpoints(self) -> list[Path]:
-        """Of the folder, the last one first."""
+        """Return the folder's checkpoints, the last one first."""
         folder = Path(self.save_dir)
-        # That of the highest iteration would be wrong where a folder holds an older, longer run.
+        # By time: the highest iteration is wrong where a folder also holds an older, longer run.
         found = sorted(folder.glob("model_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
         try:
             last = folder / (folder / "last_checkpoint").read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
-            return found
-        return [last, *(path for path in found if path != last)] if last.is_file() else found
+            last = folder
+        if last.is_file():
+            return [last, *(path for path in found if path != last)]
+        if len(found) > 1:
+            logger.warning(
+                "%s names no checkpoint of its folder: the newest by time is taken, %s. It may be older than others; "
+                "check the iteration, and write the right file name into last_checkpoint",
+                folder / "last_checkpoint",
+                found[0].name,
+            )
+        return found
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
-        """Load a model, and with ``checkpointables`` None all else that was saved with it.
+        """Load a model and the checkpointables that were saved with it.
 
         Args:
             path: MODEL.WEIGHTS, see :func:`~sparseinst.checkpoint.locations.find_weights`; "" for none.
-            checkpointables: which of the checkpointables to load too; [] at the start of a training.
+            checkpointables: names of the checkpointables to load, None for all; [] at the start of a training.
 
         Returns:
-            What else the file holds.
+            The file's other entries.
 
         Raises:
-            ValueError: the file cannot be read, or does not fill what it must.
+            ValueError: the file cannot be read, or does not fill the model or the backbone as required.
         """
         is_start = checkpointables == [] and self.min_backbone_coverage is not None
         if not path:
             self._warn_of_random_weights(is_start)
             return {}
         filename = find_weights(path)
-        # Before Detectron2's part, after an error in which no second load is possible.
+        # First, because after an error in DetectionCheckpointer.load no second load is possible.
         self._content = self._read(path, filename, is_start)
         # Detectron2 only logs what a model did not take.
         handle = self.model.register_load_state_dict_post_hook(_check_taken)
@@ -176,14 +185,14 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             self._content = {}
 
     def _load_file(self, filename: str) -> dict:
-        """What :meth:`load` has read, in the form that Detectron2 expects."""
+        """Return the content that :meth:`load` has read, in Detectron2's form."""
         return self._content
 
     def _read(self, source: str, filename: str, is_start: bool) -> dict:
-        """The file's content, with the model's whole state dict as "model": what the file lacks is as it was."""
+        """Return the file's content with the model's whole state dict as "model"; missing tensors keep their values."""
         content = read_weights_file(filename, self.trusted).content
         try:
-            # A run that goes on, goes on with its own weights, not with the average of them.
+            # A resumed run continues with its own weights, not with their average.
             tensors, entry = extract_tensors(content, averaged=is_start)
         except ValueError as error:
             raise WeightsFileError(f"{filename} {error}") from error
@@ -196,11 +205,11 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             self._check_whole()
         logger.info("%s", self.coverage.text())
         found = converted.tensors
-        # Not only what the report counts: norms' step counters too.
+        # Step counters of norms too, which the report leaves out.
         fitting = [name for name in target if name in found and found[name].shape == target[name].shape]
         target.update({name: found[name] for name in fitting})
         rest = {key: value for key, value in content.items() if key != entry} if entry else {}
-        # That was for the names, which are the model's now.
+        # It concerns the names, which are the model's now.
         rest.pop("matching_heuristics", None)
         return {**rest, "model": target}
 
@@ -263,7 +272,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
 
 
 def _check_taken(model: nn.Module, incompatible_keys) -> None:
-    """The model was given exactly the names of its own state dict."""
+    """Raise RuntimeError where a model does not take the names of its own state dict."""
     if any(incompatible_keys):
         raise RuntimeError(
             f"{type(model).__name__} does not load the state dict that it saves: of its own names it misses "
@@ -275,10 +284,10 @@ def _check_taken(model: nn.Module, incompatible_keys) -> None:
 def checkpointer_from_config(
     cfg: CfgNode, model: nn.Module, save_dir: str = "", *, is_training: bool = False, **checkpointables
 ) -> SparseInstCheckpointer:
-    """The checkpointer that MODEL.TRUSTED_WEIGHTS and, for a training, MODEL.MIN_BACKBONE_COVERAGE describe.
+    """Build the checkpointer from MODEL.TRUSTED_WEIGHTS and, for a training, MODEL.MIN_BACKBONE_COVERAGE.
 
     Raises:
-        ValueError: MODEL.MIN_BACKBONE_COVERAGE is no share.
+        ValueError: MODEL.MIN_BACKBONE_COVERAGE is outside 0 to 1.
     """
     return SparseInstCheckpointer(
         model,

@@ -1,4 +1,4 @@
-"""How much of a model a weights file fills, and what it says about it."""
+"""Measure how much of a model a weights file fills, and report it."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -7,50 +7,41 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sparseinst.checkpoint.converters import BACKBONE, Converted, is_classifier
+from sparseinst.checkpoint.names import BACKBONE, Converted, is_classifier, likely_key
 
 NAMES_SHOWN = 3
-# Counts steps, and is not needed.
+# A step counter, which no forward pass needs.
 _UNCOUNTED = ".num_batches_tracked"
-# Buffers of older checkpoints; today they come from the config.
+# Buffers of older checkpoints; the values now come from the config.
 _OBSOLETE = ("pixel_mean", "pixel_std")
-_DECODER_KEY = "MODEL.SPARSE_INST.DECODER."
-# What gives a tensor of a decoder's layer its size along the first axis.
-_FIRST_AXIS_KEYS = {
-    "cls_score": "NUM_CLASSES",
-    "iam_conv": "NUM_MASKS or GROUPS",
-    "mask_kernel": "KERNEL_DIM",
-    "projection": "KERNEL_DIM",
-}
-_POOLED_LAYERS = ("cls_score", "iam_conv", "mask_kernel", "objectness", "fc")
 
 
 class ShapeMismatch(NamedTuple):
-    """A tensor that file and model have in different shapes."""
+    """A tensor whose shapes in the file and in the model differ."""
 
     name: str
     found: tuple[int, ...]
     expected: tuple[int, ...]
 
     def text(self) -> str:
-        """Name, both shapes, and the key that may be behind it."""
-        key = likely_key(self)
+        """Return the name, both shapes and the config key that probably differs."""
+        key = likely_key(self.name, self.found, self.expected)
         return f"{self.name} is {self.found} in the file and {self.expected} in the model" + (
             f" ({key})" if key else ""
         )
 
 
 class Coverage(NamedTuple):
-    """What of a model a weights file fills.
+    """The tensors of a model that a weights file fills. Step counters of norms are left out everywhere.
 
     Attributes:
         source: MODEL.WEIGHTS.
-        family: what the file's backbone is.
-        filled: names of the model's tensors that the file has; step counters of norms count nowhere.
-        missing: those that it has not.
-        mismatched: those that it has in another shape; among the missing too.
-        left_over: the file's own names of what the model does not take, without classifier and step counters.
-        classifier: those of a classifier behind the backbone.
+        family: source of the file's backbone names.
+        filled: the model's tensors that the file has.
+        missing: the model's tensors that the file lacks.
+        mismatched: the model's tensors that the file has in another shape; they are missing too.
+        left_over: the file's tensors, by its own names, that the model does not take, without ``classifier``.
+        classifier: the file's tensors of a classifier behind the backbone.
     """
 
     source: str
@@ -62,18 +53,18 @@ class Coverage(NamedTuple):
     classifier: list[str]
 
     def of_part(self, prefix: str) -> tuple[int, int]:
-        """Tensors filled, and all, of those whose names start so."""
+        """Return how many tensors with this prefix are filled, and how many the model has."""
         filled = sum(name.startswith(prefix) for name in self.filled)
         return filled, filled + sum(name.startswith(prefix) for name in self.missing)
 
     @property
     def backbone_share(self) -> float:
-        """Share of the backbone's tensors that are filled; 1 for a model without one."""
+        """Share of the backbone's tensors that are filled, 0 to 1; 1 for a model without a backbone."""
         filled, total = self.of_part(BACKBONE)
         return filled / total if total else 1.0
 
     def text(self) -> str:
-        """The report, a few lines."""
+        """Return the report, a few lines."""
         filled = Counter(map(_part, self.filled))
         total = filled + Counter(map(_part, self.missing))
         lines = [f"From {self.source} ({self.family}):"]
@@ -124,11 +115,11 @@ def measure(source: str, converted: Converted, target: Mapping[str, torch.Tensor
 
 
 def frozen_tensors(model: nn.Module, prefix: str = BACKBONE) -> list[str]:
-    """Names, in the state dict, of tensors that no training changes: of frozen norms, and parameters that are frozen.
+    """Return the state dict's names of tensors that training does not change: frozen parameters and frozen norms.
 
     Args:
         model: any model.
-        prefix: only of tensors whose names start so.
+        prefix: of the names to return.
     """
     frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
     for module in model.modules():
@@ -143,27 +134,12 @@ def frozen_tensors(model: nn.Module, prefix: str = BACKBONE) -> list[str]:
     ]
 
 
-def likely_key(mismatch: ShapeMismatch) -> str:
-    """The config key whose value makes this tensor differ in shape; "" where none is known."""
-    if mismatch.name.startswith("encoder."):
-        return "MODEL.SPARSE_INST.ENCODER.NUM_CHANNELS, or another backbone"
-    if not mismatch.name.startswith("decoder.") or len(mismatch.found) != len(mismatch.expected):
-        return ""
-    layer = mismatch.name.split(".")[-2]
-    differs_first = mismatch.found[:1] != mismatch.expected[:1]
-    if differs_first and layer in _FIRST_AXIS_KEYS:
-        return _DECODER_KEY + _FIRST_AXIS_KEYS[layer]
-    if layer in _POOLED_LAYERS:
-        return f"{_DECODER_KEY}GROUPS or INST.DIM"
-    return f"{_DECODER_KEY}INST.DIM or MASK.DIM, or MODEL.SPARSE_INST.ENCODER.NUM_CHANNELS"
-
-
 def _part(name: str) -> str:
     return name.partition(".")[0]
 
 
 def first_names(names: Iterable[str]) -> str:
-    """How many names, and the first of them: ``5, the first: a, b, c``; all of a few."""
+    """Return the number of names and the first of them: ``5, the first: a, b, c``."""
     names = list(names)
     shown = ", ".join(names[:NAMES_SHOWN])
     return f"{len(names)} ({shown})" if len(names) <= NAMES_SHOWN else f"{len(names)}, the first: {shown}"

@@ -1,4 +1,4 @@
-"""Weights files: read by what they hold, whatever they are called, and without running code that they bring."""
+"""Read weights files of every format without running code. The format is detected from the content."""
 
 import argparse
 import contextlib
@@ -6,19 +6,18 @@ import logging
 import mmap
 import os
 import pickle
+import pickletools
 import re
 import string
+import struct
 import zipfile
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
-
-from sparseinst.checkpoint.arrays import ArrayUnpickler
-from sparseinst.checkpoint.pickles import CodeNeededError
-from sparseinst.checkpoint.safetensors_claims import check_safetensors_claims
-from sparseinst.checkpoint.torch_claims import check_legacy_claims, check_zip_claims
 
 logger = logging.getLogger(__name__)
 
@@ -27,46 +26,161 @@ LEGACY = "PyTorch file of the format before 1.6"
 PICKLE = "pickle of numpy arrays"
 SAFETENSORS = "safetensors file"
 
+# Where training scripts put the weights, and averages of them (EMA), which they evaluate with.
+WRAPPERS = ("model", "state_dict", "model_state", "blobs")
+AVERAGES = ("state_dict_ema", "model_ema")
+# DistributedDataParallel, torch.compile and Lightning put these before every name.
+PREFIXES = ("module.", "_orig_mod.", "model.")
 # The long integer that torch.save wrote first, pickled with protocol 2.
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-# Of protocols 0 and 1, which have no start of their own: a dict, or Python 2's OrderedDict.
+# Protocols 0 and 1 have no header: a dict, a list, or Python 2's OrderedDict.
 _OLD_PICKLE_STARTS = (b"(dp", b"(lp", b"}q", b"ccollections\n")
 _FOREIGN_STARTS = {
-    b"version https://git-lfs": "a git-lfs pointer, not the file that it stands for; run git lfs pull, or download it",
-    b"<": "a web page (or XML), as a download gives that failed; download the file again",
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself; run git lfs pull, or download the file",
+    b"<": "a web page (or XML), the result of a failed download; download the file again",
     b"\x1f\x8b": "compressed with gzip; unpack it",
     b"\x89HDF": "an HDF5 file of Keras or TensorFlow, which cannot be read here; convert it to PyTorch's format",
 }
-# What damaged files make the readers raise: pickle, zipfile, torch and ours. RuntimeError is torch's of its C++ parts.
+# Raised by pickle, zipfile and torch for damaged files; torch's C++ parts raise RuntimeError.
 _READER_ERRORS = (
     pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
-    EOFError, OverflowError, AssertionError, OSError,
+    EOFError, OverflowError, AssertionError, OSError, struct.error,
 )  # fmt: skip
 _READABLE = "PyTorch files (.pth), safetensors and pickles of numpy arrays (.pkl) can be read"
 
 
 class WeightsFileError(ValueError):
-    """A weights file that is not there, is damaged, is something else, or needs code that is not trusted."""
+    """Raised where a weights file is missing, damaged, of an unknown format, or needs code that is not trusted."""
 
 
 class WeightsFile(NamedTuple):
-    """What a weights file holds.
+    """The content of a weights file.
 
     Attributes:
-        kind: which of the formats it has, in words.
-        content: what was saved, on the CPU; mostly a dict.
+        kind: the format in words.
+        content: the saved object, on the CPU; mostly a dict.
     """
 
     kind: str
     content: object
 
 
+class CodeNeededError(pickle.UnpicklingError):
+    """Raised where a pickle can only be read by running code that it names."""
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Read containers, text, numbers and numpy arrays of numbers; refuse every other name.
+
+    Array and dtype states go through checked numpy functions: ``numpy.dtype.__setstate__`` accepts any flags and sizes,
+    so a pickle could make arrays that write outside their memory.
+
+    Args:
+        file: the pickle; it must be seekable.
+
+    Raises:
+        CodeNeededError: by ``load``, where the pickle names something else.
+        pickle.UnpicklingError, and what else Python raises for damaged pickles.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="latin1")
+        self._file = file
+        # Methods, not functions or classes: a pickle can set attributes of these.
+        self._known = {
+            ("builtins", "set"): set,
+            ("builtins", "bytes"): self._empty_bytes,
+            ("collections", "OrderedDict"): self._ordered_dict,
+            ("_codecs", "encode"): self._encode,
+            ("numpy", "ndarray"): None,
+            ("numpy", "dtype"): self._dtype,
+            ("numpy.core.multiarray", "_reconstruct"): self._empty_array,
+            ("numpy.core.multiarray", "scalar"): self._scalar,
+            ("numpy.core.numeric", "_frombuffer"): self._from_buffer,
+        }
+
+    def load(self) -> object:
+        """Return the content, after a check of all declared lengths and memo indices: Python allocates by these."""
+        try:
+            for index, (opcode, argument, _) in enumerate(pickletools.genops(self._file)):
+                if opcode.name.endswith("PUT") and int(argument) > index:
+                    raise pickle.UnpicklingError(f"memo index {argument} after {index} instructions")
+        except UnicodeDecodeError as error:
+            raise CodeNeededError("it is a pickle of Python 2 with protocol 0, which cannot be checked") from error
+        self._file.seek(0)
+        return super().load()
+
+    def find_class(self, module: str, name: str) -> object:
+        """Return what stands for a name. Raises CodeNeededError for every name that arrays do not need."""
+        # numpy 2 and Python 3 renamed modules.
+        key = (module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), name)
+        if key not in self._known:
+            raise CodeNeededError(f"it names {module}.{name}")
+        return self._known[key]
+
+    def _empty_bytes(self) -> bytes:
+        return b""
+
+    def _ordered_dict(self, items: Iterable = ()) -> OrderedDict:
+        return _OrderedDict(items)
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        if encoding != "latin1":
+            raise CodeNeededError(f"it asks for the codec {encoding!r}")
+        return text.encode("latin1")
+
+    def _dtype(self, code: str, *_: object) -> "_Dtype":
+        return _Dtype(code)
+
+    def _empty_array(self, *_: object) -> np.ndarray:
+        return _Array(0)
+
+    def _scalar(self, dtype: "_Dtype", value: bytes | str) -> np.generic:
+        return np.frombuffer(_as_bytes(value), dtype.dtype)[0]
+
+    def _from_buffer(self, values: bytes, dtype: "_Dtype", shape: tuple, order: str, axes: Any = None) -> np.ndarray:
+        # Order K: numpy 2.3 and newer with permuted axes.
+        array = np.frombuffer(values, dtype.dtype)
+        return array.reshape(shape).transpose(axes) if order == "K" else array.reshape(shape, order=order)
+
+
+class _OrderedDict(OrderedDict):
+    def __setstate__(self, _: object) -> None:
+        """Drop attributes, which could replace methods."""
+
+
+class _Dtype:
+    """A dtype of numbers while a pickle is read."""
+
+    def __init__(self, code: str) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[fiubc]\d{1,2}", code):
+            raise CodeNeededError(f"it has an array of type {str(code)[:50]}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    def __setstate__(self, state: tuple) -> None:
+        """Take the values; their number must fit the shape."""
+        _, shape, dtype, is_fortran, values = state
+        values = _as_bytes(values)
+        shape = np.frombuffer(values, dtype.dtype).reshape(shape).shape
+        super().__setstate__((1, shape, dtype.dtype, bool(is_fortran), values))
+
+
+def _as_bytes(values: bytes | str) -> bytes:
+    # Python 2's strings are bytes.
+    return values.encode("latin1") if isinstance(values, str) else bytes(memoryview(values))
+
+
 def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> WeightsFile:
-    """Read a weights file of any format; the format is told by its first bytes.
+    """Read a weights file of any format; the format is detected from the first bytes.
 
     Args:
         path: a local file.
-        trusted: where a file cannot be read without running code that it names, run it.
+        trusted: run the code that a file names where it cannot be read otherwise.
 
     Raises:
         WeightsFileError: the file is missing, damaged, of no known format, or needs code and is not trusted.
@@ -74,7 +188,7 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
     """
     path = Path(path)
     kind = _kind_of(path)
-    read = {ZIP: _read_zip, LEGACY: _read_legacy, PICKLE: _read_arrays, SAFETENSORS: _read_safetensors}[kind]
+    read = {ZIP: _read_torch, LEGACY: _read_torch, PICKLE: _read_arrays, SAFETENSORS: _read_safetensors}[kind]
     with _explained_damage(path, kind, _READER_ERRORS):
         try:
             return WeightsFile(kind, read(path))
@@ -87,9 +201,60 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
                     "from someone you trust, set MODEL.TRUSTED_WEIGHTS True; else ask for the bare state dict"
                 ) from error
     logger.warning("%s runs code while it is read, as MODEL.TRUSTED_WEIGHTS allows", path)
-    # That code may not be installed here, or not be what it was.
+    # That code may be missing here, or have changed.
     with _explained_damage(path, kind, (*_READER_ERRORS, ImportError)):
         return WeightsFile(kind, (_read_any_pickle if kind == PICKLE else _read_any_torch)(path))
+
+
+def extract_tensors(content: object, averaged: bool = True) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the tensors of a weights file by name, without prefixes that all names share, and the entry they are in.
+
+    Args:
+        content: of the file: a state dict, or a dict with one under WRAPPERS or AVERAGES.
+        averaged: prefer averaged weights (EMA).
+
+    Returns:
+        The tensors, and the entry, "" where the content itself is the state dict.
+
+    Raises:
+        ValueError: the content has no tensors by name.
+    """
+    entry, state = "", content
+    if isinstance(content, Mapping):
+        entries = (*(AVERAGES if averaged else ()), *WRAPPERS)
+        entry = next((key for key in entries if isinstance(content.get(key), Mapping) and _tensors(content[key])), "")
+        state = content[entry] if entry else content
+    tensors = _tensors(state) if isinstance(state, Mapping) else {}
+    if not tensors:
+        found = f"the entries {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else "none"
+        raise ValueError(
+            f"holds no tensors by name; a dict of tensors was expected, or one in an entry {', '.join(WRAPPERS)}. "
+            f"Found a {type(content).__name__}, with {found}"
+        )
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors)), ""):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors, entry
+
+
+def _tensors(state: Mapping) -> dict[str, torch.Tensor]:
+    tensors = {}
+    # Memory under many names is copied once: a small file could otherwise fill the memory.
+    copies: dict[tuple, torch.Tensor] = {}
+    for name, value in state.items():
+        # Caffe2's files hold the optimizer's momentum too.
+        if not isinstance(name, str) or name.endswith("_momentum"):
+            continue
+        if isinstance(value, torch.Tensor):
+            # A quantized tensor's strides can lead outside its storage (torch 2.12); a model copies none of these.
+            if value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized:
+                tensors[name] = value
+        elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            key = (value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)
+            # A pickle's array may be read-only, or of another byte order.
+            if key not in copies:
+                copies[key] = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+            tensors[name] = copies[key]
+    return tensors
 
 
 @contextlib.contextmanager
@@ -123,7 +288,7 @@ def _kind_of(path: Path) -> str:
         return LEGACY
     if (head[0] == 0x80 and head[1:2] in b"\2\3\4\5") or head.startswith(_OLD_PICKLE_STARTS):
         return PICKLE
-    # Eight bytes tell how long the JSON is that follows.
+    # Eight bytes hold the length of the JSON header that follows.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return SAFETENSORS
     for start, what in _FOREIGN_STARTS.items():
@@ -137,29 +302,21 @@ def _kind_of(path: Path) -> str:
 def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise _damaged(path, ZIP, error) from error
-    entries = {name.partition("/")[2] for name in names}
-    if "constants.pkl" in entries:
+    names = {entry.filename.partition("/")[2] for entry in entries}
+    if "constants.pkl" in names:
         raise WeightsFileError(f"{path} is a TorchScript program; save the state dict of the model: model.state_dict()")
-    if "data.pkl" not in entries:
+    if "data.pkl" not in names:
         raise WeightsFileError(f"{path} is a zip file, but none of PyTorch's. {_READABLE}")
-
-
-def _read_zip(path: Path) -> object:
-    check_zip_claims(path)
-    return _read_torch(path)
-
-
-def _read_legacy(path: Path) -> object:
-    with _mapped(path) as file:
-        check_legacy_claims(path, file)
-    return _read_torch(path)
+    # A small file could otherwise unpack to more than the memory holds.
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise WeightsFileError(f"{path} has compressed entries, which PyTorch does not write; unpack it, save it again")
 
 
 def _read_torch(path: Path) -> object:
-    # What timm's and DeiT's training scripts put beside the weights; it holds values only.
+    # timm's and DeiT's training scripts save one with the weights; it holds values only.
     safe_globals = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5
     with safe_globals([argparse.Namespace]) if safe_globals else contextlib.nullcontext():
         return _load_torch(path, weights_only=True)
@@ -170,14 +327,15 @@ def _read_any_torch(path: Path) -> object:
 
 
 def _load_torch(path: Path, weights_only: bool) -> object:
-    # Given a path, newer versions read what is called .safetensors as that.
+    # Given a path, newer versions decide by the suffix .safetensors.
     with path.open("rb") as file:
         return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
 def _read_arrays(path: Path) -> object:
-    with _mapped(path) as file:
-        return ArrayUnpickler(file, len(file)).load()
+    # A map returns as many bytes as there are, and allocates nothing by a declared length.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return ArrayUnpickler(mapped).load()
 
 
 def _read_any_pickle(path: Path) -> object:
@@ -194,21 +352,14 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is read with the package safetensors, which cannot be imported ({error}). "
             "Install it: pip install 'sparseinst[timm]', or pip install safetensors"
         ) from error
-    check_safetensors_claims(path)
     try:
         return load_file(path)
     except SafetensorError as error:
         raise _damaged(path, SAFETENSORS, error) from error
 
 
-def _mapped(path: Path) -> mmap.mmap:
-    """A file in memory, of which nothing is read or allocated before it is asked for."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def _needs_code(error: Exception) -> bool:
-    # torch.load tells of both by UnpicklingError; of damage it says nothing about weights_only.
+    # torch.load raises UnpicklingError for damage too, then without weights_only in the message.
     return isinstance(error, CodeNeededError) or (
         isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
     )

@@ -1,6 +1,6 @@
-"""Where MODEL.WEIGHTS can point besides paths and URLs: package://NAME/PATH and timm://NAME.
+"""Find the file that MODEL.WEIGHTS names: a path, a URL, package://NAME/PATH or timm://NAME.
 
-Importing this module registers both with Detectron2's PathManager.
+Importing this module registers the last two with Detectron2's PathManager.
 """
 
 import contextlib
@@ -17,13 +17,14 @@ import torch
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 
+from sparseinst.checkpoint.atomic_write import write_atomically
 from sparseinst.checkpoint.files import WeightsFileError
 
-# What a download raises: OSError is URLError too, ValueError is of addresses that are none, RuntimeError is iopath's.
+# Raised by downloads: URLError is an OSError, ValueError concerns malformed addresses, RuntimeError is iopath's.
 _DOWNLOAD_ERRORS = (OSError, http.client.HTTPException, ValueError, RuntimeError)
-# What timm raises besides, where it reads what was downloaded.
+# Raised by timm where it reads a download.
 _READER_ERRORS = (LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
-# Of libraries that timm uses; which of them depends on its version, and that of huggingface_hub.
+# Raised by libraries that timm uses; the version of huggingface_hub decides which.
 _LIBRARIES_ERRORS = (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("safetensors", "SafetensorError"))
 
 
@@ -34,15 +35,15 @@ def check_weights_file(weights: str) -> None:
 
 
 def find_weights(weights: str) -> str:
-    """The local file that MODEL.WEIGHTS stands for, downloaded where it is a URL.
+    """Return the local file that MODEL.WEIGHTS names, downloaded if needed.
 
     Args:
-        weights: a path; http(s)://, detectron2:// and what else Detectron2's PathManager knows; package://NAME/PATH, a
-            file of an installed Python package; timm://NAME, the weights that timm downloads for a model. What
-            follows a question mark (Detectron2's ?matching_heuristics=True) is not needed here and left out.
+        weights: a path; http(s)://, detectron2:// and other prefixes of Detectron2's PathManager; package://NAME/PATH,
+            a file of an installed Python package; timm://NAME, the weights that timm downloads for a model. A question
+            mark and the rest (Detectron2's ?matching_heuristics=True) are left out.
 
     Raises:
-        WeightsFileError: there is no such file, or it cannot be downloaded.
+        WeightsFileError: the file does not exist or cannot be downloaded.
         ImportError: timm://, and timm is not installed.
     """
     check_weights_file(weights)
@@ -70,7 +71,7 @@ def _explained_download(weights: str) -> Iterator[None]:
 
 
 class PackageHandler(PathHandler):
-    """Files of installed Python packages: ``package://NAME/PATH``, NAME as it is imported."""
+    """Find files of installed Python packages: ``package://NAME/PATH``, NAME as it is imported."""
 
     PREFIX = "package://"
 
@@ -106,7 +107,7 @@ class PackageHandler(PathHandler):
 
 
 class TimmHandler(PathHandler):
-    """Pretrained weights of timm's models, ``timm://NAME``, kept as a file in the cache of Detectron2's downloads."""
+    """Download pretrained weights of timm's models, ``timm://NAME``, into the cache of Detectron2's downloads."""
 
     PREFIX = "timm://"
 
@@ -135,9 +136,7 @@ class TimmHandler(PathHandler):
                     "weights file that is on this machine"
                 ) from error
             cached.parent.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_suffix(f".{os.getpid()}.partial")
-            torch.save(state_dict, partial)
-            partial.replace(cached)
+            write_atomically(cached, lambda file: torch.save(state_dict, file))
         return str(cached)
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparseinst.checkpoint.whole_files import remove_partial_files
+from sparseinst.checkpoint.atomic_write import remove_partial_files
 
 try:
     import fcntl

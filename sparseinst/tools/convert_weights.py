@@ -1,12 +1,12 @@
-"""Say what a weights file holds, or turn it into a Detectron2 checkpoint for a config.
+"""Describe a weights file, or convert it to a Detectron2 checkpoint for a config.
 
-``python -m sparseinst.tools.convert_weights --input resnet50.pth`` lists what the file is. With ``--config-file`` and
-``--output`` it writes a checkpoint with the names of that config's model, which Detectron2's own checkpointer loads.
+``python -m sparseinst.tools.convert_weights --input resnet50.pth`` lists format, source and tensors. With
+``--config-file`` and ``--output`` it writes a checkpoint with the names of that config's model, which Detectron2's own
+checkpointer loads.
 """
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +15,25 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from sparseinst.checkpoint import checkpointer_from_config, extract_tensors, family_of, find_weights, read_weights_file
-from sparseinst.checkpoint.files import WeightsFileError
+from sparseinst.checkpoint import (
+    WeightsFileError,
+    checkpointer_from_config,
+    extract_tensors,
+    family_of,
+    find_weights,
+    read_weights_file,
+    write_atomically,
+)
 from sparseinst.engine.setup import load_config
 
 TENSORS_LISTED = 5
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the command's argument parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--input", required=True, metavar="FILE", help="what MODEL.WEIGHTS can be: a file, a URL, package://, timm://"
+        "--input", required=True, metavar="FILE", help="weights as in MODEL.WEIGHTS: a file, a URL, package://, timm://"
     )
     parser.add_argument("--config-file", metavar="CONFIG", help="YAML file, or name of a config, of the model")
     parser.add_argument("--output", metavar="FILE.pth", help="the checkpoint to write")
@@ -39,10 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def describe(weights: str, trusted: bool = False) -> str:
-    """What a weights file holds: format, family, number of tensors, the first of them.
+    """Return a description of a weights file: format, family, number of tensors, the first of them.
 
     Raises:
-        ValueError: it cannot be read, or holds no tensors.
+        ValueError: the file cannot be read, or holds no tensors.
     """
     path = find_weights(weights)
     kind, content = read_weights_file(path, trusted)
@@ -66,13 +73,13 @@ def describe(weights: str, trusted: bool = False) -> str:
 
 
 def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -> str:
-    """Write what a file has for a config's model as a Detectron2 checkpoint, under the model's names.
+    """Write the tensors that a config's model takes from a file as a Detectron2 checkpoint.
 
     Args:
-        cfg: of the model; MODEL.MIN_BACKBONE_COVERAGE and TRUSTED_WEIGHTS count as for a training.
-        weights: what MODEL.WEIGHTS can be.
-        output: file to write, ``.pth``: Detectron2 tells the format by that.
-        force: replace it where it exists.
+        cfg: of the model; MODEL.MIN_BACKBONE_COVERAGE and TRUSTED_WEIGHTS act as in a training.
+        weights: as MODEL.WEIGHTS.
+        output: file to write; ``.pth``, by which Detectron2 detects the format.
+        force: replace an existing file.
 
     Returns:
         The coverage report.
@@ -82,7 +89,7 @@ def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -
     """
     target = Path(output)
     if target.suffix != ".pth":
-        raise ValueError(f"--output is {output}; its name must end in .pth, by which Detectron2 tells the format")
+        raise ValueError(f"--output is {output}; its name must end in .pth, by which Detectron2 detects the format")
     if target.is_dir() or (target.exists() and not force):
         raise ValueError(f"--output {output} exists; choose another name, or replace a file with --force")
     source = find_weights(weights)
@@ -100,17 +107,12 @@ def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -
     taken = set(coverage.filled)
     state = {name: tensor for name, tensor in model.state_dict().items() if name in taken}
     author = f"sparseinst.tools.convert_weights, from {Path(weights).name}: {coverage.family}"
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        torch.save({"model": state, "__author__": author}, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(target, lambda file: torch.save({"model": state, "__author__": author}, file))
     return coverage.text()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command. Exits with 1 and one line where something is wrong."""
+    """Run the command. Exit with code 1 and one line on an error."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:

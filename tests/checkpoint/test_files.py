@@ -143,12 +143,6 @@ def test_the_unpickler_knows_arrays_only(tmp_path, callee):
         read_weights_file(tmp_path / "a.pkl")
 
 
-def test_codecs_that_unpack_are_refused(tmp_path):
-    (tmp_path / "bomb.pkl").write_bytes(b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00zip\x86R.")
-    with pytest.raises(WeightsFileError, match="codec 'zip'"):
-        read_weights_file(tmp_path / "bomb.pkl")
-
-
 @pytest.mark.parametrize("keep", [3, 20, 100, 1000, -1])
 @pytest.mark.parametrize("save", [torch.save, save_legacy, save_pickle])
 def test_files_that_were_cut_off(tmp_path, save, keep):

@@ -31,12 +31,12 @@ def train(config: Path, output: Path, slow: bool, seed: int) -> None:
     """Train, going on where a checkpoint is; ``slow``: writing one takes half a second."""
     torch.set_num_threads(1)
     if slow:
-        checkpointer.write_whole = write_slowly
+        checkpointer.write_atomically = write_slowly
     arguments = ["--config-file", str(config), "--resume", "OUTPUT_DIR", str(output), "SEED", str(seed)]
     train_net.main(train_net.build_parser().parse_args(arguments))
 
 
-_write_whole = checkpointer.write_whole
+_write_atomically = checkpointer.write_atomically
 
 
 class _SlowFile:
@@ -58,8 +58,8 @@ class _SlowFile:
 
 
 def write_slowly(path, write) -> None:
-    """As write_whole, with a writer that takes half a second for 4 MB."""
-    _write_whole(path, lambda file: write(_SlowFile(file)))
+    """As write_atomically, with a writer that takes half a second for 4 MB."""
+    _write_atomically(path, lambda file: write(_SlowFile(file)))
 
 
 def phase(output: Path, log: str) -> str:

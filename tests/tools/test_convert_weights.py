@@ -1,4 +1,4 @@
-"""The command that says what a weights file holds and turns it into a Detectron2 checkpoint."""
+"""The command that describes weights files and converts them to Detectron2 checkpoints."""
 
 import logging
 import pickle
@@ -84,8 +84,8 @@ def test_errors_are_one_line_and_leave_nothing(folder, capsys, more, names, mess
 
 
 def test_an_interrupted_writing_leaves_nothing(folder, monkeypatch, capsys):
-    def full_disk(content, path):
-        path.write_bytes(b"part")
+    def full_disk(content, file):
+        file.write(b"part")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)

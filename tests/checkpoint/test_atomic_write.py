@@ -1,4 +1,4 @@
-"""Files that are whole or not there: errors in the middle, a disk that is full, what interrupted writers leave."""
+"""Atomic writing: errors in the middle, a full disk, and the files that interrupted writers leave."""
 
 import resource
 import signal
@@ -7,22 +7,22 @@ import subprocess
 import pytest
 import torch
 
-from sparseinst.checkpoint import OutputError, write_whole
-from sparseinst.checkpoint.whole_files import remove_partial_files
+from sparseinst.checkpoint import OutputError, write_atomically
+from sparseinst.checkpoint.atomic_write import remove_partial_files
 from tests.faults.child import run_in_child
 
 TENSORS = {"a": torch.arange(200_000)}  # 1.6 MB
 
 
 def save(path):
-    write_whole(path, lambda file: torch.save(TENSORS, file))
+    write_atomically(path, lambda file: torch.save(TENSORS, file))
 
 
 def test_writes_and_replaces(tmp_path):
     path = tmp_path / "model.pth"
     save(path)
     assert torch.equal(torch.load(path)["a"], TENSORS["a"])
-    write_whole(path, lambda file: file.write(b"new"))
+    write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
@@ -38,13 +38,13 @@ def test_what_was_there_stays_while_a_writer_works_and_where_it_fails(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, fail)
+        write_atomically(path, fail)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_an_error_that_is_not_the_disks_is_not_called_so(tmp_path):
     with pytest.raises(RuntimeError, match="own") as caught:
-        write_whole(tmp_path / "x", lambda file: (_ for _ in ()).throw(RuntimeError("own")))
+        write_atomically(tmp_path / "x", lambda file: (_ for _ in ()).throw(RuntimeError("own")))
     assert not isinstance(caught.value, OSError)
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, whenever the process or the machine stops."""
+"""Write files atomically: a stopped process or machine leaves the old file or the new one."""
 
 import contextlib
 import os
@@ -7,23 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-# A file that is being written has this suffix, and a dot before its name.
+# Suffix of the temporary file; its name also starts with a dot.
 PARTIAL_SUFFIX = ".partial"
 
 
 class OutputError(OSError):
-    """A file that cannot be written: the disk is full, say."""
+    """Raised where a file cannot be written, because the disk is full for example."""
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under another name, force it to the disk, then give it its name.
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Write a temporary file beside ``path``, force it to the disk, then rename it.
 
     Args:
-        path: of the file; one that is there is replaced, and stays as it is until then.
+        path: of the file; an existing file is replaced.
         write: writes the content into an open file.
 
     Raises:
-        OutputError: it cannot be written; what was there before is untouched.
+        OutputError: the file cannot be written; an existing file is unchanged.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
@@ -42,21 +42,21 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) ->
     except OSError as error:
         raise _output_error(path, error) from error
     except RuntimeError as error:
-        # torch.save puts an error of its own over the one of the disk.
+        # torch.save raises its own RuntimeError over the disk's OSError.
         if not isinstance(error.__context__, OSError):
             raise
         raise _output_error(path, error.__context__) from error
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:
-    """Remove what interrupted calls of :func:`write_whole` left in a folder that nobody writes to now."""
+    """Remove the temporary files of interrupted :func:`write_atomically` calls from a folder without other writers."""
     for path in Path(folder).glob(f".*{PARTIAL_SUFFIX}"):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    # The name is in the folder's own data. Not every system can open a folder.
+    # Makes the rename durable. Some systems cannot open a folder.
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -71,6 +71,6 @@ def _output_error(path: Path, error: OSError) -> OutputError:
     except OSError:
         free = ""
     return OutputError(
-        f"{path} cannot be written: {error.strerror or error}{free}. Files that were there are as they were. Make "
-        "room, or give another OUTPUT_DIR"
+        f"{path} cannot be written: {error.strerror or error}{free}. Existing files are unchanged. Make "
+        "room, or write to another folder (OUTPUT_DIR)"
     )
