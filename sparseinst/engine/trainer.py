@@ -68,9 +68,7 @@ class Trainer(SimpleTrainer):
         ddp_model = create_ddp_model(
             model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if self.device.type == "cuda" else None
         )
-        # Another meta-architecture may not have a mask grid.
-        loader = build_train_loader(cfg, _data_seed(cfg), getattr(model, "mask_grid", None))
-        super().__init__(ddp_model, loader, optimizer)
+        super().__init__(ddp_model, build_train_loader(cfg, _data_seed(cfg)), optimizer)
         self.cfg = cfg
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.accumulate_steps = cfg.SOLVER.ACCUMULATE_STEPS
