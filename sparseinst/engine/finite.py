@@ -17,6 +17,10 @@ from sparseinst.checkpoint import OutputError
 
 logger = logging.getLogger(__name__)
 
+Losses = dict[str, torch.Tensor]
+# The losses of one part of a step, computed again from its index.
+Repeat = Callable[[int], Losses]
+
 ACTIONS = ("stop", "skip")
 CHECKPOINT = "model_nonfinite"
 MAX_NAMES = 4
@@ -41,7 +45,7 @@ class Verdict(NamedTuple):
 
     take_step: bool
     also: list[bool]
-    losses: dict[str, torch.Tensor]
+    losses: Losses
     gradient_norm: torch.Tensor
 
 
@@ -89,9 +93,9 @@ class FiniteGuard:
 
     def check(
         self,
-        losses: dict[str, torch.Tensor],
+        losses: Losses,
         batches: Sequence[list[dict]],
-        repeat: Callable[[int], dict[str, torch.Tensor]],
+        repeat: Repeat,
         iteration: int,
         also: Sequence[bool] = (),
     ) -> Verdict:
@@ -153,12 +157,7 @@ class FiniteGuard:
         return True
 
     def _stop_or_skip(
-        self,
-        losses: dict[str, torch.Tensor],
-        batches: Sequence[list[dict]],
-        repeat: Callable[[int], dict[str, torch.Tensor]],
-        iteration: int,
-        what: str,
+        self, losses: Losses, batches: Sequence[list[dict]], repeat: Repeat, iteration: int, what: str
     ) -> None:
         stops = what == "gradient" and self.grad_scaler.is_enabled() or self.counts["in_row"] >= self.max_skips
         report = self._report(losses, batches, repeat, what)
@@ -181,13 +180,7 @@ class FiniteGuard:
         get_event_storage().put_scalar("nonfinite/skipped_steps", self.counts["skipped"], smoothing_hint=False)
         logger.warning("%s\nThe step is skipped: %d in all, %d in a row", text, *list(self.counts.values())[:2])
 
-    def _report(
-        self,
-        losses: dict[str, torch.Tensor],
-        batches: Sequence[list[dict]],
-        repeat: Callable[[int], dict[str, torch.Tensor]],
-        what: str,
-    ) -> str:
+    def _report(self, losses: Losses, batches: Sequence[list[dict]], repeat: Repeat, what: str) -> str:
         """Describe the step on this process; "" where all is finite on it. All processes call it together."""
         loss_scale = self.grad_scaler.get_scale() if what == "gradient" else 1.0
         first = find_first_nonfinite(self.model, len(batches), repeat, loss_scale)
@@ -206,20 +199,17 @@ class FiniteGuard:
         return "\n".join([*lines, f"  images: {', '.join(files)}"])
 
     def _save(self, iteration: int) -> str:
-        """Save the training before the step. The checkpointer makes the file the one that --resume takes."""
+        """Save the training before the step as the checkpoint that --resume takes; return a sentence about it."""
         try:
             self.checkpointer.save(CHECKPOINT, iteration=iteration - 1)
         except OutputError as error:
             return f"The training before the step cannot be saved: {error}"
-        return f"--resume repeats the step from {CHECKPOINT}.pth, which was saved before it in OUTPUT_DIR"
+        return f"--resume repeats the step from {CHECKPOINT}.pth, the training before it"
 
     def _buffers(self) -> list[list[torch.Tensor]]:
         """Return the running statistics by type, read anew because PreciseBN replaces them."""
-        buffers: dict[torch.dtype, list[torch.Tensor]] = {}
-        for norm in self._norms:
-            for buffer in norm.buffers(recurse=False):
-                buffers.setdefault(buffer.dtype, []).append(buffer)
-        return list(buffers.values())
+        buffers = [buffer for norm in self._norms for buffer in norm.buffers(recurse=False)]
+        return [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in {b.dtype: None for b in buffers}]
 
 
 def any_rank(votes: torch.Tensor) -> torch.Tensor:
@@ -229,12 +219,7 @@ def any_rank(votes: torch.Tensor) -> torch.Tensor:
     return votes
 
 
-def find_first_nonfinite(
-    model: nn.Module,
-    num_parts: int,
-    repeat: Callable[[int], dict[str, torch.Tensor]],
-    loss_scale: float = 1.0,
-) -> str:
+def find_first_nonfinite(model: nn.Module, num_parts: int, repeat: Repeat, loss_scale: float = 1.0) -> str:
     """Repeat a step and name the first module whose output, or else whose gradient, is NaN or Inf.
 
     All parts are computed, whatever is found, because other processes may take part in them. Compiled networks run
@@ -265,16 +250,15 @@ def find_first_nonfinite(
     handles = []
     for name, module in model.named_modules():
         text = f"{name or 'the whole model'} ({type(module).__name__})"
-
-        def before(module: nn.Module, args: tuple, kwargs: dict, text: str = text) -> None:
-            watch((args, kwargs), f"the input of {text}")
-
-        def after(module: nn.Module, args: tuple, output: Any, text: str = text) -> None:
-            # Otherwise its input was found before it.
-            watch(output, f"the output of {text}", ", whose input was finite")
-
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
+        handles += [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, text=text: watch((args, kwargs), f"the input of {text}"), with_kwargs=True
+            ),
+            # A bad input would have been found before.
+            module.register_forward_hook(
+                lambda _, args, output, text=text: watch(output, f"the output of {text}", ", whose input was finite")
+            ),
+        ]
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         with torch.compiler.set_stance("force_eager"):
