@@ -265,7 +265,7 @@ class Trainer(SimpleTrainer):
         return {
             **super().state_dict(),
             # In the middle of a step, the one before it.
-            "iteration": self.steps_done - 1,
+            "iteration": self.iter - (self.steps_done == self.iter < self.max_iter),
             "grad_scaler": self.grad_scaler.state_dict(),
             "nonfinite": self.finite_guard.state_dict(),
             "data": self.data_loader.state_dict(),
