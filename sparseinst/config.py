@@ -173,7 +173,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.SOLVER.MAX_CHECKPOINTS = 5
     # Type of automatic mixed precision (SOLVER.AMP.ENABLED): "float16" or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
-    # A loss or gradient that is not finite: "stop" ends the training, "skip" goes on without that step.
+    # A loss or gradient that is NaN or Inf: "stop" ends the training, "skip" goes on without that step.
     cfg.SOLVER.NONFINITE = CfgNode()
     cfg.SOLVER.NONFINITE.ACTION = "stop"
     # Steps in a row that "skip" skips before it stops; also those of the gradient scaler, at a scale of at most 1.

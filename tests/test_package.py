@@ -127,7 +127,6 @@ def test_detectron2_and_opencv_are_not_required(metadata: Message) -> None:
         "convert_weights",
         "select_classes",
         "check_dataset",
-        "replay_step",
         "benchmark",
         "benchmark_training",
         "benchmark_video",

@@ -12,9 +12,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.logger import log_first_n
 
-from sparseinst.data.annotations import is_whole, read_mask
+from sparseinst.data.annotations import MaskWindow, is_whole, read_mask
 from sparseinst.data.augmentations import build_test_augmentations, build_train_augmentations
-from sparseinst.data.grid_masks import GridMasks, MaskGrid, PackedWindow, unpack_windows
 from sparseinst.data.images import MAX_IMAGE_PIXELS, DataError, check_channel_order, read_image
 
 _logger = logging.getLogger(__name__)
@@ -41,7 +40,6 @@ class SparseInstDatasetMapper:
         augmentations: list[T.Augmentation | T.Transform],
         image_format: str,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
-        mask_grid: MaskGrid | None = None,
     ) -> None:
         """
         Args:
@@ -49,7 +47,6 @@ class SparseInstDatasetMapper:
             augmentations: applied in this order.
             image_format: channel order of the image, "RGB" or "BGR".
             max_image_pixels: images of more pixels are refused before they are decoded.
-            mask_grid: what ground truth is reduced to, a model's `mask_grid`. None: whole masks.
 
         Raises:
             ValueError: another channel order.
@@ -59,7 +56,6 @@ class SparseInstDatasetMapper:
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.max_image_pixels = max_image_pixels
-        self.mask_grid = mask_grid
         _logger.info("Augmentations in %s: %s", "training" if is_train else "inference", augmentations)
 
     @classmethod
@@ -80,7 +76,7 @@ class SparseInstDatasetMapper:
         Returns:
             The dict without `annotations`, with `height` and `width` of the file, and with `image`, uint8 (3, H, W).
             In training also `instances` of size (H, W) with `gt_boxes` (tight boxes of the masks), `gt_classes`
-            (int64) and `gt_masks` (BitMasks; with a `mask_grid` GridMasks): all three also where no instance is left.
+            (int64) and `gt_masks` (BitMasks): all three also where no instance is left.
             Crowd annotations, and instances without a visible pixel, are left out.
 
         Raises:
@@ -102,9 +98,7 @@ class SparseInstDatasetMapper:
         if self.is_train:
             annotations = dataset_dict.get("annotations", [])
             image_size = aug_input.image.shape[:2]
-            result["instances"] = _build_instances(
-                annotations, transforms, source_size, image_size, file_name, self.mask_grid
-            )
+            result["instances"] = _build_instances(annotations, transforms, source_size, image_size, file_name)
         return result
 
 
@@ -158,19 +152,13 @@ def _build_instances(
     source_size: tuple[int, int],
     image_size: tuple[int, int],
     file_name: str | os.PathLike,
-    mask_grid: MaskGrid | None,
 ) -> Instances:
-    """Ground truth of one image; sizes are (height, width) before and after the transforms.
-
-    Masks are drawn one by one: only what is packed or reduced stays.
-    """
+    """Return the ground truth of one image; sizes are (height, width) before and after the transforms."""
     if not isinstance(annotations, list | tuple):
         raise DataError(f"{file_name}: 'annotations' is a {type(annotations).__name__}; expected a list")
     visible = _visible_pixels(transforms, source_size)
-    boxes: list[tuple[int, int, int, int]] = []
     classes: list[int] = []
-    windows: list[PackedWindow] = []
-    cells = []
+    windows: list[MaskWindow] = []
     for index, annotation in enumerate(annotations):
         place = f"{file_name}, annotation {index}"
         if isinstance(annotation, dict) and "id" in annotation:
@@ -190,17 +178,15 @@ def _build_instances(
             left, top, right, bottom = window.box()
             window = window._replace(mask=window.mask & visible[top:bottom, left:right]).shrink()
         if window is not None:
-            boxes.append(window.box())
             classes.append(int(annotation["category_id"]))
-            windows.append(PackedWindow.pack(window))
-            if mask_grid is not None:
-                cells.append(mask_grid.count(window))
+            windows.append(window)
 
     instances = Instances(image_size)
-    instances.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+    instances.gt_boxes = Boxes(torch.tensor([window.box() for window in windows]).reshape(-1, 4))
     instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
-    if mask_grid is None:
-        instances.gt_masks = BitMasks(unpack_windows(windows, image_size))
-    else:
-        instances.gt_masks = GridMasks.from_cells(cells, windows, mask_grid, image_size)
+    masks = torch.zeros((len(windows), *image_size), dtype=torch.bool)
+    for mask, window in zip(masks, windows):
+        left, top, right, bottom = window.box()
+        mask[top:bottom, left:right] = torch.from_numpy(window.mask)
+    instances.gt_masks = BitMasks(masks)
     return instances

@@ -13,7 +13,6 @@ import random
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparseinst.data.broken_images import BrokenImages, Failure, SafeMapper, TestLoader
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
-from sparseinst.data.grid_masks import GridMasks, MaskGrid
 from sparseinst.data.images import DataError
 
 _logger = logging.getLogger(__name__)
@@ -235,21 +233,17 @@ class _MappedImages(Dataset):
         return sample, failures
 
 
-def build_train_loader(cfg: CfgNode, seed: int, mask_grid: MaskGrid | None = None) -> TrainLoader:
+def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
     """Batches of IMS_PER_BATCH / ACCUMULATE_STEPS images over all ranks, mapped as DATASET_MAPPER says.
 
     Args:
         cfg: DATASETS, DATALOADER, INPUT and SOLVER are read; its data sets are registered.
         seed: the same on all ranks, see :class:`TrainLoader`.
-        mask_grid: what our mapper reduces the masks to: a model's ``mask_grid``. None: whole masks.
 
     Raises:
         ValueError: an unknown mapper or sampler, or no image to train on.
     """
-    mappers = {
-        "SparseInstDatasetMapper": partial(SparseInstDatasetMapper, mask_grid=mask_grid),
-        "DatasetMapper": DatasetMapper,
-    }
+    mappers = {"SparseInstDatasetMapper": SparseInstDatasetMapper, "DatasetMapper": DatasetMapper}
     name = cfg.MODEL.SPARSE_INST.DATASET_MAPPER
     if name not in mappers:
         raise ValueError(f"MODEL.SPARSE_INST.DATASET_MAPPER is {name!r}; it must be one of {sorted(mappers)}")
@@ -337,7 +331,7 @@ def _pinned(value: Any) -> Any:
         return Instances(value.image_size, **fields)
     if isinstance(value, BitMasks | Boxes):
         return type(value)(value.tensor.pin_memory())
-    return value.pin_memory() if isinstance(value, torch.Tensor | GridMasks) else value
+    return value.pin_memory() if isinstance(value, torch.Tensor) else value
 
 
 @contextlib.contextmanager

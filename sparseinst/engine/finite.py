@@ -1,163 +1,150 @@
-"""Losses and gradients that are not finite: told by all processes together, before they reach the weights."""
+"""Find losses and gradients that are NaN or Inf before they reach the weights, on all processes together."""
 
+import functools
 import logging
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from sparseinst.engine.first_non_finite import all_finite, find_first_non_finite
-from sparseinst.engine.step_record import AMP_DTYPES, StepStart, save_step
+from sparseinst.checkpoint import OutputError
 
 logger = logging.getLogger(__name__)
 
+Losses = dict[str, torch.Tensor]
+# The losses of one part of a step, computed again from its index.
+Repeat = Callable[[int], Losses]
+
 ACTIONS = ("stop", "skip")
-# Skipped steps that are saved; each takes the weights' size on the disk. The one that stops is saved besides.
-MAX_SAVED_SKIPS = 3
+CHECKPOINT = "model_nonfinite"
 MAX_NAMES = 4
-# A scale at which the gradient scaler does not enlarge: what overflows here is not the scaler's doing.
+# At this loss scale the gradient scaler enlarges nothing, so an overflow is not the scaler's fault.
 UNSCALED = 1.0
 
 
 class NonFiniteStepError(FloatingPointError):
-    """A loss or a gradient is not finite, and the step must not be taken."""
+    """A loss or a gradient is NaN or Inf, and the step must not be taken."""
 
 
 class Verdict(NamedTuple):
     """What all processes do with a step.
 
     Attributes:
-        take_step: update the weights; False: skip the step, gradients are to be dropped.
-        also: of each of the caller's own flags, whether it is set on any process.
-        losses: this process's, on the host.
-        gradient_norm: the Euclidean norm of all gradients together, as a gradient scaler has left them; a scalar on
-            their device. It overflows before they do.
+        take_step: update the weights; False: skip the step and drop its gradients.
+        also: for each of the caller's own flags, whether any process set it.
+        losses: this process's losses, on the host.
+        gradient_norm: the Euclidean norm of all gradients together, before a gradient scaler unscales them; a scalar
+            on their device. It overflows before they do.
     """
 
     take_step: bool
     also: list[bool]
-    losses: dict[str, torch.Tensor]
+    losses: Losses
     gradient_norm: torch.Tensor
 
 
-def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Whether each flag is set on any process: every process gets the same answer, by one small all_reduce.
-
-    Args:
-        flags: as many on every process.
-        device: where the processes' backend exchanges tensors.
-    """
-    if comm.get_world_size() == 1:
-        return list(flags)
-    votes = torch.tensor([int(flag) for flag in flags], device=device)
-    torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
-    return [bool(vote) for vote in votes.tolist()]
-
-
 class FiniteGuard:
-    """Looks at the losses and gradients of each step, and stops or skips where one is not finite.
+    """Check the losses and gradients of each step, and stop or skip where one is NaN or Inf.
 
-    Then, and only then, the step is repeated under hooks for the first module whose output was not finite. What is
-    needed to repeat it once more is saved to OUTPUT_DIR/nonfinite_ITERATION_rankR. Gradients that only a gradient
-    scaler has made overflow are left to the scaler, which skips the step itself and lowers its scale.
+    A bad step is repeated under hooks, which find the first module with a bad output or gradient. A stop saves
+    model_nonfinite.pth, the training before the step, as the last checkpoint: ``--resume`` repeats the step. Gradients
+    that only a gradient scaler made overflow are left to the scaler, which skips the step and lowers its scale.
 
     Args:
-        cfg: SOLVER.NONFINITE, SOLVER.AMP, OUTPUT_DIR; the whole is saved with a step.
+        cfg: SOLVER.NONFINITE is read.
         model: without DistributedDataParallel.
         grad_scaler: enabled or not.
+        checkpointer: saves the model and the training.
 
     Raises:
-        ValueError: a key of SOLVER.NONFINITE that cannot be used.
+        ValueError: an invalid value of SOLVER.NONFINITE.
     """
 
-    def __init__(self, cfg: CfgNode, model: nn.Module, grad_scaler: torch.amp.GradScaler) -> None:
-        nonfinite, amp = cfg.SOLVER.NONFINITE, cfg.SOLVER.AMP
+    def __init__(
+        self, cfg: CfgNode, model: nn.Module, grad_scaler: torch.amp.GradScaler, checkpointer: DetectionCheckpointer
+    ) -> None:
+        nonfinite = cfg.SOLVER.NONFINITE
         if nonfinite.ACTION not in ACTIONS:
             raise ValueError(f"SOLVER.NONFINITE.ACTION is {nonfinite.ACTION!r}; it must be one of {ACTIONS}")
         if nonfinite.MAX_SKIPS < 0:
             raise ValueError(f"SOLVER.NONFINITE.MAX_SKIPS is {nonfinite.MAX_SKIPS}; it must be at least 0")
         self.max_skips = nonfinite.MAX_SKIPS if nonfinite.ACTION == "skip" else 0
         self.max_scaler_skips = nonfinite.MAX_SKIPS
-        self.cfg = cfg
         self.model = model
-        # To look for them in all modules would take a part of each step.
-        self._parameters = list(model.parameters())
         self.grad_scaler = grad_scaler
-        self.device = torch.device(cfg.MODEL.DEVICE)
-        self.amp_dtype = AMP_DTYPES[amp.DTYPE] if amp.ENABLED else None
-        self.start = StepStart(model, self.device)
-        self.num_saved = 0
-        # How many steps were skipped: in all, and one after the other until now; by the scaler those alone where it
-        # did not enlarge.
+        self.checkpointer = checkpointer
+        # Cached: a search through all modules costs a part of each step.
+        self._parameters = list(model.parameters())
+        self._norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+        self.start_step()
+        # Skipped steps, in all and in a row; of the scaler's skips in a row only those at a scale of at most 1.
         self.counts = {"skipped": 0, "in_row": 0, "scaler_skipped": 0, "scaler_in_row": 0}
 
     def start_step(self) -> None:
-        """To be called before the step's first forward pass."""
-        self.start.record()
+        """Remember the running statistics; call it before the first forward pass of a step."""
+        # Joined: one copy for each buffer takes longer.
+        self._statistics = [torch.cat([buffer.flatten() for buffer in buffers]) for buffers in self._buffers()]
 
     def check(
         self,
-        losses: dict[str, torch.Tensor],
-        batches: list[list[dict]],
-        normalizer: tuple,
+        losses: Losses,
+        batches: Sequence[list[dict]],
+        repeat: Repeat,
         iteration: int,
         also: Sequence[bool] = (),
     ) -> Verdict:
-        """To be called after the step's last backward pass, before the gradients are unscaled; by all processes.
+        """Decide about a step; all processes call it after the last backward pass, before gradients are unscaled.
 
         Args:
-            losses: the step's scalars, not scaled, without a graph.
-            batches, normalizer: what the model was called with.
-            iteration: for the messages.
-            also: flags of the caller's own that go into the same exchange.
+            losses: scalars of the step, not scaled, without a graph.
+            batches: the parts of the step, for the image files in the messages.
+            repeat: compute the losses of one part again, from its index, with the random numbers of the step and
+                without DistributedDataParallel. It is called for all parts in order.
+            iteration: for the messages and the checkpoint.
+            also: the caller's own flags, which go into the same exchange.
 
         Raises:
             NonFiniteStepError: on all processes, with the same message.
         """
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        any_loss, any_gradient, also, host_losses = self._look(losses, gradients, norm, also)
+        values = torch.stack([*losses.values(), norm])
+        is_bad = ~torch.isfinite(values)
+        # full_like, because a copy to a GPU synchronises.
+        votes = [is_bad[:-1].any(), is_bad[-1], *(torch.full_like(is_bad[0], flag) for flag in also)]
+        # One wait for the device, whatever the number of losses, parameters and processes.
+        sizes = [len(values), len(votes)]
+        host_values, votes = torch.cat([values, any_rank(torch.stack(votes).to(values.dtype))]).cpu().split(sizes)
+        any_loss, any_gradient, *also = votes.bool().tolist()
+        if any_gradient:
+            # Squares can overflow where no gradient does; the largest entry cannot, but takes longer.
+            largest = nn.utils.get_total_norm(gradients, norm_type=math.inf)
+            any_gradient = bool(any_rank((~torch.isfinite(largest)).to(values.dtype)))
         take_step = not any_loss and not any_gradient
         if take_step:
             self.counts.update(in_row=0, scaler_in_row=0)
         elif not any_loss and self._is_left_to_scaler(iteration):
             take_step = True
         else:
-            self._stop_or_skip(losses, batches, normalizer, iteration, with_gradients=not any_loss)
-        return Verdict(take_step, also, host_losses, norm)
+            self._stop_or_skip(losses, batches, repeat, iteration, "loss" if any_loss else "gradient")
+        return Verdict(take_step, also, dict(zip(losses, host_values)), norm)
 
-    def _look(
-        self,
-        losses: dict[str, torch.Tensor],
-        gradients: list[torch.Tensor],
-        norm: torch.Tensor,
-        also: Sequence[bool],
-    ) -> tuple[bool, bool, list[bool], dict[str, torch.Tensor]]:
-        """Whether a loss, and a gradient, is not finite on any process; the flags likewise; the losses on the host."""
-        values = torch.stack([*losses.values(), norm])
-        is_bad = ~torch.isfinite(values)
-        # Filled in, not copied: a copy to a GPU waits for it.
-        flags = [is_bad[:-1].any(), is_bad[-1], *(torch.full_like(is_bad[0], flag) for flag in also)]
-        votes = torch.stack(flags).to(values.dtype)
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
-        # One wait for the device, whatever the number of losses, parameters and processes.
-        host_values, votes = torch.cat([values, votes]).cpu().split([len(values), len(votes)])
-        any_loss, any_gradient, *also = votes.bool().tolist()
-        if any_gradient:
-            # Squares can overflow where no gradient does: the largest entry, which takes longer, cannot.
-            largest = nn.utils.get_total_norm(gradients, norm_type=math.inf).item()
-            (any_gradient,) = any_rank([not math.isfinite(largest)], self.device)
-        return any_loss, any_gradient, also, dict(zip(losses, host_values))
+    def state_dict(self) -> dict:
+        """Return the counts."""
+        return dict(self.counts)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take what :meth:`state_dict` gave."""
+        self.counts.update(state_dict)
 
     def _is_left_to_scaler(self, iteration: int) -> bool:
-        """Count a step that the gradient scaler is going to skip; False where it has had its chances."""
+        """Count a step that the gradient scaler is going to skip; False where too many were skipped."""
         if not self.grad_scaler.is_enabled():
             return False
         scale = self.grad_scaler.get_scale()
@@ -170,109 +157,137 @@ class FiniteGuard:
         return True
 
     def _stop_or_skip(
-        self,
-        losses: dict[str, torch.Tensor],
-        batches: list[list[dict]],
-        normalizer: tuple,
-        iteration: int,
-        with_gradients: bool,
+        self, losses: Losses, batches: Sequence[list[dict]], repeat: Repeat, iteration: int, what: str
     ) -> None:
-        stops = with_gradients and self.grad_scaler.is_enabled() or self.counts["in_row"] >= self.max_skips
-        saves = stops or self.num_saved < MAX_SAVED_SKIPS
-        self.num_saved += saves
-        report = self._report(losses, batches, normalizer, iteration, with_gradients, saves)
-        self.start.restore_statistics()
-        # Waits for the others, so that none is ended by an error here while it still writes.
-        reports = [text for text in comm.all_gather(report) if text]
-        what = "gradient" if with_gradients else "loss"
+        stops = what == "gradient" and self.grad_scaler.is_enabled() or self.counts["in_row"] >= self.max_skips
+        report = self._report(losses, batches, repeat, what)
+        for buffers, joint in zip(self._buffers(), self._statistics):
+            for buffer, value in zip(buffers, joint.split([buffer.numel() for buffer in buffers])):
+                buffer.copy_(value.view_as(buffer))
+        saved = self._save(iteration) if stops and comm.is_main_process() else ""
+        # All processes wait here, so that no error ends one that still writes.
+        reports, saved = (list(filter(None, texts)) for texts in zip(*comm.all_gather((report, saved))))
         text = "\n".join([f"A {what} is not finite at iteration {iteration}.", *(reports or ["On no process alone."])])
         if stops:
             in_row = max(self.counts["in_row"], self.counts["scaler_in_row"])
             raise NonFiniteStepError(
-                f"{text}\n{in_row} steps in a row were skipped before it (SOLVER.NONFINITE.MAX_SKIPS). Lower SOLVER."
-                "BASE_LR, enable SOLVER.CLIP_GRADIENTS, or train without SOLVER.AMP; SOLVER.NONFINITE.ACTION skip goes "
-                "on without such steps"
+                f"{text}\n{in_row} steps in a row were skipped before it (SOLVER.NONFINITE.MAX_SKIPS). Lower "
+                "SOLVER.BASE_LR, enable SOLVER.CLIP_GRADIENTS, or train without SOLVER.AMP; SOLVER.NONFINITE.ACTION "
+                f"skip goes on without such steps. {saved[0]}"
             )
         self.counts["skipped"] += 1
         self.counts["in_row"] += 1
         get_event_storage().put_scalar("nonfinite/skipped_steps", self.counts["skipped"], smoothing_hint=False)
         logger.warning("%s\nThe step is skipped: %d in all, %d in a row", text, *list(self.counts.values())[:2])
 
-    def _report(
-        self,
-        losses: dict[str, torch.Tensor],
-        batches: list[list[dict]],
-        normalizer: tuple,
-        iteration: int,
-        with_gradients: bool,
-        saves: bool,
-    ) -> str:
-        """What this process has to say; "" where all was finite on it. All processes come here together."""
-        # It draws the same random numbers, so what comes after it does too.
-        self.start.restore()
-        loss_scale = self.grad_scaler.get_scale() if with_gradients else 1.0
-        finding, _ = find_first_non_finite(
-            self.model,
-            batches,
-            normalizer,
-            device=self.device,
-            amp_dtype=self.amp_dtype,
-            loss_scale=loss_scale,
-            with_gradients=with_gradients,
-        )
+    def _report(self, losses: Losses, batches: Sequence[list[dict]], repeat: Repeat, what: str) -> str:
+        """Describe the step on this process; "" where all is finite on it. All processes call it together."""
+        loss_scale = self.grad_scaler.get_scale() if what == "gradient" else 1.0
+        first = find_first_nonfinite(self.model, len(batches), repeat, loss_scale)
         bad_losses = [f"{name} {loss.item()}" for name, loss in losses.items() if not all_finite(loss)]
-        # Of several processes, each has the mean of all gradients: whose it was, the repetition says.
-        is_alone = comm.get_world_size() == 1
-        if not bad_losses and finding is None and not (with_gradients and is_alone):
+        # With several processes, each has the mean of all gradients: only the repetition finds the process.
+        if not bad_losses and not first and (what == "loss" or comm.get_world_size() > 1):
             return ""
         lines = [f"Process {comm.get_rank()} of {comm.get_world_size()}: " + (", ".join(bad_losses) or "finite losses")]
-        if with_gradients:
+        if what == "gradient":
             names = [name for name, p in self.model.named_parameters() if p.grad is not None and not all_finite(p.grad)]
             lines.append(f"  parameters whose gradient is not finite: {_first(names)}")
-        lines.append(f"  first that is not finite: {finding or 'nothing, when the step was repeated'}")
-        if finding and len(batches) > 1:
-            lines.append(f"  in part {finding.batch + 1} of {len(batches)} of the step (SOLVER.ACCUMULATE_STEPS)")
+        if names := [name for name, parameter in self.model.named_parameters() if not all_finite(parameter)]:
+            lines.append(f"  parameters that are NaN or Inf: {_first(names)}")
+        lines.append(f"  NaN or Inf first in: {first or 'nothing, when the step was repeated'}")
         files = [str(x.get("file_name", "an image without file_name")) for batch in batches for x in batch]
-        lines.append(f"  images: {', '.join(files)}")
-        if saves:
-            lines.append(f"  {self._save(batches, normalizer, iteration, loss_scale, with_gradients, lines)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"  images: {', '.join(files)}"])
 
-    def _save(
-        self,
-        batches: list[list[dict]],
-        normalizer: tuple,
-        iteration: int,
-        loss_scale: float,
-        with_gradients: bool,
-        lines: list[str],
-    ) -> str:
-        folder = Path(self.cfg.OUTPUT_DIR) / f"nonfinite_{iteration:07d}_rank{comm.get_rank()}"
-        command = f"python -m sparseinst.tools.replay_step {folder}"
-        self.start.restore_statistics()
+    def _save(self, iteration: int) -> str:
+        """Save the training before the step as the checkpoint that --resume takes; return a sentence about it."""
         try:
-            save_step(
-                folder,
-                cfg=self.cfg,
-                model=self.model,
-                batches=batches,
-                normalizer=normalizer,
-                random_state=self.start.random_state,
-                loss_scale=loss_scale,
-                with_gradients=with_gradients,
-                text="\n".join([f"Iteration {iteration}", *lines, f"This repeats the step: {command}", ""]),
-            )
-        except OSError as error:
-            return f"the step cannot be saved: {error}"
-        return f"saved; this repeats it: {command}"
+            self.checkpointer.save(CHECKPOINT, iteration=iteration - 1)
+        except OutputError as error:
+            return f"The training before the step cannot be saved: {error}"
+        return f"--resume repeats the step from {CHECKPOINT}.pth, the training before it"
 
-    def state_dict(self) -> dict:
-        """The counts."""
-        return dict(self.counts)
+    def _buffers(self) -> list[list[torch.Tensor]]:
+        """Return the running statistics by type, read anew because PreciseBN replaces them."""
+        buffers = [buffer for norm in self._norms for buffer in norm.buffers(recurse=False)]
+        return [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in {b.dtype: None for b in buffers}]
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Take what :meth:`state_dict` gave."""
-        self.counts.update(state_dict)
+
+def any_rank(votes: torch.Tensor) -> torch.Tensor:
+    """Return for each vote, 0 or 1, whether it is 1 on any process, by one small all_reduce in place."""
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+    return votes
+
+
+def find_first_nonfinite(model: nn.Module, num_parts: int, repeat: Repeat, loss_scale: float = 1.0) -> str:
+    """Repeat a step and name the first module whose output, or else whose gradient, is NaN or Inf.
+
+    All parts are computed, whatever is found, because other processes may take part in them. Compiled networks run
+    without their compiler, which ignores hooks. The parameters' ``grad`` does not change; running statistics do.
+
+    Args:
+        model: whose modules ``repeat`` runs.
+        num_parts: parts of the step.
+        repeat: compute the losses of one part, from its index, with a graph.
+        loss_scale: factor of the losses before the backward pass.
+
+    Returns:
+        Such as "the output of encoder.fusion (Conv2d), whose input was finite"; "" where everything is finite.
+    """
+    found: dict[str, str] = {}
+    place = ""
+
+    def look(kind: str, text: str, values: Any) -> None:
+        if kind not in found and not all_finite(values):
+            found[kind] = text + place
+
+    def watch(values: Any, text: str, rest: str = "") -> None:
+        look("value", text + rest, values)
+        for tensor in tensors_in(values):
+            if tensor.requires_grad:
+                tensor.register_hook(functools.partial(look, "gradient", f"the gradient of {text}"))
+
+    handles = []
+    for name, module in model.named_modules():
+        text = f"{name or 'the whole model'} ({type(module).__name__})"
+        handles += [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, text=text: watch((args, kwargs), f"the input of {text}"), with_kwargs=True
+            ),
+            # A bad input would have been found before.
+            module.register_forward_hook(
+                lambda _, args, output, text=text: watch(output, f"the output of {text}", ", whose input was finite")
+            ),
+        ]
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            for index in range(num_parts):
+                if num_parts > 1:
+                    place = f", in part {index + 1} of {num_parts} of the step (SOLVER.ACCUMULATE_STEPS)"
+                total = sum(repeat(index).values()) * loss_scale
+                gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+                for name, gradient in reversed(list(zip(parameters, gradients))):
+                    look("gradient", f"the gradient of the parameter {name}", gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found.get("value") or found.get("gradient", "")
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested dicts, lists and tuples; anything else is passed over."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+def all_finite(value: Any) -> bool:
+    """Return whether no tensor in nested values has NaN or Inf."""
+    # Detached: recomputed activations must save the same tensors with and without this call.
+    return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors_in(value))
 
 
 def _first(names: list[str]) -> str:

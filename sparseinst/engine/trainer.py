@@ -1,6 +1,7 @@
 """The training loop: Detectron2's, with mixed precision on any device, gradient accumulation and exact resuming."""
 
 import contextlib
+import functools
 import itertools
 import logging
 import time
@@ -29,7 +30,6 @@ from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.host_memory import keep_freed_memory
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
 from sparseinst.engine.optimizer import build_full_model_clip, build_optimizer
-from sparseinst.engine.step_record import AMP_DTYPES
 from sparseinst.modeling import MaskMemoryError
 from sparseinst.modeling.criterion import normalizer_over_ranks
 from sparseinst.modeling.structures import LossNormalizer
@@ -37,7 +37,7 @@ from sparseinst.modeling.training_network import prepare_as_configured
 
 logger = logging.getLogger(__name__)
 
-
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # What stops a training that has begun, with a message for the user; anything else is a defect.
 RUN_ERRORS = (DataError, MaskMemoryError, NonFiniteStepError, OutputError, WorkerDiedError)
 
@@ -68,9 +68,7 @@ class Trainer(SimpleTrainer):
         ddp_model = create_ddp_model(
             model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if self.device.type == "cuda" else None
         )
-        # Another meta-architecture may not have a mask grid.
-        loader = build_train_loader(cfg, _data_seed(cfg), getattr(model, "mask_grid", None))
-        super().__init__(ddp_model, loader, optimizer)
+        super().__init__(ddp_model, build_train_loader(cfg, _data_seed(cfg)), optimizer)
         self.cfg = cfg
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.accumulate_steps = cfg.SOLVER.ACCUMULATE_STEPS
@@ -78,7 +76,6 @@ class Trainer(SimpleTrainer):
         amp = cfg.SOLVER.AMP
         self.amp_dtype = AMP_DTYPES[amp.DTYPE] if amp.ENABLED else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
-        self.finite_guard = FiniteGuard(cfg, model, self.grad_scaler)
         self.clip_gradients = build_full_model_clip(cfg, optimizer)
         self.batches: list[list[dict]] = []
         self.results: dict = {}
@@ -92,6 +89,7 @@ class Trainer(SimpleTrainer):
             trainer=weakref.proxy(self),
             classes=CheckpointedClasses(class_info(cfg.DATASETS.TRAIN[0])),
         )
+        self.finite_guard = FiniteGuard(cfg, model, self.grad_scaler, self.checkpointer)
         # Of the whole training, resumed or not.
         self.steps_done = 0
         # By a signal, on any rank: SaveOnSignal ends the training after the step.
@@ -211,28 +209,25 @@ class Trainer(SimpleTrainer):
         self.batches = [next(self._loader_iter) for _ in range(self.accumulate_steps)]
         data_time = time.perf_counter() - start
 
-        # Both draw the same numbers on a CPU; without GPUs Detectron2's takes far longer.
-        seed_rng = seed_cpu if self.device.type == "cpu" else seed_all_rng
-        seed_rng(derive_seed(self.data_loader.seed, self.iter, comm.get_rank()))
         self.finite_guard.start_step()
         self.optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
         # A criterion need not take a normalizer where each step has one batch.
         normalizer = () if self.accumulate_steps == 1 else (self._normalizer(),)
-        for index, batch in enumerate(self.batches):
+        for index in range(self.accumulate_steps):
             # Ranks exchange gradients once a step.
             is_last = index + 1 == self.accumulate_steps
             distributed = isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if distributed and not is_last else contextlib.nullcontext():
-                with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-                    batch_losses = self.model(batch, *normalizer)
+                batch_losses = self._losses(self.model, index, normalizer)
                 self.grad_scaler.scale(sum(batch_losses.values())).backward()
             for name, loss in batch_losses.items():
                 losses[name] = losses.get(name, 0) + loss.detach()
 
         self.after_backward()
         stop = self._signals.received is not None
-        verdict = self.finite_guard.check(losses, self.batches, normalizer, self.iter, also=[stop])
+        repeat = functools.partial(self._losses, self.finite_guard.model, normalizer=normalizer)
+        verdict = self.finite_guard.check(losses, self.batches, repeat, self.iter, also=[stop])
         (self.stop_requested,) = verdict.also
         if not verdict.take_step:
             self.optimizer.zero_grad()
@@ -245,6 +240,15 @@ class Trainer(SimpleTrainer):
             self.clip_gradients(None if self.grad_scaler.is_enabled() else verdict.gradient_norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _losses(self, model: torch.nn.Module, index: int, normalizer: tuple) -> dict[str, torch.Tensor]:
+        """Return the losses of one part of the step; the first part sets the random numbers of the step."""
+        if index == 0:
+            # Both draw the same numbers on a CPU; without GPUs Detectron2's takes far longer.
+            seed_rng = seed_cpu if self.device.type == "cpu" else seed_all_rng
+            seed_rng(derive_seed(self.data_loader.seed, self.iter, comm.get_rank()))
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            return model(self.batches[index], *normalizer)
 
     def _normalizer(self) -> LossNormalizer:
         """Counts over all batches of the step, as the criterion counts over one."""
@@ -260,6 +264,8 @@ class Trainer(SimpleTrainer):
         """As SimpleTrainer's, with the gradient scaler, the skipped steps and what the order of the data depends on."""
         return {
             **super().state_dict(),
+            # In the middle of a step, the one before it.
+            "iteration": self.iter - (self.steps_done == self.iter < self.max_iter),
             "grad_scaler": self.grad_scaler.state_dict(),
             "nonfinite": self.finite_guard.state_dict(),
             "data": self.data_loader.state_dict(),

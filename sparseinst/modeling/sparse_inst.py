@@ -10,7 +10,6 @@ from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Polygon
 from torch import nn
 from torch.nn import functional as F
 
-from sparseinst.data.grid_masks import GRID_STRIDES, GridMasks, MaskGrid
 from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.modeling.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.decoder import build_sparse_inst_decoder
@@ -117,14 +116,6 @@ class SparseInst(nn.Module):
         """Where the model's tensors are, and images are moved to."""
         return self.pixel_mean.device
 
-    @property
-    def mask_grid(self) -> MaskGrid | None:
-        """What a mapper can reduce the ground truth to; None: it has to give whole masks."""
-        stride, scale_factor = self.encoder.output_shape().stride, getattr(self.decoder, "scale_factor", None)
-        if stride is None or scale_factor is None or stride / scale_factor not in GRID_STRIDES:
-            return None
-        return MaskGrid(int(stride / scale_factor), self.antialiased_targets)
-
     def forward(
         self, batched_inputs: list[dict], normalizer: LossNormalizer | None = None
     ) -> dict[str, torch.Tensor] | list[dict]:
@@ -133,7 +124,7 @@ class SparseInst(nn.Module):
         Args:
             batched_inputs: one dict per image, as Detectron2's DatasetMapper makes them. ``image``: (3, h, w) in
                 [0, 255], channels as INPUT.FORMAT has them. ``height``, ``width``: output size, the image's own where
-                absent. In training, ``instances`` with ``gt_classes`` (M,) and ``gt_masks``: GridMasks, PolygonMasks,
+                absent. In training, ``instances`` with ``gt_classes`` (M,) and ``gt_masks``: PolygonMasks,
                 BitMasks or a tensor (M, h, w); it may be absent where M is 0.
             normalizer: in training, what the losses are divided by where the batch is a part of a larger one.
 
@@ -186,15 +177,7 @@ class SparseInst(nn.Module):
         targets = []
         for x in batched_inputs:
             instances = x["instances"]
-            masks = instances.gt_masks if instances.has("gt_masks") else None
-            if (
-                isinstance(masks, GridMasks)
-                and masks.grid.antialiased == self.antialiased_targets
-                and padded_size == tuple(masks.grid.stride * side for side in mask_size)
-            ):
-                masks = masks.to(self.device, non_blocking=True).on_grid(mask_size)
-            else:
-                masks = self._reduce_masks(instances, padded_size, mask_size)
+            masks = self._reduce_masks(instances, padded_size, mask_size)
             # Nothing here waits for the device, which is busy with the network.
             targets.append(InstanceTargets(instances.gt_classes.to(self.device, non_blocking=True), masks))
         return targets
@@ -284,7 +267,7 @@ def gt_masks_tensor(instances: Instances) -> torch.Tensor:
     """Ground-truth masks (M, h, w) of one image, from any type that a mapper may have made.
 
     Args:
-        instances: with ``gt_masks``: GridMasks, PolygonMasks, BitMasks or a tensor; it may be absent where M is 0.
+        instances: with ``gt_masks``: PolygonMasks, BitMasks or a tensor; it may be absent where M is 0.
 
     Raises:
         ValueError: there are instances but no masks, or masks of another type or another size.
@@ -302,14 +285,10 @@ def gt_masks_tensor(instances: Instances) -> torch.Tensor:
     if isinstance(masks, PolygonMasks):
         bitmasks = [torch.from_numpy(polygons_to_bitmask(polygons, height, width)) for polygons in masks.polygons]
         masks = torch.stack(bitmasks) if bitmasks else torch.zeros((0, height, width), dtype=torch.bool)
-    elif isinstance(masks, GridMasks):
-        masks = masks.whole()
     elif isinstance(masks, BitMasks):
         masks = masks.tensor
     elif not isinstance(masks, torch.Tensor):
-        raise ValueError(
-            f"gt_masks is a {type(masks).__name__}; GridMasks, PolygonMasks, BitMasks or a tensor is expected"
-        )
+        raise ValueError(f"gt_masks is a {type(masks).__name__}; PolygonMasks, BitMasks or a tensor is expected")
     if masks.shape[-2:] != (height, width):
         raise ValueError(f"gt_masks are {tuple(masks.shape[-2:])} in an image of {(height, width)} (height, width)")
     return masks.to(device)

@@ -16,9 +16,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 
-from sparseinst.data.annotations import MaskWindow
 from sparseinst.data.broken_images import BrokenImages, SafeMapper, TestLoader
-from sparseinst.data.grid_masks import GridMasks, MaskGrid, PackedWindow
 from sparseinst.data.images import DataError
 from sparseinst.data.loader import TrainLoader, build_test_loader, build_train_loader, derive_seed
 from tests.shapes_data import register_shapes
@@ -104,13 +102,9 @@ def test_what_a_gpu_fetches_is_pinned(monkeypatch):
     class Mapper(RandomMapper):
         def __call__(self, image):
             super().__call__(image)
-            masks = torch.ones(2, 4, 5, dtype=torch.bool)
-            windows = [PackedWindow.pack(MaskWindow(mask, 0, 0)) for mask in masks.numpy()]
-            grid_masks = GridMasks(torch.ones(2, 1, 2, dtype=torch.uint8), windows, MaskGrid(4), (4, 5))
             instances = Instances(
                 (4, 5),
-                gt_masks=BitMasks(masks),
-                grid_masks=grid_masks,
+                gt_masks=BitMasks(torch.ones(2, 4, 5, dtype=torch.bool)),
                 gt_boxes=Boxes(torch.ones(2, 4)),
                 gt_classes=torch.tensor([1, 2]),
             )
@@ -133,11 +127,8 @@ def test_what_a_gpu_fetches_is_pinned(monkeypatch):
         instances = sample["instances"]
         assert sample["file_name"] == f"{sample['index']}.jpg" and instances.image_size == (4, 5)
         assert isinstance(instances.gt_masks, BitMasks) and isinstance(instances.gt_boxes, Boxes)
-        for tensor in (
-            sample["image"], instances.gt_classes, instances.gt_masks.tensor, instances.gt_boxes.tensor,
-            instances.grid_masks.counts,
-        ):  # fmt: skip
-            assert is_pinned(tensor)
+        tensors = (sample["image"], instances.gt_classes, instances.gt_masks.tensor, instances.gt_boxes.tensor)
+        assert all(map(is_pinned, tensors))
         assert instances.gt_classes.tolist() == [1, 2]
 
 

@@ -10,12 +10,9 @@ from pycocotools import mask as mask_api
 from torch.nn import functional as F
 
 from sparseinst.data import SparseInstDatasetMapper
-from sparseinst.data.grid_masks import GridMasks, MaskGrid
-from sparseinst.data.loader import build_train_loader
 from sparseinst.modeling import sparse_inst
 from sparseinst.modeling.sparse_inst import gt_masks_tensor
-from tests.shapes_data import register_shapes
-from tests.tiny_model import random_input, tiny_cfg, tiny_model
+from tests.tiny_model import random_input, tiny_model
 
 # height, width, instances; an image of a pixel, one without instances, one with many.
 IMAGES = [(37, 53, 3), (64, 96, 0), (50, 131, 40), (1, 1, 1), (33, 32, 2)]
@@ -63,22 +60,19 @@ def map_images(dicts, mapper):
 
 
 MAPPERS = {
-    "grid": lambda model: SparseInstDatasetMapper(
-        True, augmentations=[], image_format="RGB", mask_grid=model.mask_grid
-    ),
-    "whole": lambda model: SparseInstDatasetMapper(True, augmentations=[], image_format="RGB"),
-    "stock bitmasks": lambda model: DatasetMapper(
+    "ours": SparseInstDatasetMapper(True, augmentations=[], image_format="RGB"),
+    "stock bitmasks": DatasetMapper(
         True, augmentations=[], image_format="RGB", use_instance_mask=True, instance_mask_format="bitmask"
     ),
-    "stock polygons": lambda model: DatasetMapper(
+    "stock polygons": DatasetMapper(
         True, augmentations=[], image_format="RGB", use_instance_mask=True, instance_mask_format="polygon"
     ),
-}  # fmt: skip
+}
 MODELS = {
-    "stride 4": (4, []),
-    "stride 2": (2, ["MODEL.SPARSE_INST.ENCODER.IN_FEATURES", ["res2", "res3"]]),
-    "stride 8": (8, ["MODEL.SPARSE_INST.DECODER.SCALE_FACTOR", 1.0]),
-    "no whole stride": (None, ["MODEL.SPARSE_INST.DECODER.SCALE_FACTOR", 3.0]),
+    "stride 4": [],
+    "stride 2": ["MODEL.SPARSE_INST.ENCODER.IN_FEATURES", ["res2", "res3"]],
+    "stride 8": ["MODEL.SPARSE_INST.DECODER.SCALE_FACTOR", 1.0],
+    "no whole stride": ["MODEL.SPARSE_INST.DECODER.SCALE_FACTOR", 3.0],
 }
 
 
@@ -96,13 +90,9 @@ def check_targets(model, batch, images, mask_size):
 def test_equal_the_plain_way_bit_for_bit(mapper_name, model_name, antialiased, dataset_dicts, monkeypatch):
     # Two or three masks at once.
     monkeypatch.setattr(sparse_inst, "PIXELS_AT_ONCE", 25_000)
-    stride, opts = MODELS[model_name]
-    model = tiny_model("MODEL.SPARSE_INST.ANTIALIASED_TARGETS", antialiased, *opts).train()
-    assert model.mask_grid == (None if stride is None else MaskGrid(stride, antialiased))
-    batch = map_images(dataset_dicts, MAPPERS[mapper_name](model))
+    model = tiny_model("MODEL.SPARSE_INST.ANTIALIASED_TARGETS", antialiased, *MODELS[model_name]).train()
+    batch = map_images(dataset_dicts, MAPPERS[mapper_name])
     assert len(batch[2]["instances"]) >= 20
-    if mapper_name == "grid" and stride is not None:
-        assert all(isinstance(x["instances"].gt_masks, GridMasks) for x in batch)
     for part in (batch, batch[:1], batch[3:]):
         images = model.preprocess_image(part)
         with torch.no_grad():
@@ -111,40 +101,26 @@ def test_equal_the_plain_way_bit_for_bit(mapper_name, model_name, antialiased, d
 
 
 @pytest.mark.parametrize(
-    ("divisibility", "mask_size", "antialiased"),
-    [(96, (24, 48), True), (32, (32, 80), False), (32, (16, 43), False)],
-    ids=["mapper not antialiased", "other stride", "no stride at all"],
+    ("divisibility", "mask_size", "antialiased"), [(96, (24, 48), True), (32, (32, 80), False), (32, (16, 43), False)]
 )
-def test_a_mapper_for_another_grid_loses_nothing(divisibility, mask_size, antialiased, dataset_dicts):
+def test_targets_of_other_mask_sizes(divisibility, mask_size, antialiased, dataset_dicts):
     model = tiny_model("MODEL.SPARSE_INST.ANTIALIASED_TARGETS", antialiased).train()
-    mapper = SparseInstDatasetMapper(True, augmentations=[], image_format="RGB", mask_grid=MaskGrid(4))
-    batch = map_images(dataset_dicts, mapper)
+    batch = map_images(dataset_dicts, MAPPERS["ours"])
     images = ImageList.from_tensors([x["image"].float() for x in batch], divisibility)
     check_targets(model, batch, images, mask_size)
 
 
-def test_grid_masks_reach_the_model_s_losses_and_gradients_unchanged(dataset_dicts):
+def test_losses_and_gradients_do_not_depend_on_the_mapper(dataset_dicts):
     model = tiny_model().train()
     results = []
-    for name in ("grid", "whole", "stock bitmasks"):
+    for name in ("ours", "stock bitmasks"):
         model.zero_grad()
-        losses = model(map_images(dataset_dicts[:3], MAPPERS[name](model)))
+        losses = model(map_images(dataset_dicts[:3], MAPPERS[name]))
         sum(losses.values()).backward()
         results.append((losses, [parameter.grad.clone() for parameter in model.parameters()]))
     for losses, gradients in results[1:]:
         assert all(torch.equal(losses[name], value) for name, value in results[0][0].items())
         assert all(torch.equal(a, b) for a, b in zip(gradients, results[0][1]))
-
-
-def test_the_training_loader_s_mapper_takes_the_model_s_grid(tmp_path):
-    cfg = tiny_cfg("DATASETS.TRAIN", (register_shapes(tmp_path, "targets_train"),), "SOLVER.IMS_PER_BATCH", 2)
-    (x, _) = next(iter(build_train_loader(cfg, 0, MaskGrid(2))))
-    assert x["instances"].gt_masks.grid == MaskGrid(2)
-    (x, _) = next(iter(build_train_loader(cfg, 0)))
-    assert isinstance(x["instances"].gt_masks, BitMasks)
-    cfg.MODEL.SPARSE_INST.DATASET_MAPPER = "DatasetMapper"
-    (x, _) = next(iter(build_train_loader(cfg, 0, MaskGrid(2))))
-    assert not isinstance(x["instances"].gt_masks, GridMasks)
 
 
 def test_fractions_in_a_tensor_are_kept():
