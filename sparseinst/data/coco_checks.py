@@ -23,8 +23,8 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
-from sparseinst.data.annotations import NO_SEGMENTATION, TOO_FEW_POINTS, check_segmentation, is_whole
 from sparseinst.data.images import DataError
+from sparseinst.data.mask_decoding import NO_SEGMENTATION, TOO_FEW_POINTS, check_segmentation, is_whole
 
 _IMAGE_KEYS = ("id", "file_name", "height", "width")
 _CATEGORY_KEYS = ("id", "name")

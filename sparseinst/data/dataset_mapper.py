@@ -12,10 +12,10 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.logger import log_first_n
 
-from sparseinst.data.annotations import is_whole, read_mask
 from sparseinst.data.augmentations import build_test_augmentations, build_train_augmentations
 from sparseinst.data.grid_masks import GridMasks, MaskGrid, PackedWindow, unpack_windows
 from sparseinst.data.images import MAX_IMAGE_PIXELS, DataError, check_channel_order, read_image
+from sparseinst.data.mask_decoding import is_whole, read_mask
 
 _logger = logging.getLogger(__name__)
 

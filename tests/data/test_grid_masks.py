@@ -8,8 +8,8 @@ import torch
 from detectron2.structures import Instances
 from torch.nn import functional as F
 
-from sparseinst.data.annotations import MaskWindow
 from sparseinst.data.grid_masks import GRID_STRIDES, GridMasks, MaskGrid, PackedWindow
+from sparseinst.data.mask_decoding import MaskWindow
 
 SIZE = (37, 53)
 
