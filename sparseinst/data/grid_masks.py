@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sparseinst.data.mask_decoding import MaskWindow
+from sparseinst.structures.mask_window import MaskWindow
 
 # For these the share of a cell is exact in float32, and the count of its pixels fits into uint8.
 GRID_STRIDES = (1, 2, 4, 8)

@@ -7,13 +7,14 @@ knows.
 
 import math
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from detectron2.data import transforms as T
 from pycocotools import mask as coco_mask
 
 from sparseinst.data.images import DataError
+from sparseinst.structures.mask_window import MaskWindow
 
 # Why an annotation without any fault gives no instance.
 NO_SEGMENTATION = "no segmentation"
@@ -25,28 +26,6 @@ NO_PIXEL = "no pixel"
 _MAX_RLE_PIXELS = 2**32 - 1
 # Characters of compressed RLE that make up one run, 5 bits each.
 _MAX_RUN_CHARACTERS = 7
-
-
-class MaskWindow(NamedTuple):
-    """A part of an image-sized mask, outside of which the mask is empty."""
-
-    mask: np.ndarray  # bool (h, w)
-    top: int
-    left: int
-
-    def shrink(self) -> "MaskWindow | None":
-        """The smallest window with the same pixels, or None where there are none."""
-        rows = np.flatnonzero(self.mask.any(axis=1))
-        if len(rows) == 0:
-            return None
-        columns = np.flatnonzero(self.mask.any(axis=0))
-        inner = self.mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        return MaskWindow(inner, self.top + int(rows[0]), self.left + int(columns[0]))
-
-    def box(self) -> tuple[int, int, int, int]:
-        """(x0, y0, x1, y1) in pixels, x1 and y1 one past the last pixel."""
-        height, width = self.mask.shape
-        return self.left, self.top, self.left + width, self.top + height
 
 
 def is_whole(value: Any) -> bool:

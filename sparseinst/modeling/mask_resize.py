@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sparseinst.structures.mask_window import MaskWindow
+
 Result = TypeVar("Result")
 
 # Float pixels that are resized at once; 100 masks at 4K would take 3.3 GB.
@@ -34,26 +36,6 @@ FLOAT32_UNIT = 2.0**-24
 # Output rows and columns that are computed at once: the part of the matrix that they need is a narrow band.
 ROW_BLOCK = 24
 COLUMN_BLOCK = 48
-
-
-class MaskWindow(NamedTuple):
-    """A mask without the empty rows and columns around it.
-
-    Attributes:
-        top: first row of the output that the mask touches.
-        left: first column.
-        pixels: (height, width) bool, tight: each edge has a pixel of the mask. (0, 0) where the mask is empty.
-    """
-
-    top: int
-    left: int
-    pixels: torch.Tensor
-
-    @property
-    def box(self) -> tuple[int, int, int, int]:
-        """x0, y0, x1, y1 in pixels, x1 and y1 exclusive."""
-        height, width = self.pixels.shape
-        return self.left, self.top, self.left + width, self.top + height
 
 
 class Axis(NamedTuple):
@@ -134,7 +116,7 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def map_windows(
-    function: Callable[[int, MaskWindow], Result],
+    function: Callable[[int, MaskWindow | None], Result],
     mask_probs: torch.Tensor,
     padded_size: tuple[int, int],
     image_size: tuple[int, int],
@@ -146,7 +128,7 @@ def map_windows(
     Never more than one mask (on a GPU: one chunk of masks) is in memory, whatever the output's size.
 
     Args:
-        function: gets a mask's index and its window, on the masks' device; (0, 0) pixels where the mask is empty.
+        function: called with a mask's index and its window, None where the mask is empty.
         mask_probs: see :func:`resize_masks`, as all others.
 
     Returns:
@@ -168,14 +150,14 @@ def _windows_in_chunks(
     image_size: tuple[int, int],
     output_size: tuple[int, int],
     mask_threshold: float,
-) -> Iterator[MaskWindow]:
+) -> Iterator[MaskWindow | None]:
     """Whole masks, a chunk at once, cut to their boxes."""
     for probs in mask_probs.split(plain_chunk(padded_size, output_size)):
         masks = resize_masks(probs, padded_size, image_size, output_size, mask_threshold)
         boxes = masks_to_boxes(masks).int().tolist()
         found = masks.flatten(1).any(1).tolist()
         for mask, (x0, y0, x1, y1), is_found in zip(masks, boxes, found):
-            yield MaskWindow(y0, x0, mask[y0:y1, x0:x1]) if is_found else MaskWindow(0, 0, mask[:0, :0])
+            yield MaskWindow(mask[y0:y1, x0:x1].cpu().numpy(), y0, x0) if is_found else None
 
 
 def _window_function(
@@ -184,7 +166,7 @@ def _window_function(
     image_size: tuple[int, int],
     output_size: tuple[int, int],
     mask_threshold: float,
-) -> Callable[[int], MaskWindow]:
+) -> Callable[[int], MaskWindow | None]:
     """From a mask's index to its window, of which no more is computed than what can be above the threshold.
 
     NumPy computes it: PyTorch would start threads for every large block, and more than the block takes.
@@ -200,15 +182,15 @@ def _window_function(
     column_ranges = _reach(mask_probs.amax(1).le(low).logical_not_(), columns)
     arrays = mask_probs.numpy()
 
-    def window(index: int) -> MaskWindow:
+    def window(index: int) -> MaskWindow | None:
         (top, bottom), (left, right) = row_ranges[index], column_ranges[index]
         if top >= bottom or left >= right:
-            return MaskWindow(0, 0, torch.zeros((0, 0), dtype=torch.bool))
+            return None
         pixels = _window_pixels(arrays[index], rows, columns, (top, bottom), (left, right), low, high)
         if pixels is None:
             plain = resize_masks(mask_probs[index : index + 1], padded_size, image_size, output_size, mask_threshold)
             pixels = plain[0, top:bottom, left:right].numpy()
-        return _tight(pixels, top, left)
+        return MaskWindow(pixels, top, left).shrink()
 
     return window
 
@@ -255,16 +237,6 @@ def _blocks(axis: Axis, start: int, end: int, size: int) -> Iterator[tuple[int, 
     for block_start in range(start, end, size):
         block_end = min(block_start + size, end)
         yield block_start, block_end, slice(axis.first[block_start], axis.last[block_end - 1] + 1)
-
-
-def _tight(pixels: np.ndarray, top: int, left: int) -> MaskWindow:
-    rows = np.flatnonzero(pixels.any(1))
-    if len(rows) == 0:
-        return MaskWindow(0, 0, torch.zeros((0, 0), dtype=torch.bool))
-    columns = np.flatnonzero(pixels[rows[0] : rows[-1] + 1].any(0))
-    y, x = int(rows[0]), int(columns[0])
-    pixels = pixels[y : int(rows[-1]) + 1, x : int(columns[-1]) + 1]
-    return MaskWindow(top + y, left + x, torch.from_numpy(pixels))
 
 
 @functools.lru_cache(maxsize=16)

@@ -3,7 +3,7 @@
 import numpy as np
 from pycocotools import mask as mask_api
 
-from sparseinst.modeling.mask_resize import MaskWindow
+from sparseinst.structures.mask_window import MaskWindow
 
 
 def encode_window(window: MaskWindow, output_size: tuple[int, int]) -> dict:
@@ -31,7 +31,7 @@ def encode_window(window: MaskWindow, output_size: tuple[int, int]) -> dict:
 
 def _runs(window: MaskWindow, height: int) -> tuple[np.ndarray, np.ndarray]:
     """Where runs start and where they have ended, column by column, as positions in the whole mask's columns."""
-    pixels = window.pixels.cpu().numpy()
+    pixels = window.mask
     rows, columns = pixels.shape
     # Where a pixel is not as the one above it; outside the window there is nothing of the mask.
     is_edge = np.empty((rows + 1, columns), dtype=bool)

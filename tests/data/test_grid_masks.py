@@ -9,7 +9,7 @@ from detectron2.structures import Instances
 from torch.nn import functional as F
 
 from sparseinst.data.grid_masks import GRID_STRIDES, GridMasks, MaskGrid, PackedWindow
-from sparseinst.data.mask_decoding import MaskWindow
+from sparseinst.structures.mask_window import MaskWindow
 
 SIZE = (37, 53)
 

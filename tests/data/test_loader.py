@@ -20,7 +20,7 @@ from sparseinst.data.broken_images import BrokenImages, SafeMapper, TestLoader
 from sparseinst.data.grid_masks import GridMasks, MaskGrid, PackedWindow
 from sparseinst.data.images import DataError
 from sparseinst.data.loader import TrainLoader, build_test_loader, build_train_loader, derive_seed
-from sparseinst.data.mask_decoding import MaskWindow
+from sparseinst.structures.mask_window import MaskWindow
 from tests.shapes_data import register_shapes
 from tests.tiny_model import tiny_cfg
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from sparseinst.data.mask_decoding import MaskWindow
+from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.tools import check_dataset
 from tests.data.flawed_json import CONTENT, annotation, flawed, write
 from tests.shapes_data import write_shapes
