@@ -1,4 +1,4 @@
-"""Data sets: the mapper, a user's own COCO json, drawn shapes (:mod:`sparseinst.data.synthetic`)."""
+"""Data sets: reading, checks, augmentations and loaders of a user's own COCO json; no model."""
 
 from sparseinst.data.augmentations import build_test_augmentations, build_train_augmentations
 from sparseinst.data.coco_json import (

@@ -132,12 +132,12 @@ def test_files_that_are_no_pictures_are_refused_with_the_reason(tmp_path):
     for name, reason in {
         "cut.jpg": "truncated",
         "empty.jpg": "the file is empty",
-        "text.jpg": "it is no picture",
+        "text.jpg": "it is not an image",
         "folder.jpg": "Is a directory",
         "missing.jpg": "No such file",
         "broken.png": "Truncated",
     }.items():
-        with pytest.raises(ImageReadError, match=f"Cannot read the picture {tmp_path / name}: .*{reason}") as error:
+        with pytest.raises(ImageReadError, match=f"Cannot read the image {tmp_path / name}: .*{reason}") as error:
             read_image(tmp_path / name)
         assert isinstance(error.value, DataError)
         if name != "cut.jpg":  # Its header is whole.

@@ -62,7 +62,7 @@ def test_all_broken_images_are_told_in_one_pass(config_file, tmp_path, capsys):
         code, output = check(capsys, json_file, images, *strict, 2, "--workers", workers)
         assert code == 1 and "Problems, which stop a training: 5" in output
         assert "3 of 3; a training passes over at most DATALOADER.MAX_BROKEN_IMAGES, which is 2: repair" in output
-        assert "unreadable image: 2" in output and "1.png: " in output and "4.png: it is no picture" in output
+        assert "unreadable image: 2" in output and "1.png: " in output and "4.png: it is not an image" in output
         assert "missing file: 1" in output and "'2.png'" in output
         assert "another image size: 1" in output and "EXIF" in output
         assert output.endswith("A training with these data would stop.\n")
