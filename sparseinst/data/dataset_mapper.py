@@ -120,8 +120,8 @@ def check_image_size(dataset_dict: dict[str, Any], image_size: tuple[int, int]) 
     expected = (dataset_dict.get("height", height), dataset_dict.get("width", width))
     if expected != (height, width):
         swapped = (
-            ". The file's EXIF entry may rotate the image, which is applied here: annotate the image as it is shown, or "
-            "remove that entry"
+            ". The file's EXIF entry may rotate the image, and the reader applies it: annotate the image as it is "
+            "shown, or remove that entry"
             if expected == (width, height)
             else ""
         )
