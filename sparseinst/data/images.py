@@ -120,7 +120,7 @@ def _opened(path: str | os.PathLike, max_pixels: int) -> Iterator[Image.Image]:
 def _check_range(image: Image.Image) -> None:
     if image.mode == "F" or (image.mode == "I" and image.format not in _16_BIT_FORMATS):
         kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
-        raise ValueError(f"its pixels are {kind}, whose value range is unknown; convert it to 8 or 16 bits")
+        raise ValueError(f"its pixels are {kind}, whose value range is unknown; convert the image to 8 or 16 bits")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -115,10 +115,10 @@ def test_16_bits_are_turned_too(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])
-def test_a_range_that_nobody_knows_is_refused(dtype, kind, tmp_path):
+def test_an_unknown_value_range_is_refused(dtype, kind, tmp_path):
     Image.fromarray(np.zeros((3, 5), dtype)).save(tmp_path / "a.tif")
     for read in (read_image, read_image_size):
-        with pytest.raises(ImageReadError, match=rf"a.tif: its pixels are {kind}.* save it with 8 or 16 bits"):
+        with pytest.raises(ImageReadError, match=rf"a.tif: its pixels are {kind}.* convert the image to 8 or 16 bits"):
             read(tmp_path / "a.tif")
 
 
