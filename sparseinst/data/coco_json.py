@@ -86,8 +86,8 @@ def register_coco_json(
 ) -> None:
     """Check and register a COCO json and its image folder.
 
-    Replaces Detectron2's `register_coco_instances`, which checks nothing: of the 54 flaws in tests/data/flawed_json.py
-    that stop a training here, 20 are accepted silently there, 4 crash the process in pycocotools, and most others end
+    Replaces Detectron2's `register_coco_instances`, which checks nothing: of the 57 flaws in tests/data/flawed_json.py
+    that stop a training here, 21 are accepted silently there, 4 crash the process in pycocotools, and most others end
     in a bare KeyError, TypeError or AssertionError. Here the metadata has the class names at once, and a second call
     with the same json reads it again. A json without `annotations` is registered for prediction: COCOEvaluator writes
     its results and evaluates nothing.
