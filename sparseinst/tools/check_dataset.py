@@ -262,7 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("json", type=Path, help="COCO json")
     add("images", type=Path, help="folder of its images")
-    add("--config-file", default="", help=f"of the training; also checks its classes (default: sizes of {DEFAULT_CONFIG})")
+    add("--config-file", default="", help=f"of the training; also checks its classes (default: {DEFAULT_CONFIG})")
     add("--evaluation", action="store_true", help="also check the fields that only an evaluation reads")
     add("--quick", action="store_true", help="read only the headers of the image files")
     add("--workers", type=int, default=0, help="additional processes that read images (default: 0)")
