@@ -1,4 +1,4 @@
-"""Data sets: the mapper, a user's own COCO json, drawn shapes (:mod:`sparseinst.data.shapes`)."""
+"""Data sets: reading, checks, augmentations, loaders and drawn shapes; no model."""
 
 from sparseinst.data.augmentations import build_test_augmentations, build_train_augmentations
 from sparseinst.data.coco_json import (
@@ -11,6 +11,7 @@ from sparseinst.data.coco_json import (
 )
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 from sparseinst.data.images import DataError, ImageReadError, read_image, read_image_size
+from sparseinst.data.loader import build_train_loader
 
 __all__ = [
     "ClassInfo",
@@ -19,6 +20,7 @@ __all__ = [
     "SparseInstDatasetMapper",
     "build_test_augmentations",
     "build_train_augmentations",
+    "build_train_loader",
     "check_num_classes",
     "class_info",
     "log_data_warnings",

@@ -1,20 +1,20 @@
-"""What is done to a picture before the model sees it, in training and in a test; pictures of one pixel included."""
+"""Build the augmentations of training and test; they also accept images of one pixel."""
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
-# The published crop recipe: short sides in pixels before the crop, and how often it is applied.
+# The published crop recipe: short sides in pixels before the crop, and its probability.
 _SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
 _CROP_PROBABILITY = 0.5
-# Published: none. Only strips, 17 times as long as wide, come to it; one of 1 x 4000 would be 600 x 2400000.
+# Published: no limit. Only images 17 times as long as wide reach it; 1 x 4000 would become 600 x 2400000.
 _LONG_SIDE_BEFORE_CROP = 10_000
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's, but never to a side of no pixel: 1 x 4000 becomes 1 x 853, not 0 x 853.
+    """Resize as Detectron2 does, but keep each side at least one pixel long: 1 x 4000 becomes 1 x 853, not 0 x 853.
 
-    Pictures that have their size already are not copied, which is all that Detectron2 would do.
+    Images that have the size already are not copied.
     """
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
@@ -28,7 +28,7 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 
 
 class RandomCrop(T.RandomCrop):
-    """Detectron2's, but at least one pixel high and wide, whatever fraction of the picture is asked for."""
+    """Crop as Detectron2 does, but at least one pixel high and wide, however small the fraction."""
 
     def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         height, width = super().get_crop_size(image_size)
@@ -36,15 +36,15 @@ class RandomCrop(T.RandomCrop):
 
 
 def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """The resize of INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST, as in Detectron2."""
+    """Return the resize of INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST, as Detectron2 does."""
     return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
 
 
 def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """The published recipe: flip; with INPUT.CROP.ENABLED half of the images zoomed and cropped; resize.
+    """Return the published recipe: flip; with INPUT.CROP.ENABLED zoom and crop half of the images; resize.
 
     Raises:
-        ValueError: a value of INPUT.RANDOM_FLIP, INPUT.CROP or INPUT.MIN_SIZE_TRAIN(_SAMPLING) that has no meaning.
+        ValueError: INPUT.RANDOM_FLIP, INPUT.CROP, INPUT.MIN_SIZE_TRAIN or INPUT.MIN_SIZE_TRAIN_SAMPLING is invalid.
     """
     flip = cfg.INPUT.RANDOM_FLIP
     if flip not in ("none", "horizontal", "vertical"):

@@ -1,4 +1,4 @@
-"""Images that cannot be used: passed over, counted, named, and a limit to how many."""
+"""Skip images that cannot be used, name each once, and stop above a limit."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -10,19 +10,19 @@ from sparseinst.data.images import DataError
 
 _logger = logging.getLogger(__name__)
 
-# What a mapper raises where one image is broken; Detectron2's own mapper raises the latter two.
+# Errors of a mapper about one image; Detectron2's own mapper raises the latter two.
 BROKEN_IMAGE_ERRORS = (DataError, OSError, SizeMismatchError)
 
 
 class Failure(NamedTuple):
-    """An image that cannot be used, and why, in one line that names it."""
+    """An image that cannot be used, and the reason, one line that names the file."""
 
     file_name: str
     message: str
 
 
 class SafeMapper:
-    """A mapper whose answer to a broken image is what is wrong with it, not an error.
+    """Wrap a mapper so that it returns the failure of a broken image in place of raising it.
 
     Args:
         mapper: raises one of BROKEN_IMAGE_ERRORS where an image cannot be used.
@@ -32,7 +32,7 @@ class SafeMapper:
         self._mapper = mapper
 
     def __call__(self, image: dict[str, Any]) -> tuple[dict | None, Failure | None]:
-        """The sample and None, or None and the failure."""
+        """Return the sample and None, or None and the failure."""
         try:
             return self._mapper(image), None
         except BROKEN_IMAGE_ERRORS as error:
@@ -41,13 +41,13 @@ class SafeMapper:
 
 
 class BrokenImages:
-    """Counts the images of a data set that could not be used, names each once, and stops where there are too many.
+    """Count the images of a data set that cannot be used, log each once, and stop above a limit.
 
     Args:
-        limit: how many different ones are passed over.
+        limit: most different images that are skipped.
 
     Attributes:
-        messages: what is wrong, by file name.
+        messages: the reasons, by file name.
     """
 
     def __init__(self, limit: int) -> None:
@@ -55,10 +55,10 @@ class BrokenImages:
         self.messages: dict[str, str] = {}
 
     def add(self, failures: Iterable[Failure]) -> None:
-        """Note some more.
+        """Add failures.
 
         Raises:
-            DataError: there are more than the limit.
+            DataError: more images than the limit are broken; the message lists all of them.
         """
         for file_name, message in failures:
             if file_name in self.messages:
@@ -74,18 +74,15 @@ class BrokenImages:
             _logger.warning("Broken image %d, passed over (the limit is %d): %s", count, self.limit, message)
 
 
-class TestLoader:
-    """The images of a data set that is evaluated, without those that are broken.
+class EvaluationLoader:
+    """Iterate over the batches of an evaluation, without the broken images.
 
-    Detectron2's evaluators count the objects of an image that they are not shown as missed.
+    Detectron2's evaluators count the objects of a skipped image as missed.
 
     Args:
-        loader: batches of what a :class:`SafeMapper` returns.
-        broken: where the images that are passed over are noted.
+        loader: batches of the results of a :class:`SafeMapper`.
+        broken: receives the failures.
     """
-
-    # Not a test, whatever pytest thinks of its name.
-    __test__ = False
 
     def __init__(self, loader: Iterable[list], broken: BrokenImages) -> None:
         self._loader = loader

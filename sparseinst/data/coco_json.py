@@ -1,4 +1,4 @@
-"""A user's own COCO json and image folder as a Detectron2 data set, and the classes that it has."""
+"""Register a user's COCO json and image folder as a Detectron2 data set, and find its classes."""
 
 import hashlib
 import json
@@ -21,18 +21,31 @@ _logger = logging.getLogger(__name__)
 
 NOTHING_TO_TRAIN_ON = "has no annotations to train on: no object that is not a crowd and has a mask"
 
-# Problems that an error message shows; check_dataset shows more.
+# Most problems in one error message.
 _NUM_SHOWN = 3
+
+
+def model_limits(cfg: CfgNode) -> tuple[tuple[str, int], tuple[str, int]]:
+    """Return key and value of the model's number of classes, and of the most instances that it finds."""
+    decoder = cfg.MODEL.SPARSE_INST.DECODER
+    return (
+        ("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", decoder.NUM_CLASSES),
+        ("MODEL.SPARSE_INST.DECODER.NUM_MASKS", decoder.NUM_MASKS),
+    )
 
 
 class ClassInfo(NamedTuple):
     """The classes of a data set, in the order of the model's class indices.
 
-    Its dict form, {"names": [...], "category_ids": [...]}, is what `classes.json` and checkpoints hold.
+    `classes.json` and checkpoints hold its dict form, {"names": [...], "category_ids": [...]}.
+
+    Attributes:
+        names: of the classes.
+        category_ids: of the COCO json; may have gaps.
     """
 
     names: list[str]
-    category_ids: list[int]  # of the COCO json; may have gaps
+    category_ids: list[int]
 
     def save(self, path: str | Path) -> None:
         """Write the classes as JSON."""
@@ -40,23 +53,23 @@ class ClassInfo(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path) -> "ClassInfo":
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            ValueError: there is no such file, or it holds something else.
+            ValueError: the file does not exist, or holds something else.
         """
         return cls.from_content(read_json(Path(path)), str(path))
 
     @classmethod
     def from_content(cls, content: Any, source: str) -> "ClassInfo":
-        """The classes of a dict form that may be anything.
+        """Check and convert a dict form.
 
         Args:
-            content: what was found.
-            source: where, for messages.
+            content: may be anything.
+            source: where the content was found, for messages.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the content is not the dict form of classes.
         """
         if not isinstance(content, dict) or set(content) != set(cls._fields):
             raise ValueError(f"{source} has no list of classes; expected a dict with the keys {cls._fields}")
@@ -71,20 +84,22 @@ class ClassInfo(NamedTuple):
 def register_coco_json(
     name: str, json_file: str | Path, image_root: str | Path, *, for_evaluation: bool = False
 ) -> None:
-    """Register a COCO json and its image folder under a name, as Detectron2's `register_coco_instances`, but checked.
+    """Check and register a COCO json and its image folder.
 
-    Unlike there the metadata has the class names and category ids at once, and a second call with the same json file
-    reads it again. A json without `annotations` is registered as images to be segmented: COCOEvaluator writes its
-    results and evaluates nothing.
+    Replaces Detectron2's `register_coco_instances`, which checks nothing: of the 57 flaws in tests/data/flawed_json.py
+    that stop a training here, 21 are accepted silently there, 4 crash the process in pycocotools, and most others end
+    in a bare KeyError, TypeError or AssertionError. Here the metadata has the class names at once, and a second call
+    with the same json reads it again. A json without `annotations` is registered for prediction: COCOEvaluator writes
+    its results and evaluates nothing.
 
     Args:
         name: of the data set, for DATASETS.TRAIN and DATASETS.TEST.
         json_file: in COCO's instances format; category ids may have gaps.
         image_root: the folder that the json's `file_name` are relative to.
-        for_evaluation: also ask for the fields that only COCO's evaluation reads.
+        for_evaluation: also require the fields that only COCO's evaluation reads.
 
     Raises:
-        ValueError: a path does not exist, the json is broken or lacks a field, or the name is another data set's.
+        ValueError: a path does not exist, the json is broken or lacks a field, or the name belongs to another data set.
     """
     json_file, image_root = (Path(path).expanduser().resolve() for path in (json_file, image_root))
     _register(name, json_file, image_root, for_evaluation, "json_file", "image_root")
@@ -93,38 +108,38 @@ def register_coco_json(
 
 
 def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Register the data that DATASETS.TRAIN_JSON and the like name, and set DATASETS.TRAIN and DATASETS.TEST to it.
+    """Register the data of DATASETS.TRAIN_JSON, TRAIN_IMAGES, TEST_JSON, TEST_IMAGES; set DATASETS.TRAIN and TEST.
 
-    The names follow from the paths, so that all processes of a run have the same ones. Without such keys nothing is
-    changed. What is worth a warning is kept for :func:`log_data_warnings`.
+    The names follow from the paths, so all processes of a run agree on them. A split without these keys stays as it
+    is. Warnings are kept for :func:`log_data_warnings`.
 
     Args:
         cfg: not frozen; changed in place.
-        splits: the parts to look at; ("TEST",) where nothing is trained.
+        splits: ("TEST",) where nothing is trained.
 
     Raises:
-        ValueError: only one of a part's two keys is set, the training data has no object to learn, or
+        ValueError: only one of a split's two keys is set, the training data has no object to learn, or
             :func:`register_coco_json` refuses the data.
     """
     for split in splits:
-        json_key, images_key = f"DATASETS.{split}_JSON", f"DATASETS.{split}_IMAGES"
-        json_value, images_value = cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"]
-        if not json_value and not images_value:
+        keys = [f"{split}_JSON", f"{split}_IMAGES"]
+        values = [cfg.DATASETS[key] for key in keys]
+        if not any(values):
             continue
-        if not json_value or not images_value:
-            given, missing = (json_key, images_key) if json_value else (images_key, json_key)
-            raise ValueError(f"{given} is set and {missing} is not; a data set needs both")
-        json_file, image_root = (Path(value).expanduser().resolve() for value in (json_value, images_value))
+        if not all(values):
+            given, missing = keys if values[0] else keys[::-1]
+            raise ValueError(f"DATASETS.{given} is set and DATASETS.{missing} is not; a data set needs both")
+        json_file, image_root = (Path(value).expanduser().resolve() for value in values)
         digest = hashlib.sha1(f"{json_file}\n{image_root}".encode()).hexdigest()[:8]
         name = f"user_{re.sub(r'[^A-Za-z0-9_-]+', '_', json_file.stem)}_{digest}"
-        report = _register(name, json_file, image_root, split == "TEST", json_key, images_key)
+        report = _register(name, json_file, image_root, split == "TEST", *(f"DATASETS.{key}" for key in keys))
         if split == "TRAIN" and not report.num_instances.total():
-            raise ValueError(f"{json_key}: {json_file} {NOTHING_TO_TRAIN_ON}")
+            raise ValueError(f"DATASETS.TRAIN_JSON: {json_file} {NOTHING_TO_TRAIN_ON}")
         cfg.DATASETS[split] = (name,)
 
 
 def class_info(dataset_name: str) -> ClassInfo:
-    """The classes of a registered data set, which is loaded where its metadata does not have them yet.
+    """Return the classes of a registered data set; load it where its metadata does not have them yet.
 
     Raises:
         ValueError: the name is not registered, its files cannot be read, or it has no classes.
@@ -135,7 +150,7 @@ def class_info(dataset_name: str) -> ClassInfo:
             "data as DATASETS.TRAIN_JSON and DATASETS.TRAIN_IMAGES, DATASETS.TEST_JSON and DATASETS.TEST_IMAGES"
         )
     metadata = MetadataCatalog.get(dataset_name)
-    # Detectron2's register_coco_instances fills in both only when the json is read; other data sets may have no ids.
+    # register_coco_instances sets both only when the json is read; data sets of other formats may have no ids.
     has_ids = metadata.get("thing_dataset_id_to_contiguous_id") is not None or metadata.get("evaluator_type") != "coco"
     if metadata.get("thing_classes") is None or not has_ids:
         try:
@@ -147,38 +162,38 @@ def class_info(dataset_name: str) -> ClassInfo:
         raise ValueError(f"The data set {dataset_name!r} has no class names (thing_classes of its metadata)")
     index_of_id = metadata.get("thing_dataset_id_to_contiguous_id")
     if index_of_id is None:
-        # Without the map LVISEvaluator adds 1 to our indices, and COCOEvaluator takes them as they are.
+        # Without the map LVISEvaluator adds 1 to the indices, and COCOEvaluator uses them unchanged.
         first_id = 1 if metadata.get("evaluator_type") == "lvis" else 0
         return ClassInfo(list(names), list(range(first_id, first_id + len(names))))
     return ClassInfo(list(names), sorted(index_of_id, key=index_of_id.__getitem__))
 
 
 def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Check MODEL.SPARSE_INST.DECODER.NUM_CLASSES against all data sets of DATASETS.TRAIN and DATASETS.TEST.
+    """Check the model's number of classes against all data sets of DATASETS.TRAIN and DATASETS.TEST.
 
     Args:
         cfg: after :func:`register_user_datasets`.
-        splits: the parts to look at.
+        splits: the splits to check.
 
     Raises:
         ValueError: two data sets have different classes, or their number is not the model's; the message has the
             value to set. Or a data set is not registered.
     """
-    infos = {(f"DATASETS.{split}", name): class_info(name).names for split in splits for name in cfg.DATASETS[split]}
+    infos = [(f"DATASETS.{split}", name, class_info(name).names) for split in splits for name in cfg.DATASETS[split]]
     if not infos:
         return
-    (first_key, first_name), first_names = next(iter(infos.items()))
-    for (key, name), names in infos.items():
+    first_key, first_name, first_names = infos[0]
+    for key, name, names in infos:
         if names != first_names:
             raise ValueError(
                 f"{key} {name!r} has {_count(names)}, but {first_key} {first_name!r} has {_count(first_names)}: "
                 f"one model needs the same classes in the same order (set {key}, or {key}_JSON and {key}_IMAGES)"
             )
-    num_classes = cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES
+    (classes_key, num_classes), _ = model_limits(cfg)
     if len(first_names) != num_classes:
         raise ValueError(
-            f"{first_key} {first_name!r} has {_count(first_names)}, but MODEL.SPARSE_INST.DECODER.NUM_CLASSES is "
-            f"{num_classes}: set MODEL.SPARSE_INST.DECODER.NUM_CLASSES {len(first_names)}"
+            f"{first_key} {first_name!r} has {_count(first_names)}, but {classes_key} is {num_classes}: set "
+            f"{classes_key} {len(first_names)}"
         )
 
 
@@ -188,45 +203,44 @@ def _count(names: list[str]) -> str:
 
 
 def log_data_warnings(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Log what a user's own data have that can be used, but perhaps is not meant; a line each.
-
-    Annotations that are left out; images with more objects than the model has predictions for.
+    """Log a line for the annotations that are left out, and one for images with more objects than the model finds.
 
     Args:
         cfg: after :func:`register_user_datasets`.
-        splits: the parts to look at.
+        splits: the splits to look at.
     """
-    num_masks = cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS
     for split in splits:
         for name in cfg.DATASETS[split]:
             metadata = MetadataCatalog.get(name)
-            crowded = crowded_warning(metadata.get("num_instances", Counter()), num_masks)
-            for warning in (*metadata.get("data_warnings", ()), crowded and f"{metadata.json_file}: {crowded}"):
-                if warning:
-                    _logger.warning("DATASETS.%s: %s", split, warning)
+            warnings = list(metadata.get("data_warnings", ()))
+            crowded = crowded_warning(metadata.get("num_instances", Counter()), cfg)
+            if crowded:
+                warnings.append(f"{metadata.json_file}: {crowded}")
+            for warning in warnings:
+                _logger.warning("DATASETS.%s: %s", split, warning)
 
 
-def crowded_warning(num_instances: Counter[int], num_masks: int) -> str | None:
-    """What to say where images have more objects than a model has predictions; None where none has.
+def crowded_warning(num_instances: Counter[int], cfg: CfgNode) -> str | None:
+    """Return a warning where images have more objects than the model finds, else None.
 
     Args:
         num_instances: objects of each image, by image id.
-        num_masks: of the model (MODEL.SPARSE_INST.DECODER.NUM_MASKS).
+        cfg: the model's config.
     """
-    crowded = [count for count in num_instances.values() if count > num_masks]
+    _, (key, most) = model_limits(cfg)
+    crowded = [count for count in num_instances.values() if count > most]
     if not crowded:
         return None
     return (
-        f"{len(crowded)} of {len(num_instances)} images with objects have more of them than "
-        f"MODEL.SPARSE_INST.DECODER.NUM_MASKS, which is {num_masks}: of an image no more are learned, and no more are "
-        f"found. MODEL.SPARSE_INST.DECODER.NUM_MASKS {max(crowded)} would hold all"
+        f"{len(crowded)} of {len(num_instances)} images with objects have more of them than {key}, which is {most}: of "
+        f"an image no more are learned, and no more are found. {key} {max(crowded)} would hold all"
     )
 
 
 def _register(
     name: str, json_file: Path, image_root: Path, for_evaluation: bool, json_key: str, images_key: str
 ) -> JsonReport:
-    """As :func:`register_coco_json`, with names of the two paths for messages; warnings are left to the metadata."""
+    """Register as :func:`register_coco_json`; messages name the two keys, warnings go to the metadata."""
     if not json_file.is_file():
         raise ValueError(f"{json_key}: there is no file {json_file}")
     if not image_root.is_dir():
@@ -235,9 +249,7 @@ def _register(
     if name in DatasetCatalog and known_as != str(json_file):
         raise ValueError(f"The name {name!r} is already that of another data set ({known_as}); take another name")
 
-    content = read_json(json_file)
-    report = check_content(content, for_evaluation)
-    raise_problems(report.problems(), json_file)
+    content, report = _load(json_file, for_evaluation)
     absent = missing_files([image["file_name"] for image in content["images"]], image_root)
     if absent:
         raise ValueError(
@@ -245,7 +257,7 @@ def _register(
             f"images of {json_file} are not there); correct the folder, or remove them from the json"
         )
 
-    # Metadata cannot be changed once set, so a data set that is registered again gets new ones.
+    # Metadata cannot be changed once set.
     DatasetCatalog.pop(name, None)
     MetadataCatalog.pop(name, None)
     categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -262,34 +274,34 @@ def _register(
     return report
 
 
-def raise_problems(problems: list[Finding], json_file: Path) -> None:
-    """Raises ValueError, with the first few in its one line, where there are problems."""
-    if not problems:
-        return
-    shown = "; ".join(problem.message for problem in problems[:_NUM_SHOWN])
-    more = len(problems) - _NUM_SHOWN
-    rest = f"; and {more} more problems, which python -m sparseinst.tools.check_dataset lists" if more > 0 else ""
-    raise ValueError(f"{json_file}: {shown}{rest}")
+def _load(json_file: Path, for_evaluation: bool) -> tuple[Any, JsonReport]:
+    """Read and check a json. Raise ValueError, one line with the first few problems, where there are any."""
+    content = read_json(json_file)
+    report = check_content(content, for_evaluation)
+    if problems := report.problems():
+        shown = "; ".join(problem.message for problem in problems[:_NUM_SHOWN])
+        more = len(problems) - _NUM_SHOWN
+        rest = f"; and {more} more problems, which python -m sparseinst.tools.check_dataset lists" if more > 0 else ""
+        raise ValueError(f"{json_file}: {shown}{rest}")
+    return content, report
 
 
 def _describe_warnings(findings: list[Finding], json_file: Path, for_evaluation: bool) -> list[str]:
-    """A line for what is left out; another for anything else."""
+    """Return one line for all annotations that are left out, and one for annotation id 0."""
+    warnings = [f"{json_file}: {finding.message}" for finding in findings if finding.kind == "annotation id 0"]
     places: dict[str, list[str]] = {}
-    warnings = []
     for finding in findings:
-        if finding.kind == "annotation id 0":
-            warnings.append(f"{json_file}: {finding.message}")
-        elif not finding.stops:
+        if finding.kind != "annotation id 0" and not finding.stops:
             places.setdefault(finding.kind, []).append(finding.message)
     if places:
         parts = [f"{len(where)} with {kind} (the first: {where[0]})" for kind, where in places.items()]
-        what = "annotations that nothing can match" if for_evaluation else "annotations that are left out"
-        warnings.append(f"{json_file}: {what}: {', '.join(parts)}")
+        effect = "annotations that nothing can match" if for_evaluation else "annotations that are left out"
+        warnings.append(f"{json_file}: {effect}: {', '.join(parts)}")
     return warnings
 
 
 def missing_files(file_names: list[str], image_root: Path) -> list[str]:
-    """Those of a folder's files that are not there; each folder is listed once, since many files may be far away."""
+    """Return the files that a folder lacks. Each folder is listed once, which is fast on network drives."""
     present: dict[str, set[str]] = {}
     absent = []
     for file_name in file_names:
@@ -297,20 +309,20 @@ def missing_files(file_names: list[str], image_root: Path) -> list[str]:
         if folder not in present:
             path = image_root / folder
             present[folder] = set(os.listdir(path)) if path.is_dir() else set()
-        # The second question is for file systems to which A.jpg is a.jpg.
+        # is_file knows file systems that ignore the case of letters.
         if base not in present[folder] and not (image_root / file_name).is_file():
             absent.append(file_name)
     return absent
 
 
 def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
-    """The images of a COCO json in Detectron2's standard format, as its `load_coco_json` makes them.
+    """Convert a COCO json to Detectron2's standard format.
 
-    Unlike there no optional field can make it fail; ids of annotations are kept, for messages; annotations without a
-    mask are left out.
+    Replaces Detectron2's `load_coco_json`, which fails on an empty or null `bbox`, a field that a training does not
+    read, and keeps annotations without a mask. Otherwise the dicts are the same, plus the ids of annotations.
 
     Args:
-        content: what :func:`load_checked_json` returns.
+        content: a json that :func:`load_checked_json` returned.
         image_root: the folder that `file_name` are relative to.
     """
     categories = sorted(category["id"] for category in content["categories"])
@@ -344,23 +356,21 @@ def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
 
 
 def load_checked_json(json_file: Path, for_evaluation: bool = False) -> dict:
-    """Read a COCO json, with `images`, `categories` and, unless it is to be segmented only, `annotations`.
+    """Read and check a COCO json: `images`, `categories` and, unless it is for prediction only, `annotations`.
 
     Args:
         json_file: in COCO's instances format.
         for_evaluation: also check the fields that only COCO's evaluation reads.
 
     Raises:
-        ValueError: there is no such file, it cannot be read, or something is wrong with it that stops
-            (:mod:`sparseinst.data.coco_checks` says what).
+        ValueError: the file does not exist or cannot be read, or has a flaw that stops
+            (:mod:`sparseinst.data.coco_checks` lists them).
     """
-    content = read_json(json_file)
-    raise_problems(check_content(content, for_evaluation).problems(), json_file)
-    return content
+    return _load(json_file, for_evaluation)[0]
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError where there is no such file, or it cannot be read."""
+    """Return the content of a JSON file. Raise ValueError where it does not exist or cannot be read."""
     if not path.is_file():
         raise ValueError(f"There is no file {path}")
     try:
@@ -369,5 +379,5 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is no COCO json: its lists lie too deep in one another") from error
-    except ValueError as error:  # of the text's encoding as well as of the JSON
+    except ValueError as error:  # of the text's encoding or of the JSON
         raise ValueError(f"{path} is not valid JSON (cut off?): {error}") from error

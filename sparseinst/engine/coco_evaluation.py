@@ -22,8 +22,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.engine.stopwatch import Stopwatch
+from sparseinst.structures.rle_masks import RLEMasks
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""Memory of the CPU that is freed stays with the process.
+"""Keep freed CPU memory in the process.
 
-Feature maps and masks take tens of megabytes. Pieces of that size glibc asks of the system each time and gives back at
-once, and the system fills every page with zeros again: of a step's or a picture's time that can be a tenth and more.
+Feature maps and masks take tens of megabytes. glibc requests blocks of that size from the system each time and returns
+them at once, and the system fills every page with zeros again: a tenth or more of the time of a step or an image.
 """
 
 import ctypes
@@ -10,29 +10,29 @@ import sys
 
 from detectron2.config import CfgNode
 
-# Of glibc's malloc.h, see man 3 mallopt; and the environment variables that set the same.
+# Constants of glibc's malloc.h, see man 3 mallopt; and the environment variables that set the same options.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 _SMALL = (
-    # The largest that glibc takes; set alone, either one would freeze the other at 128 KiB.
+    # The largest value of glibc; setting only one of the two would fix the other at 128 KiB.
     (_M_MMAP_THRESHOLD, 32 * 2**20),
     (_M_TRIM_THRESHOLD, 2**30),
 )
-# No piece beside the heap, and a heap that does not shrink.
+# All blocks in the heap, and a heap that does not shrink.
 _ALL = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def keep_freed_memory(all_sizes: bool = False) -> bool:
-    """Keep what is freed for what is asked for next, from now on, in this process and in those that it forks.
+    """Reuse freed memory for later allocations, in this process and in the processes that it forks.
 
-    It is for a command, or for a program that wants it: it holds for all of the process, and cannot be taken back.
+    Affects the whole process and cannot be undone, so only commands call it.
 
     Args:
-        all_sizes: False: pieces of up to 32 MiB, a GiB in all; the process holds no more than it did at its most.
-            True: everything; the process grows by what lies unused between pieces of different sizes.
+        all_sizes: False: blocks of up to 32 MiB, 1 GiB in total; the process never exceeds its earlier peak.
+            True: all blocks; the process grows by the gaps between blocks of different sizes.
 
     Returns:
-        False, and nothing is done, where there is no glibc, or where the environment says how it is to deal with it.
+        False, without any effect, where glibc is missing or the environment sets its options.
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in _VARIABLES):
         return False
@@ -41,9 +41,9 @@ def keep_freed_memory(all_sizes: bool = False) -> bool:
 
 
 def keep_freed_memory_for_inference(cfg: CfgNode) -> bool:
-    """:func:`keep_freed_memory` of all sizes, where MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY says so.
+    """Keep freed memory of all sizes with MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY; return whether it is kept.
 
-    Not with a GPU: there the tensors are not in this memory.
+    Has no effect with a GPU, whose tensors are in other memory.
     """
     wanted = cfg.MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY
     return cfg.MODEL.DEVICE == "cpu" and wanted and keep_freed_memory(all_sizes=True)

@@ -1,4 +1,4 @@
-"""A training that is asked to stop, by SIGTERM or Ctrl-C, saves a checkpoint and ends."""
+"""Save a checkpoint and end the training on SIGTERM or Ctrl-C."""
 
 import logging
 import os
@@ -12,17 +12,17 @@ from detectron2.engine import HookBase
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Clusters and terminals send to every process, and so does the process that launched them: that is one request.
+# Clusters, terminals and the launching process all signal every process: within this time that is one request.
 SECONDS_OF_ONE_REQUEST = 2
 
 
 class TrainingInterrupted(BaseException):
-    """Ends a training that a signal asked to stop, after its checkpoint was saved.
+    """End a training after a signal, when its checkpoint is saved.
 
-    Not an Exception: no handler of errors is to swallow it.
+    Not an Exception, so that error handlers do not swallow it.
 
     Attributes:
-        signal: the number of the signal.
+        signal: number of the signal.
     """
 
     def __init__(self, signal_number: int) -> None:
@@ -31,14 +31,14 @@ class TrainingInterrupted(BaseException):
 
 
 class SignalWatch:
-    """Notes SIGTERM and SIGINT while it is entered; a second request to stop ends the process as usual.
+    """Record SIGTERM and SIGINT inside a ``with`` block; a second request to stop ends the process as usual.
 
-    Only in the process and the thread that entered it; elsewhere than in the main thread signals cannot be watched.
+    Works in the process that entered the block, and only in its main thread.
 
     Attributes:
         received: number of the first signal, or None.
-        raises_at_once: whether a signal raises TrainingInterrupted where it strikes, as between steps, when the weights
-            are whole and much time may pass until the next step.
+        raises_at_once: raise TrainingInterrupted on the signal, without waiting for the end of a step. For the time
+            between steps, when the weights are consistent and the next step may be far away.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class SignalWatch:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a worker, which inherited this; its parent ends it
+            return  # a worker that inherited this handler; its parent ends it
         if self.received is not None:
             if time.monotonic() - self._received_at < SECONDS_OF_ONE_REQUEST:
                 return
@@ -81,9 +81,9 @@ class SignalWatch:
 
 
 class SaveOnSignal(HookBase):
-    """After the step in which a signal came to any rank: a checkpoint, and the end of the training on all ranks.
+    """Save a checkpoint and end the training on all ranks, after the step in which any rank received a signal.
 
-    The last of the hooks, so that what the others keep is saved as after a whole step.
+    Must be the last hook, so that the state of the others is that after a complete step.
 
     Args:
         watch: entered while the training runs.
@@ -95,13 +95,13 @@ class SaveOnSignal(HookBase):
         self._checkpointer = checkpointer
 
     def after_step(self) -> None:
-        """Raises TrainingInterrupted where it is time."""
+        """Save and raise TrainingInterrupted after a request to stop."""
         if self.trainer.stop_requested:
             self.save()
-            # On the ranks that got none, as where it came from a scheduler.
+            # Ranks without a signal of their own report SIGTERM, as from a scheduler.
             raise TrainingInterrupted(self._watch.received or signal.SIGTERM)
 
     def save(self) -> None:
-        """Save the training as it is after the step ``trainer.iter``."""
+        """Save the state after the step ``trainer.iter``."""
         iteration = self.trainer.iter
         self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)

@@ -1,4 +1,4 @@
-"""The folder of a run: made, found writable, held by one run alone, and no earlier run's checkpoints in it."""
+"""Prepare the folder of a run: writable, locked against other runs, without an earlier run's checkpoints."""
 
 import contextlib
 import os
@@ -18,13 +18,13 @@ LOCK_NAME = ".running"
 
 @contextlib.contextmanager
 def claimed(folder: str | os.PathLike) -> Iterator[Path]:
-    """Make a folder and hold it: until the end no other process can claim it. A process that dies lets go of it.
+    """Make and lock a folder inside a ``with`` block. The lock of a process that dies is released.
 
     Yields:
         The folder.
 
     Raises:
-        ValueError: it cannot be made or written to, or another run holds it.
+        ValueError: the folder cannot be made or written to, or another run holds the lock.
     """
     folder = Path(folder)
     try:
@@ -44,7 +44,7 @@ def claimed(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_no_earlier_run(folder: str | os.PathLike) -> None:
-    """Raises ValueError where a folder holds checkpoints, which a new training would overwrite."""
+    """Raise ValueError where a folder holds checkpoints, which a new training would overwrite."""
     folder = Path(folder)
     checkpoints = sorted(folder.glob("model_*.pth"), key=lambda path: path.stat().st_mtime_ns)
     if checkpoints:
@@ -55,7 +55,7 @@ def check_no_earlier_run(folder: str | os.PathLike) -> None:
 
 
 def check_free_space(folder: str | os.PathLike, num_bytes: int) -> None:
-    """Raises ValueError where less than this is free in a folder that is to hold checkpoints of this size."""
+    """Raise ValueError where a folder has less than ``num_bytes`` free, the size of one checkpoint."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise ValueError(
@@ -77,5 +77,4 @@ def _lock(lock, folder: Path) -> None:
             f"OUTPUT_DIR {folder} is in use by another run{process}. Wait for it, or give another OUTPUT_DIR"
         ) from error
     except OSError:
-        # A file system without locks: nothing to hold on to.
-        return
+        return  # a file system without locks

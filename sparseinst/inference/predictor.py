@@ -20,8 +20,8 @@ from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
-from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.modeling.optimization import optimize_as_configured
+from sparseinst.structures.rle_masks import RLEMasks
 
 
 class Predictor:

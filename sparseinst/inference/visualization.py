@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_api
 from torch.nn import functional as F
 
-from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.inference.drawing import Color, Window, mask_window, paint_objects
+from sparseinst.structures.rle_masks import RLEMasks
 
 # Who paints objects: we, or Detectron2's visualizers.
 DRAWINGS = ("fast", "detectron2")

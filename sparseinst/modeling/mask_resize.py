@@ -1,18 +1,15 @@
-"""Masks of the grid to masks of the picture: the plain computation, and the same result at a fraction of its cost.
+"""Resize masks from the mask grid to the image: the reference, and an equal, cheaper computation for the CPU.
 
-A picture's mask is its probabilities resized twice (SparseInst's published post-processing): bilinearly from the mask
-grid to the padded input, cropped to the image, bilinearly to the output, then compared with the threshold. On a GPU
-that is done as it is written here, in :func:`resize_masks`. On a CPU most of it is wasted: a mask fills a small part of
-its picture, and only there can it be above the threshold. :func:`map_windows` computes that part alone, and what it
-gives equals the plain computation bit for bit:
+An image's mask is its probabilities resized twice (SparseInst's published post-processing): bilinearly from the mask
+grid to the padded input, cropped to the image, bilinearly to the output, then compared with the threshold. The
+reference :func:`resize_masks` does this, and runs on GPUs. On a CPU most of its work is wasted, because a mask fills a
+small part of its image. :func:`map_windows` computes that part alone, equal to the reference bit for bit:
 
-- A bilinear value lies between the values that it is made of. So a pixel can be above the threshold only where one of
-  the grid cells under it is.
-- Both resizes are linear, row by row and column by column. So they are two products with small matrices, whose entries
-  are the very weights that ``interpolate`` has. They are computed in float64, so their rounding does not count.
-- The plain computation rounds to float32 on its way, at most ROUNDINGS times. Where a pixel is nearer to the threshold
-  than that can move it, it is not known on which side the plain computation ends. At the sizes of photographs a few
-  masks in a hundred have such a pixel; they are computed plainly.
+- A bilinear value lies between its inputs, so a pixel can be above the threshold only where a grid cell under it is.
+- Both resizes are linear, row by row and column by column, so they are two products with small matrices of the weights
+  of ``interpolate``. float64 makes their rounding negligible.
+- The reference rounds to float32 at most ROUNDINGS times. A mask with a pixel nearer to the threshold than this
+  rounding error is computed by the reference: a few masks in a hundred at the sizes of photographs.
 """
 
 import functools
@@ -23,37 +20,19 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sparseinst.structures.mask_window import MaskWindow
+
 Result = TypeVar("Result")
 
-# Float pixels that are resized at once; 100 masks at 4K would take 3.3 GB.
+# Most float pixels that are resized at once; 100 masks at 4K would take 3.3 GB.
 MAX_PIXELS_AT_ONCE = 2**25
-# float32 roundings between a cell's probability and an output pixel, whichever of PyTorch's kernels runs: in each of
-# two resizes at most 5 (product of two weights, product with the value, sum of four), and two to be safe.
+# float32 roundings between a cell's probability and an output pixel in any of PyTorch's kernels: in each of two resizes
+# at most 5 (product of two weights, product with the value, sum of four), and two as a margin.
 ROUNDINGS = 12
 FLOAT32_UNIT = 2.0**-24
-# Output rows and columns that are computed at once: the part of the matrix that they need is a narrow band.
+# Output rows and columns per block: a block needs a narrow band of the matrix.
 ROW_BLOCK = 24
 COLUMN_BLOCK = 48
-
-
-class MaskWindow(NamedTuple):
-    """A mask without the empty rows and columns around it.
-
-    Attributes:
-        top: first row of the output that the mask touches.
-        left: first column.
-        pixels: (height, width) bool, tight: each edge has a pixel of the mask. (0, 0) where the mask is empty.
-    """
-
-    top: int
-    left: int
-    pixels: torch.Tensor
-
-    @property
-    def box(self) -> tuple[int, int, int, int]:
-        """x0, y0, x1, y1 in pixels, x1 and y1 exclusive."""
-        height, width = self.pixels.shape
-        return self.left, self.top, self.left + width, self.top + height
 
 
 class Axis(NamedTuple):
@@ -77,15 +56,15 @@ def resize_masks(
     output_size: tuple[int, int],
     mask_threshold: float,
 ) -> torch.Tensor:
-    """Boolean masks at the output size: bilinear to the padded input, cropped, bilinear to the output, thresholded.
+    """Resize bilinearly to the padded input, crop to the image, resize bilinearly to the output, and threshold.
 
-    The plain computation, in chunks of bounded memory: what is published, and what :func:`map_windows` must equal.
+    The published reference, in chunks of bounded memory; :func:`map_windows` must equal it.
 
     Args:
         mask_probs: (n, Hm, Wm) in [0, 1], over the padded input.
         padded_size: size of the padded network input.
         image_size: size of the image in it, top left.
-        output_size: size of the masks wanted.
+        output_size: size of the masks.
         mask_threshold: a pixel belongs to the mask where its probability is above this.
 
     Returns:
@@ -104,12 +83,12 @@ def resize_masks(
 
 
 def plain_chunk(padded_size: tuple[int, int], output_size: tuple[int, int]) -> int:
-    """How many masks :func:`resize_masks` resizes at once; at least 1."""
+    """Return the number of masks that :func:`resize_masks` resizes at once; at least 1."""
     return max(1, MAX_PIXELS_AT_ONCE // (padded_size[0] * padded_size[1] + output_size[0] * output_size[1]))
 
 
 def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Tight boxes, without a loop over the masks.
+    """Return tight boxes, without a loop over the masks.
 
     Args:
         masks: (n, height, width) bool, none empty.
@@ -134,31 +113,30 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def map_windows(
-    function: Callable[[int, MaskWindow], Result],
+    function: Callable[[int, MaskWindow | None], Result],
     mask_probs: torch.Tensor,
     padded_size: tuple[int, int],
     image_size: tuple[int, int],
     output_size: tuple[int, int],
     mask_threshold: float,
 ) -> list[Result]:
-    """Call a function with each of the masks of :func:`resize_masks`, without what is empty around it.
+    """Call a function with the window of each mask of :func:`resize_masks`.
 
-    Never more than one mask (on a GPU: one chunk of masks) is in memory, whatever the output's size.
+    At most one mask (on a GPU: one chunk of masks) is in memory at a time.
 
     Args:
-        function: gets a mask's index and its window, on the masks' device; (0, 0) pixels where the mask is empty.
-        mask_probs: see :func:`resize_masks`, as all others.
+        function: called with a mask's index and its window, None where the mask is empty.
+        mask_probs: as the other arguments, see :func:`resize_masks`.
 
     Returns:
-        What the function returned, in the masks' order.
+        The function's results, in the masks' order.
     """
     mask_probs = mask_probs.detach()
     sizes = (padded_size, image_size, output_size)
     if mask_probs.device.type != "cpu":
         return [function(*item) for item in enumerate(_windows_in_chunks(mask_probs, *sizes, mask_threshold))]
     window_of = _window_function(mask_probs, *sizes, mask_threshold)
-    # One after the other: two threads, which wait for one another between a mask's small steps, took longer for 50
-    # masks of 480x640, and little less for 100 of 1080x1920.
+    # One thread: two were slower for 50 masks of 480x640, and little faster for 100 of 1080x1920.
     return [function(index, window_of(index)) for index in range(len(mask_probs))]
 
 
@@ -168,14 +146,14 @@ def _windows_in_chunks(
     image_size: tuple[int, int],
     output_size: tuple[int, int],
     mask_threshold: float,
-) -> Iterator[MaskWindow]:
-    """Whole masks, a chunk at once, cut to their boxes."""
+) -> Iterator[MaskWindow | None]:
+    """Yield the windows of masks that are computed chunk by chunk."""
     for probs in mask_probs.split(plain_chunk(padded_size, output_size)):
         masks = resize_masks(probs, padded_size, image_size, output_size, mask_threshold)
         boxes = masks_to_boxes(masks).int().tolist()
         found = masks.flatten(1).any(1).tolist()
         for mask, (x0, y0, x1, y1), is_found in zip(masks, boxes, found):
-            yield MaskWindow(y0, x0, mask[y0:y1, x0:x1]) if is_found else MaskWindow(0, 0, mask[:0, :0])
+            yield MaskWindow(mask[y0:y1, x0:x1].cpu().numpy(), y0, x0) if is_found else None
 
 
 def _window_function(
@@ -184,37 +162,37 @@ def _window_function(
     image_size: tuple[int, int],
     output_size: tuple[int, int],
     mask_threshold: float,
-) -> Callable[[int], MaskWindow]:
-    """From a mask's index to its window, of which no more is computed than what can be above the threshold.
+) -> Callable[[int], MaskWindow | None]:
+    """Return a function from a mask's index to its window; it computes only pixels that can be above the threshold.
 
-    NumPy computes it: PyTorch would start threads for every large block, and more than the block takes.
+    It uses NumPy, because PyTorch would start threads for every large block, which takes longer than the block.
     """
     rows, columns = (
         composed_axis(*sizes) for sizes in zip(mask_probs.shape[-2:], padded_size, image_size, output_size)
     )
-    # What float32 can lose of a value next to the threshold; the last term is where it underflows.
+    # The largest float32 error next to the threshold; the last term is for underflow.
     margin = ROUNDINGS * FLOAT32_UNIT * mask_threshold + 1e-36
     low, high = mask_threshold - margin, mask_threshold + margin
-    # Written so that NaN counts: beside it there may be cells that are above.
+    # logical_not of le, so that NaN counts: cells next to it may be above.
     row_ranges = _reach(mask_probs.amax(2).le(low).logical_not_(), rows)
     column_ranges = _reach(mask_probs.amax(1).le(low).logical_not_(), columns)
     arrays = mask_probs.numpy()
 
-    def window(index: int) -> MaskWindow:
+    def window(index: int) -> MaskWindow | None:
         (top, bottom), (left, right) = row_ranges[index], column_ranges[index]
         if top >= bottom or left >= right:
-            return MaskWindow(0, 0, torch.zeros((0, 0), dtype=torch.bool))
+            return None
         pixels = _window_pixels(arrays[index], rows, columns, (top, bottom), (left, right), low, high)
         if pixels is None:
             plain = resize_masks(mask_probs[index : index + 1], padded_size, image_size, output_size, mask_threshold)
             pixels = plain[0, top:bottom, left:right].numpy()
-        return _tight(pixels, top, left)
+        return MaskWindow(pixels, top, left).shrink()
 
     return window
 
 
 def _reach(is_above: torch.Tensor, axis: Axis) -> list[tuple[int, int]]:
-    """From the grid rows (n, Hm) where a mask may be above the threshold to the output rows [start, end) of that."""
+    """Map grid rows (n, Hm) where a mask may be above the threshold to output rows [start, end)."""
     above = is_above.numpy()
     first = above.argmax(1)
     last = above.shape[1] - 1 - above[:, ::-1].argmax(1)
@@ -232,7 +210,7 @@ def _window_pixels(
     low: float,
     high: float,
 ) -> np.ndarray | None:
-    """Booleans (height, width) of one window; None where a pixel lies between ``low`` and ``high``."""
+    """Return the booleans (height, width) of a window; None where a pixel lies between ``low`` and ``high``."""
     (top, bottom), (left, right) = row_range, column_range
     first_cell, end_cell = rows.first[top], rows.last[bottom - 1] + 1
     probs = probs[first_cell:end_cell].astype(np.float64)
@@ -244,32 +222,22 @@ def _window_pixels(
     for start, end, cells in _blocks(rows, top, bottom, ROW_BLOCK):
         values = rows.weights[start:end, cells] @ strips[cells.start - first_cell : cells.stop - first_cell]
         block = np.greater(values, high, out=pixels[start - top : end - top])
-        # NaN is in neither count, so it counts as undecided.
+        # NaN is in neither count, so the window is undecided.
         if np.count_nonzero(block) + np.count_nonzero(values <= low) < values.size:
             return None
     return pixels
 
 
 def _blocks(axis: Axis, start: int, end: int, size: int) -> Iterator[tuple[int, int, slice]]:
-    """Cut output pixels [start, end) into blocks, each with the grid cells that it needs."""
+    """Yield blocks of the output pixels [start, end), each with its grid cells."""
     for block_start in range(start, end, size):
         block_end = min(block_start + size, end)
         yield block_start, block_end, slice(axis.first[block_start], axis.last[block_end - 1] + 1)
 
 
-def _tight(pixels: np.ndarray, top: int, left: int) -> MaskWindow:
-    rows = np.flatnonzero(pixels.any(1))
-    if len(rows) == 0:
-        return MaskWindow(0, 0, torch.zeros((0, 0), dtype=torch.bool))
-    columns = np.flatnonzero(pixels[rows[0] : rows[-1] + 1].any(0))
-    y, x = int(rows[0]), int(columns[0])
-    pixels = pixels[y : int(rows[-1]) + 1, x : int(columns[-1]) + 1]
-    return MaskWindow(top + y, left + x, torch.from_numpy(pixels))
-
-
 @functools.lru_cache(maxsize=16)
 def composed_axis(grid_size: int, padded_size: int, image_size: int, output_size: int) -> Axis:
-    """Both resizes and the crop between them, along one direction."""
+    """Compose both resizes and the crop between them along one direction."""
     weights = _dense(*_taps(grid_size, padded_size), grid_size)[:image_size]
     if image_size != output_size:
         cells, shares = _taps(image_size, output_size)
@@ -279,19 +247,19 @@ def composed_axis(grid_size: int, padded_size: int, image_size: int, output_size
 
 
 def _taps(input_size: int, output_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which input cells ``interpolate`` takes for each output pixel, and their weights, as it has rounded them.
+    """Return the input cells of each output pixel of ``interpolate``, and their rounded weights.
 
     Returns:
         cells (output_size, 4) int64, weights (output_size, 4) float64, two of them at most not 0.
     """
-    # Resizing four patterns, each of which is 1 at every fourth cell, shows each cell's weight, since a pixel's cells
-    # are neighbours. A pixel's centre tells which ones: from one before to two after, should rounding have moved it.
+    # Resizing four patterns that are 1 at every fourth cell shows each cell's weight, since a pixel's cells are
+    # neighbours: from one before the pixel's centre to two after it, a margin for rounding.
     patterns = (torch.arange(input_size) % 4 == torch.arange(4)[:, None]).float()
     resized = F.interpolate(patterns[None, None], size=(4, output_size), mode="bilinear", align_corners=False)[0, 0]
     pixels = torch.arange(output_size)
     centre_cells = ((2 * pixels + 1) * input_size - output_size) // (2 * output_size)
     cells = centre_cells[:, None] + torch.arange(-1, 3)
-    # Those that are outside have weight 0.
+    # Cells outside have weight 0.
     return cells.clamp(0, input_size - 1), resized[cells % 4, pixels[:, None]].double()
 
 

@@ -1,13 +1,13 @@
-"""COCO's run-length encoding of a mask, from its window alone."""
+"""Encode a mask's window as COCO's RLE of the whole mask."""
 
 import numpy as np
 from pycocotools import mask as mask_api
 
-from sparseinst.modeling.mask_resize import MaskWindow
+from sparseinst.structures.mask_window import MaskWindow
 
 
 def encode_window(window: MaskWindow, output_size: tuple[int, int]) -> dict:
-    """What ``pycocotools.mask.encode`` gives for the whole mask, without making it.
+    """Return the RLE that ``pycocotools.mask.encode`` gives for the whole mask, without allocating the mask.
 
     Args:
         window: of one mask.
@@ -18,7 +18,7 @@ def encode_window(window: MaskWindow, output_size: tuple[int, int]) -> dict:
     """
     height, width = output_size
     starts, ends = _runs(window, height)
-    # Runs go down the columns; where a column is full to its last row, its run goes on in the next one.
+    # A run that fills a column to its last row continues in the next column.
     is_apart = starts[1:] != ends[:-1]
     starts = starts[np.concatenate([np.ones(len(starts[:1]), bool), is_apart])]
     ends = ends[np.concatenate([is_apart, np.ones(len(ends[:1]), bool)])]
@@ -30,14 +30,14 @@ def encode_window(window: MaskWindow, output_size: tuple[int, int]) -> dict:
 
 
 def _runs(window: MaskWindow, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where runs start and where they have ended, column by column, as positions in the whole mask's columns."""
-    pixels = window.pixels.cpu().numpy()
+    """Return starts and ends of the runs as positions in the whole mask, counted down its columns."""
+    pixels = window.mask
     rows, columns = pixels.shape
-    # Where a pixel is not as the one above it; outside the window there is nothing of the mask.
+    # A pixel that differs from the pixel above it; outside of the window the mask is empty.
     is_edge = np.empty((rows + 1, columns), dtype=bool)
     is_edge[0], is_edge[-1] = pixels[0], pixels[-1]
     np.not_equal(pixels[1:], pixels[:-1], out=is_edge[1:-1])
     row, column = np.divmod(np.flatnonzero(is_edge), columns)
-    # Edges are few: sorting them takes less than turning the mask.
+    # Sorting the few edges is faster than transposing the mask.
     positions = np.sort((window.left + column) * height + window.top + row)
     return positions[::2], positions[1::2]

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sparseinst.modeling.mask_resize import MaskWindow, map_windows, masks_to_boxes, resize_masks
+from sparseinst.modeling.mask_resize import map_windows, masks_to_boxes, resize_masks
 from sparseinst.modeling.mask_rle import encode_window
 from sparseinst.modeling.structures import Detections
+from sparseinst.structures.mask_window import MaskWindow
 
 MASKNESS_EPS = 1e-6
 MASK_FORMATS = ("bitmask", "rle")
@@ -148,13 +149,15 @@ def _boolean_masks(
     # By NumPy: memory of which no more is filled with zeros than what is looked at.
     masks = np.zeros((len(mask_probs), *output_size), dtype=bool)
 
-    def draw(index: int, window: MaskWindow) -> tuple[int, int, int, int]:
-        x0, y0, x1, y1 = window.box
-        masks[index, y0:y1, x0:x1] = window.pixels.numpy()
-        return window.box
+    def draw(index: int, window: MaskWindow | None) -> tuple[int, int, int, int] | None:
+        if window is None:
+            return None
+        x0, y0, x1, y1 = window.box()
+        masks[index, y0:y1, x0:x1] = window.mask
+        return x0, y0, x1, y1
 
     boxes = map_windows(draw, mask_probs, *sizes, mask_threshold)
-    found = [index for index, (x0, _, x1, _) in enumerate(boxes) if x0 < x1]
+    found = [index for index, box in enumerate(boxes) if box is not None]
     for place, index in enumerate(found):
         # In place: a copy would be as large.
         if place < index:
@@ -173,8 +176,8 @@ def _rle_masks(
 ) -> tuple[torch.Tensor, list[dict], torch.Tensor]:
     """As :func:`_boolean_masks`, with the masks as compressed RLEs."""
 
-    def encode(_: int, window: MaskWindow) -> tuple[tuple[int, int, int, int], dict] | None:
-        return (window.box, encode_window(window, output_size)) if window.pixels.numel() else None
+    def encode(_: int, window: MaskWindow | None) -> tuple[tuple[int, int, int, int], dict] | None:
+        return None if window is None else (window.box(), encode_window(window, output_size))
 
     encoded = map_windows(encode, mask_probs, padded_size, image_size, output_size, mask_threshold)
     found = [index for index, mask in enumerate(encoded) if mask is not None]

@@ -10,13 +10,13 @@ from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Polygon
 from torch import nn
 from torch.nn import functional as F
 
-from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.modeling.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.encoder import build_sparse_inst_encoder
 from sparseinst.modeling.losses import masks_on_grid
 from sparseinst.modeling.postprocessing import MASK_FORMATS, MaskMemoryError, detect
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
+from sparseinst.structures.rle_masks import RLEMasks
 
 # The input is padded to a multiple of this, whatever the backbone: the published checkpoints were trained so.
 SIZE_DIVISIBILITY = 32

@@ -1,14 +1,15 @@
-"""What is wrong with a data set, and what is in it: ``python -m sparseinst.tools.check_dataset JSON IMAGES``.
+"""Report the problems and the content of a data set: ``python -m sparseinst.tools.check_dataset JSON IMAGES``.
 
-Reads a COCO json and every one of its images, reports all problems at once, and says which numbers of classes and
-masks a model for it needs. Exit code 1 where a training would stop because of the data, at its start or on the way; 0
-where it would not, also with warnings; 2 where the arguments are wrong.
+Reads a COCO json and every one of its images, reports all problems at once, and prints the numbers of classes and
+masks that a model for it needs. Exit code 0: a training runs, perhaps with warnings; 1: the data would stop a training;
+2: the arguments are wrong.
 """
 
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,31 +19,36 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling import build_backbone
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from sparseinst.data.annotations import MaskWindow, check_segmentation, is_whole, read_mask
 from sparseinst.data.augmentations import ResizeShortestEdge
 from sparseinst.data.coco_checks import Finding, check_content
-from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning, missing_files, read_json
+from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning, missing_files, model_limits, read_json
 from sparseinst.data.dataset_mapper import check_image_size
-from sparseinst.data.images import DataError, read_image, read_image_size
+from sparseinst.data.images import DataError, ImageReadError, read_image, read_image_size
+from sparseinst.data.mask_decoding import check_segmentation, is_whole, read_mask
 from sparseinst.engine.setup import load_config
+from sparseinst.structures.mask_window import MaskWindow
 
 DEFAULT_CONFIG = "sparse_inst_r50_giam"
 # Pixels: COCO's limits of small and medium objects.
 _SMALL, _MEDIUM = 32**2, 96**2
-# What images are padded to a multiple of, so that the mask grid's cells begin there.
+# Images are padded to a multiple of this, so cells of the mask grid begin there.
 _BLOCK = 32
+# The targets of a model with this setting have every object.
+_KEEPS_ALL = "MODEL.SPARSE_INST.ANTIALIASED_TARGETS True"
+
+ImageEntry = tuple[dict, list[dict]]
 
 
 class ImageSurvey(NamedTuple):
-    """What was found in one image.
+    """The result for one image.
 
     Attributes:
-        finding: what is wrong with the file, or None.
+        finding: the flaw of the file, or None.
         areas: of its objects in pixels of the file; 0 where nothing is drawn.
-        num_vanished: how many objects of some pixels have none on the mask grid.
+        num_vanished: number of drawn objects that the training targets lose.
     """
 
     finding: Finding | None
@@ -50,49 +56,20 @@ class ImageSurvey(NamedTuple):
     num_vanished: int
 
 
-class _Images(Dataset):
-    """Looks at one image and its objects at a time, in a worker of a DataLoader."""
+def target_check(cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
+    """Return a function from an object at the training size to whether SparseInst's targets have a pixel of it.
 
-    def __init__(self, images: list[tuple[dict, list[dict]]], image_root: Path, cfg: CfgNode, is_quick: bool) -> None:
-        self.images = images
-        self.image_root = image_root
-        self.is_quick = is_quick
-        self.max_pixels = cfg.INPUT.MAX_IMAGE_PIXELS
-        self.resize = ResizeShortestEdge([_train_size(cfg)], cfg.INPUT.MAX_SIZE_TRAIN, "choice")
-        self.pixels_per_cell = None if cfg.MODEL.SPARSE_INST.ANTIALIASED_TARGETS else _pixels_per_cell(cfg)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> ImageSurvey:
-        image, annotations = self.images[index]
-        path = self.image_root / image["file_name"]
-        try:
-            if self.is_quick:
-                size = read_image_size(path, self.max_pixels)
-            else:
-                size = read_image(path, max_pixels=self.max_pixels).shape[:2]
-        except DataError as error:
-            return ImageSurvey(Finding("unreadable picture", str(error)), [], 0)
-        try:
-            check_image_size({**image, "file_name": path}, size)
-        except DataError as error:
-            return ImageSurvey(Finding("another image size", str(error)), [], 0)
-        resize = self.resize.get_transform(np.broadcast_to(np.uint8(0), size))
-        areas, num_vanished = [], 0
-        for annotation in annotations:
-            window = read_mask(annotation["segmentation"], T.TransformList([]), size, size)
-            areas.append(0 if window is None else int(window.mask.sum()))
-            if window is not None and self.pixels_per_cell:
-                resized = read_mask(
-                    annotation["segmentation"], T.TransformList([resize]), size, (resize.new_h, resize.new_w)
-                )
-                num_vanished += resized is None or not is_on_grid(resized, self.pixels_per_cell)
-        return ImageSurvey(None, areas, num_vanished)
+    None where they have every object (MODEL.SPARSE_INST.ANTIALIASED_TARGETS).
+    """
+    sparse_inst = cfg.MODEL.SPARSE_INST
+    if sparse_inst.ANTIALIASED_TARGETS:
+        return None
+    stride = build_backbone(cfg).output_shape()[sparse_inst.ENCODER.IN_FEATURES[0]].stride
+    return partial(is_on_grid, pixels_per_cell=stride / sparse_inst.DECODER.SCALE_FACTOR)
 
 
 def is_on_grid(window: MaskWindow, pixels_per_cell: float) -> bool:
-    """Whether an object is in the training's targets, which are its mask reduced bilinearly to the mask grid.
+    """Return whether an object survives the bilinear reduction of its mask to the mask grid.
 
     Args:
         window: the object's mask at the training size.
@@ -108,42 +85,25 @@ def is_on_grid(window: MaskWindow, pixels_per_cell: float) -> bool:
     return bool(F.interpolate(blocks, size=cells, mode="bilinear", align_corners=False).any())
 
 
-def _train_size(cfg: CfgNode) -> int:
-    """The largest short side in training, pixels."""
-    sizes = cfg.INPUT.MIN_SIZE_TRAIN
-    return sizes if isinstance(sizes, int) else max(sizes)
-
-
-def _pixels_per_cell(cfg: CfgNode) -> float:
-    sparse_inst = cfg.MODEL.SPARSE_INST
-    finest = build_backbone(cfg).output_shape()[sparse_inst.ENCODER.IN_FEATURES[0]]
-    return finest.stride / sparse_inst.DECODER.SCALE_FACTOR
-
-
-def find_content_problems(content: Any, image_root: Path, cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
-    """What the start of a training or evaluation refuses or warns of, without a look into the image files."""
+def check_files(content: Any, image_root: Path, cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
+    """Yield the findings of the json and of its file names, without reading an image."""
     report = check_content(content, args.evaluation)
     yield from report.findings
-    if isinstance(content, dict) and not content.get("annotations"):
-        yield Finding("no annotations", NOTHING_TO_TRAIN_ON, stops=not args.evaluation)
-    elif not report.problems() and not report.num_instances.total():
+    is_empty = isinstance(content, dict) and not content.get("annotations")
+    if is_empty or not (report.problems() or report.num_instances.total()):
         yield Finding("no objects", NOTHING_TO_TRAIN_ON, stops=not args.evaluation)
-    images, categories = _entries(content, "images"), _entries(content, "categories")
-    file_names = [image["file_name"] for image in images if isinstance(image.get("file_name"), str)]
-    for file_name in missing_files(file_names, image_root):
+    names = [image["file_name"] for image in _entries(content, "images") if isinstance(image.get("file_name"), str)]
+    for file_name in missing_files(names, image_root):
         yield Finding("missing file", f"{image_root} has no file {file_name!r}")
-    for file_name, count in Counter(file_names).items():
+    for file_name, count in Counter(names).items():
         if count > 1:
             yield Finding("file named twice", f"{file_name!r} is named by {count} images", stops=False)
-    num_classes = cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES
-    if args.config_file and len(categories) != num_classes:
-        yield Finding(
-            "number of classes",
-            f"there are {len(categories)} categories, but MODEL.SPARSE_INST.DECODER.NUM_CLASSES is {num_classes}: set "
-            f"MODEL.SPARSE_INST.DECODER.NUM_CLASSES {len(categories)}",
-        )
-    crowded = crowded_warning(report.num_instances, cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS)
-    if crowded:
+    num_categories = len(_entries(content, "categories"))
+    (key, num_classes), _ = model_limits(cfg)
+    if args.config_file and num_categories != num_classes:
+        message = f"there are {num_categories} categories, but {key} is {num_classes}: set {key} {num_categories}"
+        yield Finding("number of classes", message)
+    if crowded := crowded_warning(report.num_instances, cfg):
         yield Finding("more objects than masks", crowded, stops=False)
 
 
@@ -152,14 +112,14 @@ def _entries(content: Any, part: str) -> list[dict]:
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
-def present_images(content: Any, image_root: Path) -> list[tuple[dict, list[dict]]]:
-    """The images whose files can be looked at, each with those of its annotations that are objects and can be drawn."""
-    images: dict[int, tuple[dict, list[dict]]] = {}
+def present_images(content: Any, image_root: Path) -> list[ImageEntry]:
+    """Return the images whose files exist, each with its valid annotations that are no crowds."""
+    images: dict[int, ImageEntry] = {}
     for image in _entries(content, "images"):
         is_named = isinstance(image.get("file_name"), str) and is_whole(image.get("id"))
-        size = (image.get("height"), image.get("width"))
-        if is_named and all(is_whole(side) and side > 0 for side in size) and image["id"] not in images:
-            images[image["id"]] = (image, [])
+        has_size = all(is_whole(image.get(side)) and image[side] > 0 for side in ("height", "width"))
+        if is_named and has_size:
+            images.setdefault(image["id"], (image, []))
     absent = set(missing_files([image["file_name"] for image, _ in images.values()], image_root))
     for annotation in _entries(content, "annotations"):
         image_id = annotation.get("image_id")
@@ -170,29 +130,55 @@ def present_images(content: Any, image_root: Path) -> list[tuple[dict, list[dict
             if check_segmentation(annotation.get("segmentation"), (image["height"], image["width"])) is None:
                 annotations.append(annotation)
         except DataError:
-            pass  # find_content_problems has told.
-    return [pair for pair in images.values() if pair[0]["file_name"] not in absent]
+            pass  # check_files reports it.
+    return [entry for entry in images.values() if entry[0]["file_name"] not in absent]
 
 
-def survey_images(
-    images: list[tuple[dict, list[dict]]], image_root: Path, cfg: CfgNode, *, is_quick: bool = False, workers: int = 0
-) -> Iterator[ImageSurvey]:
-    """Look at the files of :func:`present_images`, with a progress bar on stderr.
+def survey_image(
+    entry: ImageEntry, image_root: Path, cfg: CfgNode, is_in_target: Callable[[MaskWindow], bool] | None, is_quick: bool
+) -> ImageSurvey:
+    """Read one image of :func:`present_images`, and draw its objects.
 
     Args:
-        images: from :func:`present_images`.
+        entry: the image and its annotations.
         image_root: the folder of the files.
-        cfg: INPUT is read, and what the size of the mask grid follows from.
-        is_quick: read the headers only.
-        workers: processes besides this one.
+        cfg: INPUT is read.
+        is_in_target: see :func:`target_check`.
+        is_quick: read the header only.
     """
-    dataset = _Images(images, image_root, cfg, is_quick)
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_unchanged)
-    yield from tqdm(loader, desc="Images", unit="image", disable=not images)
+    image, annotations = entry
+    path, max_pixels = image_root / image["file_name"], cfg.INPUT.MAX_IMAGE_PIXELS
+    try:
+        if is_quick:
+            size = read_image_size(path, max_pixels)
+        else:
+            size = read_image(path, max_pixels=max_pixels).shape[:2]
+        check_image_size({**image, "file_name": path}, size)
+    except DataError as error:
+        kind = "unreadable image" if isinstance(error, ImageReadError) else "another image size"
+        return ImageSurvey(Finding(kind, str(error)), [], 0)
+    resize = ResizeShortestEdge([_train_size(cfg)], cfg.INPUT.MAX_SIZE_TRAIN, "choice")
+    transform = resize.get_transform(np.broadcast_to(np.uint8(0), size))
+    areas, num_vanished = [], 0
+    for annotation in annotations:
+        segmentation = annotation["segmentation"]
+        window = read_mask(segmentation, T.TransformList([]), size, size)
+        areas.append(0 if window is None else int(window.mask.sum()))
+        if window is not None and is_in_target is not None:
+            new_size = (transform.new_h, transform.new_w)
+            resized = read_mask(segmentation, T.TransformList([transform]), size, new_size)
+            num_vanished += resized is None or not is_in_target(resized)
+    return ImageSurvey(None, areas, num_vanished)
+
+
+def _train_size(cfg: CfgNode) -> int:
+    """Return the largest short side in training, pixels."""
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    return sizes if isinstance(sizes, int) else max(sizes)
 
 
 def broken_images(surveys: list[ImageSurvey], cfg: CfgNode) -> Iterator[Finding]:
-    """What is wrong with the files: a warning each where a training passes over so few, otherwise a problem each."""
+    """Yield the flaws of the files: warnings where a training passes over so few, else problems."""
     findings = [survey.finding for survey in surveys if survey.finding is not None]
     limit = cfg.DATALOADER.MAX_BROKEN_IMAGES
     stops = len(findings) > limit or 0 < len(findings) == len(surveys)
@@ -206,20 +192,16 @@ def broken_images(surveys: list[ImageSurvey], cfg: CfgNode) -> Iterator[Finding]
         )
 
 
-def _unchanged(survey: ImageSurvey) -> ImageSurvey:
-    return survey
-
-
-def describe_content(content: Any, surveys: list[ImageSurvey], cfg: CfgNode) -> Iterator[str]:
-    """What is in a data set, line by line."""
+def describe_content(content: Any, surveys: list[ImageSurvey], cfg: CfgNode, keeps_all: bool) -> Iterator[str]:
+    """Yield the lines about the content of a data set; ``keeps_all``: the targets lose no object."""
     categories, annotations = _entries(content, "categories"), _entries(content, "annotations")
     num_crowds = sum(bool(annotation.get("iscrowd", 0)) for annotation in annotations)
     num_images = len(_entries(content, "images"))
-    yield (f"{num_images} images, {len(categories)} categories, {len(annotations)} annotations ({num_crowds} crowds)")
+    yield f"{num_images} images, {len(categories)} categories, {len(annotations)} annotations ({num_crowds} crowds)"
     of_category = Counter(str(annotation.get("category_id")) for annotation in annotations)
     shown = [f"{category.get('name')} {of_category[str(category.get('id'))]}" for category in categories[:20]]
     yield "Annotations of each category: " + ", ".join(shown) + ", ..." * (len(categories) > 20)
-    yield "Of the images that can be read:"
+    yield "In the images that can be read:"
     counts = np.array([len(survey.areas) for survey in surveys if survey.finding is None])
     areas = np.array([area for survey in surveys for area in survey.areas])
     if len(counts) == 0:
@@ -231,30 +213,30 @@ def describe_content(content: Any, surveys: list[ImageSurvey], cfg: CfgNode) -> 
     )
     if len(areas) == 0:
         return
-    shares = [(areas < _SMALL).mean(), ((areas >= _SMALL) & (areas < _MEDIUM)).mean(), (areas >= _MEDIUM).mean()]
+    small, medium, large = np.histogram(areas, (0, _SMALL, _MEDIUM, np.inf))[0] / len(areas)
     yield (
-        f"  objects by size: {shares[0]:.1%} small (below 32 x 32 pixels), {shares[1]:.1%} medium, {shares[2]:.1%} "
-        f"large (from 96 x 96); without a pixel: {(areas == 0).sum()}"
+        f"  objects by size: {small:.1%} small (below 32 x 32 pixels), {medium:.1%} medium, {large:.1%} large (from "
+        f"96 x 96); without a pixel: {(areas == 0).sum()}"
     )
-    if cfg.MODEL.SPARSE_INST.ANTIALIASED_TARGETS:
-        yield "  objects that the mask grid loses: none, with MODEL.SPARSE_INST.ANTIALIASED_TARGETS True"
+    if keeps_all:
+        yield f"  objects that the mask grid loses: none, with {_KEEPS_ALL}"
     else:
-        num_vanished = sum(survey.num_vanished for survey in surveys)
+        num_lost, num_drawn = sum(survey.num_vanished for survey in surveys), (areas > 0).sum()
         yield (
             f"  objects that the mask grid loses at the training's largest size (short side {_train_size(cfg)}): "
-            f"{num_vanished} of {(areas > 0).sum()} ({num_vanished / max(1, (areas > 0).sum()):.1%})"
-            + "; MODEL.SPARSE_INST.ANTIALIASED_TARGETS True keeps them"
-            * (num_vanished > 0)
+            f"{num_lost} of {num_drawn} ({num_lost / max(1, num_drawn):.1%})"
+            + f"; {_KEEPS_ALL} keeps them"
+            * (num_lost > 0)
         )
+    (classes_key, _), (instances_key, most) = model_limits(cfg)
     yield (
-        f"To be set: MODEL.SPARSE_INST.DECODER.NUM_CLASSES {len(categories)}; "
-        f"MODEL.SPARSE_INST.DECODER.NUM_MASKS {counts.max()} or more holds the objects of every image (it is "
-        f"{cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS})"
+        f"To be set: {classes_key} {len(categories)}; {instances_key} {counts.max()} or more holds the objects of "
+        f"every image (it is {most})"
     )
 
 
 def describe_findings(findings: Iterable[Finding], num_shown: int) -> Iterator[str]:
-    """All problems and all warnings, line by line, at most ``num_shown`` of each kind, and how many there are."""
+    """Yield the lines about all problems and warnings: the number of each kind, and at most ``num_shown`` of each."""
     for stops, title in ((True, "Problems, which stop a training"), (False, "Warnings")):
         by_kind: dict[str, list[str]] = {}
         for finding in findings:
@@ -270,25 +252,22 @@ def describe_findings(findings: Iterable[Finding], num_shown: int) -> Iterator[s
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the command's parser."""
     parser = argparse.ArgumentParser(
         prog="python -m sparseinst.tools.check_dataset",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="What is a problem, and what a warning: the table at the top of sparseinst/data/coco_checks.py",
+        epilog="The table at the top of sparseinst/data/coco_checks.py lists all problems and warnings.",
     )
-    parser.add_argument("json", type=Path, help="COCO json")
-    parser.add_argument("images", type=Path, help="folder of its images")
-    parser.add_argument(
-        "--config-file",
-        default="",
-        help="of the training, whose number of classes is then checked too; otherwise sparse_inst_r50_giam's sizes",
-    )
-    parser.add_argument("--evaluation", action="store_true", help="check what only an evaluation reads, too")
-    parser.add_argument("--quick", action="store_true", help="read the headers of the image files only")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images, besides this one")
-    parser.add_argument("--show", type=int, default=5, metavar="N", help="of each kind of problem (default: 5)")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="override the config")
+    add = parser.add_argument
+    add("json", type=Path, help="COCO json")
+    add("images", type=Path, help="folder of its images")
+    add("--config-file", default="", help=f"of the training; also checks its classes (default: {DEFAULT_CONFIG})")
+    add("--evaluation", action="store_true", help="also check the fields that only an evaluation reads")
+    add("--quick", action="store_true", help="read only the headers of the image files")
+    add("--workers", type=int, default=0, help="additional processes that read images (default: 0)")
+    add("--show", type=int, default=5, metavar="N", help="show N problems of each kind (default: 5)")
+    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="override the config")
     return parser
 
 
@@ -318,16 +297,21 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"{error}\nA training with these data would stop.")
         return 1
-    findings = list(find_content_problems(content, args.images, cfg, args))
+    findings = list(check_files(content, args.images, cfg, args))
     images = present_images(content, args.images)
-    surveys = list(survey_images(images, args.images, cfg, is_quick=args.quick, workers=args.workers))
+    is_in_target = target_check(cfg)
+    survey = partial(survey_image, image_root=args.images, cfg=cfg, is_in_target=is_in_target, is_quick=args.quick)
+    # Without batches, collate_fn is called in a worker with each element.
+    loader = DataLoader(images, batch_size=None, num_workers=args.workers, collate_fn=survey)
+    surveys = list(tqdm(loader, desc="Images", unit="image", disable=not images))
     findings += broken_images(surveys, cfg)
     print(args.json)
-    for line in (*describe_content(content, surveys, cfg), *describe_findings(findings, args.show)):
+    print("\n".join(describe_content(content, surveys, cfg, keeps_all=is_in_target is None)))
+    for line in describe_findings(findings, args.show):
         print(line)
     stops = any(finding.stops for finding in findings)
-    what = "An evaluation" if args.evaluation else "A training"
-    print(f"{what} with these data would stop." if stops else f"Nothing here stops {what.lower()}.")
+    process = "An evaluation" if args.evaluation else "A training"
+    print(f"{process} with these data would stop." if stops else f"Nothing here stops {process.lower()}.")
     return int(stops)
 
 

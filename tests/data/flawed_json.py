@@ -1,4 +1,4 @@
-"""A small COCO data set and one flaw at a time, with what it is to lead to."""
+"""A small COCO data set, and one flaw at a time with its effect."""
 
 import copy
 import json
@@ -131,6 +131,12 @@ FLAWS: dict[str, Flaw] = {
     "an annotation that is a number": _both(
         lambda content: content["annotations"].append(7), "entry 4 of 'annotations' has no 'id'"
     ),
+    "duplicate category ids": _both(
+        lambda content: content["categories"][0].update(id=3), r"1 ids of 'categories' are not unique \(3\)"
+    ),
+    "no category_id": _both(
+        lambda content: content["annotations"][1].pop("category_id"), "entry 1 of 'annotations' has no 'category_id'"
+    ),
     # Fields
     "iscrowd is text": _both(_annotation(iscrowd="0"), "annotation 2 .*iscrowd '0'; expected 0 or 1"),
     "iscrowd is 2": _both(_annotation(iscrowd=2), "annotation 2 .*iscrowd 2; expected 0 or 1"),
@@ -166,6 +172,7 @@ FLAWS: dict[str, Flaw] = {
         "no annotation has a segmentation|has no 'segmentation'",
     ),
     "no images": _both(lambda content: content.pop("images"), "has no 'images'"),
+    "images is empty": _both(lambda content: content.update(images=[]), "has no 'images'"),
     "images is a number": _both(lambda content: content.update(images=7), "'images' is a int"),
     "no categories": _both(lambda content: content.update(categories=[]), "has no 'categories'"),
     "a category without a name": _both(

@@ -330,7 +330,7 @@ def test_unreadable_image_is_named(tmp_path: Path, image_file: str) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(Path(image_file).read_bytes()[:200])
     for path in (broken, tmp_path / "absent.png"):
-        with pytest.raises(ValueError, match=f"Cannot read the picture {path}"):
+        with pytest.raises(ValueError, match=f"Cannot read the image {path}"):
             _mapper()({"file_name": str(path)})
     with pytest.raises(ValueError, match=f"image.png has {HEIGHT} x {WIDTH} pixels.* 5 x {WIDTH}"):
         _mapper()(_dict(image_file) | {"height": 5})

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from functools import partial
 
 import pytest
 from detectron2.data import DatasetCatalog
@@ -10,6 +11,7 @@ from detectron2.data import DatasetCatalog
 from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 from sparseinst.tools import check_dataset
+from sparseinst.tools.check_dataset import is_on_grid
 from tests.data.flawed_json import CONTENT, FLAWS, flawed, write
 from tests.tiny_model import tiny_cfg
 
@@ -17,7 +19,7 @@ from tests.tiny_model import tiny_cfg
 @pytest.fixture(autouse=True)
 def _no_backbone(monkeypatch):
     """Building one takes most of the checker's time here."""
-    monkeypatch.setattr(check_dataset, "_pixels_per_cell", lambda cfg: 4.0)
+    monkeypatch.setattr(check_dataset, "target_check", lambda cfg: partial(is_on_grid, pixels_per_cell=4.0))
 
 
 @pytest.fixture(autouse=True)

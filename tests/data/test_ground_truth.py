@@ -58,7 +58,7 @@ def test_broken_data_are_named(json_file):
     with pytest.raises(DataError, match=r"one/a.png has 30 x 20 pixels .*made for 20 x 30.*EXIF"):
         truth.find(folder / "one" / "a.png")
     (folder / "two" / "a.png").write_text("no picture")
-    with pytest.raises(DataError, match="two/a.png: it is no picture"):
+    with pytest.raises(DataError, match="two/a.png: it is not an image"):
         truth.find(folder / "two" / "a.png")
     content = json.loads(json_file.read_text())
     content["annotations"][2]["segmentation"][0][3] = float("inf")

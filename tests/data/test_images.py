@@ -115,10 +115,10 @@ def test_16_bits_are_turned_too(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])
-def test_a_range_that_nobody_knows_is_refused(dtype, kind, tmp_path):
+def test_an_unknown_value_range_is_refused(dtype, kind, tmp_path):
     Image.fromarray(np.zeros((3, 5), dtype)).save(tmp_path / "a.tif")
     for read in (read_image, read_image_size):
-        with pytest.raises(ImageReadError, match=rf"a.tif: its pixels are {kind}.* save it with 8 or 16 bits"):
+        with pytest.raises(ImageReadError, match=rf"a.tif: its pixels are {kind}.* convert the image to 8 or 16 bits"):
             read(tmp_path / "a.tif")
 
 
@@ -132,12 +132,12 @@ def test_files_that_are_no_pictures_are_refused_with_the_reason(tmp_path):
     for name, reason in {
         "cut.jpg": "truncated",
         "empty.jpg": "the file is empty",
-        "text.jpg": "it is no picture",
+        "text.jpg": "it is not an image",
         "folder.jpg": "Is a directory",
         "missing.jpg": "No such file",
         "broken.png": "Truncated",
     }.items():
-        with pytest.raises(ImageReadError, match=f"Cannot read the picture {tmp_path / name}: .*{reason}") as error:
+        with pytest.raises(ImageReadError, match=f"Cannot read the image {tmp_path / name}: .*{reason}") as error:
             read_image(tmp_path / name)
         assert isinstance(error.value, DataError)
         if name != "cut.jpg":  # Its header is whole.

@@ -16,7 +16,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 
-from sparseinst.data.broken_images import BrokenImages, SafeMapper, TestLoader
+from sparseinst.data.broken_images import BrokenImages, EvaluationLoader, SafeMapper
 from sparseinst.data.images import DataError
 from sparseinst.data.loader import TrainLoader, build_test_loader, build_train_loader, derive_seed
 from tests.shapes_data import register_shapes
@@ -254,8 +254,8 @@ def test_an_evaluation_sees_what_detectron2s_mapper_gives(shapes):
 
 def test_an_evaluation_passes_over_broken_images(caplog):
     safe = SafeMapper(RandomMapper([1, 2]))
-    loader = TestLoader([[safe(image)] for image in IMAGES[:4]], BrokenImages(2))
+    loader = EvaluationLoader([[safe(image)] for image in IMAGES[:4]], BrokenImages(2))
     assert [[x["index"] for x in batch] for batch in loader] == [[0], [3]]
     assert len(caplog.messages) == 2 and "1.jpg is cut off; the objects in it count as missed" in caplog.messages[0]
     with pytest.raises(DataError, match="MAX_BROKEN_IMAGES is 1"):
-        list(TestLoader([[safe(image)] for image in IMAGES[:4]], BrokenImages(1)))
+        list(EvaluationLoader([[safe(image)] for image in IMAGES[:4]], BrokenImages(1)))

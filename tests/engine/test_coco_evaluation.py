@@ -12,7 +12,6 @@ from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
-from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.engine.coco_evaluation import (
     RESULTS_FILE,
     InstanceSegmentationEvaluator,
@@ -21,6 +20,7 @@ from sparseinst.engine.coco_evaluation import (
     run_coco_eval,
 )
 from sparseinst.engine.trainer import check_test_config
+from sparseinst.structures.rle_masks import RLEMasks
 from tests.tiny_model import tiny_cfg
 
 SIZE = (96, 128)

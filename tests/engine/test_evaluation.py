@@ -7,7 +7,6 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.engine.evaluation import (
     STAGES,
     StageTimer,
@@ -16,6 +15,7 @@ from sparseinst.engine.evaluation import (
     evaluate_and_time,
     speed_table,
 )
+from sparseinst.structures.rle_masks import RLEMasks
 from tests.shapes_data import register_shapes
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from sparseinst import add_sparse_inst_config
 from sparseinst.data.coco_json import ClassInfo
-from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.inference import ImageReadError, Predictor, read_image, to_coco_results
+from sparseinst.structures.rle_masks import RLEMasks
 from tests.red_segmenter import red_segmenter_config
 
 FIELDS = ("pred_masks", "scores", "pred_classes")

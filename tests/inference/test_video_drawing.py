@@ -6,9 +6,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from pycocotools import mask as mask_api
 
-from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.inference import draw_video
 from sparseinst.inference.video_drawing import REMEMBERED_FRAMES, ObjectTracker, VideoDrawer
+from sparseinst.structures.rle_masks import RLEMasks
 
 METADATA = Metadata(name="video_test", thing_classes=["bar", "disc"])
 

@@ -9,8 +9,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 from pycocotools import mask as mask_api
 
-from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.inference import draw_iams, draw_instances
+from sparseinst.structures.rle_masks import RLEMasks
 
 METADATA = Metadata(name="visualization_test", thing_classes=["circle", "square"])
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sparseinst.modeling import mask_resize
 from sparseinst.modeling.mask_resize import composed_axis, map_windows, masks_to_boxes, resize_masks
+from sparseinst.structures.mask_window import MaskWindow
 
 SIZES = {"padded_size": (32, 64), "image_size": (30, 41), "output_size": (47, 90)}
 
@@ -24,8 +25,9 @@ def random_probs(num_masks, size, seed=0):
 
 def whole(window, output_size):
     mask = torch.zeros(output_size, dtype=torch.bool)
-    x0, y0, x1, y1 = window.box
-    mask[y0:y1, x0:x1] = window.pixels
+    if window is not None:
+        x0, y0, x1, y1 = window.box()
+        mask[y0:y1, x0:x1] = torch.from_numpy(window.mask)
     return mask
 
 
@@ -37,9 +39,9 @@ def assert_windows_equal_plain(probs, padded_size, image_size, output_size, thre
     for window, mask in zip(found, plain):
         assert torch.equal(whole(window, output_size), mask)
         if mask.any():
-            assert masks_to_boxes(mask[None])[0].tolist() == list(window.box)
+            assert masks_to_boxes(mask[None])[0].tolist() == list(window.box())
         else:
-            assert window.pixels.shape == (0, 0)
+            assert window is None
 
 
 def test_plain_computation_by_hand():
@@ -51,7 +53,7 @@ def test_plain_computation_by_hand():
     assert resize_masks(probs, (1, 8), (1, 6), (1, 3), 0.36).tolist() == [[[False, False, True]]]
     assert resize_masks(probs, (1, 8), (1, 6), (1, 3), 0.34).tolist() == [[[False, True, True]]]
     (window,) = mask_windows(probs, (1, 8), (1, 6), (1, 3), 0.34)
-    assert window.box == (1, 0, 3, 1) and window.pixels.tolist() == [[True, True]]
+    assert window.box() == (1, 0, 3, 1) and window.mask.tolist() == [[True, True]]
 
 
 def test_chunks_do_not_change_the_masks(monkeypatch):
@@ -140,8 +142,8 @@ def test_only_the_window_is_computed(monkeypatch):
     probs = torch.full((1, 40, 40), 0.01)
     probs[0, 20, 30] = 0.99
     sizes = []
-    original = mask_resize._tight
-    monkeypatch.setattr(mask_resize, "_tight", lambda pixels, *at: sizes.append(pixels.shape) or original(pixels, *at))
+    original = MaskWindow.shrink
+    monkeypatch.setattr(MaskWindow, "shrink", lambda window: sizes.append(window.mask.shape) or original(window))
     assert_windows_equal_plain(probs, (160, 160), (160, 160), (1000, 1000), 0.45)
     assert 20 <= sizes[0][0] <= 75 and 20 <= sizes[0][1] <= 75
 
@@ -150,7 +152,7 @@ def test_masks_in_the_padding_alone_are_empty():
     probs = torch.full((2, 8, 16), 0.01)
     probs[0, :, 13:] = 0.99
     probs[1] = 0.01
-    assert [w.pixels.shape for w in mask_windows(probs, **SIZES, mask_threshold=0.45)] == [(0, 0), (0, 0)]
+    assert mask_windows(probs, **SIZES, mask_threshold=0.45) == [None, None]
     assert list(mask_windows(probs[:0], **SIZES, mask_threshold=0.45)) == []
 
 

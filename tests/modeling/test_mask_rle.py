@@ -6,14 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 
-from sparseinst.modeling.mask_resize import MaskWindow, masks_to_boxes
 from sparseinst.modeling.mask_rle import encode_window
+from sparseinst.structures.mask_window import MaskWindow
 
 
 def encode(mask):
     """The window's and pycocotools' encoding of a mask."""
-    x0, y0, x1, y1 = masks_to_boxes(mask[None])[0].int().tolist()
-    window = MaskWindow(y0, x0, mask[y0:y1, x0:x1])
+    window = MaskWindow(mask.numpy(), 0, 0).shrink()
     return encode_window(window, tuple(mask.shape)), mask_api.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8))
 
 

@@ -8,7 +8,6 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils.registry import Registry
 
-from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.modeling import (
     SPARSE_INST_CRITERION_REGISTRY,
     SPARSE_INST_DECODER_REGISTRY,
@@ -20,6 +19,7 @@ from sparseinst.modeling import (
 )
 from sparseinst.modeling.postprocessing import detect
 from sparseinst.modeling.sparse_inst import gt_masks_tensor
+from sparseinst.structures.rle_masks import RLEMasks
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 LOSSES = {"loss_ce", "loss_objectness", "loss_dice", "loss_mask"}

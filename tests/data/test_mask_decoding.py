@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from sparseinst.data.annotations import (
+from sparseinst.data.images import DataError
+from sparseinst.data.mask_decoding import (
     NO_PIXEL,
     NO_SEGMENTATION,
     OUTSIDE,
@@ -20,7 +21,6 @@ from sparseinst.data.annotations import (
     read_mask,
     run_lengths,
 )
-from sparseinst.data.images import DataError
 
 SIZE = (24, 32)
 SQUARE = [3, 4, 9, 4, 9, 8, 3, 8]

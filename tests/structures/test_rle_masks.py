@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 from pycocotools import mask as mask_api
 
-from sparseinst.data.rle_masks import RLEMasks
+from sparseinst.structures.rle_masks import RLEMasks
 
 
 def instances_of(masks, pred_masks):

@@ -1,21 +1,21 @@
-"""The mask of one annotation, from polygons or from RLE of any kind.
+"""Decode the mask of one annotation: polygons, compressed or uncompressed RLE.
 
-pycocotools answers many a broken mask with a crash, with gigabytes of memory, or with another mask. So polygons are
-checked before they are given to it, and RLE is decoded here. Messages say what is wrong; where it is wrong, the caller
-knows.
+pycocotools answers many broken masks with a crash, with gigabytes of memory, or with another mask. So polygons are
+checked before it draws them, and RLE is decoded here. Messages name the flaw; the caller adds the file and annotation.
 """
 
 import math
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from detectron2.data import transforms as T
 from pycocotools import mask as coco_mask
 
 from sparseinst.data.images import DataError
+from sparseinst.structures.mask_window import MaskWindow
 
-# Why an annotation without any fault gives no instance.
+# Reasons why a valid annotation gives no instance.
 NO_SEGMENTATION = "no segmentation"
 TOO_FEW_POINTS = "polygons of fewer than three points"
 OUTSIDE = "outside of the image"
@@ -23,50 +23,28 @@ NO_PIXEL = "no pixel"
 
 # RLE counts pixels with 32 bits.
 _MAX_RLE_PIXELS = 2**32 - 1
-# Characters of compressed RLE that make up one run, 5 bits each.
+# Most characters of one run in compressed RLE, 5 bits each.
 _MAX_RUN_CHARACTERS = 7
 
 
-class MaskWindow(NamedTuple):
-    """A part of an image-sized mask, outside of which the mask is empty."""
-
-    mask: np.ndarray  # bool (h, w)
-    top: int
-    left: int
-
-    def shrink(self) -> "MaskWindow | None":
-        """The smallest window with the same pixels, or None where there are none."""
-        rows = np.flatnonzero(self.mask.any(axis=1))
-        if len(rows) == 0:
-            return None
-        columns = np.flatnonzero(self.mask.any(axis=0))
-        inner = self.mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        return MaskWindow(inner, self.top + int(rows[0]), self.left + int(columns[0]))
-
-    def box(self) -> tuple[int, int, int, int]:
-        """(x0, y0, x1, y1) in pixels, x1 and y1 one past the last pixel."""
-        height, width = self.mask.shape
-        return self.left, self.top, self.left + width, self.top + height
-
-
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, which True and 1.0 are not."""
+    """Return whether a value is a whole number; True and 1.0 are not."""
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_segmentation(segmentation: Any, image_size: tuple[int, int]) -> str | None:
-    """Check all that can be checked without drawing.
+    """Check a segmentation without drawing it.
 
     Args:
         segmentation: of an annotation: a list of polygons, RLE, or None.
         image_size: (height, width) of its image, pixels.
 
     Returns:
-        Why the annotation gives no instance: NO_SEGMENTATION, TOO_FEW_POINTS, OUTSIDE or NO_PIXEL. None where it may
+        Why the annotation gives no instance: NO_SEGMENTATION, TOO_FEW_POINTS, OUTSIDE or NO_PIXEL; None where it may
         give one.
 
     Raises:
-        DataError: it is broken.
+        DataError: the segmentation is broken.
     """
     if segmentation is None or (isinstance(segmentation, list | tuple) and not segmentation):
         return NO_SEGMENTATION
@@ -81,7 +59,7 @@ def check_segmentation(segmentation: Any, image_size: tuple[int, int]) -> str | 
 
 
 def check_polygon(polygon: Any, image_size: tuple[int, int]) -> str | None:
-    """As :func:`check_segmentation`, of one polygon [x0, y0, x1, y1, ...]; never NO_SEGMENTATION or NO_PIXEL."""
+    """Check one polygon [x0, y0, x1, y1, ...] as :func:`check_segmentation`; return TOO_FEW_POINTS, OUTSIDE or None."""
     if isinstance(polygon, np.ndarray):
         polygon = polygon.reshape(-1).tolist()
     if not isinstance(polygon, list | tuple):
@@ -95,10 +73,10 @@ def check_polygon(polygon: Any, image_size: tuple[int, int]) -> str | None:
     height, width = image_size
     xs, ys = polygon[::2], polygon[1::2]
     try:
-        # Built-in functions: on a few dozen Python numbers they are faster than NumPy, and a json has many millions.
+        # Built-in functions are faster than NumPy on a few dozen numbers.
         is_number = (total := sum(polygon)) == total
         left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
-        # Further out lies what was made for another picture, or garbage; to draw it would take gigabytes.
+        # Coordinates beyond belong to another image or are garbage; drawing them would take gigabytes.
         limit = 10 * max(height, width) + 1000
         is_near = is_number and -limit < min(left, top) and max(right, bottom) < limit
     except (TypeError, ValueError, OverflowError) as error:
@@ -110,7 +88,7 @@ def check_polygon(polygon: Any, image_size: tuple[int, int]) -> str | None:
         )
     if len(polygon) < 6:
         return TOO_FEW_POINTS
-    # What pycocotools takes to draw an outline goes with its length.
+    # pycocotools' time and memory grow with the length of the outline.
     longest = 500 * (height + width) + 10_000
     if len(polygon) * (right - left + bottom - top) > longest:
         points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
@@ -121,14 +99,14 @@ def check_polygon(polygon: Any, image_size: tuple[int, int]) -> str | None:
 
 
 def run_lengths(rle: dict, image_size: tuple[int, int]) -> np.ndarray:
-    """The runs of RLE, int64 (R,): pixels down the columns, the first run of them outside of the object.
+    """Return the runs of RLE, int64 (R,): pixels down the columns, beginning with a run outside of the object.
 
     Args:
         rle: `size` (height, width) and `counts`: a list of run lengths, or COCO's compressed ones as bytes or text.
         image_size: (height, width), pixels.
 
     Raises:
-        DataError: it is not that, or its runs do not fill the image.
+        DataError: the RLE is malformed, has another size, or its runs do not fill the image.
     """
     if "size" not in rle or "counts" not in rle:
         raise DataError(f"an RLE mask with keys {list(rle)}; expected 'size' and 'counts'")
@@ -167,10 +145,10 @@ def _whole_numbers(counts: Any) -> np.ndarray:
 
 
 def _decompress(counts: bytes | str) -> np.ndarray:
-    """Run lengths int64 from COCO's compressed form.
+    """Return run lengths, int64, from COCO's compressed form.
 
-    Each number is made of 5 bits a character, lowest first; the sixth bit says that another follows, the fifth of the
-    last is the sign. From the fourth number on they are differences to the number two before.
+    A character holds 5 bits of a number, lowest first; its sixth bit is set where another character follows, and the
+    fifth bit of the last is the sign. From the fourth number on, numbers are differences to the number two before.
     """
     if isinstance(counts, str):
         counts = counts.encode("utf-8", "replace")
@@ -195,7 +173,7 @@ def _decompress(counts: bytes | str) -> np.ndarray:
 
 
 def decode_rle(rle: dict, image_size: tuple[int, int]) -> np.ndarray:
-    """uint8 mask (height, width) of RLE; arguments and errors are those of :func:`run_lengths`."""
+    """Return the uint8 mask (height, width) of RLE; arguments and errors as :func:`run_lengths`."""
     runs = run_lengths(rle, image_size)
     height, width = image_size
     pixels = np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs)
@@ -205,7 +183,7 @@ def decode_rle(rle: dict, image_size: tuple[int, int]) -> np.ndarray:
 def read_mask(
     segmentation: Any, transforms: T.TransformList, source_size: tuple[int, int], image_size: tuple[int, int]
 ) -> MaskWindow | None:
-    """The transformed mask of one annotation.
+    """Return the transformed mask of one annotation.
 
     Polygons are transformed as polygons and rasterised once, at the final size; RLE is transformed as a bitmask.
 
@@ -215,39 +193,32 @@ def read_mask(
         source_size, image_size: (height, width) of the image before and after the transforms, pixels.
 
     Returns:
-        The smallest window around its pixels; None where it has none.
+        The smallest window around its pixels; None where the mask is empty.
 
     Raises:
-        DataError: it is broken.
+        DataError: the segmentation is broken.
     """
     if check_segmentation(segmentation, source_size) is not None:
         return None
     if isinstance(segmentation, dict):
         mask = transforms.apply_segmentation(decode_rle(segmentation, source_size))
         return MaskWindow(mask.astype(bool), 0, 0).shrink()
-    # A copy, because transforms work in place. Fewer than three points enclose nothing.
+    # A copy, because transforms work in place.
     polygons = [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
-    window = rasterize([transforms.apply_coords(polygon) for polygon in polygons if len(polygon) >= 3], image_size)
+    window = _draw_polygons([transforms.apply_coords(polygon) for polygon in polygons if len(polygon) >= 3], image_size)
     return None if window is None else window.shrink()
 
 
-def rasterize(polygons: list[np.ndarray], image_size: tuple[int, int]) -> MaskWindow | None:
-    """Union of polygons, in pixels of an image of `image_size`, as pycocotools draws them; cut at the image's borders.
+def _draw_polygons(polygons: list[np.ndarray], image_size: tuple[int, int]) -> MaskWindow | None:
+    """Draw the union of polygons (P, 2), points x, y, as pycocotools does; None where it lies outside of the image.
 
-    Nothing is drawn right of and below the polygons, because most objects are small. Left of and above them would be
-    cheaper still, but pycocotools rounds ties otherwise after a shift.
-
-    Args:
-        polygons: each (P, 2) points x, y.
-        image_size: (height, width), pixels.
-
-    Returns:
-        None where the polygons' common box lies outside of the image.
+    The canvas ends right of and below the polygons, which is cheaper since most objects are small. It begins at the
+    image's corner, because a shift would make pycocotools round ties differently.
     """
     if not polygons:
         return None
     points = polygons[0] if len(polygons) == 1 else np.concatenate(polygons)
-    # Plain numbers: NumPy takes longer for a few of them.
+    # Python numbers are faster than NumPy here.
     height, width = image_size
     (x_min, y_min), (x_max, y_max) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
     left, top = max(math.floor(x_min), 0), max(math.floor(y_min), 0)
@@ -258,14 +229,13 @@ def rasterize(polygons: list[np.ndarray], image_size: tuple[int, int]) -> MaskWi
         polygons = [_round_evenly(polygon) for polygon in polygons]
     rles = coco_mask.frPyObjects([polygon.reshape(-1) for polygon in polygons], bottom, right)
     mask = coco_mask.decode(rles[0] if len(rles) == 1 else coco_mask.merge(rles))[top:, left:]
-    # Zeros and ones.
     return MaskWindow(mask.view(bool), top, left)
 
 
 def _round_evenly(coordinates: np.ndarray) -> np.ndarray:
-    """Coordinates that pycocotools takes to the nearest fifth of a pixel, also below zero.
+    """Return coordinates that pycocotools rounds to the nearest fifth of a pixel, also below zero.
 
-    It takes int(5 * x + 0.5), which moves what lies left of or above a crop by a fifth of a pixel towards it.
+    pycocotools computes int(5 * x + 0.5), which moves points left of or above a crop by a fifth of a pixel towards it.
     """
     fifths = np.floor(5 * coordinates + 0.5)
     return np.where(fifths < 0, (fifths - 0.75) / 5, coordinates)

@@ -1,0 +1,1 @@
+"""Data types that every other package may use; they depend on no model."""
