@@ -68,6 +68,12 @@ class OptimizedSparseInst(nn.Module):
         """As SparseInst's."""
         return self.model.postprocess(outputs, batched_inputs, images)
 
+    def draw_outputs(
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """As SparseInst's."""
+        return self.model.draw_outputs(outputs, num_objects, median_area, generator)
+
     def train(self, mode: bool = True) -> "OptimizedSparseInst":
         """It stays in eval mode whatever is asked for: folded norms cannot learn."""
         return super().train(False)

@@ -15,6 +15,7 @@ from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.modeling.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.encoder import build_sparse_inst_encoder
+from sparseinst.modeling.example_outputs import draw_outputs
 from sparseinst.modeling.losses import masks_on_grid
 from sparseinst.modeling.postprocessing import MASK_FORMATS, MaskMemoryError, detect
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
@@ -266,6 +267,12 @@ class SparseInst(nn.Module):
                 instances.pred_iams = iams.transpose(0, 1)[..., :rows, :columns]
             results.append({"instances": instances})
         return results
+
+    def draw_outputs(
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Return what a trained network could return, see :func:`~sparseinst.modeling.example_outputs.draw_outputs`."""
+        return draw_outputs(outputs, num_objects, median_area, generator)
 
 
 def _build_backbone(cfg: CfgNode) -> Backbone:
