@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,36 +9,12 @@ from detectron2.data import transforms as T
 from detectron2.structures import ImageList
 from torch import nn
 
-from sparseinst.benchmarks.settings import resident_bytes
+from sparseinst.benchmarks.settings import Measurement, resident_bytes
 from sparseinst.evaluation.stage_timer import now
 
 STAGES = ("preprocessing", "network", "post-processing", "copy to host")
 # Runs of the network whose parts are timed.
 _PART_RUNS = 3
-
-
-class Measurement(NamedTuple):
-    """Seconds that one setting takes.
-
-    Attributes:
-        stages: (repetitions, len(STAGES)), each for a whole batch.
-        parts: median seconds of the modules that the network calls; empty where it runs as one program.
-        batch_size: images in a batch.
-        peak_bytes: largest memory use: of the device, or on the CPU of the process so far.
-    """
-
-    stages: np.ndarray
-    parts: dict[str, float]
-    batch_size: int
-    peak_bytes: int
-
-    def total(self) -> np.ndarray:
-        """Return seconds end to end, from decoded images to masks on the host: (repetitions,)."""
-        return self.stages.sum(1)
-
-    def published(self) -> np.ndarray:
-        """Return seconds as the paper counts them, network and post-processing: (repetitions,)."""
-        return self.stages[:, 1:3].sum(1)
 
 
 def measure(
@@ -55,12 +30,16 @@ def measure(
     """Run each model on one batch repeatedly, all models in turn within each repetition.
 
     Args:
-        models: in eval mode, by name; each has the stages of :class:`~sparseinst.benchmarks.settings.InstanceSegmenter`.
+        models: by name, in eval mode, each an :class:`~sparseinst.benchmarks.settings.InstanceSegmenter`.
         images: the batch, each (height, width, 3) uint8.
         augmentations: resize an image.
         num_detections, median_area: of the objects that post-processing gets, see :func:`example_outputs`.
         repetitions: counted ones.
         warmup: repetitions before them.
+
+    Returns:
+        Measurements by name, with STAGES, "as published" and "end to end". ``more`` has the median milliseconds of the
+        network's parts as "parts_ms", empty where the network runs as one program.
 
     Raises:
         ValueError: a model cannot have so many objects.
@@ -81,10 +60,14 @@ def measure(
             peaks[name] = max(peaks[name], _peak_bytes(model.device))
             if repetition >= warmup:
                 seconds[name].append(stages)
-    return {
-        name: Measurement(np.array(seconds[name]), _time_parts(model, images, augmentation), len(images), peaks[name])
-        for name, model in models.items()
-    }
+    measurements = {}
+    for name, model in models.items():
+        by_stage = np.array(seconds[name]).T
+        # As the paper counts time, without preprocessing and the copy; from decoded images to masks on the host.
+        stages = dict(zip(STAGES, by_stage)) | {"as published": by_stage[1:3].sum(0), "end to end": by_stage.sum(0)}
+        more = {"parts_ms": _time_parts(model, images, augmentation)}
+        measurements[name] = Measurement(stages, stages["end to end"], len(images), peaks[name], more)
+    return measurements
 
 
 def example_outputs(
@@ -141,7 +124,7 @@ def batched_inputs(images: Sequence[np.ndarray], augmentation: T.AugmentationLis
 
 
 def _time_parts(model: nn.Module, images: Sequence[np.ndarray], augmentation: T.AugmentationList) -> dict[str, float]:
-    """Return the median seconds of the outermost modules that the network calls, in runs of their own.
+    """Return the median milliseconds of the outermost modules that the network calls, in runs of their own.
 
     Synchronising between the parts costs time, so that these runs are not counted among the repetitions.
     """
@@ -154,7 +137,7 @@ def _time_parts(model: nn.Module, images: Sequence[np.ndarray], augmentation: T.
         _, padded = _preprocess(model, images, augmentation)
         for _ in range(_PART_RUNS):
             model.network(padded.tensor)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+    return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
 
 
 @contextlib.contextmanager

@@ -1,16 +1,22 @@
-"""What all benchmarks share: the models they run, the settings they compare, the figures they print."""
+"""What all benchmarks share: the models they run, the settings they compare, the figures and errors they print."""
 
+import argparse
+import json
+import logging
 import platform
 import resource
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import ImageList
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
 
 # The node of the config that says how a network runs where nothing is trained.
 INFERENCE = "MODEL.SPARSE_INST.INFERENCE"
@@ -95,22 +101,99 @@ def machine(cfg: CfgNode) -> str:
     return f"{device}, PyTorch {torch.__version__.partition('+')[0]}"
 
 
-def summarize(seconds: np.ndarray) -> dict[str, float]:
-    """Return median, 5th and 95th percentile in milliseconds."""
-    low, median, high = 1e3 * np.percentile(seconds, [5, 50, 95])
-    return {"median_ms": float(median), "p5_ms": float(low), "p95_ms": float(high)}
+class Measurement(NamedTuple):
+    """Seconds that one setting takes.
+
+    Attributes:
+        stages: by name, (repetitions,) each.
+        totals: (repetitions,).
+        batch_size: images in a repetition.
+        peak_bytes: largest memory use; None: not measured.
+        more: further figures of the command, by name.
+    """
+
+    stages: dict[str, np.ndarray]
+    totals: np.ndarray
+    batch_size: int
+    peak_bytes: int | None
+    more: dict[str, Any]
 
 
-def interval(seconds: np.ndarray) -> str:
-    """Return median, 5th and 95th percentile in milliseconds as text."""
-    summary = summarize(seconds)
-    return f"{summary['median_ms']:.1f} ({summary['p5_ms']:.1f}, {summary['p95_ms']:.1f})"
+def report(measurements: Mapping[str, Measurement]) -> dict[str, dict]:
+    """Return the figures of each setting, for a JSON file. Ratios are against the first one."""
+    baseline = next(iter(measurements.values())).totals
+    return {
+        name: {
+            **{stage: _percentiles(1e3 * seconds, "_ms") for stage, seconds in measured.stages.items()},
+            **measured.more,
+            "images_per_second": measured.batch_size / float(np.median(measured.totals)),
+            "peak_mb": None if measured.peak_bytes is None else measured.peak_bytes / 2**20,
+            "times_as_fast_as_first": _percentiles(baseline / measured.totals),
+        }
+        for name, measured in measurements.items()
+    }
 
 
-def ratio(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Return median and percentiles of first over second, repetition by repetition."""
-    low, median, high = np.percentile(first / second, [5, 50, 95])
-    return {"median": float(median), "p5": float(low), "p95": float(high)}
+def table(figures: Mapping[str, dict]) -> str:
+    """Return :func:`report`'s figures as a table: times in ms as median (5th, 95th percentile), a column per setting."""
+    first = next(iter(figures))
+    rows = [
+        [key.replace("_", " ").replace("as first", f"as {first}"), *(_cell(each[key]) for each in figures.values())]
+        for key in figures[first]
+    ]
+    return tabulate(rows, headers=["", *figures], tablefmt="github", disable_numparse=True)
+
+
+def _percentiles(values: np.ndarray, unit: str = "") -> dict[str, float]:
+    low, median, high = np.percentile(values, [5, 50, 95])
+    return {f"median{unit}": float(median), f"p5{unit}": float(low), f"p95{unit}": float(high)}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not measured"
+    if not isinstance(value, dict):
+        return f"{value:.2f}"
+    if "median" in value or "median_ms" in value:
+        digits = 1 if "median_ms" in value else 2
+        median, low, high = (f"{figure:.{digits}f}" for figure in value.values())
+        return f"{median} ({low}, {high})"
+    return ", ".join(f"{name} {figure:.1f}" for name, figure in value.items())
+
+
+def add_common_arguments(
+    parser: argparse.ArgumentParser, named: Mapping[str, str], section: str, repetitions: int, warmup: int
+) -> None:
+    """Add the arguments that all comparing commands have; the numbers are defaults."""
+    add = parser.add_argument
+    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
+    add("--repetitions", type=int, default=repetitions, metavar="N", help=f"counted ones (default {repetitions})")
+    add("--warmup", type=int, default=warmup, metavar="N", help=f"repetitions before them (default {warmup})")
+    add("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
+    add("--compare", nargs="+", metavar="SETTING", default=["configured"],
+        help=f"settings to run in turn in one process: {', '.join(named)}, or NAME='KEY VALUE ...' with keys below "
+        f"{section}, or full ones. Ratios are against the first")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
+
+
+def run_command(
+    args: argparse.Namespace, run: Callable[[argparse.Namespace], dict], errors: tuple[type[Exception], ...] = ()
+) -> int:
+    """Call ``run``, and write its result to --json. Returns 0; 2 after a ValueError, an ImportError or one of errors."""
+    for name in ("fvcore", "detectron2", "sparseinst"):
+        setup_logger(name=name).setLevel(logging.WARNING)
+    try:
+        check_least({"--threads": (1 if args.threads is None else args.threads, 1)})
+        torch.set_num_threads(args.threads or torch.get_num_threads())
+        figures = run(args)
+    except (ValueError, ImportError, *errors) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 def resident_bytes(entry: str = "VmHWM") -> int:

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sparseinst.benchmarks.settings import check_segmenter, resident_bytes
+from sparseinst.benchmarks.settings import Measurement, check_segmenter, resident_bytes
 from sparseinst.data.coco_json import register_user_datasets
 from sparseinst.data.loader import TrainLoader
 from sparseinst.engine.trainer import Trainer
@@ -38,27 +37,6 @@ _OPTIMIZER_STEP = "Optimizer.step#"
 _CACHED_BATCHES = 2
 # Steps that are profiled; profiling slows them down, so that they are not counted among the repetitions.
 _PROFILED_STEPS = 3
-
-
-class Measurement(NamedTuple):
-    """Seconds that one setting takes.
-
-    Attributes:
-        stages: (profiled steps, len(STAGES)).
-        totals: (repetitions,), of whole steps without a profiler.
-        batch_size: images in a step.
-        peak_bytes: largest memory use, above that of the process before it has a model; None: not measured.
-    """
-
-    stages: np.ndarray
-    totals: np.ndarray
-    batch_size: int
-    peak_bytes: int | None
-
-    def outside_network(self) -> np.ndarray:
-        """Return the share of all but the network's forward pass and the backward pass: (profiled steps,)."""
-        network = self.stages[:, [STAGES.index(NETWORK), STAGES.index(BACKWARD)]].sum(1)
-        return 1 - network / self.stages.sum(1)
 
 
 class SteppingTrainer:
@@ -95,8 +73,8 @@ class SteppingTrainer:
             self._storage.step()
         return end - start
 
-    def profile_steps(self, num_steps: int) -> np.ndarray:
-        """Take steps in the profiler, synchronised after each stage. Returns seconds (num_steps, len(STAGES))."""
+    def profile_steps(self, num_steps: int) -> dict[str, np.ndarray]:
+        """Take steps in the profiler, synchronised after each stage. Returns seconds (num_steps,) by stage."""
         self._record_stages()
         stages = []
         for _ in range(num_steps):
@@ -111,7 +89,7 @@ class SteppingTrainer:
             found[LOSSES] = found.pop(_FORWARD) - found[COPY] - found[NETWORK] - found[TARGETS]
             found[REST] = total - sum(found.values())
             stages.append([found[stage] for stage in STAGES])
-        return np.array(stages)
+        return dict(zip(STAGES, np.array(stages).T))
 
     def _record_stages(self) -> None:
         """Give the profiler names for what the model and the trainer do."""
@@ -187,6 +165,11 @@ def measure(
         warmup: repetitions before them; a config with SOLVER.COMPILE is compiled in the first one.
         with_memory: measure memory too, in a process for each config.
 
+    Returns:
+        Measurements by name, with STAGES, from further steps in the profiler, and "step", from steps without it. The
+        memory is that above the process before it has a model. ``more`` has "share_of_all_but_the_network": of all but
+        the network's forward pass and the backward pass.
+
     Raises:
         ValueError: a config cannot be trained, or there is too little memory.
     """
@@ -195,10 +178,13 @@ def measure(
         trainers = {name: SteppingTrainer(cfg, folder, caches_batches) for name, cfg in configs.items()}
         seconds = [[trainer.step() for trainer in trainers.values()] for _ in range(warmup + repetitions)]
         totals = np.array(seconds[warmup:]).T
-        return {
-            name: Measurement(trainer.profile_steps(_PROFILED_STEPS), total, trainer.batch_size, peaks[name])
-            for (name, trainer), total in zip(trainers.items(), totals)
-        }
+        measurements = {}
+        for (name, trainer), total in zip(trainers.items(), totals):
+            stages = trainer.profile_steps(_PROFILED_STEPS)
+            outside = 1 - (stages[NETWORK] + stages[BACKWARD]) / sum(stages.values())
+            more = {"share_of_all_but_the_network": float(np.median(outside))}
+            measurements[name] = Measurement({**stages, "step": total}, total, trainer.batch_size, peaks[name], more)
+        return measurements
 
 
 def peak_bytes(cfg: CfgNode, caches_batches: bool) -> int:
@@ -235,23 +221,3 @@ def _peak_here(cfg: CfgNode, caches_batches: bool, num_threads: int) -> int:
         trainer.step()
         trainer.step()
     return torch.cuda.max_memory_allocated() if is_cuda else resident_bytes() - before
-
-
-def images_per_second(loader: TrainLoader, num_images: int) -> float:
-    """Return how many images one process reads, decodes and augments per second, as a worker of the loader does.
-
-    Args:
-        loader: of a trainer.
-        num_images: timed images, at least; the first batch is not timed.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        batches = loader.batches(num_workers=0)
-        next(batches)
-        start, count = now(torch.device("cpu")), 0
-        while count < num_images:
-            count += len(next(batches))
-        return count / (now(torch.device("cpu")) - start)
-    finally:
-        torch.set_num_threads(threads)

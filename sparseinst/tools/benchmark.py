@@ -9,11 +9,9 @@ Reading and decoding files, and drawing, are not timed.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,19 +20,19 @@ from detectron2.data import transforms as T
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
-from tabulate import tabulate
 from torch import nn
 
-from sparseinst.benchmarks.inference import STAGES, Measurement, batched_inputs, measure
+from sparseinst.benchmarks.inference import batched_inputs, measure
 from sparseinst.benchmarks.settings import (
     INFERENCE,
+    add_common_arguments,
     apply_setting,
     check_least,
     check_segmenter,
-    interval,
     machine,
-    ratio,
-    summarize,
+    report,
+    run_command,
+    table,
 )
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.images import read_image
@@ -65,41 +63,20 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
     add("--input", nargs="+", metavar="IMAGE", default=[], help="image files (default: a random image)")
     add("--size", type=int, nargs=2, default=[480, 640], metavar=("HEIGHT", "WIDTH"), help="of random images, pixels")
     add("--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help="images in a batch")
     add("--detections", type=int, default=20, metavar="N", help="objects in each image (default 20)")
     add("--area", type=float, default=0.05, metavar="SHARE",
         help="median of the objects' areas over the image's area (default 0.05); 1: each fills the image")  # fmt: skip
-    add("--repetitions", type=int, default=20, metavar="N", help="counted ones (default 20)")
-    add("--warmup", type=int, default=2, metavar="N", help="repetitions before them (default 2)")
-    add("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
-    add("--compare", nargs="+", metavar="SETTING", default=["configured"],
-        help=f"settings to run in turn in one process: {', '.join(NAMED_SETTINGS)}, or NAME='KEY VALUE ...' with keys "
-        f"below {INFERENCE}, or full ones. Ratios are against the first; eager is the reference")  # fmt: skip
     add("--stock", action="store_true", help="also print what Detectron2's inference_on_dataset measures for the first")
-    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
+    add_common_arguments(parser, NAMED_SETTINGS, INFERENCE, repetitions=20, warmup=2)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0; 2 where the arguments or the config do not allow it."""
-    args = build_parser().parse_args(argv)
-    for name in ("fvcore", "detectron2", "sparseinst"):
-        setup_logger(name=name).setLevel(logging.WARNING)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    try:
-        report = run(args)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return run_command(build_parser().parse_args(argv), run)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -118,9 +95,9 @@ def run(args: argparse.Namespace) -> dict:
     images = images or [np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)]
     keep_freed_memory_for_inference(cfg)
     models = build_models(cfg, args.compare)
-    report = {"config": args.config_file, "machine": machine(cfg), "detections": args.detections, "batches": []}
+    found = {"config": args.config_file, "machine": machine(cfg), "detections": args.detections, "batches": []}
     sizes = ", ".join(sorted({f"{image.shape[0]}x{image.shape[1]}" for image in images}))
-    print(f"{args.config_file}, {report['machine']}, {args.detections} objects in each image of {sizes}")
+    print(f"{args.config_file}, {found['machine']}, {args.detections} objects in each image of {sizes}")
     augmentations = build_test_augmentations(cfg)
     for batch_size in args.batch_sizes:
         measurements = measure(
@@ -132,15 +109,16 @@ def run(args: argparse.Namespace) -> dict:
             warmup=args.warmup,
             median_area=args.area,
         )
-        print(f"\nBatch of {batch_size}, {args.repetitions} repetitions after {args.warmup}\n{table(measurements)}")
-        report["batches"].append({"batch_size": batch_size, "settings": as_dict(measurements)})
+        figures = report(measurements)
+        print(f"\nBatch of {batch_size}, {args.repetitions} repetitions after {args.warmup}, ms\n{table(figures)}")
+        found["batches"].append({"batch_size": batch_size, "settings": figures})
     if args.stock:
         # Detectron2's warm-up is 5 batches. Here post-processing gets what random weights find.
         setup_logger(name="detectron2").setLevel(logging.INFO)
         inputs = [[x] for x in batched_inputs(images, T.AugmentationList(list(augmentations)))]
         loader = inputs * max(1, 12 // len(inputs))
         inference_on_dataset(next(iter(models.values())), loader, DatasetEvaluators([]))
-    return report
+    return found
 
 
 def build_models(cfg: CfgNode, settings: Sequence[str]) -> dict[str, nn.Module]:
@@ -160,44 +138,6 @@ def build_models(cfg: CfgNode, settings: Sequence[str]) -> dict[str, nn.Module]:
         is_other = any(not key.startswith(f"{INFERENCE}.") for key in keys)
         models[name] = optimize_as_configured(own_cfg, build_model(own_cfg).eval() if is_other else model)
     return models
-
-
-def table(measurements: dict[str, Measurement]) -> str:
-    """Return a row for each setting; times are milliseconds for a batch: median (5th, 95th percentile)."""
-    first = next(iter(measurements))
-    rows = []
-    for name, figures in as_dict(measurements).items():
-        measured, against = measurements[name], figures["times_as_fast_as_first"]
-        rows.append(
-            [name, *map(interval, [*measured.stages.T, measured.published(), measured.total()])]
-            + [f"{figures['images_per_second']:.2f}", f"{figures['peak_mb']:.0f}"]
-            + [f"{against['median']:.2f} ({against['p5']:.2f}, {against['p95']:.2f})"]
-        )
-    headers = ["", *STAGES, "as published", "end to end", "images/s", "peak MB", f"times as fast as {first}"]
-    text = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-    parts = [
-        f"{name}: " + ", ".join(f"{part} {1e3 * seconds:.1f}" for part, seconds in measured.parts.items())
-        for name, measured in measurements.items()
-        if measured.parts
-    ]
-    return text + ("\nParts of the network, one by one, ms. " + "; ".join(parts) if parts else "")
-
-
-def as_dict(measurements: dict[str, Measurement]) -> dict[str, dict]:
-    """Return the figures of each setting, for a JSON file."""
-    baseline = next(iter(measurements.values())).total()
-    return {
-        name: {
-            **{stage: summarize(values) for stage, values in zip(STAGES, measured.stages.T)},
-            "as published": summarize(measured.published()),
-            "end to end": summarize(measured.total()),
-            "parts_ms": {part: 1e3 * seconds for part, seconds in measured.parts.items()},
-            "images_per_second": measured.batch_size / float(np.median(measured.total())),
-            "peak_mb": measured.peak_bytes / 2**20,
-            "times_as_fast_as_first": ratio(baseline, measured.total()),
-        }
-        for name, measured in measurements.items()
-    }
 
 
 if __name__ == "__main__":
