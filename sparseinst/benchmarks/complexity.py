@@ -16,8 +16,8 @@ from sparseinst.benchmarks.settings import InstanceSegmenter, check_segmenter
 
 # Height and width of COCO's most frequent image size.
 PHOTOGRAPH_SIZE = (480, 640)
-# Norms cost nothing once they are folded into convolutions; fvcore counts them otherwise.
-NORMS = ("aten::batch_norm", "aten::group_norm", "aten::instance_norm", "aten::layer_norm")
+# fvcore counts these; the published figures do not, since norms are folded into convolutions.
+FREE = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "adaptive_avg_pool2d")
 
 
 class Cost(NamedTuple):
@@ -93,7 +93,7 @@ def analyze(model: InstanceSegmenter, size: Sequence[int]) -> Complexity:
         flops, activations = FlopCountAnalysis(network, images), ActivationCountAnalysis(network, images)
         handles = {"torchvision::deform_conv2d": _count_deform_conv}
         handles["aten::scaled_dot_product_attention"] = _count_attention
-        flops.set_op_handle(**handles, **dict.fromkeys(NORMS, lambda *_: 0))
+        flops.set_op_handle(**handles, **{f"aten::{name}": lambda *_: 0 for name in FREE})
         activations.set_op_handle(**{"torchvision::deform_conv2d": lambda _, outputs: math.prod(get_shape(outputs[0]))})
         for analysis in (flops, activations):
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

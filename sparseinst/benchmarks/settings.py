@@ -135,7 +135,7 @@ def report(measurements: Mapping[str, Measurement]) -> dict[str, dict]:
 
 
 def table(figures: Mapping[str, dict]) -> str:
-    """Return :func:`report`'s figures as a table: times in ms as median (5th, 95th percentile), a column per setting."""
+    """Return the figures of :func:`report` as a table: times in ms as median (5th, 95th percentile)."""
     first = next(iter(figures))
     rows = [
         [key.replace("_", " ").replace("as first", f"as {first}"), *(_cell(each[key]) for each in figures.values())]
@@ -180,7 +180,7 @@ def add_common_arguments(
 def run_command(
     args: argparse.Namespace, run: Callable[[argparse.Namespace], dict], errors: tuple[type[Exception], ...] = ()
 ) -> int:
-    """Call ``run``, and write its result to --json. Returns 0; 2 after a ValueError, an ImportError or one of errors."""
+    """Call ``run``, and write its result to --json. Returns 0; 2 after ValueError, ImportError or one of errors."""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.WARNING)
     try:

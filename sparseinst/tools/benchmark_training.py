@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> dict:
         configs = build_configs(args, Path(folder))
         cfg = next(iter(configs.values()))
         data = {
-            "ellipses": f"{args.instances} ellipses in each image of {'x'.join(map(str, args.size))}, no waiting for data",
+            "ellipses": f"{args.instances} ellipses in each image of {'x'.join(map(str, args.size))}, no data wait",
             "shapes": f"drawn shapes of {min(args.size)} pixels",
             "config": ", ".join(cfg.DATASETS.TRAIN),
         }[args.data]
