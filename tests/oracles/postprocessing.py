@@ -25,10 +25,10 @@ def naive_postprocess(
         whole = F.interpolate(probs[:, None], images.tensor.shape[-2:], mode="bilinear", align_corners=False)
         whole = whole[..., : image_size[0], : image_size[1]]
         masks = F.interpolate(whole, output_size, mode="bilinear", align_corners=False)[:, 0] > model.mask_threshold
-        scores, order = scores.sort(descending=True, stable=True)
-        order = order[: model.max_detections][masks[order[: model.max_detections]].flatten(1).any(1)]
+        order = scores.argsort(descending=True, stable=True)[: model.max_detections]
+        order = order[masks[order].flatten(1).any(1)]
         masks = masks[order]
         instances = Instances(output_size, pred_boxes=Boxes(masks_to_boxes(masks)), pred_masks=masks)
-        instances.scores, instances.pred_classes = scores[: len(order)], classes[order]
+        instances.scores, instances.pred_classes = scores[order], classes[order]
         results.append({"instances": instances})
     return results

@@ -46,4 +46,4 @@ def test_so_many_objects_are_found():
     for num_detections in (3, 5):
         model.num_detections = num_detections
         with torch.no_grad():
-            assert len(model([random_input()])[0]["instances"]) == num_detections
+            assert len(model([random_input(64, 96)])[0]["instances"]) == num_detections
