@@ -47,12 +47,15 @@ class OptimizedSparseInst(nn.Module):
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """As SparseInst's in eval mode."""
-        images = self.preprocess_image(batched_inputs)
+        images = self.preprocess(batched_inputs)
         return self.postprocess(self.network(images.tensor), batched_inputs, images)
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """As SparseInst's."""
-        return self.model.preprocess_image(batched_inputs)
+        return self.model.preprocess(batched_inputs)
+
+    # Until all callers use the new name.
+    preprocess_image = preprocess
 
     def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """As SparseInst's, in the way that was chosen."""
@@ -64,6 +67,12 @@ class OptimizedSparseInst(nn.Module):
     ) -> list[dict]:
         """As SparseInst's."""
         return self.model.postprocess(outputs, batched_inputs, images)
+
+    def draw_outputs(
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """As SparseInst's."""
+        return self.model.draw_outputs(outputs, num_objects, median_area, generator)
 
     def train(self, mode: bool = True) -> "OptimizedSparseInst":
         """It stays in eval mode whatever is asked for: folded norms cannot learn."""

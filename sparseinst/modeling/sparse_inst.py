@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sparseinst.modeling.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.encoder import build_sparse_inst_encoder
+from sparseinst.modeling.example_outputs import draw_outputs
 from sparseinst.modeling.losses import masks_on_grid
 from sparseinst.modeling.postprocessing import MASK_FORMATS, MaskMemoryError, detect
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
@@ -138,14 +139,14 @@ class SparseInst(nn.Module):
         Raises:
             MaskMemoryError: the boolean masks of an image would take more than ``max_mask_gib``.
         """
-        images = self.preprocess_image(batched_inputs)
+        images = self.preprocess(batched_inputs)
         outputs = self.network(images.tensor)
         if self.training:
             targets = self.prepare_targets(batched_inputs, images, outputs["pred_masks"].shape[-2:])
             return self.criterion(outputs, targets, *([] if normalizer is None else [normalizer]))
         return self.postprocess(outputs, batched_inputs, images)
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images, then pad them with zeros, right and bottom, to one size."""
         images = [
             (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in batched_inputs
@@ -154,6 +155,9 @@ class SparseInst(nn.Module):
         divisibility = math.lcm(SIZE_DIVISIBILITY, getattr(self.backbone, "size_divisibility", 0) or 1)
         constraints = {**self.backbone.padding_constraints, "size_divisibility": divisibility}
         return ImageList.from_tensors(images, padding_constraints=constraints)
+
+    # Until all callers use the new name.
+    preprocess_image = preprocess
 
     def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Normalised, padded images (B, 3, ., .) to the decoder's dict."""
@@ -246,6 +250,12 @@ class SparseInst(nn.Module):
                 instances.pred_iams = iams.transpose(0, 1)[..., :rows, :columns]
             results.append({"instances": instances})
         return results
+
+    def draw_outputs(
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Return what a trained network could return, see :func:`~sparseinst.modeling.example_outputs.draw_outputs`."""
+        return draw_outputs(outputs, num_objects, median_area, generator)
 
 
 def _build_backbone(cfg: CfgNode) -> Backbone:

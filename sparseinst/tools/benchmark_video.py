@@ -1,8 +1,8 @@
 """How much of the model's speed the demo keeps on a video: ``python -m sparseinst.tools.benchmark_video --help``.
 
-The demo itself runs on the first frames of the video, and in turn with it the model alone on the same frames, from a
-decoded frame to masks on the host, which is what the benchmark calls end to end. No weights are needed: as in the
-benchmark, the network runs, and post-processing gets drawn objects. Drawing alone is timed on a random picture.
+The demo runs on the first frames of the video, in turn with the model alone on the same frames, from a decoded frame to
+masks on the host, as "end to end" in the benchmark. No weights are needed: the network runs, and post-processing gets
+drawn objects. Drawing alone is timed on a random image.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import io
 import itertools
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,18 +20,18 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 
-from sparseinst.engine.benchmark import drawn_outputs
+from sparseinst.benchmarks.inference import example_outputs
+from sparseinst.benchmarks.settings import check_least, check_segmenter, machine
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.setup import load_config
+from sparseinst.evaluation.stage_timer import now
 from sparseinst.inference import Predictor, VideoReader, VideoWriter, draw_instances
-from sparseinst.inference.visualization import DRAWINGS
 from sparseinst.modeling.optimization import optimize_as_configured
 from sparseinst.tools import demo
-from sparseinst.tools.benchmark import machine
 
 
 class DrawnObjects(nn.Module):
-    """A SparseInst that runs, and then finds so many drawn objects, whatever it was shown.
+    """A model that runs its network and then finds drawn objects, whatever the image shows.
 
     Args:
         model: in eval mode.
@@ -43,103 +42,98 @@ class DrawnObjects(nn.Module):
         super().__init__()
         self.model = model
         self.num_detections = num_detections
-        self._scenes: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+        self._examples: dict[tuple, dict[str, torch.Tensor]] = {}
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """As SparseInst's."""
-        images = self.model.preprocess_image(batched_inputs)
+        """Return as many objects in each image, from images as the model takes them."""
+        images = self.model.preprocess(batched_inputs)
         outputs = self.model.network(images.tensor)
-        shape = (self.num_detections, *outputs["pred_masks"].shape)
-        if shape not in self._scenes:
-            self._scenes[shape] = drawn_outputs(outputs, self.num_detections)
-        return self.model.postprocess(self._scenes[shape], batched_inputs, images)
+        key = (self.num_detections, images.tensor.shape)
+        if key not in self._examples:
+            self._examples[key] = example_outputs(self.model, outputs, self.num_detections)
+        return self.model.postprocess(self._examples[key], batched_inputs, images)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m sparseinst.tools.benchmark_video",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config-file", required=True, help="YAML file, or the name of one that comes with the package"
-    )
-    parser.add_argument("--video", required=True, metavar="FILE", help="frames are taken from its start")
-    parser.add_argument("--frames", type=int, default=60, metavar="N", help="of the video (default 60)")
-    parser.add_argument("--detections", type=int, default=20, metavar="N", help="objects in each frame (default 20)")
-    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="of each, in turn (default 3)")
-    parser.add_argument("--drawings", nargs="+", choices=DRAWINGS, default=list(DRAWINGS), help="default: all")
-    parser.add_argument(
-        "--picture", type=int, nargs=2, default=[1080, 1920], metavar=("HEIGHT", "WIDTH"),
-        help="that drawing alone is timed on (default 1080 1920)",
-    )  # fmt: skip
-    parser.add_argument("--objects", type=int, default=30, metavar="N", help="drawn on it (default 30)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last"
-    )
+    add = parser.add_argument
+    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
+    add("--video", required=True, metavar="FILE", help="frames are taken from its start")
+    add("--frames", type=int, default=60, metavar="N", help="of the video (default 60)")
+    add("--detections", type=int, default=20, metavar="N", help="objects in each frame (default 20)")
+    add("--repetitions", type=int, default=3, metavar="N", help="of each, in turn (default 3)")
+    add("--image", type=int, nargs=2, default=[1080, 1920], metavar=("HEIGHT", "WIDTH"),
+        help="size of the image that drawing alone is timed on (default 1080 1920)")  # fmt: skip
+    add("--objects", type=int, default=30, metavar="N", help="drawn on that image (default 30)")
+    add("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0; 2 where the arguments, the config or the video do not allow it."""
     args = build_parser().parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     try:
-        for flag, value in (
-            ("--frames", args.frames),
-            ("--repetitions", args.repetitions),
-            ("--objects", args.objects),
-        ):
-            if value < 1:
-                raise ValueError(f"{flag} is {value}; it must be at least 1")
-        cfg = load_config(args.config_file, args.opts)
-        num_masks = cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS
-        if not 0 <= args.detections <= num_masks or args.objects > num_masks:
-            raise ValueError(
-                f"--detections and --objects: MODEL.SPARSE_INST.DECODER.NUM_MASKS allows up to {num_masks}"
-            )
-        keep_freed_memory_for_inference(cfg)
-        torch.manual_seed(0)
-        model = DrawnObjects(optimize_as_configured(cfg, build_model(cfg).eval()), args.detections).eval()
-        predictor = Predictor(cfg, model=model)
-        with tempfile.TemporaryDirectory() as folder:
-            clip = Path(folder) / "clip.mp4"
-            frames = _cut(args.video, clip, args.frames)
-            ways: dict[str, Callable[[], object]] = {"model alone": lambda: predictor(frames, "RGB")}
-            for drawing in args.drawings:
-                arguments = ["--video-input", str(clip), "--output", f"{folder}/drawn.mp4", "--drawing", drawing]
-                arguments = demo.build_parser().parse_args(["--config-file", args.config_file, *arguments])
-                ways[f"demo, {drawing}"] = lambda arguments=arguments: demo.run_video(arguments, cfg, predictor)
-            seconds = _time_in_turn(ways, args.repetitions)
-        print(
-            f"{args.config_file}, {machine(cfg)}: {len(frames)} frames of {frames[0].shape[0]}x{frames[0].shape[1]}, "
-        )
-        print(f"{args.detections} objects in each; median of {args.repetitions} repetitions in turn")
-        rows = [[way, len(frames) / np.median(each), _share(seconds, way)] for way, each in seconds.items()]
-        print(tabulate(rows, ["", "images/s", "share of the model alone"], tablefmt="github", floatfmt=".2f"))
-
-        model.num_detections = args.objects
-        picture = np.random.default_rng(0).integers(0, 256, (*args.picture, 3), dtype=np.uint8)
-        (instances,) = predictor([picture], "RGB")
-        ways = {
-            drawing: lambda drawing=drawing: draw_instances(picture, instances, predictor.metadata, drawing=drawing)
-            for drawing in args.drawings
-        }
-        seconds = _time_in_turn(ways, args.repetitions)
+        run(args)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\nDrawing alone, {len(instances)} objects on a picture of {args.picture[0]}x{args.picture[1]}")
-    rows = [[way, 1e3 * np.median(each), 1 / _share(seconds, way)] for way, each in seconds.items()]
-    print(tabulate(rows, ["", "ms", f"times as long as {args.drawings[0]}"], tablefmt="github", floatfmt=".1f"))
     return 0
 
 
+def run(args: argparse.Namespace) -> None:
+    """Measure and print.
+
+    Raises:
+        ValueError: the arguments, the config or the video do not allow it.
+        ImportError: a package that the config needs is not installed.
+    """
+    counts = {"--frames": args.frames, "--repetitions": args.repetitions, "--objects": args.objects}
+    check_least({flag: (value, 1) for flag, value in counts.items()})
+    cfg = load_config(args.config_file, args.opts)
+    keep_freed_memory_for_inference(cfg)
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    check_segmenter(model)
+    drawn = DrawnObjects(optimize_as_configured(cfg, model), args.objects).eval()
+    predictor = Predictor(cfg, model=drawn)
+    # First, so that more objects than the model can have stop the command at once.
+    image = np.random.default_rng(0).integers(0, 256, (*args.image, 3), dtype=np.uint8)
+    (instances,) = predictor([image], "RGB")
+    drawn.num_detections = args.detections
+    with tempfile.TemporaryDirectory() as folder:
+        clip = Path(folder) / "clip.mp4"
+        frames = _cut(args.video, clip, args.frames)
+        arguments = ["--config-file", args.config_file, "--video-input", str(clip), "--output", f"{folder}/drawn.mp4"]
+        arguments = demo.build_parser().parse_args(arguments)
+        seconds = _time_in_turn(
+            {
+                "model alone": lambda: predictor(frames, "RGB"),
+                "demo": lambda: demo.run_video(arguments, cfg, predictor),
+            },
+            args.repetitions,
+        )
+    height, width = frames[0].shape[:2]
+    print(f"{args.config_file}, {machine(cfg)}: {len(frames)} frames of {height}x{width},")
+    print(f"{args.detections} objects in each; median of {args.repetitions} repetitions in turn")
+    rows = [
+        [name, len(frames) / np.median(each), np.median(seconds["model alone"] / each)]
+        for name, each in seconds.items()
+    ]
+    print(tabulate(rows, ["", "images/s", "share of the model alone"], tablefmt="github", floatfmt=".2f"))
+    drawing = _time_in_turn({"": lambda: draw_instances(image, instances, predictor.metadata)}, args.repetitions)
+    print(f"\nDrawing alone, {len(instances)} objects on an image of {args.image[0]}x{args.image[1]}: ", end="")
+    print(f"{1e3 * np.median(drawing['']):.1f} ms")
+
+
 def _cut(source: str, clip: Path, num_frames: int) -> list[np.ndarray]:
-    """The first frames of a video, as a video of their own too."""
+    """Write the first frames of a video to another one, and return them as they are read from there."""
     with VideoReader(source) as reader, VideoWriter(clip, reader.fps) as writer:
         for frame in itertools.islice(reader, num_frames):
             writer.write(frame)
@@ -149,23 +143,17 @@ def _cut(source: str, clip: Path, num_frames: int) -> list[np.ndarray]:
         return list(reader)
 
 
-def _time_in_turn(ways: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each way, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for repetition in range(1 + repetitions):
-        for way, run in ways.items():
-            start = time.perf_counter()
+def _time_in_turn(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, np.ndarray]:
+    """Return the seconds of each run, (repetitions,), after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    host = torch.device("cpu")
+    for _ in range(1 + repetitions):
+        for name, run_once in runs.items():
+            start = now(host)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                run()
-            if repetition > 0:
-                seconds[way].append(time.perf_counter() - start)
-    return seconds
-
-
-def _share(seconds: dict[str, list[float]], way: str) -> float:
-    """How fast a way is against the first one, repetition by repetition: the median."""
-    first = next(iter(seconds.values()))
-    return float(np.median(np.array(first) / np.array(seconds[way])))
+                run_once()
+            seconds[name].append(now(host) - start)
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

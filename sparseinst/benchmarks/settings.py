@@ -1,0 +1,207 @@
+"""What all benchmarks share: the models they run, the settings they compare, the figures and errors they print."""
+
+import argparse
+import json
+import logging
+import platform
+import resource
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import ImageList
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+
+# The node of the config that says how a network runs where nothing is trained.
+INFERENCE = "MODEL.SPARSE_INST.INFERENCE"
+
+
+@runtime_checkable
+class InstanceSegmenter(Protocol):
+    """A model in three stages; SparseInst is one, and so is an optimized copy of it.
+
+    A model may also have ``draw_outputs(outputs, num_objects, median_area, generator)``, which returns outputs of its
+    network with drawn objects in them, so that the time of its post-processing does not depend on the weights.
+    """
+
+    device: torch.device
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise and pad images."""
+
+    def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run everything that depends on nothing but the padded images."""
+
+    def postprocess(
+        self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
+    ) -> list[dict]:
+        """Make instances of the network's outputs."""
+
+
+def check_segmenter(model: object) -> None:
+    """Raise ValueError where a model does not run in the three stages of :class:`InstanceSegmenter`."""
+    if not isinstance(model, InstanceSegmenter):
+        raise ValueError(
+            f"The model is a {type(model).__name__}, which lacks device, preprocess(), network() or "
+            "postprocess(): MODEL.META_ARCHITECTURE must name a model that has them"
+        )
+
+
+def apply_setting(cfg: CfgNode, setting: str, named: Mapping[str, str], section: str) -> tuple[str, CfgNode, list[str]]:
+    """Return a config with one of the settings of ``--compare`` in it.
+
+    Args:
+        cfg: not changed.
+        setting: one of ``named``, or NAME='KEY VALUE ...'; keys are full names, or those below ``section``.
+        named: KEY VALUE pairs by name.
+        section: of the config, as "SOLVER".
+
+    Returns:
+        The setting's name, its config, which is not frozen, and the full names of the keys that it sets.
+
+    Raises:
+        ValueError: an unknown setting, an unknown key, or a value of the wrong type.
+    """
+    name, is_own, text = setting.partition("=")
+    if not is_own and name not in named:
+        raise ValueError(f"--compare {name}: there are {', '.join(named)}, and NAME='KEY VALUE'")
+    own_cfg = cfg.clone()
+    own_cfg.defrost()
+    try:
+        words = shlex.split(text if is_own else named[name])
+        keys = [key if key.partition(".")[0] in cfg else f"{section}.{key}" for key in words[::2]]
+        own_cfg.merge_from_list([word for pair in zip(keys, words[1::2], strict=True) for word in pair])
+    except (KeyError, AssertionError, ValueError) as error:
+        raise ValueError(f"--compare {setting}: {error}") from error
+    return name, own_cfg, keys
+
+
+def check_least(values: Mapping[str, tuple[float, float]]) -> None:
+    """Raise ValueError where the value of a flag is below its least value; ``values`` has (value, least) by flag."""
+    for flag, (value, least) in values.items():
+        if value < least:
+            raise ValueError(f"{flag} is {value}; it must be at least {least}")
+
+
+def machine(cfg: CfgNode) -> str:
+    """Return the name of the processor or GPU that MODEL.DEVICE means, and PyTorch's version."""
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        device = torch.cuda.get_device_name(torch.device(cfg.MODEL.DEVICE))
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        device = f"{[*models, platform.processor() or platform.machine()][0]}, {torch.get_num_threads()} threads"
+    return f"{device}, PyTorch {torch.__version__.partition('+')[0]}"
+
+
+class Measurement(NamedTuple):
+    """Seconds that one setting takes.
+
+    Attributes:
+        stages: by name, (repetitions,) each.
+        totals: (repetitions,).
+        batch_size: images in a repetition.
+        peak_bytes: largest memory use; None: not measured.
+        more: further figures of the command, by name.
+    """
+
+    stages: dict[str, np.ndarray]
+    totals: np.ndarray
+    batch_size: int
+    peak_bytes: int | None
+    more: dict[str, Any]
+
+
+def report(measurements: Mapping[str, Measurement]) -> dict[str, dict]:
+    """Return the figures of each setting, for a JSON file. Ratios are against the first one."""
+    baseline = next(iter(measurements.values())).totals
+    return {
+        name: {
+            **{stage: _percentiles(1e3 * seconds, "_ms") for stage, seconds in measured.stages.items()},
+            **measured.more,
+            "images_per_second": measured.batch_size / float(np.median(measured.totals)),
+            "peak_mb": None if measured.peak_bytes is None else measured.peak_bytes / 2**20,
+            "times_as_fast_as_first": _percentiles(baseline / measured.totals),
+        }
+        for name, measured in measurements.items()
+    }
+
+
+def table(figures: Mapping[str, dict]) -> str:
+    """Return the figures of :func:`report` as a table: times in ms as median (5th, 95th percentile)."""
+    first = next(iter(figures))
+    rows = [
+        [key.replace("_", " ").replace("as first", f"as {first}"), *(_cell(each[key]) for each in figures.values())]
+        for key in figures[first]
+    ]
+    return tabulate(rows, headers=["", *figures], tablefmt="github", disable_numparse=True)
+
+
+def _percentiles(values: np.ndarray, unit: str = "") -> dict[str, float]:
+    low, median, high = np.percentile(values, [5, 50, 95])
+    return {f"median{unit}": float(median), f"p5{unit}": float(low), f"p95{unit}": float(high)}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not measured"
+    if not isinstance(value, dict):
+        return f"{value:.2f}"
+    if "median" in value or "median_ms" in value:
+        digits = 1 if "median_ms" in value else 2
+        median, low, high = (f"{figure:.{digits}f}" for figure in value.values())
+        return f"{median} ({low}, {high})"
+    return ", ".join(f"{name} {figure:.1f}" for name, figure in value.items())
+
+
+def add_common_arguments(
+    parser: argparse.ArgumentParser, named: Mapping[str, str], section: str, repetitions: int, warmup: int
+) -> None:
+    """Add the arguments that all comparing commands have; the numbers are defaults."""
+    add = parser.add_argument
+    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
+    add("--repetitions", type=int, default=repetitions, metavar="N", help=f"counted ones (default {repetitions})")
+    add("--warmup", type=int, default=warmup, metavar="N", help=f"repetitions before them (default {warmup})")
+    add("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
+    add("--compare", nargs="+", metavar="SETTING", default=["configured"],
+        help=f"settings to run in turn in one process: {', '.join(named)}, or NAME='KEY VALUE ...' with keys below "
+        f"{section}, or full ones. Ratios are against the first")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
+
+
+def run_command(
+    args: argparse.Namespace, run: Callable[[argparse.Namespace], dict], errors: tuple[type[Exception], ...] = ()
+) -> int:
+    """Call ``run``, and write its result to --json. Returns 0; 2 after ValueError, ImportError or one of errors."""
+    for name in ("fvcore", "detectron2", "sparseinst"):
+        setup_logger(name=name).setLevel(logging.WARNING)
+    try:
+        check_least({"--threads": (1 if args.threads is None else args.threads, 1)})
+        torch.set_num_threads(args.threads or torch.get_num_threads())
+        figures = run(args)
+    except (ValueError, ImportError, *errors) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def resident_bytes(entry: str = "VmHWM") -> int:
+    """Return the process's resident memory: "VmRSS" now, "VmHWM" at most so far; without /proc at most so far."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        # Of macOS, in bytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # getrusage would include the parent's memory before exec.
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{entry}:"))
+    return int(line.split()[1]) * 1024
