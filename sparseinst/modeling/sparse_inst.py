@@ -1,7 +1,8 @@
 """The meta-architecture: Detectron2's structures in, Detectron2's structures out. Letters: see structures.py."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -116,6 +117,15 @@ class SparseInst(nn.Module):
     def device(self) -> torch.device:
         """Where the model's tensors are, and images are moved to."""
         return self.pixel_mean.device
+
+    @contextlib.contextmanager
+    def output_as(self, *, mask_format: str) -> Iterator[None]:
+        """Give the masks in another format within the block."""
+        before, self.output_mask_format = self.output_mask_format, mask_format
+        try:
+            yield
+        finally:
+            self.output_mask_format = before
 
     @property
     def mask_grid(self) -> MaskGrid | None:
