@@ -45,9 +45,9 @@ class OptimizedSparseInst(nn.Module):
         """As SparseInst's."""
         return self.model.decoder
 
-    def output_as(self, *, mask_format: str) -> contextlib.AbstractContextManager[None]:
+    def output_as(self, **options: str | bool | None) -> contextlib.AbstractContextManager[None]:
         """As SparseInst's."""
-        return self.model.output_as(mask_format=mask_format)
+        return self.model.output_as(**options)
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """As SparseInst's in eval mode."""

@@ -119,13 +119,18 @@ class SparseInst(nn.Module):
         return self.pixel_mean.device
 
     @contextlib.contextmanager
-    def output_as(self, *, mask_format: str) -> Iterator[None]:
-        """Give the masks in another format within the block."""
-        before, self.output_mask_format = self.output_mask_format, mask_format
+    def output_as(self, *, mask_format: str | None = None, with_maps: bool | None = None) -> Iterator[None]:
+        """Give the masks in another format, or the activation maps too, within the block."""
+        mask_format_before, maps_before = self.output_mask_format, getattr(self.decoder, "output_iam", None)
         try:
+            self.output_mask_format = mask_format_before if mask_format is None else mask_format
+            if with_maps is not None and maps_before is not None:
+                self.decoder.output_iam = with_maps
             yield
         finally:
-            self.output_mask_format = before
+            self.output_mask_format = mask_format_before
+            if maps_before is not None:
+                self.decoder.output_iam = maps_before
 
     @property
     def mask_grid(self) -> MaskGrid | None:
