@@ -74,8 +74,8 @@ def check_image_folder(folder: Path, paths: Sequence[Path]) -> None:
         paths: the images that are read.
 
     Raises:
-        ValueError: it is a file or named like one; an image that is read, or a link to one, lies in it, so that a drawing
-            could take its place; its folder of activation maps is a link that leads out of it.
+        ValueError: it is a file or named like one; an image that is read, or a link to one, lies in it, so that a
+            drawing could take its place; its folder of activation maps is a link that leads out of it.
     """
     if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
         raise ValueError(f"--output is a folder for --input; {folder} is named like an image")

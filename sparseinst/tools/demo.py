@@ -1,8 +1,8 @@
 """Draw predictions on images, videos and the webcam: ``python -m sparseinst.tools.demo --help``.
 
-Reading, the model, and drawing with writing overlap. The last line says how many images or frames were done in a second,
-and how many the model alone would do, from a decoded image to masks on the host: the time that was spent in it while
-the other stages ran too. On an idle machine that equals what
+Reading, the model, and drawing with writing overlap. The last line says how many images or frames were done in a
+second, and how many the model alone would do, from a decoded image to masks on the host: the time that was spent in it
+while the other stages ran too. On an idle machine that equals what
 ``python -m sparseinst.tools.benchmark --size HEIGHT WIDTH --detections N`` calls end to end, with as many objects.
 """
 
