@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image
 
 # Endings that are looked for in folders and globs; a file that is named itself is always tried.
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 IAM_FOLDER = "iams"
 
