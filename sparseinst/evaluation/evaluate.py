@@ -67,7 +67,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
         results = results[cfg.DATASETS.TEST[0]]
     speed = speed_summary(timed_model.stages, timed_model.batch_sizes)
     if speed:
-        speed["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        speed["precision"] = str(_parameter(model).dtype).removeprefix("torch.")
         logger.info("Speed:\n%s", speed_table(speed))
         path = Path(cfg.OUTPUT_DIR) / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +167,11 @@ def speed_table(speed: dict) -> str:
     )
 
 
+def _parameter(model: nn.Module) -> torch.Tensor:
+    """Return one of the parameters, whose device and type stand for the model's; of a model without any a constant."""
+    return next(model.parameters(), torch.zeros(()))
+
+
 def _share_buffers(model: nn.Module) -> None:
     # In training the running statistics of batch norms are each rank's own; checkpoints hold those of rank 0.
     if comm.get_world_size() > 1:
@@ -188,7 +193,7 @@ class _TimedModel(nn.Module):
         self.model = model
         # inference_on_dataset restores the mode that it finds here.
         self.training = model.training
-        self.stages = StageTimer(next(model.parameters()).device)
+        self.stages = StageTimer(_parameter(model).device)
         self.batch_sizes: list[int] = []
         self._timer = timer
 
