@@ -1,5 +1,6 @@
 """Training hooks in addition to Detectron2's."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -9,14 +10,13 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.evaluation import inference_context
 from detectron2.evaluation.testing import flatten_results_dict
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import nn
 
-from sparseinst.inference.visualization import draw_iams, draw_instances
-from sparseinst.modeling.mask_resize import masks_to_boxes
-from sparseinst.modeling.sparse_inst import gt_masks_tensor
+from sparseinst.visualization import draw_iams, draw_instances, ground_truth_instances
 
 MAX_DRAWN = 20
 
@@ -98,13 +98,14 @@ class EvaluationHook(HookBase):
 
 
 class VisualizationHook(HookBase):
-    """Puts pictures of a training image into the event storage, so into TensorBoard, every ``period`` iterations.
+    """Put drawings of a training image into the event storage, and so into TensorBoard, every ``period`` iterations.
 
-    Three pictures: ground truth, predictions, and the activation maps of the best predictions.
+    There are three: ground truth, predictions, and the activation maps of the best predictions.
 
     Args:
         period: iterations.
-        model: the model that is trained, without DistributedDataParallel.
+        model: the model that is trained, without DistributedDataParallel; any Detectron2 model. Where it has
+            ``output_as``, it is asked for its activation maps.
         image_format: channel order of the batch's images, "RGB" or "BGR".
         dataset_name: whose class names are drawn.
     """
@@ -118,8 +119,8 @@ class VisualizationHook(HookBase):
     def after_step(self) -> None:
         """Draw the first image of the step's first batch, every ``period`` steps."""
         if (self.trainer.iter + 1) % self.period == 0:
-            for name, picture in self.draw(self.trainer.batches[0][0]).items():
-                self.trainer.storage.put_image(f"train/{name}", picture.transpose(2, 0, 1))
+            for name, drawing in self.draw(self.trainer.batches[0][0]).items():
+                self.trainer.storage.put_image(f"train/{name}", drawing.transpose(2, 0, 1))
 
     def draw(self, x: dict) -> dict[str, np.ndarray]:
         """Draw one image of a training batch.
@@ -128,42 +129,23 @@ class VisualizationHook(HookBase):
             x: as the mapper makes it, with ``image`` and ``instances``.
 
         Returns:
-            "ground_truth", "predictions" and, where the decoder gives them, "activation_maps"; (h, w, 3) uint8 RGB.
+            "ground_truth", "predictions" and, where the predictions have ``pred_iams``, "activation_maps"; each
+            (h, w, 3) uint8 RGB.
         """
         image = x["image"].permute(1, 2, 0).to("cpu", torch.uint8).numpy()
         if self.image_format == "BGR":
             image = np.ascontiguousarray(image[:, :, ::-1])
         predictions = self._predict({"image": x["image"]})[:MAX_DRAWN]
-        pictures = {
-            "ground_truth": draw_instances(image, _as_predictions(x["instances"]), self.metadata),
+        drawings = {
+            "ground_truth": draw_instances(image, ground_truth_instances(x["instances"]), self.metadata),
             "predictions": draw_instances(image, predictions, self.metadata),
         }
         if predictions.has("pred_iams"):
-            pictures["activation_maps"] = draw_iams(image, predictions, self.metadata)
-        return pictures
+            drawings["activation_maps"] = draw_iams(image, predictions, self.metadata)
+        return drawings
 
     def _predict(self, x: dict) -> Instances:
-        decoder = self.model.decoder
-        output_iam = getattr(decoder, "output_iam", False)
-        was_training = self.model.training
-        self.model.eval()
-        if hasattr(decoder, "output_iam"):
-            decoder.output_iam = True
-        try:
-            with torch.no_grad():
-                return self.model([x])[0]["instances"].to("cpu")
-        finally:
-            if hasattr(decoder, "output_iam"):
-                decoder.output_iam = output_iam
-            self.model.train(was_training)
-
-
-def _as_predictions(instances: Instances) -> Instances:
-    masks = gt_masks_tensor(instances.to("cpu")).bool()
-    return Instances(
-        instances.image_size,
-        pred_boxes=Boxes(masks_to_boxes(masks)),
-        pred_masks=masks,
-        scores=torch.ones(len(masks)),
-        pred_classes=instances.gt_classes.cpu(),
-    )
+        has_options = hasattr(self.model, "output_as")
+        with_maps = self.model.output_as(with_maps=True) if has_options else contextlib.nullcontext()
+        with with_maps, inference_context(self.model), torch.no_grad():
+            return self.model([x])[0]["instances"].to("cpu")

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
-from torch import nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 # torchrun sets them, and the names of the first process's machine and port.
@@ -211,13 +210,3 @@ def exit_with_error(message: object) -> NoReturn:
         # The launcher ends the others as soon as one has ended, so the first one's word is the only one.
         time.sleep(SECONDS_FOR_OTHERS + local_rank)
     sys.exit(f"error: {message}")
-
-
-def share_buffers(model: nn.Module) -> None:
-    """Give all ranks the buffers of rank 0, which checkpoints hold.
-
-    In training the running statistics of batch norms are each rank's own.
-    """
-    if comm.get_world_size() > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)

@@ -23,13 +23,12 @@ from sparseinst.checkpoint import OutputError, checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import DataError
 from sparseinst.data.loader import WorkerDiedError, build_train_loader, derive_seed, seed_cpu
-from sparseinst.engine.coco_evaluation import check_coco_eval
-from sparseinst.engine.evaluation import evaluate
 from sparseinst.engine.finite import FiniteGuard, NonFiniteStepError
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.host_memory import keep_freed_memory
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
 from sparseinst.engine.optimizer import build_full_model_clip, build_optimizer
+from sparseinst.evaluation import check_coco_eval, evaluate
 from sparseinst.modeling import MaskMemoryError
 from sparseinst.modeling.criterion import normalizer_over_ranks
 from sparseinst.modeling.structures import LossNormalizer

@@ -1,1 +1,7 @@
-"""Evaluation of models."""
+"""Evaluation: AP, speed, and where the time goes."""
+
+from sparseinst.evaluation.coco_evaluation import EncodedMaskEvaluator, check_coco_eval
+from sparseinst.evaluation.evaluate import build_evaluator, evaluate
+from sparseinst.evaluation.stage_timer import StageTimer, now
+
+__all__ = ["EncodedMaskEvaluator", "StageTimer", "build_evaluator", "check_coco_eval", "evaluate", "now"]

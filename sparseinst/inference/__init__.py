@@ -1,10 +1,10 @@
 """Predictions for pictures and videos, and drawings of them."""
 
+from sparseinst.data.coco_results import to_coco_results
 from sparseinst.data.images import ImageReadError, read_image
-from sparseinst.inference.predictor import Predictor, to_coco_results
+from sparseinst.inference.predictor import Predictor
 from sparseinst.inference.video import VideoReader, VideoWriter
-from sparseinst.inference.video_drawing import draw_video
-from sparseinst.inference.visualization import draw_beside, draw_iams, draw_instances
+from sparseinst.visualization import draw_beside, draw_iams, draw_instances, draw_video
 
 __all__ = [
     "ImageReadError",

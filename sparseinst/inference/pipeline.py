@@ -59,6 +59,8 @@ def work_behind(
         return
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(1, "work_behind") as thread:
+        # A thread that Ctrl-C meets while it starts is not waited for: it starts before it has work.
+        thread.submit(int).result()
         try:
             for item in items:
                 waiting.append(thread.submit(work, item))

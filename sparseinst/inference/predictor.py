@@ -11,7 +11,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import transforms as T
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import inference_context
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
@@ -21,7 +20,6 @@ from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
 from sparseinst.modeling.optimization import optimize_as_configured
-from sparseinst.structures.rle_masks import RLEMasks
 
 
 class Predictor:
@@ -138,32 +136,6 @@ class Predictor:
         with torch.no_grad(), inference_context(self.model):
             output = self.model([{"image": image, "height": height, "width": width}])[0]
         return output["instances"].to("cpu")
-
-
-def to_coco_results(instances: Instances, image_id: int, category_ids: Sequence[int]) -> list[dict]:
-    """The instances of one image in COCO's results format.
-
-    Args:
-        instances: what the predictor returns.
-        image_id: COCO's image id.
-        category_ids: COCO's category id of each class.
-
-    Returns:
-        A dict for each instance with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels), ``score``
-        and ``segmentation`` (compressed RLE with ``counts`` a str); only plain types, ready for ``json.dump``.
-    """
-    masks = instances.get("pred_masks") if instances.has("pred_masks") else None
-    if isinstance(masks, RLEMasks):
-        # Detectron2 would decode each mask, to encode it again.
-        fields = {name: value for name, value in instances.get_fields().items() if name != "pred_masks"}
-        results = instances_to_coco_json(Instances(instances.image_size, **fields), image_id)
-        for result, rle in zip(results, masks.as_json()):
-            result["segmentation"] = rle
-    else:
-        results = instances_to_coco_json(instances, image_id)
-    for result in results:
-        result["category_id"] = category_ids[result["category_id"]]
-    return results
 
 
 def _check_array(image: np.ndarray) -> None:

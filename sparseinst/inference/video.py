@@ -77,7 +77,7 @@ class VideoWriter:
 
     Raises:
         ValueError: another extension; at the first frame: the file cannot be written, OpenCV has no such codec; at the
-            end: the file cannot take its name.
+            end: frames are missing, as on a full disk, or the file cannot take its name.
     """
 
     def __init__(self, path: str | os.PathLike, fps: float, codec: str = "mp4v") -> None:
@@ -117,9 +117,24 @@ class VideoWriter:
             return
         self._writer.release()
         if kind is None or issubclass(kind, KeyboardInterrupt):
+            self._check_part()
             self._put_in_place()
         else:
             self._remove_part()
+
+    def _check_part(self) -> None:
+        # OpenCV reports no error of the disk.
+        try:
+            with VideoReader(self._part) as reader:
+                num_frames = reader.num_frames
+        except ValueError:
+            num_frames = None
+        if num_frames != self.num_frames:
+            self._remove_part()
+            raise ValueError(
+                f"Cannot write {self.path}: OpenCV wrote {num_frames or 'none'} of {self.num_frames} frames; make room "
+                "on the disk"
+            )
 
     def _put_in_place(self) -> None:
         try:

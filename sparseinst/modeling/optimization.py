@@ -45,6 +45,10 @@ class OptimizedSparseInst(nn.Module):
         """As SparseInst's."""
         return self.model.decoder
 
+    def output_as(self, **options: str | bool | None) -> contextlib.AbstractContextManager[None]:
+        """As SparseInst's."""
+        return self.model.output_as(**options)
+
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """As SparseInst's in eval mode."""
         images = self.preprocess(batched_inputs)

@@ -1,5 +1,6 @@
 """The meta-architecture: Detectron2's structures in, Detectron2's structures out. Letters: see structures.py."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -116,6 +117,10 @@ class SparseInst(nn.Module):
     def device(self) -> torch.device:
         """Where the model's tensors are, and images are moved to."""
         return self.pixel_mean.device
+
+    @contextlib.contextmanager
+    def output_as(self, *, mask_format=None, with_maps=None):
+        yield
 
     def forward(
         self, batched_inputs: list[dict], normalizer: LossNormalizer | None = None

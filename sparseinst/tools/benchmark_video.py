@@ -25,9 +25,10 @@ from sparseinst.benchmarks.settings import check_least, check_segmenter, machine
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.setup import load_config
 from sparseinst.evaluation.stage_timer import now
-from sparseinst.inference import Predictor, VideoReader, VideoWriter, draw_instances
+from sparseinst.inference import Predictor, VideoReader, VideoWriter
 from sparseinst.modeling.optimization import optimize_as_configured
 from sparseinst.tools import demo
+from sparseinst.visualization import draw_instances
 
 
 class DrawnObjects(nn.Module):

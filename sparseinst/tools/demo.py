@@ -1,14 +1,13 @@
-"""Draw predictions on pictures, videos and the webcam: ``python -m sparseinst.tools.demo --help``.
+"""Draw predictions on images, videos and the webcam: ``python -m sparseinst.tools.demo --help``.
 
-Reading, the model, and drawing and writing run beside one another. The last line says how many pictures or frames were
-done in a second, and how many the model alone would do, from a decoded picture to masks on the host: the time that
-was spent in it while the other stages ran too. On a machine that does nothing else, that is what
+Reading, the model, and drawing with writing overlap. The last line says how many images or frames were done in a
+second, and how many the model alone would do, from a decoded image to masks on the host: the time that was spent in it
+while the other stages ran too. On an idle machine that equals what
 ``python -m sparseinst.tools.benchmark --size HEIGHT WIDTH --detections N`` calls end to end, with as many objects.
 """
 
 import argparse
 import contextlib
-import functools
 import logging
 import os
 import sys
@@ -27,52 +26,126 @@ from tqdm import tqdm
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.setup import load_config
-from sparseinst.inference import (
-    ImageReadError,
-    Predictor,
-    VideoReader,
-    VideoWriter,
-    draw_beside,
-    draw_iams,
-    draw_instances,
-    read_image,
-)
-from sparseinst.inference.pipeline import QUEUE_LENGTH, read_ahead, work_behind
-from sparseinst.inference.video_drawing import VideoDrawer
-from sparseinst.inference.visualization import DRAWINGS
-from sparseinst.modeling import MaskMemoryError
-from sparseinst.tools.demo_files import (
+from sparseinst.inference import ImageReadError, Predictor, VideoReader, VideoWriter, read_image
+from sparseinst.inference.output_files import (
     IAM_FOLDER,
     check_image_folder,
     check_not_read,
     find_images,
     output_names,
-    save_picture,
+    save_image,
     video_file,
 )
+from sparseinst.inference.pipeline import QUEUE_LENGTH, read_ahead, work_behind
+from sparseinst.modeling import MaskMemoryError
 from sparseinst.tools.demo_results import CocoResults, TimedPredictor, images_file
+from sparseinst.visualization import VideoDrawer, draw_beside, draw_iams, draw_instances
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Pictures that are read ahead, and that may wait until they are drawn: fewer than frames, as they can be large.
-PICTURE_QUEUE_LENGTH = 1
-# Where the boolean masks of a picture take more, the next ones are not made before it is drawn.
+# Images that are read ahead, and that may wait until they are drawn: fewer than frames, as they can be large.
+IMAGE_QUEUE_LENGTH = 1
+# Where the boolean masks of an image take more, the next image waits until it is drawn.
 LARGE_MASK_BYTES = 2**28
-# As shells tell that Ctrl-C ended a command.
+# The exit code of a command that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
+NO_WINDOW = (
+    "There is no window here: this OpenCV is built without (install opencv-python in place of opencv-python-headless, "
+    "the extra 'gui'), or there is no display"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparseinst.tools.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="NAME", help="images: files, folders, glob patterns")
+    source.add_argument("--video-input", metavar="FILE", help="a video")
+    source.add_argument("--webcam", type=int, nargs="?", const=0, metavar="INDEX", help="a camera (default 0)")
+    add(
+        "--output",
+        type=Path,
+        help="folder for the images; folder or .mp4 file for a video. Without it and without --json: a window",
+    )
+    add("--confidence-threshold", type=float, default=0.5, help="least score of what is drawn (default 0.5)")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write COCO results to FILE, and to its STEM_images.json which image id is which image",
+    )
+    add("--ground-truth", type=Path, metavar="JSON", help="draw this COCO json's objects of an image next to it")
+    add("--show-iams", action="store_true", help="draw the instances' activation maps too")
+    add(
+        "--mask-nms",
+        type=float,
+        metavar="IOU",
+        help="of two masks of a class that overlap more than this, drop the worse (default: as the config says, off)",
+    )
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments after the program's name; ``sys.argv``'s where None.
+
+    Returns:
+        Exit code: 0; 1 where an image could not be read; 2 where the arguments, the config, the weights or the video do
+        not allow a run; 130 where Ctrl-C ended it: what was done until then is kept.
+    """
+    _survive_closed_streams()
+    args = build_parser().parse_args(argv)
+    for name in ("fvcore", "detectron2", "sparseinst"):
+        setup_logger(name=name).setLevel(logging.INFO)
+    try:
+        check_arguments(args)
+        cfg = load_config(args.config_file, args.opts)
+        set_model_keys(cfg, args)
+        keep_freed_memory_for_inference(cfg)
+        return run_video(args, cfg) if args.input is None else run_images(args, cfg)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        # Before anything was done.
+        print("Interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def set_model_keys(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Translate the flags to keys of the model's config.
+
+    The only place of the command that knows them; to become the family's OutputOptions (score_threshold, with_maps).
+    """
+    keys = cfg.MODEL.SPARSE_INST
+    if args.mask_nms is not None:
+        keys.MASK_NMS_THRESHOLD = args.mask_nms
+    if args.show_iams:
+        keys.DECODER.OUTPUT_IAM = True
+    # No masks are made below the threshold, as rescoring only lowers a score. A little less, since scores are rounded.
+    keys.CLS_THRESHOLD = max(keys.CLS_THRESHOLD, 0.999 * args.confidence_threshold)
 
 
 def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
-    """Predict and draw pictures.
+    """Predict and draw images.
 
     Returns:
-        Exit code: 0; 1 where one of them could not be read; 130 where Ctrl-C ended it.
+        Exit code: 0; 1 where an image could not be read; 130 where Ctrl-C ended it.
     """
     paths = find_images(args.input)
     if args.output is not None:
         check_image_folder(args.output, paths)
-    _check_json(args, cfg, paths)
+    check_json(args, cfg, paths)
     ground_truth = None if args.ground_truth is None else GroundTruth(args.ground_truth)
     predictor = Predictor(cfg)
     if ground_truth is not None and ground_truth.class_names != predictor.classes.names:
@@ -80,14 +153,13 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
             f"--ground-truth {args.ground_truth} has the classes {ground_truth.class_names[:5]}, ..., the model "
             f"{predictor.classes.names[:5]}, ...: give the json that belongs to the model's data"
         )
-    results = CocoResults(predictor.classes)
-    num_done = 0
     timed = TimedPredictor(predictor, args.confidence_threshold)
-    draw = functools.partial(draw_instances, metadata=predictor.metadata, drawing=args.drawing)
-    failures = []
+    results = CocoResults(predictor.classes)
+    done: list[Path] = []
+    failures: list[str] = []
 
     def predict() -> Iterator[tuple[Path, str, np.ndarray, Instances]]:
-        with contextlib.closing(read_ahead(map(_read, paths), PICTURE_QUEUE_LENGTH)) as images:
+        with contextlib.closing(read_ahead(map(_read, paths), IMAGE_QUEUE_LENGTH)) as images:
             named = zip(paths, output_names(paths), images, strict=True)
             for path, name, image in tqdm(named, total=len(paths), unit="picture"):
                 try:
@@ -101,35 +173,38 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
                 else:
                     yield path, name, image, instances
 
+    def draw(path: Path, image: np.ndarray, instances: Instances) -> np.ndarray:
+        drawing = draw_instances(image, instances, predictor.metadata)
+        truth = None if ground_truth is None else ground_truth.find(path)
+        if truth is None:
+            return drawing
+        of_truth = draw_instances(image, truth, predictor.metadata)
+        return draw_beside([(drawing, "predictions"), (of_truth, "ground truth")])
+
     def finish(predicted: tuple[Path, str, np.ndarray, Instances]) -> dict[str, np.ndarray]:
-        nonlocal num_done
         path, name, image, instances = predicted
-        pictures = {}
+        drawings = {}
         if args.output is not None or args.json is None:
-            pictures[name] = draw(image, instances)
-            truth = None if ground_truth is None else ground_truth.find(path)
-            if truth is not None:
-                pictures[name] = draw_beside([(pictures[name], "predictions"), (draw(image, truth), "ground truth")])
+            drawings[name] = draw(path, image, instances)
         if args.show_iams:
-            pictures[f"{IAM_FOLDER}/{name}"] = draw_iams(
+            drawings[f"{IAM_FOLDER}/{name}"] = draw_iams(
                 image, instances, predictor.metadata, normalization=predictor.iam_normalization
             )
         if args.output is not None:
-            for relative_name, picture in pictures.items():
-                save_picture(args.output / relative_name, picture)
+            for relative_name, drawing in drawings.items():
+                save_image(args.output / relative_name, drawing)
         if args.json is not None:
             results.add(str(path), instances)
-        num_done += 1
-        return pictures
+        done.append(path)
+        return drawings
 
-    show = _show_pictures if args.output is None else None
-    interrupted = _run(predict(), finish, show, PICTURE_QUEUE_LENGTH)
+    interrupted = run_stages(predict(), finish, _show_all if args.output is None else None, IMAGE_QUEUE_LENGTH)
     if args.json is not None:
         results.write(args.json)
     if args.output is not None:
         iams = f", their activation maps in {args.output / IAM_FOLDER}" if args.show_iams else ""
-        print(f"{num_done} of {len(paths)} pictures are in {args.output}{iams}")
-    print(timed.speed(num_done, "pictures"))
+        _say(f"{len(done)} of {len(paths)} pictures are in {args.output}{iams}")
+    _say(timed.speed(len(done), "pictures"))
     for failure in failures:
         print(failure, file=sys.stderr)
     if interrupted:
@@ -153,56 +228,48 @@ def run_video(args: argparse.Namespace, cfg: CfgNode, predictor: Predictor | Non
     output = None if args.output is None else video_file(args.output, name)
     if output is not None:
         check_not_read("--output", output, _files_read(args, cfg))
-    _check_json(args, cfg)
+    check_json(args, cfg)
     is_shown = is_camera or (output is None and args.json is None)
+    done = 0
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(VideoReader(source))
         predictor = predictor or Predictor(cfg)
-        results = CocoResults(predictor.classes)
-        num_done = 0
         timed = TimedPredictor(predictor, args.confidence_threshold)
-        drawer = VideoDrawer(predictor.metadata, args.drawing)
+        results = CocoResults(predictor.classes)
+        drawer = VideoDrawer(predictor.metadata)
         writer = None if output is None else stack.enter_context(VideoWriter(output, reader.fps))
 
         def predict() -> Iterator[tuple[np.ndarray, Instances]]:
-            # A camera's frames are shown as soon as they can be.
+            # A camera's frames are shown without delay.
             with contextlib.closing(read_ahead(reader, 0 if is_camera else QUEUE_LENGTH)) as frames:
                 for frame in tqdm(frames, total=reader.num_frames, unit="frame"):
                     yield frame, timed.predict(frame)
 
         def finish(predicted: tuple[np.ndarray, Instances]) -> np.ndarray:
-            nonlocal num_done
+            nonlocal done
             frame, instances = predicted
             if writer is not None or is_shown:
                 frame = drawer.draw(frame, instances)
             if writer is not None:
                 writer.write(frame)
-            num_done += 1
+            done += 1
             if args.json is not None:
-                results.add(name, instances, frame=num_done)
+                results.add(name, instances, frame=done)
             return frame
 
         show = (lambda frame: _show(name, frame, wait_ms=1)) if is_shown else None
-        interrupted = _run(predict(), finish, show, QUEUE_LENGTH)
-    if num_done == 0 and not interrupted:
+        interrupted = run_stages(predict(), finish, show, QUEUE_LENGTH)
+    if done == 0 and not interrupted:
         raise ValueError(f"OpenCV could not read a single frame of {name}")
     if args.json is not None:
         results.write(args.json)
-    if output is not None and num_done > 0:
-        print(f"{'The first ' if interrupted else ''}{num_done} frames are in {output}")
-    print(timed.speed(num_done, "frames"))
+    if output is not None and done > 0:
+        _say(f"{'The first ' if interrupted else ''}{done} frames are in {output}")
+    _say(timed.speed(done, "frames"))
     return EXIT_INTERRUPTED if interrupted else 0
 
 
-def _read(path: Path) -> np.ndarray | ImageReadError:
-    # The error is one of this picture alone.
-    try:
-        return read_image(path)
-    except ImageReadError as error:
-        return error
-
-
-def _run(
+def run_stages(
     predicted: Generator[Item, None, None],
     finish: Callable[[Item], Result],
     show: Callable[[Result], bool] | None,
@@ -211,10 +278,10 @@ def _run(
     """Predict in this thread and finish in another, until the end.
 
     Args:
-        predicted: the predictions; the last of each are the instances.
-        finish: draws, writes and collects one of them.
-        show: shows what is finished, at once; True where it is to be the last. Windows belong to this thread, and what
-            they show is not to wait: all is done in this thread then.
+        predicted: tuples that end with the instances.
+        finish: draws, writes and collects one prediction.
+        show: shows a result in a window, and returns True to stop. Windows belong to this thread and show results
+            without delay, so everything is done in this thread then.
         queue_length: predictions that may wait until they are finished.
 
     Returns:
@@ -224,7 +291,7 @@ def _run(
     try:
         with (
             contextlib.closing(predicted),
-            contextlib.closing(work_behind(finish, predicted, queue_length, _is_large)) as finished,
+            contextlib.closing(work_behind(finish, predicted, queue_length, _has_large_masks)) as finished,
         ):
             for result in finished:
                 if show is not None and show(result):
@@ -235,121 +302,64 @@ def _run(
     return False
 
 
-def _is_large(predicted: tuple) -> bool:
-    masks = predicted[-1].pred_masks
-    return isinstance(masks, torch.Tensor) and masks.numel() > LARGE_MASK_BYTES
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sparseinst.tools.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config-file", required=True, help="YAML file, or the name of one that comes with the package"
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="NAME", help="pictures: files, folders, glob patterns")
-    source.add_argument("--video-input", metavar="FILE", help="a video")
-    source.add_argument("--webcam", type=int, nargs="?", const=0, metavar="INDEX", help="a camera, 0 where not given")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="folder for the pictures; folder or .mp4 file for a video. Without it and without --json: a window",
-    )
-    parser.add_argument(
-        "--confidence-threshold", type=float, default=0.5, help="least score of what is drawn and written (default 0.5)"
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write COCO results to FILE, and to its STEM_images.json which image id is which picture",
-    )
-    parser.add_argument(
-        "--ground-truth", type=Path, metavar="JSON", help="draw what this COCO json has of a picture beside it"
-    )
-    parser.add_argument("--show-iams", action="store_true", help="draw the instances' activation maps too")
-    parser.add_argument(
-        "--drawing",
-        choices=DRAWINGS,
-        default="fast",
-        help="who draws: we (default), or Detectron2's visualizers, which draw alike in many times the time",
-    )
-    parser.add_argument(
-        "--mask-nms",
-        type=float,
-        metavar="IOU",
-        help="of two masks of a class that overlap more than this, drop the worse (default: as the config says, off)",
-    )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last"
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: the arguments after the program's name; ``sys.argv``'s where None.
-
-    Returns:
-        Exit code: 0; 1 where a picture could not be read; 2 where the arguments, the config, the weights or the video
-        do not allow a run; 130 where Ctrl-C ended it: what was done until then is kept.
-    """
-    args = build_parser().parse_args(argv)
-    for name in ("fvcore", "detectron2", "sparseinst"):
-        setup_logger(name=name).setLevel(logging.INFO)
-    try:
-        _check_arguments(args)
-        cfg = load_config(args.config_file, args.opts)
-        if args.mask_nms is not None:
-            cfg.MODEL.SPARSE_INST.MASK_NMS_THRESHOLD = args.mask_nms
-        if args.show_iams:
-            cfg.MODEL.SPARSE_INST.DECODER.OUTPUT_IAM = True
-        _skip_rejected(cfg, args.confidence_threshold)
-        keep_freed_memory_for_inference(cfg)
-        return run_video(args, cfg) if args.input is None else run_images(args, cfg)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        # Before anything was done.
-        print("Interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-
-
-def _skip_rejected(cfg: CfgNode, threshold: float) -> None:
-    """Let the model make no masks for what is below the command's threshold: rescoring only lowers a score."""
-    # A little lower, since the score is rounded.
-    keys = cfg.MODEL.SPARSE_INST
-    keys.CLS_THRESHOLD = max(keys.CLS_THRESHOLD, 0.999 * threshold)
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError where a flag's value, or a combination of flags, does not make sense."""
     if not 0 <= args.confidence_threshold <= 1:
         raise ValueError(f"--confidence-threshold is {args.confidence_threshold}; it must be in [0, 1]")
     if args.mask_nms is not None and not 0 < args.mask_nms <= 1:
         raise ValueError(f"--mask-nms is {args.mask_nms}; it must be in (0, 1]")
     if args.show_iams and args.input is None:
-        raise ValueError("--show-iams draws the activation maps of pictures: it needs --input")
+        raise ValueError("--show-iams draws the activation maps of images: it needs --input")
     if args.ground_truth is not None and args.input is None:
-        raise ValueError("--ground-truth belongs to pictures: it needs --input")
-    if args.webcam is not None and not _has_window():
-        raise ValueError(f"--webcam shows a window. {_NO_WINDOW}")
-    if args.output is None and args.json is None and not _has_window():
-        raise ValueError(f"Without --output the drawings go to a window. Give --output. {_NO_WINDOW}")
-    if args.show_iams and args.output is None and not _has_window():
-        raise ValueError(f"--show-iams without --output goes to a window. Give --output. {_NO_WINDOW}")
+        raise ValueError("--ground-truth belongs to images: it needs --input")
+    if _has_window():
+        return
+    if args.webcam is not None:
+        raise ValueError(f"--webcam shows a window. {NO_WINDOW}")
+    if args.output is None and args.json is None:
+        raise ValueError(f"Without --output the drawings go to a window. Give --output. {NO_WINDOW}")
+    if args.output is None and args.show_iams:
+        raise ValueError(f"--show-iams without --output goes to a window. Give --output. {NO_WINDOW}")
 
 
-_NO_WINDOW = (
-    "There is no window here: this OpenCV is built without (install opencv-python in place of opencv-python-headless, "
-    "the extra 'gui'), or there is no display"
-)
+def check_json(args: argparse.Namespace, cfg: CfgNode, paths: Sequence[Path] = ()) -> None:
+    """Raise ValueError where a file of ``--json`` would overwrite a file that is read."""
+    if args.json is not None:
+        for file in (args.json, images_file(args.json)):
+            check_not_read("--json", file, _files_read(args, cfg, paths))
+
+
+def _files_read(args: argparse.Namespace, cfg: CfgNode, paths: Sequence[Path] = ()) -> list[str | Path | None]:
+    return [*paths, args.video_input, args.ground_truth, args.config_file, cfg.MODEL.WEIGHTS]
+
+
+def _read(path: Path) -> np.ndarray | ImageReadError:
+    # Returned, as an error that is raised would end the thread that reads the other images.
+    try:
+        return read_image(path)
+    except ImageReadError as error:
+        return error
+
+
+def _has_large_masks(predicted: tuple) -> bool:
+    masks = predicted[-1].pred_masks
+    return isinstance(masks, torch.Tensor) and masks.numel() > LARGE_MASK_BYTES
+
+
+def _survive_closed_streams() -> None:
+    # Without a standard error (cron, a service) tqdm and the error messages have nowhere to write.
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    # A log line that nobody reads (demo | true) is dropped in place of a traceback.
+    logging.raiseExceptions = False
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        # Python would write what is left of the line at its end, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _has_window() -> bool:
@@ -358,23 +368,13 @@ def _has_window() -> bool:
     return bool(cv2.currentUIFramework())
 
 
-def _files_read(args: argparse.Namespace, cfg: CfgNode, paths: Sequence[Path] = ()) -> list[str | Path | None]:
-    return [*paths, args.video_input, args.ground_truth, args.config_file, cfg.MODEL.WEIGHTS]
+def _show_all(drawings: dict[str, np.ndarray]) -> bool:
+    return any([_show(name, drawing, wait_ms=0) for name, drawing in drawings.items()])
 
 
-def _check_json(args: argparse.Namespace, cfg: CfgNode, paths: Sequence[Path] = ()) -> None:
-    if args.json is not None:
-        for file in (args.json, images_file(args.json)):
-            check_not_read("--json", file, _files_read(args, cfg, paths))
-
-
-def _show_pictures(pictures: dict[str, np.ndarray]) -> bool:
-    return any([_show(name, picture, wait_ms=0) for name, picture in pictures.items()])
-
-
-def _show(title: str, picture: np.ndarray, wait_ms: int) -> bool:
-    """Show a picture in a window; True where the user pressed q or escape."""
-    cv2.imshow(title, picture[:, :, ::-1])
+def _show(title: str, image: np.ndarray, wait_ms: int) -> bool:
+    """Show an image in a window; return True where the user pressed q or escape."""
+    cv2.imshow(title, image[:, :, ::-1])
     return cv2.waitKey(wait_ms) & 0xFF in (ord("q"), 27)
 
 

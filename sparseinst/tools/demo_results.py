@@ -1,4 +1,4 @@
-"""What the demo predicts: the COCO files of ``--json``, and how long the model took."""
+"""The COCO files of the demo's ``--json``, and the time that the model took."""
 
 import json
 import time
@@ -8,12 +8,13 @@ import numpy as np
 from detectron2.structures import Instances
 
 from sparseinst.data.coco_json import ClassInfo
-from sparseinst.inference import Predictor, to_coco_results
-from sparseinst.tools.demo_files import write_file
+from sparseinst.data.coco_results import to_coco_results
+from sparseinst.inference import Predictor
+from sparseinst.inference.output_files import write_file
 
 
 class CocoResults:
-    """What the command predicts, collected for ``--json``."""
+    """Collect the predictions for ``--json``."""
 
     def __init__(self, classes: ClassInfo) -> None:
         self._classes = classes
@@ -21,7 +22,7 @@ class CocoResults:
         self._results: list[dict] = []
 
     def add(self, file_name: str, instances: Instances, **extra: int) -> None:
-        """Append the instances of one picture; image ids count from 1."""
+        """Append the instances of one image; image ids count from 1."""
         height, width = instances.image_size
         image_id = len(self._images) + 1
         self._images.append({"id": image_id, "file_name": file_name, "height": height, "width": width, **extra})
@@ -36,15 +37,15 @@ class CocoResults:
 
 
 def images_file(results: Path) -> Path:
-    """Where it stands which picture an image id of the results is."""
+    """Return the file that says which image an image id of the results is."""
     return results.with_name(f"{results.stem}_images.json")
 
 
 class TimedPredictor:
-    """A predictor whose time is summed up.
+    """Sum up the time of a predictor.
 
     Args:
-        predictor: whose it is.
+        predictor: the predictor.
         threshold: least score of what is kept.
     """
 
@@ -56,18 +57,18 @@ class TimedPredictor:
         self._start = time.perf_counter()
 
     def predict(self, image_rgb: np.ndarray) -> Instances:
-        """The instances of one picture, (height, width, 3) uint8, RGB, whose score is high enough."""
+        """Return the instances of one image, (height, width, 3) uint8, RGB, whose score is high enough."""
         start = time.perf_counter()
         instances = self._predictor([image_rgb], "RGB")[0]
         self._model_seconds += time.perf_counter() - start
         self._num_images += 1
         kept = instances.scores >= self._threshold
-        # The best come first, as a rule; then their masks need not be copied.
+        # Usually the best come first; a slice does not copy their masks.
         num_kept = int(kept.sum())
         return instances[:num_kept] if kept[:num_kept].all() else instances[kept]
 
     def speed(self, num_done: int, unit: str) -> str:
-        """One line: how many were done since this was made, and how fast."""
+        """Return one line: how many were done since this was made, and how fast."""
         seconds = time.perf_counter() - self._start
         speed, alone = num_done / seconds, self._num_images / max(self._model_seconds, 1e-9)
         return f"{num_done} {unit} in {seconds:.1f} s: {speed:.2f} images/s (model {alone:.2f} images/s alone)"

@@ -16,7 +16,6 @@ from detectron2.utils.logger import setup_logger
 
 from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
 from sparseinst.data.coco_json import check_num_classes, class_info, log_data_warnings, register_user_datasets
-from sparseinst.engine.evaluation import evaluate_and_time
 from sparseinst.engine.finite import NonFiniteStepError
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.interruption import TrainingInterrupted
@@ -30,6 +29,7 @@ from sparseinst.engine.processes import (
 )
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import RUN_ERRORS, Trainer, check_test_config
+from sparseinst.evaluation import evaluate
 from sparseinst.modeling.optimization import optimize_as_configured
 
 DATA_FLAGS = {
@@ -136,7 +136,7 @@ def _prepare_evaluation(cfg: CfgNode, args: argparse.Namespace) -> Callable[[], 
     checkpointer = checkpointer_from_config(cfg, model, cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     model = optimize_as_configured(cfg, model)
-    return lambda: evaluate_and_time(cfg, model)
+    return lambda: evaluate(cfg, model)
 
 
 def _prepare_training(cfg: CfgNode, args: argparse.Namespace) -> Callable[[], dict]:

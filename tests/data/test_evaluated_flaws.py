@@ -6,7 +6,7 @@ import math
 import pytest
 
 from sparseinst.data.coco_json import check_num_classes, register_user_datasets
-from sparseinst.engine.evaluation import evaluate, evaluate_and_time
+from sparseinst.evaluation import evaluate
 from tests.data.flawed_json import FLAWS, flawed, write
 from tests.tiny_model import tiny_cfg, tiny_model
 
@@ -27,7 +27,6 @@ def test_results_without_ap(name, threshold, tmp_path):
     written = json.loads((tmp_path / "out" / "inference" / "coco_instances_results.json").read_text())
     assert {result["image_id"] for result in written} == ({1, 2, 3, 4} if threshold < 1 else set())
     assert {result["category_id"] for result in written} <= {3, 17, 90}
-    assert evaluate_and_time(cfg, model).keys() == results.keys()
     assert (tmp_path / "out" / "results.json").is_file()
 
 

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from sparseinst.data import SparseInstDatasetMapper, check_num_classes, class_info, register_user_datasets
-from sparseinst.engine.evaluation import evaluate
+from sparseinst.evaluation import evaluate
 from tests.faults.hostile import damaged, run_cases
 from tests.tiny_model import tiny_cfg
 

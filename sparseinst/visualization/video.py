@@ -1,19 +1,17 @@
-"""Predictions drawn on the frames of a video, an object in one colour from frame to frame."""
+"""Draw predictions on the frames of a video, an object in one colour from frame to frame."""
 
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
-from detectron2.utils.video_visualizer import VideoVisualizer
-from detectron2.utils.visualizer import ColorMode
 
-from sparseinst.inference.drawing import paint_objects
-from sparseinst.inference.visualization import caption, check_drawing, mask_areas, mask_windows, rank_color
+from sparseinst.visualization.instances import caption, mask_areas, mask_windows, rank_color
+from sparseinst.visualization.paint import paint_objects
 
-# An object is one of an earlier frame where their boxes overlap by at least this IoU, ...
+# Least IoU of the boxes of an object in two frames.
 MIN_IOU = 0.3
-# ... and is looked for in so many frames after the one in which it was last seen.
+# Frames in which an object that was not found keeps its number.
 REMEMBERED_FRAMES = 8
 _ALPHA = 0.5
 
@@ -23,9 +21,9 @@ class ObjectTracker:
 
     Of all pairs of an object of the frame and one of an earlier frame, of one class, whose boxes overlap by an IoU of
     at least MIN_IOU, the pair with the largest IoU is taken, then the largest among those that are left, and so on
-    (greedy). An object without a partner is a new one, and gets the least number that is free. One that is not found is
-    remembered where it was for REMEMBERED_FRAMES frames. Nothing is known of motion or looks: objects that are fast, or
-    change places, can change their numbers.
+    (greedy). An object without a partner is new, and gets the least free number. An object that is not found is
+    remembered at its last box for REMEMBERED_FRAMES frames. Motion and appearance are not used: objects that are fast,
+    or change places, can change their numbers.
     """
 
     def __init__(self) -> None:
@@ -36,7 +34,7 @@ class ObjectTracker:
         self._frame = 0
 
     def update(self, boxes: np.ndarray, classes: np.ndarray) -> list[int]:
-        """The numbers of one frame's objects.
+        """Return the numbers of one frame's objects.
 
         Args:
             boxes: (n, 4), x0, y0, x1, y1 in pixels.
@@ -78,66 +76,52 @@ class VideoDrawer:
 
     Args:
         metadata: holds ``thing_classes``.
-        drawing: "fast", whose colours an :class:`ObjectTracker` carries on; or "detectron2": its VideoVisualizer, which
-            draws alike, in many times the time, in colours at random.
-
-    Raises:
-        ValueError: an unknown drawing.
     """
 
-    def __init__(self, metadata: Metadata, drawing: str = "fast") -> None:
-        check_drawing(drawing)
+    def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
         self._tracker = ObjectTracker()
-        self._visualizer = VideoVisualizer(metadata, ColorMode.IMAGE) if drawing == "detectron2" else None
 
     def draw(self, frame: np.ndarray, instances: Instances) -> np.ndarray:
-        """The next frame with its instances.
+        """Return the next frame with its instances drawn.
 
         Args:
             frame: (height, width, 3) uint8, RGB; where it has no instances it is returned itself.
             instances: on the CPU, in the frame's size; ``pred_masks`` boolean or RLEMasks.
         """
-        if self._visualizer is not None:
-            if len(instances) == 0:
-                return frame
-            return self._visualizer.draw_instance_predictions(frame, instances).get_image()
         numbers = self._tracker.update(instances.pred_boxes.tensor.numpy(), instances.pred_classes.numpy())
         if len(instances) == 0:
             return frame
         # Largest first.
         order = np.argsort(-mask_areas(instances.pred_masks), kind="stable").tolist()
-        picture = frame.copy()
+        drawn = frame.copy()
         paint_objects(
-            picture,
+            drawn,
             mask_windows(instances.pred_masks, order, frame.shape[:2]),
             [rank_color(numbers[index]) for index in order],
             captions=[caption(instances, index, self._metadata) for index in order],
             alpha=_ALPHA,
         )
-        return picture
+        return drawn
 
 
-def draw_video(
-    frames: Iterable[tuple[np.ndarray, Instances]], metadata: Metadata, *, drawing: str = "fast"
-) -> Iterator[np.ndarray]:
+def draw_video(frames: Iterable[tuple[np.ndarray, Instances]], metadata: Metadata) -> Iterator[np.ndarray]:
     """Draw masks, names and scores on the frames of one video, an object in one colour from frame to frame.
 
     Args:
         frames: each frame, (height, width, 3) uint8 in RGB, with its instances on the CPU.
         metadata: holds ``thing_classes``.
-        drawing: see :class:`VideoDrawer`.
 
     Yields:
         The drawn frames, of the same size.
     """
-    drawer = VideoDrawer(metadata, drawing)
+    drawer = VideoDrawer(metadata)
     for frame, instances in frames:
         yield drawer.draw(frame, instances)
 
 
 def _box_ious(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(n, m) IoU of boxes (n, 4) and (m, 4)."""
+    """Return the IoU (n, m) of boxes (n, 4) and (m, 4)."""
     corners = np.maximum(boxes[:, None, :2], others[None, :, :2]), np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     intersections = np.clip(corners[1] - corners[0], 0, None).prod(2)
     areas, other_areas = ((each[:, 2:] - each[:, :2]).prod(1) for each in (boxes, others))

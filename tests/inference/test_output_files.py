@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseinst.tools.demo_files import check_image_folder, check_not_read, output_names, write_file
+from sparseinst.inference.output_files import check_image_folder, check_not_read, output_names, write_file
 
 
 def test_output_names_are_unlike_whatever_the_case():
@@ -13,6 +13,12 @@ def test_output_names_are_unlike_whatever_the_case():
     # The same letter, written as one character and as two.
     composed, decomposed = "\u00e4.png", "a\u0308.png"
     assert output_names([Path("x") / composed, Path("y") / decomposed]) == [composed, "a\u0308_2.png"]
+
+
+def test_many_images_of_one_name():
+    # In linear time: 3,000 names took 27 s.
+    names = output_names([Path(f"/d/{index}/image.jpg") for index in range(20_000)])
+    assert names[0] == "image.jpg" and names[-1] == "image_20000.jpg" and len(set(names)) == 20_000
 
 
 def test_a_file_is_the_same_by_whatever_name(tmp_path):

@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from torch import nn
 
-from sparseinst.engine.evaluation import (
-    STAGES,
-    StageTimer,
-    build_evaluator,
-    evaluate,
-    evaluate_and_time,
-    speed_table,
-)
+from sparseinst.evaluation import StageTimer, build_evaluator, evaluate
+from sparseinst.evaluation.evaluate import speed_summary, speed_table
 from sparseinst.structures.rle_masks import RLEMasks
 from tests.shapes_data import register_shapes
-from tests.tiny_model import random_input, tiny_cfg, tiny_model
+from tests.tiny_model import tiny_cfg, tiny_model
+
+STAGES = ("preprocessing", "network", "post-processing")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ def make_cfg(dataset, output_dir, *opts):
 
 def test_results_and_speed_are_written(dataset, tmp_path):
     cfg = make_cfg(dataset, tmp_path)
-    results = evaluate_and_time(cfg, tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4))
+    results = evaluate(cfg, tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4))
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= results["segm"].keys()
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["results"]["segm"]["AP50"] == pytest.approx(results["segm"]["AP50"])
@@ -58,31 +56,24 @@ def test_results_and_speed_are_written(dataset, tmp_path):
     assert all(value > 0 for value in seconds.values())
 
 
-def test_timed_stages_give_the_model_s_own_answer():
-    model = tiny_model()
-    timer = StageTimer(model).eval()
-    x = random_input(50, 70)
-    with torch.no_grad():
-        timed, plain = timer([x])[0]["instances"], model([x])[0]["instances"]
-    assert torch.equal(timed.pred_masks, plain.pred_masks) and torch.equal(timed.scores, plain.scores)
+def timer_of(*batches):
+    timer = StageTimer()
+    timer.seconds = dict(zip(STAGES, map(list, zip(*batches))))
+    return timer
 
 
 def test_speed_summary_by_hand():
-    timer = StageTimer(tiny_model())
     # Five batches of warm-up, then two of 2 images: 1 + 2 + 3 ms and 3 + 4 + 5 ms.
-    timer.seconds = [(9.0, 9.0, 9.0)] * 5 + [(0.001, 0.002, 0.003), (0.003, 0.004, 0.005)]
-    timer.batch_sizes = [2] * 7
-    speed = timer.summary()
+    timer = timer_of(*[(9.0, 9.0, 9.0)] * 5, (0.001, 0.002, 0.003), (0.003, 0.004, 0.005))
+    speed = speed_summary(timer, [2] * 7)
     assert [speed["stages"][name]["median_ms"] for name in (*STAGES, "total")] == pytest.approx([2, 3, 4, 9])
     assert speed["stages"]["total"]["p95_ms"] == pytest.approx(np.percentile([6, 12], 95))
     assert speed["images_per_second"] == pytest.approx(4 / 0.018)
-    assert "post-processing" in speed_table(speed)
+    assert "post-processing" in speed_table({**speed, "precision": "float32"})
 
 
 def test_a_single_batch_is_not_all_warm_up():
-    timer = StageTimer(tiny_model())
-    timer.seconds, timer.batch_sizes = [(0.001, 0.001, 0.001)], [1]
-    assert timer.summary()["num_batches"] == 1
+    assert speed_summary(timer_of((0.001, 0.001, 0.001)), [1])["num_batches"] == 1
 
 
 def test_evaluator_by_type(dataset, tmp_path):
@@ -126,10 +117,13 @@ def truth_model(dataset, *opts):
             classes[0, index, annotation["category_id"]] = 2.0 - index / 5
         return {"pred_logits": classes, "pred_scores": classes.amax(2, keepdim=True), "pred_masks": masks}
 
-    def remember(module, inputs):
-        module.file_name = inputs[0][0]["file_name"]
+    preprocess_image = model.preprocess_image
 
-    model.register_forward_pre_hook(remember)
+    def remember(batched_inputs):
+        model.file_name = batched_inputs[0]["file_name"]
+        return preprocess_image(batched_inputs)
+
+    model.preprocess_image = remember
     model.network = network
     return model
 
@@ -150,8 +144,33 @@ def test_masks_are_encoded_where_they_are_made(dataset, tmp_path, monkeypatch):
     assert model.output_mask_format == "bitmask"
 
 
+class AnyModel(nn.Module):
+    """A Detectron2 model without stages and parameters, which finds the whole image."""
+
+    def forward(self, batched_inputs):
+        assert not self.training
+        return [{"instances": self._whole(x["height"], x["width"])} for x in batched_inputs]
+
+    def _whole(self, height, width):
+        return Instances(
+            (height, width),
+            pred_boxes=Boxes(torch.tensor([[0.0, 0, width, height]])),
+            pred_masks=torch.ones(1, height, width, dtype=torch.bool),
+            scores=torch.tensor([0.5]),
+            pred_classes=torch.tensor([3]),
+        )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_any_model_is_evaluated_and_its_mode_restored(dataset, tmp_path, training):
+    model = AnyModel().train(training)
+    assert {"bbox", "segm"} <= evaluate(make_cfg(dataset, tmp_path), model).keys()
+    assert model.training is training
+    assert set(json.loads((tmp_path / "results.json").read_text())["speed"]["stages"]) == {"model", "total"}
+
+
 def test_the_time_is_logged(dataset, tmp_path, caplog):
-    with caplog.at_level("INFO", logger="sparseinst.engine.evaluation"):
+    with caplog.at_level("INFO", logger="sparseinst.evaluation.evaluate"):
         evaluate(make_cfg(dataset, tmp_path), tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4))
     (line,) = [message for message in caplog.messages if message.startswith("Evaluation took")]
     assert " s: preparing " in line and ", model " in line and "AP of segm" in line

@@ -2,7 +2,15 @@ import cv2
 import numpy as np
 import pytest
 
-from sparseinst.inference.drawing import Label, Window, mask_window, paint_box, paint_labels, paint_mask, paint_objects
+from sparseinst.visualization.paint import (
+    Label,
+    Window,
+    mask_window,
+    paint_box,
+    paint_labels,
+    paint_mask,
+    paint_objects,
+)
 
 GREEN = (0.0, 1.0, 0.0)
 

@@ -1,4 +1,4 @@
-"""What the demo reads and where it writes: it overwrites no input, and writes nothing outside the output folder."""
+"""Input and output files of the demo: no input is overwritten, and nothing is written outside the output folder."""
 
 import contextlib
 import glob
@@ -12,20 +12,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# What a folder or a glob is searched for; a file named by itself is tried whatever its name.
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Endings that are looked for in folders and globs; a file that is named itself is always tried.
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 IAM_FOLDER = "iams"
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Picture files that the names stand for, each file once, in the order of the names.
+    """Return the image files that the names stand for, each file once, in the order of the names.
 
     Args:
-        inputs: files, folders (the pictures directly in them) and glob patterns (``**`` for any depth).
+        inputs: files, folders (the images directly in them) and glob patterns (``**`` for any depth).
 
     Raises:
-        ValueError: a name that stands for no picture.
+        ValueError: a name that stands for no image.
     """
     paths: dict[Path, Path] = {}
     for name in inputs:
@@ -37,27 +39,30 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             found = sorted(p for p in candidates if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not found:
             kind = "The folder" if path.is_dir() else "The file or pattern"
-            raise ValueError(f"--input: {kind} {name!r} gives no picture ({', '.join(IMAGE_SUFFIXES)})")
+            raise ValueError(f"--input: {kind} {name!r} gives no image ({', '.join(IMAGE_SUFFIXES)})")
         for path in found:
             paths.setdefault(path.resolve(), path)
     return list(paths.values())
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """A file name for each picture's drawing, no two alike: its own, with _2, _3, ... where another one has it.
+    """Return a file name for each image's drawing, all different: its own, or with _2, _3, ... where that is taken.
 
     Args:
-        paths: pictures; what is neither .jpg, .jpeg nor .png becomes .png.
+        paths: images; the endings .jpg, .jpeg and .png are kept, others become .png.
     """
     own_names = [p.name if p.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{p.stem}.png" for p in paths]
     reserved = set(map(_key, own_names))
     taken: set[str] = set()
+    # Of each name the number that it got last, so that many images of one name take linear time.
+    counts: dict[str, int] = {}
     names = []
     for name in own_names:
-        candidate, count = name, 1
+        candidate, count = name, counts.get(_key(name), 1)
         while _key(candidate) in taken or (count > 1 and _key(candidate) in reserved):
             count += 1
             candidate = f"{Path(name).stem}_{count}{Path(name).suffix}"
+        counts[_key(name)] = count
         taken.add(_key(candidate))
         names.append(candidate)
     return names
@@ -68,14 +73,14 @@ def check_image_folder(folder: Path, paths: Sequence[Path]) -> None:
 
     Args:
         folder: it need not exist.
-        paths: the pictures that are read.
+        paths: the images that are read.
 
     Raises:
-        ValueError: it is a file or named like one; a picture lies in it, or the name of one does (a link), so that a
+        ValueError: it is a file or named like one; an image that is read, or a link to one, lies in it, so that a
             drawing could take its place; its folder of activation maps is a link that leads out of it.
     """
     if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
-        raise ValueError(f"--output is a folder for --input; {folder} is named like a picture")
+        raise ValueError(f"--output is a folder for --input; {folder} is named like an image")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file; it must be a folder")
     iams = folder / IAM_FOLDER
@@ -91,18 +96,18 @@ def check_image_folder(folder: Path, paths: Sequence[Path]) -> None:
 
 
 def video_file(output: Path, source_name: str) -> Path:
-    """The file that a video's drawing goes to: ``output`` itself, or a file of the video's name in that folder."""
+    """Return the file of a video's drawing: ``output`` itself, or a file of the video's name in that folder."""
     is_file = output.suffix.lower() in VIDEO_SUFFIXES and not output.is_dir()
     return output if is_file else output / f"{Path(source_name).stem}.mp4"
 
 
 def check_not_read(flag: str, path: Path, read: Iterable[str | os.PathLike | None]) -> None:
-    """Check that a file to be written is none of those that are read, by whatever name or link.
+    """Check that a file to write is none of those that are read, also by another name or link.
 
     Args:
-        flag: of the command, which names the file.
-        path: to be written.
-        read: files that are read; "" and None are none.
+        flag: the command's flag that names the file.
+        path: the file to write.
+        read: files that are read; "" and None are passed over.
 
     Raises:
         ValueError: it is one of them.
@@ -112,15 +117,15 @@ def check_not_read(flag: str, path: Path, read: Iterable[str | os.PathLike | Non
             raise ValueError(f"{flag} {path} would overwrite the input {os.fspath(file)}; give another one")
 
 
-def save_picture(path: Path, picture: np.ndarray) -> None:
+def save_image(path: Path, image: np.ndarray) -> None:
     """Write (height, width, 3) uint8, RGB, as PNG or, as the name says, JPEG; errors as in :func:`write_file`."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG" if path.suffix.lower() == ".png" else "JPEG", quality=95)
+    Image.fromarray(image).save(buffer, format="PNG" if path.suffix.lower() == ".png" else "JPEG", quality=95)
     write_file(path, buffer.getbuffer())
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file beside its place, then put it there: a link that has the name is replaced, not followed.
+    """Write a file under another name, then rename it: a link that has the name is replaced, not followed.
 
     Raises:
         ValueError: it cannot be written.

@@ -1,6 +1,6 @@
-"""Objects painted into pictures: Detectron2's look, without matplotlib, which takes most of its time.
+"""Paint objects into images: Detectron2's look, without matplotlib, which takes 32 times as long.
 
-A picture is (height, width, 3) uint8, RGB, and is painted on where it is. Colours are RGB in [0, 1]. An object without
+An image is (height, width, 3) uint8, RGB, and is changed in place. Colours are RGB in [0, 1]. An object without
 a mask, or whose mask is empty, shows its box and its label.
 """
 
@@ -15,14 +15,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 Color = tuple[float, float, float]
 
-# Detectron2 gives sizes in points, of which matplotlib draws 72 on 100 pixels.
+# Detectron2 gives sizes in points, and matplotlib draws 72 points on 100 pixels.
 _PIXELS_PER_POINT = 100 / 72
-# Points of the largest labels are the picture's mean side over this, but at least so many.
+# The largest labels have the image's mean side over this in points, but at least so many.
 _SIDE_PER_POINT, _LEAST_POINTS = 90, 10
 # No label is smaller, in pixels.
 _LEAST_TEXT = 11
 _BOX_ALPHA = 0.5
-# A label's background keeps this share of the picture, and is so many pixels wider than the text on each side.
+# A label's background keeps this share of the image, and is so many pixels wider than the text on each side.
 _LABEL_TRANSPARENCY = 0.2
 _LABEL_PADDING = 2
 # A label is white with this share of its object's colour.
@@ -34,7 +34,7 @@ _MAX_LABEL_MOVES = 4
 
 
 class Window(NamedTuple):
-    """The part of a picture that a mask lies in.
+    """The part of an image that a mask lies in.
 
     Attributes:
         x, y: upper left corner, in pixels.
@@ -47,7 +47,7 @@ class Window(NamedTuple):
 
 
 class Label(NamedTuple):
-    """A text and its place.
+    """A text and its position.
 
     Attributes:
         text: what is written, in one line.
@@ -66,7 +66,7 @@ class Label(NamedTuple):
 
 
 def paint_objects(
-    picture: np.ndarray,
+    image: np.ndarray,
     windows: Iterable[Window],
     colors: Sequence[Color],
     *,
@@ -75,34 +75,34 @@ def paint_objects(
     alpha: float = 0.5,
     font_scale: float = 1.0,
 ) -> None:
-    """Paint objects one over the other, and their labels over all of them.
+    """Paint objects in their order, then the labels on top.
 
     Args:
-        picture: is painted on.
-        windows: the mask of each object; asked for one by one.
+        image: changed in place.
+        windows: the mask of each object; consumed one by one.
         colors: of each object.
         boxes: (n, 4), x0, y0, x1, y1 in pixels. Where None no boxes are drawn, and labels stand in the masks' middle.
         captions: of each object; None: no labels.
         alpha: the colour's share inside the masks, in [0, 1].
         font_scale: enlarges the labels and the frames of the boxes.
     """
-    mean_side = (picture.shape[0] * picture.shape[1]) ** 0.5
+    mean_side = (image.shape[0] * image.shape[1]) ** 0.5
     points = max(mean_side // _SIDE_PER_POINT, _LEAST_POINTS) * font_scale
     frame = round(points / 4 * _PIXELS_PER_POINT)
     edge = round(max(points // 15, 1) * _PIXELS_PER_POINT)
     labels = []
     for index, (window, color) in enumerate(zip(windows, colors, strict=True)):
         if boxes is not None:
-            paint_box(picture, boxes[index], color, _BOX_ALPHA, frame)
-        paint_mask(picture, window, color, alpha, edge)
+            paint_box(image, boxes[index], color, _BOX_ALPHA, frame)
+        paint_mask(image, window, color, alpha, edge)
         if captions is not None:
             box = _box_of(window) if boxes is None else boxes[index]
             # Larger objects have larger labels.
             share = float(np.clip(((box[3] - box[1]) / mean_side - 0.02) / 0.08 + 1, 1.2, 2)) / 2
             size = max(round(points * share * _PIXELS_PER_POINT), _LEAST_TEXT)
-            place = _label_place(box, picture.shape[0], None if boxes is not None else window)
+            place = _label_place(box, image.shape[0], None if boxes is not None else window)
             labels.append(Label(captions[index], *place[:2], size, color, place[2]))
-    paint_labels(picture, labels)
+    paint_labels(image, labels)
 
 
 def mask_window(mask: np.ndarray, box: Sequence[float] | None = None) -> Window:
@@ -117,11 +117,11 @@ def mask_window(mask: np.ndarray, box: Sequence[float] | None = None) -> Window:
     return Window(x, y, np.ascontiguousarray(pixels[y : y + height, x : x + width]))
 
 
-def paint_mask(picture: np.ndarray, window: Window, color: Color, alpha: float, edge: int) -> None:
+def paint_mask(image: np.ndarray, window: Window, color: Color, alpha: float, edge: int) -> None:
     """Blend a mask's pixels with a colour, and outline it and its holes.
 
     Args:
-        picture: is painted on.
+        image: changed in place.
         window: the mask.
         color: of fill and outline.
         alpha: the colour's share in the fill, in [0, 1]; the outline has all of it.
@@ -130,17 +130,17 @@ def paint_mask(picture: np.ndarray, window: Window, color: Color, alpha: float, 
     if window.pixels.size == 0:
         return
     height, width = window.pixels.shape
-    place = picture[window.y : window.y + height, window.x : window.x + width]
+    place = image[window.y : window.y + height, window.x : window.x + width]
     cv2.copyTo(_blend(place, color, alpha), window.pixels, place)
     outlines, _ = cv2.findContours(window.pixels, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    cv2.drawContours(picture, outlines, -1, _levels(color), edge, cv2.LINE_AA, offset=(window.x, window.y))
+    cv2.drawContours(image, outlines, -1, _levels(color), edge, cv2.LINE_AA, offset=(window.x, window.y))
 
 
-def paint_box(picture: np.ndarray, box: Sequence[float], color: Color, alpha: float, frame: int) -> None:
+def paint_box(image: np.ndarray, box: Sequence[float], color: Color, alpha: float, frame: int) -> None:
     """Blend a box's frame with a colour.
 
     Args:
-        picture: is painted on.
+        image: changed in place.
         box: (x0, y0, x1, y1), in pixels; the frame's middle lies on it.
         color: of the frame.
         alpha: the colour's share, in [0, 1].
@@ -149,28 +149,28 @@ def paint_box(picture: np.ndarray, box: Sequence[float], color: Color, alpha: fl
     x, y = (
         np.clip([low, low + frame, max(high, low + frame), max(high, low + frame) + frame], 0, size)
         for low, high, size in (
-            (round(box[0] - frame / 2), round(box[2] - frame / 2), picture.shape[1]),
-            (round(box[1] - frame / 2), round(box[3] - frame / 2), picture.shape[0]),
+            (round(box[0] - frame / 2), round(box[2] - frame / 2), image.shape[1]),
+            (round(box[1] - frame / 2), round(box[3] - frame / 2), image.shape[0]),
         )
     )
     # Upper and lower strip with the corners, left and right one between them.
     for top, bottom, left, right in ((0, 1, 0, 3), (2, 3, 0, 3), (1, 2, 0, 1), (1, 2, 2, 3)):
-        place = picture[y[top] : y[bottom], x[left] : x[right]]
+        place = image[y[top] : y[bottom], x[left] : x[right]]
         if place.size:
             place[:] = _blend(place, color, alpha)
 
 
-def paint_labels(picture: np.ndarray, labels: Sequence[Label]) -> None:
-    """Write labels, each on a dark ground, inside the picture, beside one another where there is room."""
+def paint_labels(image: np.ndarray, labels: Sequence[Label]) -> None:
+    """Write labels on dark backgrounds inside the image, without overlap where there is room."""
     taken: list[tuple[int, int, int, int]] = []
     for label in labels:
-        ink = _ink(label.text, label.size)[: picture.shape[0], : picture.shape[1]]
+        ink = _ink(label.text, label.size)[: image.shape[0], : image.shape[1]]
         height, width = ink.shape
         x = label.x - width / 2 if label.is_centered else label.x
-        x = min(max(round(x), 0), picture.shape[1] - width)
-        y = _free_y(min(max(round(label.y), 0), picture.shape[0] - height), x, ink.shape, taken, picture.shape[0])
+        x = min(max(round(x), 0), image.shape[1] - width)
+        y = _free_y(min(max(round(label.y), 0), image.shape[0] - height), x, ink.shape, taken, image.shape[0])
         taken.append((x, y, x + width, y + height))
-        place = picture[y : y + height, x : x + width]
+        place = image[y : y + height, x : x + width]
         ground = place.astype(np.float32) * _LABEL_TRANSPARENCY
         text_color = np.float32(_levels(label.color)) * _LABEL_TINT + 255 * (1 - _LABEL_TINT)
         place[:] = np.rint(ground + (text_color - ground) * (ink[:, :, None] / np.float32(255)))
@@ -180,11 +180,11 @@ def _box_of(window: Window) -> tuple[int, int, int, int]:
     return window.x, window.y, window.x + window.pixels.shape[1], window.y + window.pixels.shape[0]
 
 
-def _label_place(box: Sequence[float], picture_height: int, window: Window | None) -> tuple[float, float, bool]:
-    """Corner x and y, and whether it is centered: in the window's mask where there is one, else in the box."""
+def _label_place(box: Sequence[float], image_height: int, window: Window | None) -> tuple[float, float, bool]:
+    """Return corner x and y, and whether it is centered: in the window's mask where there is one, else in the box."""
     x0, y0, x1, y1 = box
     if (x1 - x0) * (y1 - y0) < _SMALL_AREA or y1 - y0 < _SMALL_HEIGHT:
-        return (x1, y0, False) if y1 >= picture_height - 5 else (x0, y1, False)
+        return (x1, y0, False) if y1 >= image_height - 5 else (x0, y1, False)
     if window is None:
         return x0, y0, False
     # The median of the mask's pixels.
@@ -193,8 +193,8 @@ def _label_place(box: Sequence[float], picture_height: int, window: Window | Non
     return x0 + middle_x, y0 + middle_y, True
 
 
-def _free_y(y: int, x: int, size: tuple[int, int], taken: list[tuple[int, int, int, int]], picture_height: int) -> int:
-    """The label's y, or a lower one where it covers no other label."""
+def _free_y(y: int, x: int, size: tuple[int, int], taken: list[tuple[int, int, int, int]], image_height: int) -> int:
+    """Return the label's y, or a lower one where it covers no other label."""
     free_y = y
     for _ in range(_MAX_LABEL_MOVES):
         below = [
@@ -203,14 +203,14 @@ def _free_y(y: int, x: int, size: tuple[int, int], taken: list[tuple[int, int, i
         if not below:
             return free_y
         free_y = max(below)
-        if free_y + size[0] > picture_height:
+        if free_y + size[0] > image_height:
             break
     return y
 
 
 def _blend(pixels: np.ndarray, color: Color, alpha: float) -> np.ndarray:
-    """Pixels with a share ``alpha`` of a colour."""
-    # A linear map of the channels: OpenCV's fastest way here.
+    """Return pixels with a share ``alpha`` of a colour."""
+    # A linear map of the channels is OpenCV's fastest function for this.
     scale = (1 - alpha) * np.eye(3, dtype=np.float32)
     return cv2.transform(pixels, np.column_stack([scale, 255 * alpha * np.array(color, dtype=np.float32)]))
 
@@ -221,11 +221,11 @@ def _levels(color: Color) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _ink(text: str, size: int) -> np.ndarray:
-    """How much of a label's pixels is text, (height, width) uint8."""
+    """Return how much of a label's pixels is text, (height, width) uint8."""
     text = " ".join(text.split())
     font = _font(size)
     left, top, right, bottom = font.getbbox(text, anchor="ls")
-    # Of one height whatever the letters, where they are not unusually high or low.
+    # All labels have one height, unless a letter is unusually high or low.
     above = max(-top, round(0.76 * size)) + _LABEL_PADDING
     below = max(bottom, round(0.24 * size)) + _LABEL_PADDING
     ink = Image.new("L", (round(right - left) + 2 * _LABEL_PADDING, above + below))

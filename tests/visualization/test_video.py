@@ -1,14 +1,12 @@
 import numpy as np
-import pytest
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.video_visualizer import VideoVisualizer
 from pycocotools import mask as mask_api
 
-from sparseinst.inference import draw_video
-from sparseinst.inference.video_drawing import REMEMBERED_FRAMES, ObjectTracker, VideoDrawer
 from sparseinst.structures.rle_masks import RLEMasks
+from sparseinst.visualization import VideoDrawer, draw_video
+from sparseinst.visualization.video import REMEMBERED_FRAMES, ObjectTracker
 
 METADATA = Metadata(name="video_test", thing_classes=["bar", "disc"])
 
@@ -70,18 +68,14 @@ def test_empty_frames_and_empty_boxes():
     assert len(set(tracker.update(np.zeros((3, 4), np.float32), np.zeros(3, np.int64)))) == 3
 
 
-@pytest.mark.parametrize("drawing", ["fast", "detectron2"])
-def test_an_object_keeps_its_colour_and_the_frame_its_size(drawing):
-    # Detectron2 draws each new object's colour at random, and one of them is the frame's grey.
-    np.random.seed(0)
-
+def test_an_object_keeps_its_colour_and_the_frame_its_size():
     def predictions():
         for index in range(4):
             instances = instances_of([[index, 20, 40 + index, 60]], [0])
             # The second frame misses the object.
             yield np.full((97, 131, 3), 128, np.uint8), instances[:0] if index == 1 else instances
 
-    pictures = list(draw_video(predictions(), METADATA, drawing=drawing))
+    pictures = list(draw_video(predictions(), METADATA))
     assert [picture.shape for picture in pictures] == [(97, 131, 3)] * 4
     assert (pictures[1] == 128).all()
     colours = [pictures[index][55, 30].astype(int) for index in (0, 2, 3)]
@@ -94,8 +88,7 @@ def test_an_object_keeps_its_colour_and_the_frame_its_size(drawing):
             fields = {**instances.get_fields(), "pred_masks": RLEMasks(rles, (97, 131))}
             yield frame, Instances((97, 131), **fields)
 
-    np.random.seed(0)
-    of_encoded = list(draw_video(encoded(), METADATA, drawing=drawing))
+    of_encoded = list(draw_video(encoded(), METADATA))
     assert all(np.array_equal(*both) for both in zip(pictures, of_encoded))
 
 
@@ -115,14 +108,3 @@ def test_colours_of_two_objects_that_pass_one_another():
         for y, xs in ((10, range(10, 131, 10)), (70, range(120, -1, -10)))
     )
     assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
-
-
-def test_detectron2_draws_as_before():
-    instances = instances_of([[10, 20, 50, 60], [70, 30, 120, 80]], [0, 1])
-    frame = np.full((97, 131, 3), 90, np.uint8)
-    np.random.seed(3)
-    expected = VideoVisualizer(METADATA).draw_instance_predictions(frame, instances).get_image()
-    np.random.seed(3)
-    assert np.array_equal(VideoDrawer(METADATA, "detectron2").draw(frame, instances), expected)
-    with pytest.raises(ValueError, match="'slow'.*fast, detectron2"):
-        VideoDrawer(METADATA, "slow")

@@ -12,14 +12,10 @@ from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
-from sparseinst.engine.coco_evaluation import (
-    RESULTS_FILE,
-    InstanceSegmentationEvaluator,
-    check_coco_eval,
-    coco_results,
-    run_coco_eval,
-)
+from sparseinst.checkpoint import OutputError
+from sparseinst.data.coco_results import to_coco_results
 from sparseinst.engine.trainer import check_test_config
+from sparseinst.evaluation.coco_evaluation import RESULTS_FILE, EncodedMaskEvaluator, check_coco_eval, run_coco_eval
 from sparseinst.structures.rle_masks import RLEMasks
 from tests.tiny_model import tiny_cfg
 
@@ -143,7 +139,7 @@ def test_figures_and_json_are_those_of_detectron2(scene, limit, tmp_path):
     text = (tmp_path / "stock" / RESULTS_FILE).read_text()
     for kind in ("boolean", "encoded"):
         given = predictions if kind == "boolean" else {key: encoded(value) for key, value in predictions.items()}
-        evaluator = InstanceSegmentationEvaluator(name, tmp_path / kind, max_detections=limit)
+        evaluator = EncodedMaskEvaluator(name, tmp_path / kind, max_detections=limit)
         # Twice: what was taken is forgotten.
         for _ in range(2):
             figures = run(evaluator, given)
@@ -155,11 +151,26 @@ def test_figures_and_json_are_those_of_detectron2(scene, limit, tmp_path):
 def test_a_model_that_finds_nothing(scene, tmp_path):
     truth, predictions = scene
     name = register("coco_evaluation_nothing", tmp_path / "truth.json", truth)
-    evaluator = InstanceSegmentationEvaluator(name, tmp_path / "out")
+    evaluator = EncodedMaskEvaluator(name, tmp_path / "out")
     figures = run(evaluator, {key: instances[:0] for key, instances in predictions.items()})
     assert all(np.isnan(value) for task in figures.values() for value in task.values()) and len(figures) == 2
     assert (tmp_path / "out" / RESULTS_FILE).read_text() == "[]"
     assert run(evaluator, {}) == {}
+
+
+def test_results_that_cannot_be_written_leave_earlier_ones(scene, tmp_path, monkeypatch):
+    truth, predictions = scene
+    name = register("coco_evaluation_disk", tmp_path / "truth.json", truth)
+    evaluator = EncodedMaskEvaluator(name, tmp_path)
+    (tmp_path / RESULTS_FILE).write_text("earlier")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        run(evaluator, predictions)
+    assert (tmp_path / RESULTS_FILE).read_text() == "earlier" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_an_unknown_computation_is_refused():
@@ -173,8 +184,8 @@ def test_an_unknown_computation_is_refused():
 def test_a_class_that_the_data_set_has_not(scene):
     instances = max(scene[1].values(), key=len)
     instances = Instances(SIZE, **{**instances.get_fields(), "pred_classes": instances.pred_classes + 6})
-    with pytest.raises(ValueError, match="has classes 0 to 5: set MODEL.SPARSE_INST.DECODER.NUM_CLASSES"):
-        coco_results(instances, 1, dict(enumerate(CATEGORIES)))
+    with pytest.raises(ValueError, match="has classes 0 to 5: set MODEL.X.NUM_CLASSES"):
+        to_coco_results(instances, 1, CATEGORIES, num_classes_key="MODEL.X.NUM_CLASSES")
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -189,7 +200,7 @@ def all_figures(truth, predictions, task, coco_eval, limit=100):
     """The 12 figures; precision and recall at every threshold, of every class and area."""
     results = []
     for image_id, instances in predictions.items():
-        results += coco_results(instances, image_id, dict(enumerate(CATEGORIES)))
+        results += to_coco_results(instances, image_id, CATEGORIES)
     coco = COCO()
     coco.dataset = json.loads(json.dumps(truth))
     coco.createIndex()

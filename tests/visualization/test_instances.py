@@ -1,16 +1,17 @@
-import colorsys
 import weakref
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.data.catalog import Metadata
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.visualizer import Visualizer
 from pycocotools import mask as mask_api
 
-from sparseinst.inference import draw_iams, draw_instances
 from sparseinst.structures.rle_masks import RLEMasks
+from sparseinst.visualization import draw_iams, draw_instances, ground_truth_instances
+from sparseinst.visualization.instances import rank_color
 
 METADATA = Metadata(name="visualization_test", thing_classes=["circle", "square"])
 
@@ -74,32 +75,24 @@ def test_names_and_boxes_of_many_instances_are_left_out():
 def test_it_looks_like_detectron2(size):
     image, instances = scene(*size)
     image[:] = np.random.default_rng(0).integers(0, 256, (1, 1, 3))
-    fast, slow = (
-        draw_instances(image, instances, METADATA, drawing=drawing).astype(int) for drawing in ("fast", "detectron2")
-    )
+    fast = draw_instances(image, instances, METADATA).astype(int)
+    # Detectron2 is given the enlarged image, masks and boxes.
+    scale = fast.shape[0] / size[0]
+    visualizer = Visualizer(cv2.resize(image, fast.shape[1::-1]), METADATA, font_size_scale=1.4)
+    for index in (0, 1):
+        mask = cv2.resize(instances.pred_masks[index].numpy().astype(np.uint8), fast.shape[1::-1])
+        visualizer.overlay_instances(
+            boxes=instances.pred_boxes[index].tensor * scale,
+            masks=[mask.astype(bool)],
+            labels=[f"{METADATA.thing_classes[1 - index]} {90 - 10 * index}%"],
+            assigned_colors=[rank_color(index)],
+            alpha=0.45,
+        )
+    slow = visualizer.output.get_image().astype(int)
     differences = np.abs(fast - slow).max(2)
     # Where they differ much, it is by a pixel in a line's or a letter's place.
     assert np.median(differences) <= 1 and (differences > 30).mean() < 0.02
     assert np.abs(fast.mean((0, 1)) - slow.mean((0, 1))).max() < 2
-
-
-def test_detectron2_draws_as_before():
-    """One by one, largest first, with its own visualizer."""
-    image, instances = scene(480, 600)
-    visualizer = Visualizer(image, METADATA, font_size_scale=1.4)
-    for index in (0, 1):
-        color = colorsys.hsv_to_rgb((0.33 + index * 0.618034) % 1, 0.85, 1.0)
-        visualizer.overlay_instances(
-            boxes=instances.pred_boxes[index],
-            masks=[instances.pred_masks[index].numpy()],
-            labels=[f"{METADATA.thing_classes[1 - index]} {90 - 10 * index}%"],
-            assigned_colors=[color],
-            alpha=0.45,
-        )
-    expected = visualizer.output.get_image()
-    assert np.array_equal(draw_instances(image, instances, METADATA, drawing="detectron2"), expected)
-    with pytest.raises(ValueError, match="'slow'.*fast, detectron2"):
-        draw_instances(image, instances, METADATA, drawing="slow")
 
 
 def test_nothing_found_is_the_plain_picture():
@@ -109,17 +102,16 @@ def test_nothing_found_is_the_plain_picture():
     assert np.array_equal(picture, image) and picture is not image
 
 
-@pytest.mark.parametrize("drawing", ["fast", "detectron2"])
 @pytest.mark.parametrize("size", [(480, 600), (120, 160), (1700, 2)])
 @pytest.mark.parametrize("count", [1, 30])
-def test_encoded_masks_are_drawn_alike(size, count, drawing):
+def test_encoded_masks_are_drawn_alike(size, count):
     image, instances = scene(*size) if size[1] > 2 else narrow_scene(*size)
     instances = Instances.cat([instances] * count)
     encoded = instances[:]
     encoded.remove("pred_masks")
     rles = [mask_api.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in instances.pred_masks]
     encoded.pred_masks = RLEMasks(rles, size)
-    drawings = [draw_instances(image, each, METADATA, drawing=drawing) for each in (instances, encoded)]
+    drawings = [draw_instances(image, each, METADATA) for each in (instances, encoded)]
     assert np.array_equal(*drawings)
     maps = [draw_iams(image, each, METADATA, max_instances=2) for each in (instances, encoded)]
     assert np.array_equal(*maps)
@@ -136,8 +128,7 @@ def narrow_scene(height, width):
     return np.zeros((height, width, 3), np.uint8), instances
 
 
-@pytest.mark.parametrize("drawing", ["fast", "detectron2"])
-def test_one_mask_at_a_time_is_decoded(monkeypatch, drawing):
+def test_one_mask_at_a_time_is_decoded(monkeypatch):
     # At 8000 x 8000 a decoded mask takes 64 MB, and there can be 100.
     alive, most = [], []
 
@@ -152,7 +143,7 @@ def test_one_mask_at_a_time_is_decoded(monkeypatch, drawing):
     image, instances = scene(480, 600)
     rles = [mask_api.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in instances.pred_masks]
     encoded = Instances((480, 600), **{**instances.get_fields(), "pred_masks": RLEMasks(rles, (480, 600))})
-    draw_instances(image, Instances.cat([encoded] * 20), METADATA, drawing=drawing)
+    draw_instances(image, Instances.cat([encoded] * 20), METADATA)
     assert len(most) == 40 and max(most) <= 2
 
 
@@ -215,3 +206,23 @@ def test_activation_maps_need_the_key():
     instances.remove("pred_iams")
     with pytest.raises(ValueError, match="MODEL.SPARSE_INST.DECODER.OUTPUT_IAM"):
         draw_iams(image, instances, METADATA)
+
+
+@pytest.mark.parametrize("kind", ["polygons", "bitmasks", "tensor", "absent"])
+def test_ground_truth_of_any_kind_of_masks(kind):
+    # A square with corners (2, 3) and (6, 9).
+    mask = torch.zeros(1, 20, 30, dtype=torch.bool)
+    mask[0, 3:9, 2:6] = True
+    masks = {
+        "polygons": PolygonMasks([[[2, 3, 6, 3, 6, 9, 2, 9]]]),
+        "bitmasks": BitMasks(mask),
+        "tensor": mask.float(),
+    }
+    count = 0 if kind == "absent" else 1
+    given = Instances((20, 30), gt_classes=torch.ones(count, dtype=torch.int64))
+    if count:
+        given.gt_masks = masks[kind]
+    drawn = ground_truth_instances(given)
+    assert torch.equal(drawn.pred_masks, mask[:count]) and not drawn.has("scores")
+    assert drawn.pred_boxes.tensor.tolist() == [[2, 3, 6, 9]][:count]
+    assert drawn.pred_classes.tolist() == [1] * count

@@ -1,0 +1,231 @@
+"""Evaluation with Detectron2's evaluators, and how long each stage of it takes."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from tabulate import tabulate
+from torch import nn
+
+from sparseinst.checkpoint.atomic_write import write_atomically
+from sparseinst.data.loader import build_test_loader
+from sparseinst.evaluation.coco_evaluation import MAX_DETECTIONS, EncodedMaskEvaluator
+from sparseinst.evaluation.stage_timer import StageTimer, peak_bytes
+
+logger = logging.getLogger(__name__)
+
+WARMUP_BATCHES = 5
+# To become config.num_classes and config.max_detections, which ask the model's family.
+NUM_CLASSES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
+
+
+def _max_detections(cfg: CfgNode) -> int:
+    return cfg.MODEL.SPARSE_INST.MAX_DETECTIONS
+
+
+def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
+    """Evaluate on every data set of DATASETS.TEST, and log the speed and where the time went.
+
+    Results, speed and seconds are written to OUTPUT_DIR/results.json. Call it in all processes at once.
+
+    Args:
+        cfg: DATASETS.TEST, OUTPUT_DIR, DATALOADER, INPUT and TEST are read.
+        model: any Detectron2 model; its mode is restored. On several ranks its buffers become those of rank 0. Where it
+            has ``output_as``, it gives encoded masks to the evaluator of COCO's format, which needs those. Where it has
+            ``network`` and ``postprocess``, its stages are timed one by one.
+
+    Returns:
+        The evaluator's results; by data set where there are several. Empty on ranks other than 0.
+
+    Raises:
+        ValueError: a data set has an ``evaluator_type`` without an evaluator.
+        OutputError: a file cannot be written; earlier ones stay.
+    """
+    _share_buffers(model)
+    timer = StageTimer()
+    timed_model = _TimedModel(model, timer)
+    results = {}
+    for dataset_name in cfg.DATASETS.TEST:
+        with timer.stage("preparing"):
+            loader = _TimedLoader(build_test_loader(cfg, dataset_name), timer)
+            evaluator = build_evaluator(cfg, dataset_name, timer)
+        with timer.stage("the rest"), _encoded_masks(model, evaluator):
+            results[dataset_name] = inference_on_dataset(timed_model, loader, evaluator) or {}
+        if comm.is_main_process():
+            logger.info("Results on %s, to be copied:", dataset_name)
+            print_csv_format(results[dataset_name])
+    logger.info("Evaluation took %s", timer)
+    if len(results) == 1:
+        results = results[cfg.DATASETS.TEST[0]]
+    speed = speed_summary(timed_model.stages, timed_model.batch_sizes)
+    if speed:
+        speed["precision"] = str(_parameter(model).dtype).removeprefix("torch.")
+        logger.info("Speed:\n%s", speed_table(speed))
+        path = Path(cfg.OUTPUT_DIR) / "results.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"results": results, "speed": speed, "seconds": timer.totals()}, indent=2) + "\n"
+        write_atomically(path, lambda file: file.write(content.encode()))
+        logger.info("Results and speed are in %s", path)
+    return results
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = None) -> DatasetEvaluator:
+    """Return the evaluator for a data set's ``evaluator_type``: ours for COCO's, or Detectron2's for LVIS's.
+
+    LVIS's own code stops at its AP step on numpy 1.24 and newer; the results file is written before.
+
+    Args:
+        cfg: OUTPUT_DIR, TEST.COCO_EVAL and the most detections are read.
+        dataset_name: a registered one.
+        timer: counts the stages of the evaluator's own work, where it has some.
+
+    Raises:
+        ValueError: another type.
+    """
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    output_dir = str(Path(cfg.OUTPUT_DIR) / "inference")
+    # A smaller limit would only rename COCO's columns.
+    max_detections = max(_max_detections(cfg), MAX_DETECTIONS)
+    if evaluator_type == "coco":
+        return EncodedMaskEvaluator(
+            dataset_name,
+            output_dir,
+            max_detections=max_detections,
+            coco_eval=cfg.TEST.COCO_EVAL,
+            num_classes_key=NUM_CLASSES_KEY,
+            timer=timer,
+        )
+    if evaluator_type == "lvis":
+        limit = max_detections if max_detections > MAX_DETECTIONS else None
+        return LVISEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=limit)
+    raise ValueError(
+        f'The data set {dataset_name!r} has evaluator_type {evaluator_type!r}; "coco" and "lvis" are known. '
+        "Set it in MetadataCatalog, or evaluate with Detectron2's inference_on_dataset and an evaluator of your own"
+    )
+
+
+def speed_summary(stages: StageTimer, batch_sizes: list[int]) -> dict:
+    """Return median and 95th percentile of each stage and of their sum, without each process's first batches.
+
+    Call it in all processes at once.
+
+    Args:
+        stages: of this process, one figure for each batch.
+        batch_sizes: images in each batch.
+
+    Returns:
+        ``stages``: name to ``median_ms`` and ``p95_ms`` per batch; ``images_per_second``, from the sum of all stages,
+        of all processes together; ``peak_memory_mb`` of the device (on the CPU of the process), the largest;
+        ``batch_size``, ``num_batches``, ``warmup_batches``, ``num_processes``, ``device``. Empty where no process has
+        timed anything, and on ranks other than 0.
+    """
+    gathered = comm.gather((stages.seconds, batch_sizes, peak_bytes(stages.device)))
+    # There may be fewer images than processes.
+    used = [(seconds, np.array(sizes)) for seconds, sizes, _ in gathered if sizes]
+    if not used:
+        return {}
+    names = list(used[0][0])
+    warmups = [min(WARMUP_BATCHES, len(sizes) - 1) for _, sizes in used]
+    # Of each process (stages, batches).
+    tables = [np.array([seconds[name] for name in names])[:, first:] for (seconds, _), first in zip(used, warmups)]
+    columns = np.concatenate(tables, axis=1)
+    is_cuda = stages.device.type == "cuda"
+    return {
+        "stages": {
+            name: {"median_ms": 1e3 * float(np.median(values)), "p95_ms": 1e3 * float(np.percentile(values, 95))}
+            for name, values in zip([*names, "total"], [*columns, columns.sum(0)])
+        },
+        "images_per_second": float(
+            sum(sizes[first:].sum() / table.sum() for (_, sizes), first, table in zip(used, warmups, tables))
+        ),
+        "peak_memory_mb": max(peak for _, _, peak in gathered) / 2**20,
+        "batch_size": int(max(sizes.max() for _, sizes in used)),
+        "num_batches": columns.shape[1],
+        "warmup_batches": sum(warmups),
+        "num_processes": len(gathered),
+        "device": torch.cuda.get_device_name(stages.device) if is_cuda else f"cpu, {torch.get_num_threads()} threads",
+    }
+
+
+def speed_table(speed: dict) -> str:
+    """Return :func:`speed_summary`, with the network's ``precision``, as text."""
+    rows = [[name, values["median_ms"], values["p95_ms"]] for name, values in speed["stages"].items()]
+    table = tabulate(rows, headers=["stage", "median ms", "95th percentile ms"], floatfmt=".2f", tablefmt="github")
+    processes = f"{speed['num_processes']} processes, each on " if speed["num_processes"] > 1 else ""
+    return (
+        f"{table}\n{speed['images_per_second']:.2f} images/s, peak memory {speed['peak_memory_mb']:.0f} MB, batch size "
+        f"{speed['batch_size']}, {processes}{speed['device']}, {speed['precision']}; {speed['num_batches']} batches "
+        f"after {speed['warmup_batches']} of warm-up; reading and resizing the images is not included"
+    )
+
+
+def _parameter(model: nn.Module) -> torch.Tensor:
+    """Return one of the parameters, whose device and type stand for the model's; of a model without any a constant."""
+    return next(model.parameters(), torch.zeros(()))
+
+
+def _share_buffers(model: nn.Module) -> None:
+    # In training the running statistics of batch norms are each rank's own; checkpoints hold those of rank 0.
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def _encoded_masks(model: nn.Module, evaluator: DatasetEvaluator) -> contextlib.AbstractContextManager:
+    if isinstance(evaluator, EncodedMaskEvaluator) and hasattr(model, "output_as"):
+        return model.output_as(mask_format="rle")
+    return contextlib.nullcontext()
+
+
+class _TimedModel(nn.Module):
+    """Run a model stage by stage where it has stages, and count the time of each batch."""
+
+    def __init__(self, model: nn.Module, timer: StageTimer) -> None:
+        super().__init__()
+        self.model = model
+        # inference_on_dataset restores the mode that it finds here.
+        self.training = model.training
+        self.stages = StageTimer(_parameter(model).device)
+        self.batch_sizes: list[int] = []
+        self._timer = timer
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        self.batch_sizes.append(len(batched_inputs))
+        with self._timer.stage("model"):
+            if not (hasattr(self.model, "network") and hasattr(self.model, "postprocess")):
+                with self.stages.stage("model"):
+                    return self.model(batched_inputs)
+            with self.stages.stage("preprocessing"):
+                images = self.model.preprocess_image(batched_inputs)
+            with self.stages.stage("network"):
+                outputs = self.model.network(images.tensor)
+            with self.stages.stage("post-processing"):
+                return self.model.postprocess(outputs, batched_inputs, images)
+
+
+class _TimedLoader:
+    """Iterate over a loader, and count the time that is spent waiting for its batches."""
+
+    def __init__(self, loader: Iterable[list[dict]], timer: StageTimer) -> None:
+        self._loader = loader
+        self._timer = timer
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        batches = iter(self._loader)
+        while True:
+            with self._timer.stage("waiting for data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
