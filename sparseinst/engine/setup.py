@@ -175,7 +175,7 @@ def _check_nodes(root: yaml.Node | None) -> None:
         line = node.start_mark.line + 1
         if node.tag.startswith(_PYTHON_TAG):
             raise ValueError(
-                f"line {line}: !!python/{node.tag.removeprefix(_PYTHON_TAG)} names a Python object, and could run code. "
+                f"line {line}: !!python/{node.tag.removeprefix(_PYTHON_TAG)} is a Python object, which could run code. "
                 "Write the value itself (a list for a tuple)"
             )
         if count > _MAX_VALUES:
