@@ -158,6 +158,8 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # How PyTorch updates the weights: "auto" (its choice), "for-loop", "foreach", "fused" (the fastest); equal but
     # for rounding; a resumed run may have another.
     cfg.SOLVER.OPTIMIZER_IMPLEMENTATION = "auto"
+    # Largest Euclidean norm of all gradients together; larger gradients are scaled down before the step. 0: off.
+    cfg.SOLVER.CLIP_TOTAL_NORM = 0.0
     # Batch size that BASE_LR was chosen for: BASE_LR is multiplied by IMS_PER_BATCH over this. 0: off.
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
     # Each step's IMS_PER_BATCH images go through the model in this many parts; losses are normalised over all.

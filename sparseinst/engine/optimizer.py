@@ -2,16 +2,15 @@
 
 import logging
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping, reduce_param_groups
 from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# What SOLVER.OPTIMIZER_IMPLEMENTATION asks torch's optimizers for.
+# Arguments of torch's optimizers by SOLVER.OPTIMIZER_IMPLEMENTATION.
 IMPLEMENTATIONS = {
     "auto": {},
     "for-loop": {"foreach": False, "fused": False},
@@ -19,36 +18,23 @@ IMPLEMENTATIONS = {
     "fused": {"fused": True},
 }
 
-NORM_MODULES = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
-
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD, as SOLVER.OPTIMIZER says, which clips each parameter where SOLVER.CLIP_GRADIENTS says so.
+    """Build AdamW or SGD, as SOLVER.OPTIMIZER says, with Detectron2's clipping by parameter (SOLVER.CLIP_GRADIENTS).
 
-    CLIP_TYPE "full_model", of all gradients together, is done before a step: see :func:`build_full_model_clip`.
-    Gradients that a GradScaler has enlarged must be unscaled before the step, whatever the implementation: a fused
-    optimizer would do so by itself, but only after the clipping.
+    Unscale gradients that a GradScaler has enlarged before the step, with every implementation: a fused optimizer
+    unscales by itself, but only after the clipping.
 
     Args:
         cfg: the SOLVER keys are read.
         model: its parameters that require a gradient are optimized.
 
     Raises:
-        ValueError: an unknown SOLVER.OPTIMIZER or SOLVER.OPTIMIZER_IMPLEMENTATION.
+        ValueError: SOLVER.OPTIMIZER, OPTIMIZER_IMPLEMENTATION or CLIP_TOTAL_NORM has an unknown or negative value.
     """
     solver = cfg.SOLVER
+    if not solver.CLIP_TOTAL_NORM >= 0:
+        raise ValueError(f"SOLVER.CLIP_TOTAL_NORM is {solver.CLIP_TOTAL_NORM}; it must be at least 0 (0: off)")
     base_lr = learning_rate(cfg)
     groups = parameter_groups(
         model,
@@ -61,49 +47,26 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     optimizer = _new_optimizer(cfg, groups, base_lr)
     optimizer.register_load_state_dict_pre_hook(_keep_implementation)
-    return optimizer if _clips_full_model(cfg) else maybe_add_gradient_clipping(cfg, optimizer)
+    return maybe_add_gradient_clipping(cfg, optimizer)
 
 
-class FullModelClip(NamedTuple):
-    """Scales all gradients alike where the norm of all of them together is too large.
+def clip_total_norm(parameters: Iterable[nn.Parameter], max_norm: float, norm: torch.Tensor | None = None) -> None:
+    """Scale all gradients by one factor, so that the Euclidean norm of all of them together is at most ``max_norm``.
 
-    Attributes:
-        parameters: whose gradients it scales.
-        max_norm: what the norm is brought down to.
-        norm_type: 2.0 for the Euclidean norm.
+    Call it when the gradients are complete and unscaled.
+
+    Args:
+        parameters: those without a gradient are ignored.
+        max_norm: above 0.
+        norm: the norm, a scalar on the gradients' device, where it is known already.
     """
-
-    parameters: list[nn.Parameter]
-    max_norm: float
-    norm_type: float
-
-    def __call__(self, euclidean_norm: torch.Tensor | None = None) -> None:
-        """To be called when the gradients are complete, and unscaled.
-
-        Args:
-            euclidean_norm: of all gradients, a scalar on their device, where it has been taken already.
-        """
-        norm = euclidean_norm
-        if norm is None or self.norm_type != 2:
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            norm = nn.utils.get_total_norm(gradients, self.norm_type)
-        # PyTorch multiplies by min(1, max_norm / (norm + 1e-6)), also by 1. Another device would be waited for.
-        if norm.device.type == "cpu" and norm + 1e-6 <= self.max_norm:
-            return
-        nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
-
-
-def build_full_model_clip(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> FullModelClip | None:
-    """What clips before each step; None where SOLVER.CLIP_GRADIENTS has no CLIP_TYPE "full_model"."""
-    if not _clips_full_model(cfg):
-        return None
-    clip = cfg.SOLVER.CLIP_GRADIENTS
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return FullModelClip(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
-
-
-def _clips_full_model(cfg: CfgNode) -> bool:
-    return cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model"
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if norm is None:
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    # PyTorch multiplies by min(1, max_norm / (norm + 1e-6)), also by 1. Reading the norm synchronises other devices.
+    if norm.device.type == "cpu" and norm + 1e-6 <= max_norm:
+        return
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 def _new_optimizer(cfg: CfgNode, groups: list[dict], base_lr: float) -> torch.optim.Optimizer:
@@ -120,17 +83,17 @@ def _new_optimizer(cfg: CfgNode, groups: list[dict], base_lr: float) -> torch.op
 
 
 def _keep_implementation(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-    """A state dict holds the implementation of the run that saved it; a resumed run keeps the one it was built with."""
+    """Replace the implementation that a state dict was saved with by the one that the optimizer was built with."""
     groups = [
         {**saved, **{key: own[key] for key in ("foreach", "fused") if key in own}}
         for saved, own in zip(state_dict["param_groups"], optimizer.param_groups)
     ]
-    # Of other numbers of groups the optimizer tells by itself.
+    # The optimizer refuses another number of groups by itself.
     return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
 
 
 def learning_rate(cfg: CfgNode) -> float:
-    """SOLVER.BASE_LR, times IMS_PER_BATCH / REFERENCE_BATCH_SIZE where the latter is not 0."""
+    """Return SOLVER.BASE_LR, times IMS_PER_BATCH / REFERENCE_BATCH_SIZE where the latter is not 0."""
     solver = cfg.SOLVER
     if not solver.REFERENCE_BATCH_SIZE:
         return solver.BASE_LR
@@ -156,7 +119,10 @@ def parameter_groups(
     bias_lr_factor: float = 1.0,
     backbone_multiplier: float = 1.0,
 ) -> list[dict]:
-    """Parameter groups by the type of module that owns the parameter, not by its name.
+    """Group the parameters by learning rate and weight decay.
+
+    Detectron2's function says which parameters belong to norms. Its own groups give ``weight_decay_bias`` to norms too,
+    and the learning rate of biases without the factor of the backbone.
 
     Args:
         model: parameters that do not require a gradient are left out.
@@ -170,26 +136,22 @@ def parameter_groups(
     Returns:
         As torch's optimizers take them; as few groups as there are different settings.
     """
+    marked = get_default_optimizer_params(model, weight_decay=0.0, weight_decay_norm=1.0)
+    norms = {parameter for group in marked if group["weight_decay"] for parameter in group["params"]}
+    # Detectron2's list of norms lacks this one.
+    norms.update(p for module in model.modules() if isinstance(module, nn.RMSNorm) for p in module.parameters())
     groups = []
-    for name, parameter, module in _owned_parameters(model):
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_bias = name.endswith("bias")
-        lr = base_lr
-        decay = weight_decay
-        if is_bias:
-            lr *= bias_lr_factor
-            decay = weight_decay if weight_decay_bias is None else weight_decay_bias
-        if isinstance(module, NORM_MODULES):
-            decay = weight_decay_norm
-        if name.startswith("backbone."):
-            lr *= backbone_multiplier
-        groups.append({"params": [parameter], "lr": lr, "weight_decay": decay})
+        lr = base_lr * bias_lr_factor if is_bias else base_lr
+        decay = weight_decay_bias if is_bias and weight_decay_bias is not None else weight_decay
+        groups.append(
+            {
+                "params": [parameter],
+                "lr": lr * backbone_multiplier if name.startswith("backbone.") else lr,
+                "weight_decay": weight_decay_norm if parameter in norms else decay,
+            }
+        )
     return reduce_param_groups(groups)
-
-
-def _owned_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, nn.Module]]:
-    seen: set[nn.Parameter] = set()
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and parameter not in seen:
-                seen.add(parameter)
-                yield f"{module_name}.{name}".lstrip("."), parameter, module

@@ -3,46 +3,44 @@
 import argparse
 import contextlib
 import datetime
-import errno
 import multiprocessing
 import os
+import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
-from urllib.parse import urlsplit
 
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-# torchrun sets them, and the names of the first process's machine and port.
+# torchrun sets them, and the address and port of the first process.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# After this long a rank that failed in the way of all others would have been ended by its launcher.
+# The launcher ends the other ranks within this time after one has failed.
 SECONDS_FOR_OTHERS = 5
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that Detectron2's parser lacks."""
+    """Add the arguments for several processes that Detectron2's parser lacks."""
     parser.add_argument(
         "--dist-timeout",
         type=float,
         default=30,
         metavar="MINUTES",
-        help="several processes: one that waits for another for so long ends in an error (default: 30)",
+        help="several processes: end in an error after waiting this long for another (default: 30)",
     )
 
 
 def is_started_by_torchrun() -> bool:
-    """Whether this process is one of several that torchrun has started."""
+    """Return whether torchrun has started this process."""
     return all(name in os.environ for name in TORCHRUN_VARIABLES)
 
 
 def check_process_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot be started; before the first process is.
+    """Refuse arguments that no process can be started with.
 
     Args:
         args: ``num_gpus``, ``num_machines``, ``machine_rank``, ``dist_url`` and ``dist_timeout`` are read.
@@ -56,59 +54,27 @@ def check_process_arguments(args: argparse.Namespace) -> None:
         num_local = int(os.environ["LOCAL_WORLD_SIZE"])
         num_machines, rest = divmod(int(os.environ["WORLD_SIZE"]), num_local)
         if rest:
-            raise ValueError("torchrun has started other numbers of processes on other machines; start as many on each")
-        for flag, asked, started in (
-            ("--num-gpus", args.num_gpus, num_local),
-            ("--num-machines", args.num_machines, num_machines),
-        ):
-            if asked not in (1, started):
-                raise ValueError(f"{flag} is {asked}, and torchrun has started {started}: leave out {flag}")
+            raise ValueError("torchrun has started different numbers of processes per machine; start as many on each")
+        asked = {"--num-gpus": (args.num_gpus, num_local), "--num-machines": (args.num_machines, num_machines)}
+        for flag, (number, started) in asked.items():
+            if number not in (1, started):
+                raise ValueError(f"{flag} is {number}, and torchrun has started {started}: leave out {flag}")
     else:
-        num_local = args.num_gpus
-        if num_local < 1 or args.num_machines < 1:
-            raise ValueError(f"--num-gpus {num_local} --num-machines {args.num_machines}: both must be at least 1")
-        if not 0 <= args.machine_rank < args.num_machines:
-            raise ValueError(f"--machine-rank is {args.machine_rank}; it must be from 0 to {args.num_machines - 1}")
-        if num_local * args.num_machines > 1:
-            _check_url(args.dist_url, args.num_machines, args.machine_rank)
+        num_local, num_machines, url = args.num_gpus, args.num_machines, args.dist_url
+        if num_local < 1 or num_machines < 1:
+            raise ValueError(f"--num-gpus {num_local} --num-machines {num_machines}: both must be at least 1")
+        if not 0 <= args.machine_rank < num_machines:
+            raise ValueError(f"--machine-rank is {args.machine_rank}; it must be from 0 to {num_machines - 1}")
+        port = re.fullmatch(r"tcp://[^/]+:(\d+)|file://.+|auto", url)
+        if num_local * num_machines > 1 and (not port or int(port[1] or 1) > 65535):
+            raise ValueError(f"--dist-url is {url}; it must be tcp://HOST:PORT of the first machine, or auto on one")
+        if num_machines > 1 and url == "auto":
+            raise ValueError("--dist-url is auto; several machines need tcp://HOST:PORT of the first machine")
     if torch.cuda.is_available() and num_local > torch.cuda.device_count():
         raise ValueError(
             f"{num_local} processes were asked for, and this machine has {torch.cuda.device_count()} GPUs: each needs "
             'one. To train on the CPU hide the GPUs: CUDA_VISIBLE_DEVICES=""'
         )
-
-
-def _check_url(url: str, num_machines: int, machine_rank: int) -> None:
-    if url == "auto":
-        if num_machines > 1:
-            raise ValueError(
-                "--dist-url is auto; several machines need one that all know: tcp://HOST:PORT of the first"
-            )
-        return
-    parts = urlsplit(url)
-    if parts.scheme == "file":
-        return
-    try:
-        port = parts.port
-    except ValueError:
-        port = None
-    if parts.scheme != "tcp" or not parts.hostname or not port:
-        raise ValueError(
-            f"--dist-url is {url}; it must be tcp://HOST:PORT of the first machine, or auto on one machine"
-        )
-    if machine_rank == 0:
-        with socket.socket() as probe:
-            # As PyTorch listens: on every address, also where a former training's connections still linger.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    raise
-                raise ValueError(
-                    f"--dist-url is {url}, and its port cannot be had ({error.strerror}): another training may run "
-                    "here. Name another port, on all machines, or on one machine --dist-url auto"
-                ) from error
 
 
 def check_device(device: str) -> None:
@@ -131,7 +97,12 @@ def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.N
     """
     timeout = datetime.timedelta(minutes=args.dist_timeout)
     if is_started_by_torchrun():
-        _join_torchrun(timeout)
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if has_gpu else "gloo", init_method="env://", timeout=timeout)
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        comm.synchronize()
         main(args)
         torch.distributed.destroy_process_group()
         return
@@ -153,7 +124,7 @@ def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.N
             print(error.msg.strip(), file=sys.stderr)
             _exit_for(error, args, "stopped with the exception above")
         except ProcessExitedException as error:
-            # Without a signal it has said itself why.
+            # Without a signal the rank has printed the reason itself.
             if error.signal_name is None:
                 sys.exit(error.exit_code)
             _exit_for(error, args, f"was ended by {error.signal_name}")
@@ -174,11 +145,7 @@ def _exit_for(error: ProcessExitedException | ProcessRaisedException, args: argp
 
 @contextlib.contextmanager
 def _signals_for_all() -> Iterator[list[int]]:
-    """While inside, SIGTERM and Ctrl-C end the processes that were started, and this one only after them.
-
-    Yields:
-        The numbers of the signals that came.
-    """
+    """Pass SIGTERM and Ctrl-C on to the started processes, and yield the list of the signals that came."""
     received: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
@@ -194,19 +161,10 @@ def _signals_for_all() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _join_torchrun(timeout: datetime.timedelta) -> None:
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if has_gpu else "gloo", init_method="env://", timeout=timeout)
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    comm.synchronize()
-
-
 def exit_with_error(message: object) -> NoReturn:
-    """End this process with ``error: message``; where all ranks fail alike, one of each machine says so."""
+    """End this process with ``error: message``, which one rank of each machine prints where all fail."""
     local_rank = comm.get_local_rank()
     if local_rank:
-        # The launcher ends the others as soon as one has ended, so the first one's word is the only one.
+        # The launcher ends the others as soon as one has ended, so that only the first one prints.
         time.sleep(SECONDS_FOR_OTHERS + local_rank)
     sys.exit(f"error: {message}")

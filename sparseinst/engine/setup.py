@@ -1,25 +1,31 @@
 """From a config file's name and overrides to the config that a command runs with."""
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
 from sparseinst.config import add_sparse_inst_config, get_config_file
-from sparseinst.engine.config_files import check_config_file
 
 logger = logging.getLogger(__name__)
 
-# What yacs raises: it tells of unknown keys by KeyError and AssertionError, stumbles by TypeError over a key below a
-# value (SOLVER.MAX_ITER.X), and has Python read values, which ends some in MemoryError or RecursionError ("-----...").
+# yacs raises KeyError and AssertionError for unknown keys and TypeError for a key below a value (SOLVER.MAX_ITER.X). It
+# lets Python read values, which raises MemoryError or RecursionError for some ("-----...").
 _MERGE_ERRORS = (KeyError, AssertionError, ValueError, TypeError, MemoryError, RecursionError)
+# PyYAML raises all but the first for explicit tags: "!!int ''", "!!bool x", "!!timestamp x", "!!float 1:1:1:...".
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)
+# A config has about 700 values. Aliases within aliases can stand for more than any memory holds.
+_MAX_VALUES = 20_000
+_PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 
 def resolve_config_file(config_file: str) -> str:
-    """Path of a config file that is named by its path, or by the name of one that comes with the package.
+    """Return the path of a config file, given by its path or by the name of one that comes with the package.
 
     Raises:
         ValueError: there is neither.
@@ -33,10 +39,10 @@ def resolve_config_file(config_file: str) -> str:
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Detectron2's and our defaults, then the file, then the overrides.
+    """Merge a config file and overrides into the defaults of Detectron2 and SparseInst.
 
-    The file runs no code, whoever wrote it: YAML that names Python code is refused, and so is a LazyConfig. Where
-    ``MODEL.DEVICE`` asks for CUDA and there is none, it becomes "cpu", with one line in the log.
+    The file runs no code: YAML that names Python objects is refused, and so is a LazyConfig. Where ``MODEL.DEVICE``
+    asks for CUDA and there is none, it becomes "cpu", with one line in the log.
 
     Args:
         config_file: path of a YAML file, or the name of one that comes with the package.
@@ -46,18 +52,21 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         The config, not frozen.
 
     Raises:
-        ValueError: no such file, or one that is no config; a key that does not exist, or a value of the wrong type.
+        ValueError: the file does not exist or is not a config, a key is unknown, or a value has the wrong type.
     """
     cfg = get_cfg()
     add_sparse_inst_config(cfg)
     path = resolve_config_file(config_file)
-    check_config_file(path, cfg)
-    _merge(lambda: cfg.merge_from_file(path, allow_unsafe=False), f"In the config file {path}")
+    try:
+        content = _read_with_bases(path)
+    except RecursionError as error:
+        raise ValueError(f"The config file {path} inherits through too many files by _BASE_") from error
+    _merge(lambda: _merge_file(cfg, content), f"In the config file {path}")
     _merge(lambda: cfg.merge_from_list(list(opts)), "In the KEY VALUE overrides")
     # A training writes its config. Not every value that Python can read can be written.
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
     if not isinstance(cfg.MODEL.DEVICE, str):
-        raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected a device's name, as cpu or cuda")
+        raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected a device's name, such as cpu or cuda")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s and there is no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
@@ -72,3 +81,128 @@ def _merge(merge: Callable[[], object], where: str) -> None:
         if isinstance(error, MemoryError | RecursionError):
             text = "a value that is nested too deeply to be read"
         raise ValueError(f"{where}: {' '.join(text.split())[:500]}") from error
+
+
+def _merge_file(cfg: CfgNode, content: dict) -> None:
+    """Merge a file's content in place as ``CfgNode.merge_from_file`` does, which would read the file itself.
+
+    Detectron2's reader takes the last of two equal keys silently and never returns from a file that inherits itself.
+    """
+    for key, value in content.items():
+        if isinstance(cfg.get(key), CfgNode) and not isinstance(value, dict):
+            raise ValueError(f"{key} is a group of keys, and {str(value)[:50]!r} is not")
+    version = content.get("VERSION", cfg.VERSION)
+    if type(version) is not int or version not in (1, 2):
+        raise ValueError(f"VERSION is {str(version)[:50]!r}; expected one of (1, 2)")
+    if version == cfg.VERSION:
+        cfg.merge_from_other_cfg(CfgNode(content))
+    else:
+        old = downgrade_config(cfg, to_version=version)
+        old.merge_from_other_cfg(CfgNode(content))
+        cfg.update(upgrade_config(old))
+
+
+def _read_with_bases(path: str, chain: tuple[str, ...] = (), known: dict[str, dict] | None = None) -> dict:
+    """Return the content of a YAML file, merged into that of the files that its ``_BASE_`` names.
+
+    Args:
+        path: of the file.
+        chain: the files that inherit from it.
+        known: contents by real path, so that each file is read once.
+    """
+    known = {} if known is None else known
+    chain = (*chain, os.path.realpath(path))
+    if chain[-1] in known:
+        return known[chain[-1]]
+    content = _read(path)
+    bases = content.pop("_BASE_", [])
+    merged: dict = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str) or "://" in base:
+            raise ValueError(
+                f"In the config file {path}: _BASE_ is {str(base)[:200]!r}; expected a file on this machine. Download "
+                "a file from the internet first"
+            )
+        file = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        if not os.path.isfile(file):
+            raise ValueError(
+                f"In the config file {path}: _BASE_ names {base[:200]!r}, and there is no file {file[:300]}"
+            )
+        if os.path.realpath(file) in chain:
+            raise ValueError(f"The config file {path} inherits from itself: _BASE_ names {base!r}")
+        _update(merged, copy.deepcopy(_read_with_bases(file, chain, known)))
+    _update(merged, content)
+    known[chain[-1]] = merged
+    return merged
+
+
+def _update(target: dict, source: dict) -> None:
+    for key, value in source.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _update(target[key], value)
+        else:
+            target[key] = value
+
+
+def _read(path: str) -> dict:
+    """Return the content of one file. The safe loader knows no tag that runs code."""
+    if Path(path).suffix == ".py":
+        raise ValueError(
+            f"The config file {path} is Python code (a LazyConfig), which is never run here. Name a YAML file; from "
+            "Python a LazyConfig of your own is loaded by detectron2.config.LazyConfig.load"
+        )
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        _check_nodes(root)
+        content = None if root is None else loader.construct_document(root)
+        _check_keys(content)
+    except OSError as error:
+        raise ValueError(f"The config file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The config file {path} is not text in UTF-8: {error}") from error
+    except _YAML_ERRORS as error:
+        text = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:500]
+        raise ValueError(f"In the config file {path}: {text}") from error
+    return content
+
+
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Raise ValueError for a tag of Python, a key that is given twice, or aliases that expand to too many values."""
+    nodes, count = [root] if root else [], 0
+    while nodes:
+        node, count = nodes.pop(), count + 1
+        line = node.start_mark.line + 1
+        if node.tag.startswith(_PYTHON_TAG):
+            raise ValueError(
+                f"line {line}: !!python/{node.tag.removeprefix(_PYTHON_TAG)} is a Python object, which could run code. "
+                "Write the value itself (a list for a tuple)"
+            )
+        if count > _MAX_VALUES:
+            raise ValueError(f"line {line}: more than {_MAX_VALUES} values with aliases expanded, or a circle of them")
+        if isinstance(node, yaml.MappingNode):
+            known = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in known:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"line {line}: the key {key.value[:100]!r} is given a second time")
+                known.add(key.value)
+            nodes += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+
+
+def _check_keys(content: object) -> None:
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"the file holds {found}; expected keys and values, such as KEY: value")
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"the key {str(key)[:100]!r} is not text")
+        if "." in key:
+            raise ValueError(
+                f"the key {key[:100]!r} has a point; write MODEL: {{DEVICE: cpu}}, or each key on a line of its own, "
+                "indented, where the command line has MODEL.DEVICE"
+            )
+        if isinstance(value, dict):
+            _check_keys(value)

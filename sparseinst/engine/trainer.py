@@ -27,7 +27,7 @@ from sparseinst.engine.finite import FiniteGuard, NonFiniteStepError
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.host_memory import keep_freed_memory
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
-from sparseinst.engine.optimizer import build_full_model_clip, build_optimizer
+from sparseinst.engine.optimizer import build_optimizer, clip_total_norm
 from sparseinst.evaluation import check_coco_eval, evaluate
 from sparseinst.modeling import MaskMemoryError
 from sparseinst.modeling.criterion import normalizer_over_ranks
@@ -75,7 +75,6 @@ class Trainer(SimpleTrainer):
         amp = cfg.SOLVER.AMP
         self.amp_dtype = AMP_DTYPES[amp.DTYPE] if amp.ENABLED else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
-        self.clip_gradients = build_full_model_clip(cfg, optimizer)
         self.batches: list[list[dict]] = []
         self.results: dict = {}
         self._loader_iter = None
@@ -234,9 +233,11 @@ class Trainer(SimpleTrainer):
         # From the host, where the guard has them: each would be waited for otherwise.
         self.write_metrics(verdict.losses, data_time, self.iter)
         self.grad_scaler.unscale_(self.optimizer)
-        if self.clip_gradients is not None:
+        max_norm = self.cfg.SOLVER.CLIP_TOTAL_NORM
+        if max_norm:
             # The guard's norm is that of the scaled gradients.
-            self.clip_gradients(None if self.grad_scaler.is_enabled() else verdict.gradient_norm)
+            norm = None if self.grad_scaler.is_enabled() else verdict.gradient_norm
+            clip_total_norm(self.model.parameters(), max_norm, norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

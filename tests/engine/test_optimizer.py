@@ -6,9 +6,8 @@ from torch import nn
 
 from sparseinst.engine.optimizer import (
     IMPLEMENTATIONS,
-    FullModelClip,
-    build_full_model_clip,
     build_optimizer,
+    clip_total_norm,
     learning_rate,
     parameter_groups,
 )
@@ -81,28 +80,32 @@ def test_learning_rate_follows_the_batch():
     assert build_optimizer(cfg, _Model()).param_groups[0]["lr"] == pytest.approx(0.01 / 8)
 
 
-@pytest.mark.parametrize("clip_type", ["full_model", "norm", "value"])
+@pytest.mark.parametrize("clip_type", ["total", "norm", "value"])
 def test_gradient_clipping(clip_type):
     # Two parameters with gradients 30 and 40: a joint norm of 50. SGD with learning rate 1 moves them by the
     # clipped gradients.
     model = nn.ModuleDict({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)})
     cfg = tiny_cfg(
         "SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0, "SOLVER.BASE_LR", 1.0, "SOLVER.WEIGHT_DECAY", 0.0,
-        "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type,
-        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 5.0,
+        *(() if clip_type == "total" else ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
+                                           5.0, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type)),
     )  # fmt: skip
     optimizer = build_optimizer(cfg, model)
     parameters = [model["a"].weight, model["b"].weight]
     before = [parameter.item() for parameter in parameters]
     for parameter, gradient in zip(parameters, (30.0, 40.0)):
         parameter.grad = torch.full_like(parameter, gradient)
-    clip = build_full_model_clip(cfg, optimizer)
-    assert (clip is None) == (clip_type != "full_model")
-    if clip is not None:
-        clip()
+    if clip_type == "total":
+        clip_total_norm(parameters, 5.0)
     optimizer.step()
     moved = [old - parameter.item() for old, parameter in zip(before, parameters)]
-    assert moved == pytest.approx([3.0, 4.0] if clip_type == "full_model" else [5.0, 5.0], rel=1e-4)
+    assert moved == pytest.approx([3.0, 4.0] if clip_type == "total" else [5.0, 5.0], rel=1e-4)
+
+
+def test_a_negative_norm_is_refused():
+    for value in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="SOLVER.CLIP_TOTAL_NORM is"):
+            build_optimizer(tiny_cfg("SOLVER.CLIP_TOTAL_NORM", value), _Model())
 
 
 def parameter_with_gradient():
@@ -111,22 +114,11 @@ def parameter_with_gradient():
     return parameter
 
 
-@pytest.mark.parametrize(
-    ("max_norm", "norm_type", "known_norm", "factor"),
-    [
-        (1.0, 2.0, None, 1 / 5),
-        # The norm that is known is taken, here a wrong one; no other is.
-        (1.0, 2.0, 50.0, 1 / 50),
-        (1.0, 1.0, 50.0, 1 / 7),
-        (1.0, float("inf"), 50.0, 1 / 4),
-        # Squares that overflow, of gradients that do not.
-        (1.0, 2.0, float("inf"), 0.0),
-    ],
-)
-def test_all_gradients_are_scaled_alike(max_norm, norm_type, known_norm, factor):
+# The known norm is used, here a wrong one; Inf stands for squares that overflow.
+@pytest.mark.parametrize(("norm", "factor"), [(None, 1 / 5), (50.0, 1 / 50), (float("inf"), 0.0)])
+def test_all_gradients_are_scaled_by_one_factor(norm, factor):
     parameter = parameter_with_gradient()
-    clip = FullModelClip([parameter, nn.Parameter(torch.zeros(1))], max_norm, norm_type)
-    clip(None if known_norm is None else torch.tensor(known_norm))
+    clip_total_norm([parameter, nn.Parameter(torch.zeros(1))], 1.0, None if norm is None else torch.tensor(norm))
     assert parameter.grad.tolist() == pytest.approx([3 * factor, -4 * factor], rel=1e-5)
 
 
@@ -135,7 +127,7 @@ def test_all_gradients_are_scaled_alike(max_norm, norm_type, known_norm, factor)
 def test_gradients_that_are_small_enough_are_left_alone(max_norm, norm):
     # To the bit what PyTorch's multiplication with a factor of at most 1 gives.
     ours, torchs = parameter_with_gradient(), parameter_with_gradient()
-    FullModelClip([ours], max_norm, 2.0)(torch.tensor(norm))
+    clip_total_norm([ours], max_norm, torch.tensor(norm))
     nn.utils.clip_grads_with_norm_([torchs], max_norm, torch.tensor(norm))
     assert torch.equal(ours.grad, torchs.grad)
 
@@ -144,20 +136,21 @@ def test_nothing_is_multiplied_by_one():
     parameter = parameter_with_gradient()
     # The number of times that it was changed in place.
     before = parameter.grad._version
-    FullModelClip([parameter], 5.1, 2.0)()
+    clip_total_norm([parameter], 5.1)
     assert parameter.grad._version == before
-    FullModelClip([parameter], 4.9, 2.0)()
+    clip_total_norm([parameter], 4.9)
     assert parameter.grad._version > before
 
 
 CLIPS = {
     "none": (),
+    "total": ("SOLVER.CLIP_TOTAL_NORM", 0.5),
     **{
         clip_type: (
             "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type,
             "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.5,
         )
-        for clip_type in ("full_model", "norm", "value")
+        for clip_type in ("norm", "value")
     },
 }  # fmt: skip
 
@@ -177,7 +170,6 @@ def train(implementation, name, clip, with_scaler, broken_steps=(), model=None, 
     optimizer = build_optimizer(cfg, model)
     if state is not None:
         optimizer.load_state_dict(state)
-    clip_full_model = build_full_model_clip(cfg, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=with_scaler)
     for index in range(num_steps):
         x = torch.arange(12.0).view(4, 3) * (index + 1)
@@ -186,8 +178,8 @@ def train(implementation, name, clip, with_scaler, broken_steps=(), model=None, 
             loss = model(x).float().square().mean() * (float("inf") if index in broken_steps else 1)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        if clip_full_model is not None:
-            clip_full_model()
+        if cfg.SOLVER.CLIP_TOTAL_NORM:
+            clip_total_norm(model.parameters(), cfg.SOLVER.CLIP_TOTAL_NORM)
         scaler.step(optimizer)
         scaler.update()
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), optimizer
@@ -219,15 +211,15 @@ def test_a_step_that_is_not_finite_is_skipped(implementation, clip):
 @pytest.mark.parametrize("name", ["ADAMW", "SGD"])
 def test_a_run_is_resumed_with_another_implementation(first, second, name):
     model = small_net()
-    _, optimizer = train(first, name, "full_model", False, model=model, num_steps=2)
+    _, optimizer = train(first, name, "total", False, model=model, num_steps=2)
     saved = optimizer.state_dict()
-    found, optimizer = train(second, name, "full_model", False, model=model, num_steps=2, state=saved)
+    found, optimizer = train(second, name, "total", False, model=model, num_steps=2, state=saved)
     own = IMPLEMENTATIONS[second]
     assert all(group[key] == value for group in optimizer.param_groups for key, value in own.items())
     assert all(group["lr"] == 0.01 for group in optimizer.param_groups)
     model = small_net()
-    _, optimizer = train(first, name, "full_model", False, model=model, num_steps=2)
-    expected, _ = train(first, name, "full_model", False, model=model, num_steps=2, state=optimizer.state_dict())
+    _, optimizer = train(first, name, "total", False, model=model, num_steps=2)
+    expected, _ = train(first, name, "total", False, model=model, num_steps=2, state=optimizer.state_dict())
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 

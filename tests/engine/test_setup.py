@@ -91,10 +91,10 @@ def laughs(levels, wrap):
         ("MODEL: {DEVICE: cpu}\nMODEL: {MASK_ON: true}\n", "line 2: the key 'MODEL' is given a second time"),
         ("SOLVER: {MAX_ITER: 1, MAX_ITER: 2}\n", "line 1: the key 'MAX_ITER' is given a second time"),
         ("MODEL.DEVICE: cpu\n", "key 'MODEL.DEVICE' has a point; write MODEL:"),
-        ("1: 2\n", "the key '1' is no text"),
-        ("SOLVER: {yes: 2}\n", "the key 'True' is no text"),
-        ("SOLVER: 5\n", "SOLVER is a group of keys, and '5' is none"),
-        ("MODEL:\n", "MODEL is a group of keys, and 'None' is none"),
+        ("1: 2\n", "the key '1' is not text"),
+        ("SOLVER: {yes: 2}\n", "the key 'True' is not text"),
+        ("SOLVER: 5\n", "SOLVER is a group of keys, and '5' is not"),
+        ("MODEL:\n", "MODEL is a group of keys, and 'None' is not"),
         ("SOLVER: {BASE_LR: high}\n", "config.yaml: Type mismatch.*SOLVER.BASE_LR"),
         ("SOLVER: {BASE_RATE: 1.0}\n", "config.yaml: Non-existent config key: SOLVER.BASE_RATE"),
         ("MODEL: {DEVICE: null}\n", "MODEL.DEVICE is None"),
@@ -107,16 +107,16 @@ def laughs(levels, wrap):
         ("OUTPUT_DIR: !mine x\n", "config.yaml: could not determine a constructor"),
         ("OUTPUT_DIR: '" + "-" * 50_000 + "1'\n", "config.yaml: a value that is nested too deeply"),
         ("SOLVER: {BASE_LR: 1.0" + ":1" * 2000 + "}\n", "config.yaml"),
-        ("OUTPUT_DIR: " + "[" * 50_000, "nested more than 32 deep"),
-        ("OUTPUT_DIR: " + "[" * 40 + "]" * 40, "nested more than 32 deep"),
-        ("\n".join(["a0: &a0 [1]"] + [f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 2000)]), "nested more than 32 deep"),
-        ("a: &a [*a]\n", "line 1: nested more than 32 deep, or in a circle"),
-        (laughs(9, lambda items: f"[{items}]"), "more than 20000 values, with aliases"),
-        (laughs(9, lambda items: f"{{k: [{items}]}}"), "more than 20000 values, with aliases"),
+        ("OUTPUT_DIR: " + "[" * 50_000, "nested too deeply"),
+        ("OUTPUT_DIR: " + "[" * 40 + "]" * 40, "Type mismatch"),
+        ("\n".join(["a0: &a0 [1]"] + [f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 2000)]),
+         "more than 20000 values|nested too deeply"),
+        ("a: &a [*a]\n", "more than 20000 values with aliases expanded, or a circle"),
+        (laughs(9, lambda items: f"[{items}]"), "more than 20000 values with aliases"),
+        (laughs(9, lambda items: f"{{k: [{items}]}}"), "more than 20000 values with aliases"),
         ("m0: &m0 {x: 1}\n" + "\n".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 10)}]}}" for n in range(1, 9)),
-         "more than 20000 values, with aliases"),
-        ("a: &a " + "x" * 50_000 + "\nb: [" + ", ".join(["*a"] * 1000) + "]\n", "more than 20000 values"),
-        ("#" * 200_000, "has 200000 bytes; a config has at most"),
+         "more than 20000 values with aliases"),
+        ("a: &a " + "x" * 50_000 + "\nb: [" + ", ".join(["*a"] * 1000) + "]\n", "Non-existent config key: a"),
         ("_BASE_: config.yaml\n", "config.yaml inherits from itself"),
         ("_BASE_: ./../NAME/config.yaml\n", "config.yaml inherits from itself"),
         ("_BASE_: nowhere.yaml\n", "_BASE_ names 'nowhere.yaml', and there is no file"),
@@ -139,7 +139,7 @@ def test_files_that_are_no_config(tmp_path, text, message):
 def test_files_that_cannot_be_read(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(bytes(range(256)))
-    with pytest.raises(ValueError, match="config.yaml is no text in UTF-8"):
+    with pytest.raises(ValueError, match="config.yaml is not text in UTF-8"):
         load_config(str(path))
     path.write_bytes(b"\x7fELF\x01\x02")
     with pytest.raises(ValueError, match="config.yaml: unacceptable character"):
@@ -149,16 +149,12 @@ def test_files_that_cannot_be_read(tmp_path):
             resolve_config_file(name)
 
 
-def test_files_that_inherit_too_much(tmp_path):
+def test_each_base_is_read_once(tmp_path):
     # 10 to the power of 9 readings, and no circle.
     for level in range(9):
         write(tmp_path / f"{level}.yaml", f"_BASE_: [{', '.join([f'{level + 1}.yaml'] * 10)}]\n")
     write(tmp_path / "9.yaml", "SEED: 1\n")
-    with pytest.raises(ValueError, match="0.yaml reads 33 files.*at most 32"):
-        load_config(str(tmp_path / "0.yaml"))
-    write(tmp_path / "large.yaml", "SEED: 1\n#" + "x" * 40_000)
-    with pytest.raises(ValueError, match="twice.yaml reads 3 files.*at most 32 with 65536"):
-        load_config(write(tmp_path / "twice.yaml", "_BASE_: [large.yaml, large.yaml]\n"))
+    assert load_config(str(tmp_path / "0.yaml")).SEED == 1
 
 
 @pytest.mark.parametrize(
