@@ -46,8 +46,6 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     sparse_inst.INFERENCE.PRECISION = "float32"
     # torch.compile: seconds to minutes before the first picture, once more at the first one of another size.
     sparse_inst.INFERENCE.COMPILE = False
-    # On CUDA: record the network's kernels at the first picture of a shape, and replay them.
-    sparse_inst.INFERENCE.CUDA_GRAPHS = False
     # "torch"; "openvino" on a CPU (extra "openvino").
     sparse_inst.INFERENCE.ENGINE = "torch"
     # Evaluation, demo and benchmark on the CPU: memory that is freed stays with the process, which is faster. In a

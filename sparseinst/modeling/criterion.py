@@ -6,6 +6,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
 from detectron2.utils.registry import Registry
+from fvcore.nn import sigmoid_focal_loss
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,7 +16,6 @@ from sparseinst.modeling.losses import (
     dice_loss,
     mask_bce_loss,
     masks_on_grid,
-    sigmoid_focal_loss,
 )
 from sparseinst.modeling.matcher import build_sparse_inst_matcher
 from sparseinst.modeling.precision import no_autocast
@@ -28,6 +28,8 @@ image and a LossNormalizer or None; return a dict of weighted scalar losses. Bui
 """
 
 LOSS_ITEMS = ("labels", "masks")
+# As published (arXiv 1708.02002).
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
 
 @SPARSE_INST_CRITERION_REGISTRY.register()
@@ -166,7 +168,8 @@ def _class_loss(
     # Ones of the device's own: a number of Python's may be copied to it, which the host would wait for.
     one_hot.index_put_((idx, matched_classes), one_hot.new_ones(len(idx)))
     one_hot = one_hot.view(class_logits.shape)
-    return sigmoid_focal_loss(class_logits, one_hot).sum() / normalizer.num_instances
+    loss = sigmoid_focal_loss(class_logits, one_hot, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
+    return loss / normalizer.num_instances
 
 
 def joint_prediction_idx(pairs: list[MatchedPairs], num_maps: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Scores and losses as functions of tensors, in float32. Letters: see structures.py.
 
-Sources: equations of the paper (arXiv 2203.12827, section 3.4) and of the focal loss (arXiv 1708.02002).
+Source: equations of the paper (arXiv 2203.12827, section 3.4). The focal loss is fvcore's.
 """
 
 import torch
@@ -56,27 +56,6 @@ def mask_bce_loss(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> torch.Te
     # One sum over all: means of each pair would take two more copies of the masks, one of them in backward.
     loss = F.binary_cross_entropy_with_logits(mask_logits, gt_masks, reduction="sum")
     return loss / mask_logits.flatten(1).shape[1]
-
-
-def sigmoid_focal_loss(
-    logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0
-) -> torch.Tensor:
-    """Focal loss of each logit: -alpha_t (1 - p_t)^gamma log(p_t).
-
-    Args:
-        logits: any shape.
-        targets: the same shape, 0 or 1.
-        alpha: weight of the positives; that of the negatives is 1 - alpha.
-        gamma: how much easy ones are discounted.
-
-    Returns:
-        The shape of ``logits``, not negative.
-    """
-    probs = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    prob_of_other = probs * (1 - targets) + (1 - probs) * targets
-    alpha_t = alpha * targets + (1 - alpha) * (1 - targets)
-    return alpha_t * prob_of_other**gamma * cross_entropy
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from sparseinst.modeling.compilation import Network, compiled
-from sparseinst.modeling.cuda_graphs import GraphedNetwork
 from sparseinst.modeling.fused import fuse_network
 from sparseinst.modeling.sparse_inst import SparseInst
 from sparseinst.modeling.winograd import use_winograd
@@ -91,7 +90,6 @@ def optimize_for_inference(
     winograd: bool = True,
     precision: str = "float32",
     compile: bool = False,
-    cuda_graphs: bool = False,
     engine: str = "torch",
 ) -> nn.Module:
     """A copy of a model whose predictions are the same, and sooner there.
@@ -109,8 +107,6 @@ def optimize_for_inference(
         compile: run the network through ``torch.compile``. It is compiled at the first picture, and once more, then
             for all sizes, at the first one of another size. Without a C++ compiler a line says so, and it runs as it
             is.
-        cuda_graphs: record the network's kernels at the first picture of each shape, and replay them; for the 8 shapes
-            that came last. Only on CUDA; elsewhere it changes nothing.
         engine: "torch"; "openvino": the network runs in OpenVINO, on the CPU, in float32, compiled once for all sizes.
 
     Raises:
@@ -155,7 +151,7 @@ def optimize_for_inference(
         with autocast:
             return network(images)
 
-    return OptimizedSparseInst(model, GraphedNetwork(run) if cuda_graphs and device_type == "cuda" else run)
+    return OptimizedSparseInst(model, run)
 
 
 def _hold_weights_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -176,6 +172,5 @@ def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
         winograd=keys.WINOGRAD,
         precision=keys.PRECISION,
         compile=keys.COMPILE,
-        cuda_graphs=keys.CUDA_GRAPHS,
         engine=keys.ENGINE,
     )

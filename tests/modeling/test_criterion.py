@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from fvcore.nn import sigmoid_focal_loss as focal_loss
 from torch.nn import functional as F
 
 from sparseinst.modeling.criterion import SparseInstCriterion
-from sparseinst.modeling.losses import sigmoid_focal_loss
 from sparseinst.modeling.matcher import SparseInstMatcher
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
 
@@ -75,7 +75,7 @@ def test_without_instances_only_the_negatives_count_and_all_gets_a_gradient():
     outputs = make_outputs()
     losses = make_criterion()(outputs, [make_targets(0), make_targets(0)])
     assert set(losses) == LOSSES
-    negatives = sigmoid_focal_loss(outputs["pred_logits"], torch.zeros_like(outputs["pred_logits"])).sum()
+    negatives = focal_loss(outputs["pred_logits"], torch.zeros_like(outputs["pred_logits"]), 0.25, 2.0, "sum")
     torch.testing.assert_close(losses["loss_ce"], 2 * negatives)
     assert [losses[name].item() for name in sorted(LOSSES - {"loss_ce"})] == [0, 0, 0]
     sum(losses.values()).backward()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fvcore.nn import sigmoid_focal_loss
 
 from sparseinst.modeling.losses import (
     activation_loss,
@@ -11,7 +12,6 @@ from sparseinst.modeling.losses import (
     dice_loss,
     mask_bce_loss,
     pairwise_dice_score,
-    sigmoid_focal_loss,
 )
 
 # 4x4 masks. The prediction has probability 0.5 on its 8 left pixels and (nearly) 0 elsewhere.
@@ -51,22 +51,6 @@ def test_mask_bce_by_hand():
     assert both.item() == pytest.approx(sum(expected), rel=1e-6)
 
 
-def test_focal_loss_by_hand():
-    # p = 0.5: positive 0.25 * 0.5^2 * log 2, negative 0.75 * 0.5^2 * log 2.
-    # p = 0.2 (logit log(1/4)): positive 0.25 * 0.8^2 * log 5; negative 0.75 * 0.2^2 * log(1/0.8).
-    logits = torch.tensor([0.0, 0.0, math.log(0.25), math.log(0.25)])
-    targets = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    expected = torch.tensor(
-        [
-            0.25 * 0.25 * math.log(2),
-            0.75 * 0.25 * math.log(2),
-            0.25 * 0.64 * math.log(5),
-            0.75 * 0.04 * math.log(1.25),
-        ]
-    )
-    torch.testing.assert_close(sigmoid_focal_loss(logits, targets), expected)
-
-
 def test_binary_mask_iou_by_hand():
     # Left half against top half: 4 of 12 pixels. Against itself: 8 of 8.
     logits = torch.stack([HALF_LOGITS, HALF_LOGITS])
@@ -96,7 +80,7 @@ def test_saturated_logits_are_finite(logit):
         total = (
             dice_loss(logits.sigmoid(), target).sum()
             + mask_bce_loss(logits, target).sum()
-            + sigmoid_focal_loss(logits, target).sum()
+            + sigmoid_focal_loss(logits, target, 0.25, 2.0, "sum")
         )
         (gradient,) = torch.autograd.grad(total, logits)
         assert torch.isfinite(total) and torch.isfinite(gradient).all()
