@@ -34,7 +34,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Most memory that the boolean masks of one image may take, in GiB; prediction stops before it takes more. 100 masks
     # of a camera's 42 megapixels fit.
     sparse_inst.MAX_MASK_GIB = 4.0
-    # How the network runs where nothing is trained; see sparseinst.modeling.optimization.
+    # How the network runs where nothing is trained; see sparseinst.runtime.optimize.
     sparse_inst.INFERENCE = CfgNode()
     # Fold norms and neighbouring linear layers into convolutions: float32 results move by rounding only.
     sparse_inst.INFERENCE.FUSE = True

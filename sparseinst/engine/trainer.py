@@ -28,11 +28,11 @@ from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.host_memory import keep_freed_memory
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
 from sparseinst.engine.optimizer import build_optimizer, clip_total_norm
+from sparseinst.engine.recompute import prepare_as_configured
 from sparseinst.evaluation import check_coco_eval, evaluate
 from sparseinst.modeling import MaskMemoryError
-from sparseinst.modeling.criterion import normalizer_over_ranks
-from sparseinst.modeling.structures import LossNormalizer
-from sparseinst.modeling.training_network import prepare_as_configured
+from sparseinst.modeling.sparse_inst.criterion import normalizer_over_ranks
+from sparseinst.structures.targets import LossNormalizer
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
-from sparseinst.modeling.optimization import optimize_as_configured
+from sparseinst.runtime.optimize import optimize_as_configured
 
 
 class Predictor:

@@ -1,11 +1,11 @@
 """The model: backbone, encoder, decoder, criterion, post-processing."""
 
-from sparseinst.modeling.criterion import (
+from sparseinst.modeling.sparse_inst.criterion import (
     SPARSE_INST_CRITERION_REGISTRY,
     SparseInstCriterion,
     build_sparse_inst_criterion,
 )
-from sparseinst.modeling.decoder import (
+from sparseinst.modeling.sparse_inst.decoder import (
     SPARSE_INST_DECODER_REGISTRY,
     BaseIAMDecoder,
     GroupIAMDecoder,
@@ -14,15 +14,19 @@ from sparseinst.modeling.decoder import (
     MaskBranch,
     build_sparse_inst_decoder,
 )
-from sparseinst.modeling.encoder import (
+from sparseinst.modeling.sparse_inst.encoder import (
     SPARSE_INST_ENCODER_REGISTRY,
     InstanceContextEncoder,
     build_sparse_inst_encoder,
 )
-from sparseinst.modeling.matcher import SPARSE_INST_MATCHER_REGISTRY, SparseInstMatcher, build_sparse_inst_matcher
-from sparseinst.modeling.postprocessing import MaskMemoryError
-from sparseinst.modeling.sparse_inst import SparseInst
-from sparseinst.modeling.structures import Detections, InstanceTargets, LossNormalizer, MatchedPairs
+from sparseinst.modeling.sparse_inst.matcher import (
+    SPARSE_INST_MATCHER_REGISTRY,
+    SparseInstMatcher,
+    build_sparse_inst_matcher,
+)
+from sparseinst.modeling.sparse_inst.model import SparseInst
+from sparseinst.modeling.sparse_inst.postprocessing import MaskMemoryError
+from sparseinst.structures.targets import Detections, InstanceTargets, LossNormalizer, MatchedPairs
 
 __all__ = [
     "SPARSE_INST_CRITERION_REGISTRY",

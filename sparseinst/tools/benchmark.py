@@ -38,7 +38,7 @@ from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.images import read_image
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.setup import load_config
-from sparseinst.modeling.optimization import optimize_as_configured
+from sparseinst.runtime.optimize import optimize_as_configured
 
 # Names that --compare knows; each is KEY VALUE pairs below INFERENCE.
 NAMED_SETTINGS = {

@@ -26,7 +26,7 @@ from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.setup import load_config
 from sparseinst.evaluation.stage_timer import now
 from sparseinst.inference import Predictor, VideoReader, VideoWriter
-from sparseinst.modeling.optimization import optimize_as_configured
+from sparseinst.runtime.optimize import optimize_as_configured
 from sparseinst.tools import demo
 from sparseinst.visualization import draw_instances
 

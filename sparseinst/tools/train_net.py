@@ -30,7 +30,7 @@ from sparseinst.engine.processes import (
 from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import RUN_ERRORS, Trainer, check_test_config
 from sparseinst.evaluation import evaluate
-from sparseinst.modeling.optimization import optimize_as_configured
+from sparseinst.runtime.optimize import optimize_as_configured
 
 DATA_FLAGS = {
     "--train-json": "COCO json to train on, in place of DATASETS.TRAIN",

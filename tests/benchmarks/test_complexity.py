@@ -10,7 +10,7 @@ from torchvision.ops import DeformConv2d, deform_conv2d
 
 from sparseinst.benchmarks.complexity import Cost, analyze, analyze_config
 from sparseinst.engine.setup import load_config
-from sparseinst.modeling.sparse_inst import SparseInst
+from sparseinst.modeling.sparse_inst.model import SparseInst
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 SMALL_CONFIGS = ("sparse_inst_r18_giam", "sparse_inst_mobilenetv3_giam", "sparse_inst_efficientnet_lite0_giam")

@@ -8,7 +8,7 @@ from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from sparseinst.modeling.criterion import normalizer_over_ranks
+from sparseinst.modeling.sparse_inst.criterion import normalizer_over_ranks
 from tests.distributed.ranks import run_ranks
 from tests.tiny_model import random_input, tiny_cfg
 

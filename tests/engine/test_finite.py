@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sparseinst.engine.finite import NonFiniteStepError, find_first_nonfinite
+from sparseinst.engine.recompute import recompute_activations
 from sparseinst.engine.trainer import Trainer
-from sparseinst.modeling.training_network import recompute_activations
 from tests.shapes_data import register_shapes
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 

@@ -10,7 +10,7 @@ from pycocotools import mask as mask_api
 
 from sparseinst.data.shapes import random_ellipses, rasterize
 from sparseinst.inference import Predictor, to_coco_results
-from sparseinst.modeling.postprocessing import detect
+from sparseinst.modeling.sparse_inst.postprocessing import detect
 from tests.faults.child import num_cases, run_in_child
 from tests.tiny_model import tiny_cfg, tiny_model
 

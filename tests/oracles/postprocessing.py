@@ -4,9 +4,9 @@ import torch
 from detectron2.structures import Boxes, ImageList, Instances
 from torch.nn import functional as F
 
-from sparseinst.modeling.mask_resize import masks_to_boxes
-from sparseinst.modeling.postprocessing import class_scores
-from sparseinst.modeling.sparse_inst import SparseInst
+from sparseinst.modeling.sparse_inst.model import SparseInst
+from sparseinst.modeling.sparse_inst.postprocessing import class_scores
+from sparseinst.ops.mask_resize import masks_to_boxes
 
 
 def naive_postprocess(

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
 
 from sparseinst import add_sparse_inst_config, get_config_file
-from sparseinst.modeling.decoder import append_coordinates
+from sparseinst.modeling.sparse_inst.decoder import append_coordinates
 from tests.parity import filling
 
 HERE = Path(__file__).parent

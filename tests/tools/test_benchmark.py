@@ -10,7 +10,7 @@ from torch import nn
 from sparseinst.benchmarks.inference import STAGES, example_outputs, measure
 from sparseinst.benchmarks.settings import Measurement, report
 from sparseinst.data.augmentations import build_test_augmentations
-from sparseinst.modeling.optimization import optimize_for_inference
+from sparseinst.runtime.optimize import optimize_for_inference
 from sparseinst.tools import benchmark
 from tests.oracles.postprocessing import naive_postprocess
 from tests.tiny_model import random_input, tiny_cfg, tiny_model

@@ -10,16 +10,16 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import nn
 from torch.nn import functional as F
 
-from sparseinst.modeling.losses import (
+from sparseinst.modeling.sparse_inst.matcher import build_sparse_inst_matcher
+from sparseinst.ops.losses import (
     activation_loss,
     binary_mask_iou,
     dice_loss,
     mask_bce_loss,
     masks_on_grid,
 )
-from sparseinst.modeling.matcher import build_sparse_inst_matcher
-from sparseinst.modeling.precision import no_autocast
-from sparseinst.modeling.structures import InstanceTargets, LossNormalizer, MatchedPairs
+from sparseinst.ops.precision import no_autocast
+from sparseinst.structures.targets import InstanceTargets, LossNormalizer, MatchedPairs
 
 SPARSE_INST_CRITERION_REGISTRY = Registry("SPARSE_INST_CRITERION")
 SPARSE_INST_CRITERION_REGISTRY.__doc__ = """

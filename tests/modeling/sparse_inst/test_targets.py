@@ -10,8 +10,8 @@ from pycocotools import mask as mask_api
 from torch.nn import functional as F
 
 from sparseinst.data import SparseInstDatasetMapper
-from sparseinst.modeling import sparse_inst
-from sparseinst.modeling.sparse_inst import gt_masks_tensor
+from sparseinst.modeling.sparse_inst import model as sparse_inst
+from sparseinst.modeling.sparse_inst.model import gt_masks_tensor
 from tests.tiny_model import random_input, tiny_model
 
 # height, width, instances; an image of a pixel, one without instances, one with many.

@@ -5,7 +5,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from torch.nn import functional as F
 
-from sparseinst.modeling.encoder import InstanceContextEncoder, PyramidPooling
+from sparseinst.modeling.sparse_inst.encoder import InstanceContextEncoder, PyramidPooling
 
 
 def make_encoder(strides, num_channels=8, **kwargs):

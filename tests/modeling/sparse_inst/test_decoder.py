@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparseinst.modeling.decoder import (
+from sparseinst.modeling.sparse_inst.decoder import (
     BaseIAMDecoder,
     InstanceBranch,
     MaskBranch,
@@ -13,7 +13,7 @@ from sparseinst.modeling.decoder import (
     normalize_iams,
     pool_instances,
 )
-from sparseinst.modeling.places import window_logits
+from sparseinst.modeling.sparse_inst.location_prior import window_logits
 
 
 def make_branch(**kwargs):

@@ -16,8 +16,13 @@ from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_weights
 
 from sparseinst.backbones.deform_conv import DeformConv2d
-from sparseinst.modeling.decoder import BaseIAMDecoder, GroupIAMDecoder, GroupIAMSoftDecoder, append_coordinates
-from sparseinst.modeling.encoder import InstanceContextEncoder
+from sparseinst.modeling.sparse_inst.decoder import (
+    BaseIAMDecoder,
+    GroupIAMDecoder,
+    GroupIAMSoftDecoder,
+    append_coordinates,
+)
+from sparseinst.modeling.sparse_inst.encoder import InstanceContextEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 
-from sparseinst.modeling.mask_rle import encode_window
+from sparseinst.ops.mask_rle import encode_window
 from sparseinst.structures.mask_window import MaskWindow
 
 

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from sparseinst.modeling.precision import no_autocast
+from sparseinst.ops.precision import no_autocast
 
 
 def grid_of_places(num_masks: int) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from detectron2.config import CfgNode
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sparseinst.modeling.compilation import compiled
-from sparseinst.modeling.sparse_inst import SparseInst
+from sparseinst.modeling.sparse_inst.model import SparseInst
+from sparseinst.runtime.compile import compiled
 
 # The criterion exchanges numbers with other processes: computed again, they would wait for one another.
 PARTS = ("backbone", "encoder", "decoder")

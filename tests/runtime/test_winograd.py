@@ -6,8 +6,8 @@ from detectron2 import layers
 from torch import library, nn
 from torch.nn import functional as F
 
-from sparseinst.modeling import winograd
-from sparseinst.modeling.winograd import WinogradConv2d, can_be_winograd, use_winograd
+from sparseinst.runtime.rewrites import winograd
+from sparseinst.runtime.rewrites.winograd import WinogradConv2d, can_be_winograd, use_winograd
 
 TOLERANCE = 1e-5
 

@@ -6,9 +6,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.utils.registry import Registry
 from scipy.optimize import linear_sum_assignment
 
-from sparseinst.modeling.losses import masks_on_grid, pairwise_dice_score
-from sparseinst.modeling.precision import no_autocast
-from sparseinst.modeling.structures import InstanceTargets, MatchedPairs
+from sparseinst.ops.losses import masks_on_grid, pairwise_dice_score
+from sparseinst.ops.precision import no_autocast
+from sparseinst.structures.targets import InstanceTargets, MatchedPairs
 
 SPARSE_INST_MATCHER_REGISTRY = Registry("SPARSE_INST_MATCHER")
 SPARSE_INST_MATCHER_REGISTRY.__doc__ = """

@@ -11,9 +11,10 @@ from torch import nn
 
 from sparseinst import get_config_file
 from sparseinst.engine.setup import load_config
-from sparseinst.modeling import optimization, winograd
-from sparseinst.modeling.fused import FusedDecoder, FusedEncoder, fold_norms, fuse_network
-from sparseinst.modeling.optimization import OptimizedSparseInst, optimize_as_configured, optimize_for_inference
+from sparseinst.modeling.sparse_inst.fused import FusedDecoder, FusedEncoder, fold_norms, fuse_network
+from sparseinst.runtime import optimize as optimization
+from sparseinst.runtime.optimize import OptimizedSparseInst, optimize_as_configured, optimize_for_inference
+from sparseinst.runtime.rewrites import winograd
 from tests.test_configs import PUBLISHED
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 

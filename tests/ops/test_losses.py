@@ -6,7 +6,7 @@ import pytest
 import torch
 from fvcore.nn import sigmoid_focal_loss
 
-from sparseinst.modeling.losses import (
+from sparseinst.ops.losses import (
     activation_loss,
     binary_mask_iou,
     dice_loss,

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
-from sparseinst.modeling.criterion import SparseInstCriterion
-from sparseinst.modeling.decoder import normalize_iams
-from sparseinst.modeling.matcher import SparseInstMatcher, matching_scores
-from sparseinst.modeling.structures import InstanceTargets
+from sparseinst.modeling.sparse_inst.criterion import SparseInstCriterion
+from sparseinst.modeling.sparse_inst.decoder import normalize_iams
+from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher, matching_scores
+from sparseinst.structures.targets import InstanceTargets
 
 # Above it sums over a few logits leave float32.
 LARGEST = float(np.float32(1e30))

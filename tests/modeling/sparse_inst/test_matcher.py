@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from sparseinst.modeling.matcher import SparseInstMatcher, matching_scores
-from sparseinst.modeling.structures import InstanceTargets
+from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher, matching_scores
+from sparseinst.structures.targets import InstanceTargets
 
 
 def random_problem(seed, num_masks, num_instances, num_classes=3, size=(5, 4)):

@@ -5,9 +5,9 @@ import torch
 from fvcore.nn import sigmoid_focal_loss as focal_loss
 from torch.nn import functional as F
 
-from sparseinst.modeling.criterion import SparseInstCriterion
-from sparseinst.modeling.matcher import SparseInstMatcher
-from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
+from sparseinst.modeling.sparse_inst.criterion import SparseInstCriterion
+from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher
+from sparseinst.structures.targets import InstanceTargets, LossNormalizer
 
 LOSSES = {"loss_ce", "loss_objectness", "loss_dice", "loss_mask"}
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sparseinst.modeling.mask_resize import map_windows, masks_to_boxes, resize_masks
-from sparseinst.modeling.mask_rle import encode_window
-from sparseinst.modeling.structures import Detections
+from sparseinst.ops.mask_resize import map_windows, masks_to_boxes, resize_masks
+from sparseinst.ops.mask_rle import encode_window
 from sparseinst.structures.mask_window import MaskWindow
+from sparseinst.structures.targets import Detections
 
 MASKNESS_EPS = 1e-6
 MASK_FORMATS = ("bitmask", "rle")

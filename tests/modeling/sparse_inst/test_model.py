@@ -17,8 +17,8 @@ from sparseinst.modeling import (
     LossNormalizer,
     MaskMemoryError,
 )
-from sparseinst.modeling.postprocessing import detect
-from sparseinst.modeling.sparse_inst import gt_masks_tensor
+from sparseinst.modeling.sparse_inst.model import gt_masks_tensor
+from sparseinst.modeling.sparse_inst.postprocessing import detect
 from sparseinst.structures.rle_masks import RLEMasks
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 

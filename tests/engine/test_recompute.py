@@ -10,8 +10,8 @@ from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from sparseinst.modeling import compilation
-from sparseinst.modeling.training_network import prepare_as_configured, prepare_for_training, recompute_activations
+from sparseinst.engine.recompute import prepare_as_configured, prepare_for_training, recompute_activations
+from sparseinst.runtime import compile as compilation
 from tests.distributed.ranks import run_ranks
 from tests.tiny_model import random_input, tiny_cfg
 

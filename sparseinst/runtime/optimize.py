@@ -9,10 +9,10 @@ from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from torch import nn
 
-from sparseinst.modeling.compilation import Network, compiled
-from sparseinst.modeling.fused import fuse_network
-from sparseinst.modeling.sparse_inst import SparseInst
-from sparseinst.modeling.winograd import use_winograd
+from sparseinst.modeling.sparse_inst.fused import fuse_network
+from sparseinst.modeling.sparse_inst.model import SparseInst
+from sparseinst.runtime.compile import Network, compiled
+from sparseinst.runtime.rewrites.winograd import use_winograd
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENGINES = ("torch", "openvino")
@@ -96,9 +96,9 @@ def optimize_for_inference(
 
     Args:
         model: a SparseInst, on its device; not changed. A model of another meta-architecture is returned as it is.
-        fuse: rewrite the network, see :mod:`sparseinst.modeling.fused`; float32 results move by rounding only.
+        fuse: rewrite the network, see `fused`; float32 results move by rounding only.
         channels_last: feature maps in channels-last layout.
-        winograd: wide 3x3 convolutions with fewer multiplications, see :mod:`sparseinst.modeling.winograd`; float32
+        winograd: wide 3x3 convolutions with fewer multiplications, see `winograd`; float32
             results move by some 1e-5. Only on the CPU, in float32, with fuse, and with channels_last where PyTorch is
             the engine; elsewhere it changes nothing.
         precision: "float32"; "bfloat16" or "float16": autocast of PyTorch, with the weights of convolutions and linear
@@ -129,7 +129,7 @@ def optimize_for_inference(
     example = torch.randn(1, 3, *_EXAMPLE_SIZE, generator=torch.Generator().manual_seed(0)).to(model.device)
     model = fuse_network(model, example) if fuse else copy.deepcopy(model).eval().requires_grad_(False)
     if engine == "openvino":
-        from sparseinst.modeling.openvino_network import OpenVINONetwork
+        from sparseinst.runtime.openvino import OpenVINONetwork
 
         if winograd and fuse:
             use_winograd(model)

@@ -11,8 +11,8 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import nn
 from torch.nn import functional as F
 
-from sparseinst.modeling.places import location_prior, window_logits
-from sparseinst.modeling.precision import no_autocast
+from sparseinst.modeling.sparse_inst.location_prior import location_prior, window_logits
+from sparseinst.ops.precision import no_autocast
 
 SPARSE_INST_DECODER_REGISTRY = Registry("SPARSE_INST_DECODER")
 SPARSE_INST_DECODER_REGISTRY.__doc__ = """

@@ -6,9 +6,9 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from sparseinst.modeling.criterion import SparseInstCriterion, matched_predictions
-from sparseinst.modeling.matcher import SparseInstMatcher
-from sparseinst.modeling.structures import InstanceTargets, MatchedPairs
+from sparseinst.modeling.sparse_inst.criterion import SparseInstCriterion, matched_predictions
+from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher
+from sparseinst.structures.targets import InstanceTargets, MatchedPairs
 
 NUM_MASKS, NUM_CLASSES, NUM_GROUPS, SIZE = 9, 5, 2, (14, 10)
 

@@ -11,14 +11,14 @@ from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Polygon
 from torch import nn
 from torch.nn import functional as F
 
-from sparseinst.modeling.criterion import build_sparse_inst_criterion
-from sparseinst.modeling.decoder import build_sparse_inst_decoder
-from sparseinst.modeling.encoder import build_sparse_inst_encoder
-from sparseinst.modeling.example_outputs import draw_outputs
-from sparseinst.modeling.losses import masks_on_grid
-from sparseinst.modeling.postprocessing import MASK_FORMATS, MaskMemoryError, detect
-from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
+from sparseinst.modeling.sparse_inst.criterion import build_sparse_inst_criterion
+from sparseinst.modeling.sparse_inst.decoder import build_sparse_inst_decoder
+from sparseinst.modeling.sparse_inst.encoder import build_sparse_inst_encoder
+from sparseinst.modeling.sparse_inst.example_outputs import draw_outputs
+from sparseinst.modeling.sparse_inst.postprocessing import MASK_FORMATS, MaskMemoryError, detect
+from sparseinst.ops.losses import masks_on_grid
 from sparseinst.structures.rle_masks import RLEMasks
+from sparseinst.structures.targets import InstanceTargets, LossNormalizer
 
 # The input is padded to a multiple of this, whatever the backbone: the published checkpoints were trained so.
 SIZE_DIVISIBILITY = 32
@@ -87,7 +87,7 @@ class SparseInst(nn.Module):
         self.output_mask_format = output_mask_format
         self.max_mask_gib = max_mask_gib
         self.antialiased_targets = antialiased_targets
-        # What runs in place of plain_network where something is learned; see sparseinst.modeling.training_network.
+        # What runs in place of plain_network where something is learned; see sparseinst.engine.recompute.
         self.training_network: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
 
     @classmethod
@@ -259,7 +259,7 @@ class SparseInst(nn.Module):
     def draw_outputs(
         self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Return what a trained network could return, see :func:`~sparseinst.modeling.example_outputs.draw_outputs`."""
+        """Return what a trained network could return; see `draw_outputs`."""
         return draw_outputs(outputs, num_objects, median_area, generator)
 
 

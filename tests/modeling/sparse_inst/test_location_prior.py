@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparseinst.modeling.places import location_prior, window_logits
+from sparseinst.modeling.sparse_inst.location_prior import location_prior, window_logits
 
 
 def test_location_prior_by_hand():

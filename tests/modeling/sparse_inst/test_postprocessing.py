@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 from torch.nn import functional as F
 
-from sparseinst.modeling import postprocessing
-from sparseinst.modeling.mask_resize import resize_masks
-from sparseinst.modeling.postprocessing import MaskMemoryError, class_scores, detect, mask_nms, maskness
+from sparseinst.modeling.sparse_inst import postprocessing
+from sparseinst.modeling.sparse_inst.postprocessing import MaskMemoryError, class_scores, detect, mask_nms, maskness
+from sparseinst.ops.mask_resize import resize_masks
 
 SIZES = {"padded_size": (32, 64), "image_size": (30, 41), "output_size": (47, 90)}
 THRESHOLDS = {"cls_threshold": 0.005, "mask_threshold": 0.45, "max_detections": 100}

@@ -6,19 +6,19 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import BitMasks, Instances
 from torch import nn
 
-from sparseinst.modeling.criterion import SparseInstCriterion
-from sparseinst.modeling.decoder import (
+from sparseinst.modeling.sparse_inst.criterion import SparseInstCriterion
+from sparseinst.modeling.sparse_inst.decoder import (
     BaseIAMDecoder,
     InstanceBranch,
     MaskBranch,
     normalize_iams,
     pool_instances,
 )
-from sparseinst.modeling.encoder import InstanceContextEncoder
-from sparseinst.modeling.matcher import SparseInstMatcher, matching_scores
-from sparseinst.modeling.places import window_logits
-from sparseinst.modeling.precision import no_autocast
-from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
+from sparseinst.modeling.sparse_inst.encoder import InstanceContextEncoder
+from sparseinst.modeling.sparse_inst.location_prior import window_logits
+from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher, matching_scores
+from sparseinst.ops.precision import no_autocast
+from sparseinst.structures.targets import InstanceTargets, LossNormalizer
 from tests.tiny_model import random_input, tiny_model
 
 HALF_DTYPES = [torch.float16, torch.bfloat16]

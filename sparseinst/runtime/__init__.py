@@ -1,0 +1,1 @@
+"""How a network runs where nothing is trained."""
