@@ -20,6 +20,6 @@ except ImportError as error:
     ) from error
 
 from sparseinst import backbones, modeling  # noqa: F401  (registers backbones and model)
-from sparseinst.config import add_sparse_inst_config, get_config_file
+from sparseinst.config import add_sparse_inst_config, get_config_file, load_config
 
-__all__ = ["__version__", "add_sparse_inst_config", "get_config_file"]
+__all__ = ["__version__", "add_sparse_inst_config", "get_config_file", "load_config"]

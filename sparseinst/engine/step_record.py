@@ -10,8 +10,8 @@ from detectron2.structures import Instances
 from torch import nn
 
 from sparseinst.checkpoint import read_weights_file
+from sparseinst.config import load_config
 from sparseinst.engine.first_non_finite import Finding, find_first_non_finite
-from sparseinst.engine.setup import load_config
 from sparseinst.modeling.sparse_inst import gt_masks_tensor
 from sparseinst.modeling.structures import LossNormalizer
 

@@ -31,9 +31,9 @@ from tabulate import tabulate
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from sparseinst.config import load_config
 from sparseinst.data import SparseInstDatasetMapper
 from sparseinst.data.grid_masks import GridMasks
-from sparseinst.engine.setup import load_config
 from sparseinst.modeling import InstanceTargets, MatchedPairs, SparseInst, SparseInstMatcher
 from sparseinst.modeling.losses import masks_on_grid
 from sparseinst.modeling.matcher import matching_scores

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 from tabulate import tabulate
 
+from sparseinst.config import load_config
 from sparseinst.engine.analysis import Analysis, Cost, analyze_config
-from sparseinst.engine.setup import load_config
 
 
 def parts_table(analysis: Analysis) -> str:

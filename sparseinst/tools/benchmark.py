@@ -24,12 +24,12 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import nn
 
+from sparseinst.config import load_config
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.images import read_image
 from sparseinst.engine.benchmark import STAGES, Measurement, PlainSparseInst, measure, ratio, summarize
 from sparseinst.engine.benchmark_settings import apply_setting, machine
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.engine.setup import load_config
 from sparseinst.modeling.optimization import optimize_as_configured
 from sparseinst.modeling.sparse_inst import SparseInst
 

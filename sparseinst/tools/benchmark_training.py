@@ -23,13 +23,13 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
+from sparseinst.config import load_config
 from sparseinst.data.coco_json import check_num_classes
 from sparseinst.data.ellipses import write_ellipses
 from sparseinst.data.loader import build_train_loader
 from sparseinst.data.synthetic import write_shapes_dataset
 from sparseinst.engine.benchmark import ratio, summarize
 from sparseinst.engine.benchmark_settings import apply_setting, machine
-from sparseinst.engine.setup import load_config
 from sparseinst.engine.trainer import RUN_ERRORS
 from sparseinst.engine.training_benchmark import (
     STAGES,

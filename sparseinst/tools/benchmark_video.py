@@ -21,9 +21,9 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 
+from sparseinst.config import load_config
 from sparseinst.engine.benchmark import drawn_outputs
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.engine.setup import load_config
 from sparseinst.inference import Predictor, VideoReader, VideoWriter, draw_instances
 from sparseinst.inference.visualization import DRAWINGS
 from sparseinst.modeling.optimization import optimize_as_configured

@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from sparseinst.config import load_config
 from sparseinst.data.annotations import MaskWindow, check_segmentation, is_whole, read_mask
 from sparseinst.data.augmentations import ResizeShortestEdge
 from sparseinst.data.coco_checks import Finding, check_content
 from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning, missing_files, read_json
 from sparseinst.data.dataset_mapper import check_image_size
 from sparseinst.data.images import DataError, read_image, read_image_size
-from sparseinst.engine.setup import load_config
 
 DEFAULT_CONFIG = "sparse_inst_r50_giam"
 # Pixels: COCO's limits of small and medium objects.

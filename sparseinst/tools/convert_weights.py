@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 
 from sparseinst.checkpoint import checkpointer_from_config, extract_tensors, family_of, find_weights, read_weights_file
 from sparseinst.checkpoint.files import WeightsFileError
-from sparseinst.engine.setup import load_config
+from sparseinst.config import load_config
 
 TENSORS_LISTED = 5
 

@@ -24,9 +24,9 @@ from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from sparseinst.config import load_config
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.engine.setup import load_config
 from sparseinst.inference import (
     ImageReadError,
     Predictor,

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
+from sparseinst.config import load_config, resolve_config_file
 from sparseinst.data.coco_json import check_num_classes, class_info, log_data_warnings, register_user_datasets
 from sparseinst.engine.evaluation import evaluate_and_time
 from sparseinst.engine.finite import NonFiniteStepError
@@ -28,7 +29,6 @@ from sparseinst.engine.processes import (
     exit_with_error,
     run_processes,
 )
-from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import RUN_ERRORS, Trainer, check_test_config
 from sparseinst.modeling.optimization import optimize_as_configured
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import DeformConv2d, deform_conv2d
 
+from sparseinst.config import load_config
 from sparseinst.engine.analysis import Cost, analyze, analyze_config
-from sparseinst.engine.setup import load_config
 from sparseinst.modeling.sparse_inst import SparseInst
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 

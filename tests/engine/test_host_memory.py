@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from sparseinst.config import load_config
 from sparseinst.engine import host_memory
-from sparseinst.engine.setup import load_config
 
 # The first rounds are not counted: of aligned pieces glibc leaves up to seven small rests between large ones.
 CODE = """

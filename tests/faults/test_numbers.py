@@ -9,10 +9,10 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from sparseinst import get_config_file
+from sparseinst.config import load_config
 from sparseinst.data.coco_json import register_user_datasets
 from sparseinst.data.synthetic import write_shapes_dataset
 from sparseinst.engine.finite import NonFiniteStepError
-from sparseinst.engine.setup import load_config
 from sparseinst.engine.trainer import Trainer
 from tests.faults.child import Child, num_cases
 from tests.shapes_data import register_shapes

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from sparseinst import get_config_file
-from sparseinst.engine.setup import load_config
+from sparseinst.config import load_config
 from sparseinst.modeling import optimization, winograd
 from sparseinst.modeling.fused import FusedDecoder, FusedEncoder, fold_norms, fuse_network
 from sparseinst.modeling.optimization import OptimizedSparseInst, optimize_as_configured, optimize_for_inference

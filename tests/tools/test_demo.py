@@ -11,7 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
-from sparseinst.engine.setup import load_config
+from sparseinst.config import load_config
 from sparseinst.inference import VideoReader, VideoWriter
 from sparseinst.tools import demo
 from tests.tiny_model import tiny_cfg, tiny_model

@@ -6,11 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 import yaml
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
-from sparseinst.config import add_sparse_inst_config, get_config_file
+from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +66,12 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
     if not isinstance(cfg.MODEL.DEVICE, str):
         raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected a device's name, such as cpu or cuda")
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is %s and there is no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            logger.warning("MODEL.DEVICE is %s and there is no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
+            cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
