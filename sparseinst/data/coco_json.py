@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
 
+from sparseinst import config
 from sparseinst.data.coco_checks import Finding, JsonReport, check_content
 
 _logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def class_info(dataset_name: str) -> ClassInfo:
 
 
 def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Check MODEL.SPARSE_INST.DECODER.NUM_CLASSES against all data sets of DATASETS.TRAIN and DATASETS.TEST.
+    """Check the model's number of classes against all data sets of DATASETS.TRAIN and DATASETS.TEST.
 
     Args:
         cfg: after :func:`register_user_datasets`.
@@ -174,11 +175,11 @@ def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
                 f"{key} {name!r} has {_count(names)}, but {first_key} {first_name!r} has {_count(first_names)}: "
                 f"one model needs the same classes in the same order (set {key}, or {key}_JSON and {key}_IMAGES)"
             )
-    num_classes = cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES
+    key, num_classes = config.num_classes(cfg) or (None, len(first_names))
     if len(first_names) != num_classes:
         raise ValueError(
-            f"{first_key} {first_name!r} has {_count(first_names)}, but MODEL.SPARSE_INST.DECODER.NUM_CLASSES is "
-            f"{num_classes}: set MODEL.SPARSE_INST.DECODER.NUM_CLASSES {len(first_names)}"
+            f"{first_key} {first_name!r} has {_count(first_names)}, but {key} is "
+            f"{num_classes}: set {key} {len(first_names)}"
         )
 
 
@@ -196,30 +197,31 @@ def log_data_warnings(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
         cfg: after :func:`register_user_datasets`.
         splits: the parts to look at.
     """
-    num_masks = cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS
+    limit = config.max_instances(cfg)
     for split in splits:
         for name in cfg.DATASETS[split]:
             metadata = MetadataCatalog.get(name)
-            crowded = crowded_warning(metadata.get("num_instances", Counter()), num_masks)
+            crowded = crowded_warning(metadata.get("num_instances", Counter()), limit)
             for warning in (*metadata.get("data_warnings", ()), crowded and f"{metadata.json_file}: {crowded}"):
                 if warning:
                     _logger.warning("DATASETS.%s: %s", split, warning)
 
 
-def crowded_warning(num_instances: Counter[int], num_masks: int) -> str | None:
+def crowded_warning(num_instances: Counter[int], limit: tuple[str, int] | None) -> str | None:
     """What to say where images have more objects than a model has predictions; None where none has.
 
     Args:
         num_instances: objects of each image, by image id.
-        num_masks: of the model (MODEL.SPARSE_INST.DECODER.NUM_MASKS).
+        limit: the key and the most instances that the model can learn, from config.max_instances.
     """
+    key, num_masks = limit or (None, float("inf"))
     crowded = [count for count in num_instances.values() if count > num_masks]
     if not crowded:
         return None
     return (
         f"{len(crowded)} of {len(num_instances)} images with objects have more of them than "
-        f"MODEL.SPARSE_INST.DECODER.NUM_MASKS, which is {num_masks}: of an image no more are learned, and no more are "
-        f"found. MODEL.SPARSE_INST.DECODER.NUM_MASKS {max(crowded)} would hold all"
+        f"{key}, which is {num_masks}: of an image no more are learned, and no more are "
+        f"found. {key} {max(crowded)} would hold all"
     )
 
 

@@ -31,6 +31,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from sparseinst.config import dataset_mapper
 from sparseinst.data.broken_images import BrokenImages, Failure, SafeMapper, TestLoader
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 from sparseinst.data.grid_masks import GridMasks, MaskGrid
@@ -250,9 +251,9 @@ def build_train_loader(cfg: CfgNode, seed: int, mask_grid: MaskGrid | None = Non
         "SparseInstDatasetMapper": partial(SparseInstDatasetMapper, mask_grid=mask_grid),
         "DatasetMapper": DatasetMapper,
     }
-    name = cfg.MODEL.SPARSE_INST.DATASET_MAPPER
+    key, name = dataset_mapper(cfg)
     if name not in mappers:
-        raise ValueError(f"MODEL.SPARSE_INST.DATASET_MAPPER is {name!r}; it must be one of {sorted(mappers)}")
+        raise ValueError(f"{key} is {name!r}; it must be one of {sorted(mappers)}")
     datasets = [_read_dataset(cfg, dataset_name) for dataset_name in cfg.DATASETS.TRAIN]
     if len(datasets) > 1:
         _check_consistency(cfg.DATASETS.TRAIN)

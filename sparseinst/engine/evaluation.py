@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
+from sparseinst import config
 from sparseinst.data.loader import build_test_loader
 from sparseinst.engine.coco_evaluation import MAX_DETECTIONS, InstanceSegmentationEvaluator
 from sparseinst.engine.processes import share_buffers
@@ -45,7 +46,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, stopwatch: Stopwatch | None
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     output_dir = str(Path(cfg.OUTPUT_DIR) / "inference")
-    max_detections = cfg.MODEL.SPARSE_INST.MAX_DETECTIONS
+    _, max_detections = config.max_detections(cfg) or (None, MAX_DETECTIONS)
     if evaluator_type == "coco":
         return InstanceSegmentationEvaluator(
             dataset_name,

@@ -41,9 +41,9 @@ def keep_freed_memory(all_sizes: bool = False) -> bool:
 
 
 def keep_freed_memory_for_inference(cfg: CfgNode) -> bool:
-    """:func:`keep_freed_memory` of all sizes, where MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY says so.
+    """:func:`keep_freed_memory` of all sizes, where RUNTIME.KEEP_FREED_MEMORY says so.
 
     Not with a GPU: there the tensors are not in this memory.
     """
-    wanted = cfg.MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY
+    wanted = cfg.RUNTIME.KEEP_FREED_MEMORY
     return cfg.MODEL.DEVICE == "cpu" and wanted and keep_freed_memory(all_sizes=True)

@@ -18,6 +18,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 
+from sparseinst import config
 from sparseinst.checkpoint import OutputError, checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import DataError
@@ -74,7 +75,7 @@ class Trainer(SimpleTrainer):
         self.cfg = cfg
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.accumulate_steps = cfg.SOLVER.ACCUMULATE_STEPS
-        self.num_masks = cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS
+        _, self.num_masks = config.max_instances(cfg) or (None, None)
         amp = cfg.SOLVER.AMP
         self.amp_dtype = AMP_DTYPES[amp.DTYPE] if amp.ENABLED else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
@@ -217,7 +218,7 @@ class Trainer(SimpleTrainer):
         self.optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
         # A criterion need not take a normalizer where each step has one batch.
-        normalizer = () if self.accumulate_steps == 1 else (self._normalizer(),)
+        normalizer = () if self.accumulate_steps == 1 or self.num_masks is None else (self._normalizer(),)
         for index, batch in enumerate(self.batches):
             # Ranks exchange gradients once a step.
             is_last = index + 1 == self.accumulate_steps

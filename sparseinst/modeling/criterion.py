@@ -9,6 +9,7 @@ from detectron2.utils.registry import Registry
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.config import registered
 from sparseinst.modeling.losses import (
     activation_loss,
     binary_mask_iou,
@@ -226,4 +227,4 @@ def normalizer_over_ranks(
 
 def build_sparse_inst_criterion(cfg: CfgNode) -> nn.Module:
     """Build the criterion that MODEL.SPARSE_INST.LOSS.NAME names."""
-    return SPARSE_INST_CRITERION_REGISTRY.get(cfg.MODEL.SPARSE_INST.LOSS.NAME)(cfg)
+    return registered(SPARSE_INST_CRITERION_REGISTRY, cfg, "MODEL.SPARSE_INST.LOSS.NAME")(cfg)

@@ -11,6 +11,7 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.config import registered
 from sparseinst.modeling.places import location_prior, window_logits
 from sparseinst.modeling.precision import no_autocast
 
@@ -359,4 +360,4 @@ def _conv_stack(in_channels: int, dim: int, num_convs: int, norm: str) -> nn.Seq
 
 def build_sparse_inst_decoder(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
     """Build the decoder that MODEL.SPARSE_INST.DECODER.NAME names."""
-    return SPARSE_INST_DECODER_REGISTRY.get(cfg.MODEL.SPARSE_INST.DECODER.NAME)(cfg, input_shape)
+    return registered(SPARSE_INST_DECODER_REGISTRY, cfg, "MODEL.SPARSE_INST.DECODER.NAME")(cfg, input_shape)

@@ -10,6 +10,8 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.config import registered
+
 SPARSE_INST_ENCODER_REGISTRY = Registry("SPARSE_INST_ENCODER")
 SPARSE_INST_ENCODER_REGISTRY.__doc__ = """
 Encoders: modules called with the backbone's dict of feature maps; return one map (B, C, H, W). Built as
@@ -162,4 +164,4 @@ def _check_levels(input_shape: dict[str, ShapeSpec], in_features: Sequence[str])
 
 def build_sparse_inst_encoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
     """Build the encoder that MODEL.SPARSE_INST.ENCODER.NAME names."""
-    return SPARSE_INST_ENCODER_REGISTRY.get(cfg.MODEL.SPARSE_INST.ENCODER.NAME)(cfg, input_shape)
+    return registered(SPARSE_INST_ENCODER_REGISTRY, cfg, "MODEL.SPARSE_INST.ENCODER.NAME")(cfg, input_shape)

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.utils.registry import Registry
 from scipy.optimize import linear_sum_assignment
 
+from sparseinst.config import registered
 from sparseinst.modeling.losses import masks_on_grid, pairwise_dice_score
 from sparseinst.modeling.precision import no_autocast
 from sparseinst.modeling.structures import InstanceTargets, MatchedPairs
@@ -123,4 +124,4 @@ class SparseInstMatcher:
 
 def build_sparse_inst_matcher(cfg: CfgNode):
     """Build the matcher that MODEL.SPARSE_INST.MATCHER.NAME names."""
-    return SPARSE_INST_MATCHER_REGISTRY.get(cfg.MODEL.SPARSE_INST.MATCHER.NAME)(cfg)
+    return registered(SPARSE_INST_MATCHER_REGISTRY, cfg, "MODEL.SPARSE_INST.MATCHER.NAME")(cfg)

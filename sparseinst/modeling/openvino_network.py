@@ -23,7 +23,7 @@ class OpenVINONetwork:
             import openvino
         except ImportError as error:
             raise ImportError(
-                "MODEL.SPARSE_INST.INFERENCE.ENGINE openvino needs the package openvino, which cannot be imported "
+                "RUNTIME.ENGINE openvino needs the package openvino, which cannot be imported "
                 f"({error}). Install it: pip install 'sparseinst[openvino]', or pip install openvino"
             ) from error
         with torch.no_grad():

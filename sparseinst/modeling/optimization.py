@@ -105,16 +105,14 @@ def optimize_for_inference(
         ImportError: the engine's package is not installed.
     """
     if precision not in PRECISIONS:
-        raise ValueError(
-            f"MODEL.SPARSE_INST.INFERENCE.PRECISION is {precision!r}; it must be one of {list(PRECISIONS)}"
-        )
+        raise ValueError(f"RUNTIME.PRECISION is {precision!r}; it must be one of {list(PRECISIONS)}")
     if engine not in ENGINES:
-        raise ValueError(f"MODEL.SPARSE_INST.INFERENCE.ENGINE is {engine!r}; it must be one of {list(ENGINES)}")
+        raise ValueError(f"RUNTIME.ENGINE is {engine!r}; it must be one of {list(ENGINES)}")
     if not isinstance(model, SparseInst):
         return model
     if engine != "torch" and (precision != "float32" or compile or model.device.type != "cpu"):
         raise ValueError(
-            f"MODEL.SPARSE_INST.INFERENCE.ENGINE {engine} runs on the CPU in float32, without COMPILE; set "
+            f"RUNTIME.ENGINE {engine} runs on the CPU in float32, without COMPILE; set "
             "MODEL.DEVICE cpu, PRECISION float32 and COMPILE False, or ENGINE torch"
         )
     example = torch.randn(1, 3, *_EXAMPLE_SIZE, generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -154,8 +152,8 @@ def _hold_weights_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """:func:`optimize_for_inference` as MODEL.SPARSE_INST.INFERENCE says."""
-    keys = cfg.MODEL.SPARSE_INST.INFERENCE
+    """:func:`optimize_for_inference` as RUNTIME says."""
+    keys = cfg.RUNTIME
     return optimize_for_inference(
         model,
         fuse=keys.FUSE,
@@ -163,6 +161,5 @@ def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
         winograd=keys.WINOGRAD,
         precision=keys.PRECISION,
         compile=keys.COMPILE,
-        cuda_graphs=keys.CUDA_GRAPHS,
         engine=keys.ENGINE,
     )

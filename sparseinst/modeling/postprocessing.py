@@ -193,7 +193,7 @@ def _check_mask_memory(num_masks: int, output_size: tuple[int, int], max_mask_by
     if num_bytes > max_mask_bytes:
         raise MaskMemoryError(
             f"{num_masks} boolean masks of {height}x{width} pixels take {num_bytes / 2**30:.2f} GiB, more than "
-            f"MODEL.SPARSE_INST.MAX_MASK_GIB allows ({max_mask_bytes / 2**30:g}). Set "
-            "MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT to rle, for which each mask is encoded and freed before the next one "
+            f"MODEL.OUTPUT.MAX_MASK_GIB allows ({max_mask_bytes / 2**30:g}). Set "
+            "MODEL.OUTPUT.MASK_FORMAT to rle, for which each mask is encoded and freed before the next one "
             "is made; or raise MAX_MASK_GIB where there is the memory, or lower MAX_DETECTIONS"
         )

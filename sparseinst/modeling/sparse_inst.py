@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks, polygons_to_bitmask
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.config import registered
 from sparseinst.data.grid_masks import GRID_STRIDES, GridMasks, MaskGrid
 from sparseinst.data.rle_masks import RLEMasks
 from sparseinst.modeling.criterion import build_sparse_inst_criterion
@@ -17,6 +18,12 @@ from sparseinst.modeling.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.encoder import build_sparse_inst_encoder
 from sparseinst.modeling.losses import masks_on_grid
 from sparseinst.modeling.postprocessing import MASK_FORMATS, MaskMemoryError, detect
+from sparseinst.modeling.sparse_inst_config import (
+    MAX_DETECTIONS_KEY,
+    MAX_INSTANCES_KEY,
+    NUM_CLASSES_KEY,
+    check_sparse_inst_keys,
+)
 from sparseinst.modeling.structures import InstanceTargets, LossNormalizer
 
 # The input is padded to a multiple of this, whatever the backbone: the published checkpoints were trained so.
@@ -48,6 +55,10 @@ class SparseInst(nn.Module):
         ValueError: another mask format.
     """
 
+    num_classes_key = NUM_CLASSES_KEY
+    max_instances_key = MAX_INSTANCES_KEY
+    max_detections_key = MAX_DETECTIONS_KEY
+
     @configurable
     def __init__(
         self,
@@ -69,8 +80,7 @@ class SparseInst(nn.Module):
         super().__init__()
         if output_mask_format not in MASK_FORMATS:
             raise ValueError(
-                f"MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT is {output_mask_format!r}; it must be one of "
-                f"{', '.join(MASK_FORMATS)}"
+                f"MODEL.OUTPUT.MASK_FORMAT is {output_mask_format!r}; it must be one of {', '.join(MASK_FORMATS)}"
             )
         self.backbone = backbone
         self.encoder = encoder
@@ -93,6 +103,8 @@ class SparseInst(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict:
         if not cfg.MODEL.MASK_ON:
             raise ValueError("MODEL.MASK_ON is False: SparseInst predicts masks and nothing else; set it to True")
+        check_sparse_inst_keys(cfg)
+        registered(BACKBONE_REGISTRY, cfg, "MODEL.BACKBONE.NAME")
         backbone = _build_backbone(cfg)
         encoder = build_sparse_inst_encoder(cfg, backbone.output_shape())
         sparse_inst = cfg.MODEL.SPARSE_INST
@@ -107,8 +119,8 @@ class SparseInst(nn.Module):
             "mask_threshold": sparse_inst.MASK_THRESHOLD,
             "max_detections": sparse_inst.MAX_DETECTIONS,
             "mask_nms_threshold": sparse_inst.MASK_NMS_THRESHOLD,
-            "output_mask_format": sparse_inst.OUTPUT_MASK_FORMAT,
-            "max_mask_gib": sparse_inst.MAX_MASK_GIB,
+            "output_mask_format": cfg.MODEL.OUTPUT.MASK_FORMAT,
+            "max_mask_gib": cfg.MODEL.OUTPUT.MAX_MASK_GIB,
             "antialiased_targets": sparse_inst.ANTIALIASED_TARGETS,
         }
 

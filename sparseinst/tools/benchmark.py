@@ -4,7 +4,7 @@ No data set and no weights are needed: they may be random, since the time does n
 too, or given. The network runs on them; post-processing then gets drawn objects, --detections of them in each picture,
 because random weights would let every prediction pass, with noise for masks. Timed are, each after the device has
 finished: preprocessing (from a decoded picture: resizing, normalising, padding), network, post-processing (to boolean
-masks of the picture's size, or what OUTPUT_MASK_FORMAT says), copy to the host. "As published" is network and
+masks of the picture's size, or what MASK_FORMAT says), copy to the host. "As published" is network and
 post-processing, "end to end" all four. Reading and decoding files, and drawing, are not timed.
 """
 
@@ -33,7 +33,7 @@ from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.modeling.optimization import optimize_as_configured
 from sparseinst.modeling.sparse_inst import SparseInst
 
-# What has a name of its own in --compare; each is KEY VALUE pairs below MODEL.SPARSE_INST.INFERENCE.
+# What has a name of its own in --compare; each is KEY VALUE pairs below RUNTIME.
 NAMED_SETTINGS = {
     "configured": "",
     "eager": "FUSE False CHANNELS_LAST False",
@@ -43,13 +43,11 @@ NAMED_SETTINGS = {
     "compiled": "FUSE True CHANNELS_LAST True WINOGRAD True COMPILE True",
     "bfloat16": "PRECISION bfloat16",
     "float16": "PRECISION float16",
-    "cuda-graphs": "CUDA_GRAPHS True",
-    "float16-cuda-graphs": "PRECISION float16 CUDA_GRAPHS True",
     "openvino": "ENGINE openvino",
     "openvino-plain": "ENGINE openvino WINOGRAD False",
 }
 PLAIN = "plain"
-INFERENCE = "MODEL.SPARSE_INST.INFERENCE"
+INFERENCE = "RUNTIME"
 
 
 def build_parser() -> argparse.ArgumentParser:

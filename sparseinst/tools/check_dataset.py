@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from sparseinst import config
 from sparseinst.config import load_config
 from sparseinst.data.annotations import MaskWindow, check_segmentation, is_whole, read_mask
 from sparseinst.data.augmentations import ResizeShortestEdge
@@ -142,7 +143,7 @@ def find_content_problems(content: Any, image_root: Path, cfg: CfgNode, args: ar
             f"there are {len(categories)} categories, but MODEL.SPARSE_INST.DECODER.NUM_CLASSES is {num_classes}: set "
             f"MODEL.SPARSE_INST.DECODER.NUM_CLASSES {len(categories)}",
         )
-    crowded = crowded_warning(report.num_instances, cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS)
+    crowded = crowded_warning(report.num_instances, config.max_instances(cfg))
     if crowded:
         yield Finding("more objects than masks", crowded, stops=False)
 

@@ -104,7 +104,7 @@ def test_encoded_masks_have_the_same_ap_to_the_last_digit(dataset, tmp_path):
     opts = ("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0)
     results, written = [], []
     for mask_format in ("bitmask", "rle"):
-        model = truth_model(dataset, *opts, "MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", mask_format)
+        model = truth_model(dataset, *opts, "MODEL.OUTPUT.MASK_FORMAT", mask_format)
         results.append(evaluate(make_cfg(dataset, tmp_path / mask_format), model))
         written.append((tmp_path / mask_format / "inference" / "coco_instances_results.json").read_text())
     assert results[0]["segm"]["AP"] > 5 and written[0] == written[1]

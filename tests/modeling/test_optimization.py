@@ -239,12 +239,12 @@ def test_openvino_gives_the_same_numbers_at_any_size(model, monkeypatch, winogra
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("PRECISION", "float8", "INFERENCE.PRECISION is 'float8'"),
-        ("ENGINE", "tensorrt", "INFERENCE.ENGINE is 'tensorrt'"),
+        ("PRECISION", "float8", "RUNTIME.PRECISION is 'float8'"),
+        ("ENGINE", "tensorrt", "RUNTIME.ENGINE is 'tensorrt'"),
     ],
 )
 def test_refused_by_name(model, key, value, message):
-    cfg = tiny_cfg(f"MODEL.SPARSE_INST.INFERENCE.{key}", value)
+    cfg = tiny_cfg(f"RUNTIME.{key}", value)
     with pytest.raises(ValueError, match=message):
         optimize_as_configured(cfg, model)
 

@@ -183,7 +183,7 @@ def test_a_limit_stops_before_boolean_masks_are_made(monkeypatch):
         sizes = {**SIZES, "output_size": size}
         with pytest.raises(MaskMemoryError, match=f"12 boolean masks of {size[0]}x{size[1]}.*{figure}") as error:
             detect(**outputs, **sizes, **THRESHOLDS, max_mask_bytes=limit)
-        assert "MAX_MASK_GIB" in str(error.value) and "OUTPUT_MASK_FORMAT to rle" in str(error.value)
+        assert "MAX_MASK_GIB" in str(error.value) and "OUTPUT.MASK_FORMAT to rle" in str(error.value)
     # Encoded, they are not limited; fewer detections fit.
     assert len(detect(**outputs, **SIZES, **THRESHOLDS, max_mask_bytes=1, mask_format="rle").masks) == 12
     monkeypatch.undo()

@@ -187,7 +187,7 @@ def test_a_batch_of_one_size_gives_what_each_image_gives():
 
 def test_encoded_masks_are_the_boolean_ones():
     inputs = [{**random_input(50, 70), "height": 100, "width": 33}, random_input(64, 31, seed=1)]
-    plain, encoded = tiny_model(), tiny_model("MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", "rle")
+    plain, encoded = tiny_model(), tiny_model("MODEL.OUTPUT.MASK_FORMAT", "rle")
     with torch.no_grad():
         for expected, found in zip(plain(inputs), encoded(inputs)):
             expected, found = expected["instances"], found["instances"]
@@ -195,9 +195,9 @@ def test_encoded_masks_are_the_boolean_ones():
             assert len(found) > 1 and np.array_equal(np.asarray(found.pred_masks), expected.pred_masks.numpy())
             assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
             assert torch.equal(found.scores, expected.scores)
-        nothing = tiny_model("MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", "rle", "MODEL.SPARSE_INST.CLS_THRESHOLD", 1.0)(
-            inputs
-        )[0]["instances"]
+        nothing = tiny_model("MODEL.OUTPUT.MASK_FORMAT", "rle", "MODEL.SPARSE_INST.CLS_THRESHOLD", 1.0)(inputs)[0][
+            "instances"
+        ]
     assert len(nothing) == 0 and len(nothing.pred_masks) == 0
 
 
@@ -205,8 +205,8 @@ def test_boolean_masks_beyond_the_limit_are_refused_by_name():
     # 6 masks of 1000 x 1000 pixels are 0.0056 GiB.
     x = {**random_input(), "height": 1000, "width": 1000}
     with torch.no_grad():
-        assert len(tiny_model("MODEL.SPARSE_INST.MAX_MASK_GIB", 0.0057)([x])[0]["instances"]) == 6
-        model = tiny_model("MODEL.SPARSE_INST.MAX_MASK_GIB", 0.005)
+        assert len(tiny_model("MODEL.OUTPUT.MAX_MASK_GIB", 0.0057)([x])[0]["instances"]) == 6
+        model = tiny_model("MODEL.OUTPUT.MAX_MASK_GIB", 0.005)
         with pytest.raises(MaskMemoryError, match="^6 boolean masks of 1000x1000.*MAX_MASK_GIB"):
             model([x])
         with pytest.raises(MaskMemoryError, match="^large.jpg: 6 boolean masks"):
@@ -214,8 +214,8 @@ def test_boolean_masks_beyond_the_limit_are_refused_by_name():
 
 
 def test_another_mask_format_is_refused():
-    with pytest.raises(ValueError, match="OUTPUT_MASK_FORMAT is 'polygon'.*bitmask, rle"):
-        tiny_model("MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", "polygon")
+    with pytest.raises(ValueError, match="OUTPUT.MASK_FORMAT is 'polygon'.*bitmask, rle"):
+        tiny_model("MODEL.OUTPUT.MASK_FORMAT", "polygon")
 
 
 def test_inputs_are_not_changed():

@@ -100,7 +100,7 @@ def test_measures_every_stage_in_turn():
 
 
 def test_keys_of_the_model_itself_take_effect():
-    models = benchmark.build_models(tiny_cfg(), ["configured", "rle=MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT rle"])
+    models = benchmark.build_models(tiny_cfg(), ["configured", "rle=MODEL.OUTPUT.MASK_FORMAT rle"])
     assert models["configured"].model.output_mask_format == "bitmask"
     assert models["rle"].model.output_mask_format == "rle"
 
@@ -125,7 +125,7 @@ def test_the_command(config, tmp_path, capsys):
     path = tmp_path / "out" / "speed.json"
     code = benchmark.main(
         [*config, "--batch-sizes", "1", "2", "--json", str(path), "--stock", "--threads", "1",
-         "--compare", "plain", "configured", "mine=FUSE False MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT rle"]
+         "--compare", "plain", "configured", "mine=FUSE False MODEL.OUTPUT.MASK_FORMAT rle"]
     )  # fmt: skip
     text = capsys.readouterr().out
     assert code == 0
