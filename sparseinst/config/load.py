@@ -314,8 +314,8 @@ def _import_modules(cfg: CfgNode, content: dict, opts: list[str], path: str) -> 
         except Exception as error:
             text = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"In the config file {path} or the KEY VALUE overrides: IMPORTS names {str(name)[:200]!r}, which cannot be "
-                f"imported: {type(error).__name__}: {text}"
+                f"In the config file {path} or the KEY VALUE overrides: IMPORTS names {str(name)[:200]!r}, which "
+                f"cannot be imported: {type(error).__name__}: {text}"
             ) from error
     # Relative to the working directory on a command line, and absolute in the saved config.
     for index in range(0, len(opts) - 1, 2):
