@@ -14,6 +14,8 @@ from sparseinst import add_sparse_inst_config
 class RedSegmenter(nn.Module):
     """Red pixels are an instance of class 0 with score 0.9, blue ones of class 1 with score 0.3."""
 
+    num_classes_key = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
+
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.scores = nn.Parameter(torch.tensor([0.9, 0.3]))

@@ -7,8 +7,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sparseinst import get_config_file
+from sparseinst.config import load_config
 from sparseinst.data.coco_json import check_num_classes, register_user_datasets
-from sparseinst.engine.setup import load_config
 from sparseinst.engine.trainer import Trainer
 from sparseinst.tools.make_shapes import write_shapes_dataset
 

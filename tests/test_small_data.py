@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from sparseinst.checkpoint import checkpointer_from_config
-from sparseinst.engine.setup import load_config
+from sparseinst.config import load_config
 from tests.tiny_model import random_input
 
 RECIPES = {"efficientnet_lite0": "published_recipe", "efficientnet_lite0_crowded": "published_recipe_crowded"}

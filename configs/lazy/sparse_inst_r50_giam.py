@@ -4,15 +4,11 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BasicStem, ResNet
 
-from sparseinst.modeling import (
-    GroupIAMDecoder,
-    InstanceBranch,
-    InstanceContextEncoder,
-    MaskBranch,
-    SparseInst,
-    SparseInstCriterion,
-    SparseInstMatcher,
-)
+from sparseinst.modeling.sparse_inst.criterion import SparseInstCriterion
+from sparseinst.modeling.sparse_inst.decoder import GroupIAMDecoder, InstanceBranch, MaskBranch
+from sparseinst.modeling.sparse_inst.encoder import InstanceContextEncoder
+from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher
+from sparseinst.modeling.sparse_inst.model import SparseInst
 
 model = L(SparseInst)(
     backbone=L(ResNet)(

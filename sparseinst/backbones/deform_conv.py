@@ -34,6 +34,7 @@ class DeformConv2d(nn.Module):
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         self.num_offsets = 2 * num_groups * conv.kernel_size[0] * conv.kernel_size[1]
         self.modulated = modulated
+        self.out_channels = conv.out_channels
         self.weight = conv.weight
         self.bias = conv.bias
         # Detectron2's convolutions carry their norm.

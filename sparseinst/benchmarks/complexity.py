@@ -12,7 +12,8 @@ from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis, parameter_coun
 from fvcore.nn.jit_handles import get_shape
 from torch import nn
 
-from sparseinst.benchmarks.settings import InstanceSegmenter, check_segmenter
+from sparseinst.benchmarks.settings import check_segmenter
+from sparseinst.modeling.meta_arch import InstanceSegmenter
 
 # Height and width of COCO's most frequent image size.
 PHOTOGRAPH_SIZE = (480, 640)

@@ -30,7 +30,7 @@ def measure(
     """Run each model on one batch repeatedly, all models in turn within each repetition.
 
     Args:
-        models: by name, in eval mode, each an :class:`~sparseinst.benchmarks.settings.InstanceSegmenter`.
+        models: by name, in eval mode, each an InstanceSegmenter or an optimized copy of one.
         images: the batch, each (height, width, 3) uint8.
         augmentations: resize an image.
         num_detections, median_area: of the objects that post-processing gets, see :func:`example_outputs`.
@@ -73,7 +73,7 @@ def measure(
 def example_outputs(
     model: nn.Module, outputs: dict[str, torch.Tensor], num_detections: int, median_area: float = 0.05
 ) -> dict[str, torch.Tensor]:
-    """Return drawn objects where the model can draw some (``draw_outputs``), else its network's outputs.
+    """Return outputs with drawn objects, the same ones in each call; see `InstanceSegmenter.example_outputs`.
 
     Args:
         model: any.
@@ -81,9 +81,7 @@ def example_outputs(
         num_detections: objects in each image.
         median_area: median of their areas over the image's; from 1 on each fills the image.
     """
-    if not hasattr(model, "draw_outputs"):
-        return outputs
-    return model.draw_outputs(outputs, num_detections, median_area, torch.Generator().manual_seed(0))
+    return model.example_outputs(outputs, num_detections, median_area, torch.Generator().manual_seed(0))
 
 
 def _run_once(

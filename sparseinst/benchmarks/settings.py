@@ -9,48 +9,26 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import ImageList
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
+from torch import nn
+
+from sparseinst.modeling.meta_arch import InstanceSegmenter
+from sparseinst.runtime.optimize import OptimizedSegmenter
 
 # The node of the config that says how a network runs where nothing is trained.
-INFERENCE = "MODEL.SPARSE_INST.INFERENCE"
+RUNTIME = "RUNTIME"
 
 
-@runtime_checkable
-class InstanceSegmenter(Protocol):
-    """A model in three stages; SparseInst is one, and so is an optimized copy of it.
-
-    A model may also have ``draw_outputs(outputs, num_objects, median_area, generator)``, which returns outputs of its
-    network with drawn objects in them, so that the time of its post-processing does not depend on the weights.
-    """
-
-    device: torch.device
-
-    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise and pad images."""
-
-    def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run everything that depends on nothing but the padded images."""
-
-    def postprocess(
-        self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
-    ) -> list[dict]:
-        """Make instances of the network's outputs."""
-
-
-def check_segmenter(model: object) -> None:
-    """Raise ValueError where a model does not run in the three stages of :class:`InstanceSegmenter`."""
-    if not isinstance(model, InstanceSegmenter):
-        raise ValueError(
-            f"The model is a {type(model).__name__}, which lacks device, preprocess(), network() or "
-            "postprocess(): MODEL.META_ARCHITECTURE must name a model that has them"
-        )
+def check_segmenter(model: nn.Module) -> None:
+    """Raise ValueError where a model is neither an InstanceSegmenter nor an optimized copy of one."""
+    if not isinstance(model, InstanceSegmenter | OptimizedSegmenter):
+        raise ValueError(f"MODEL.META_ARCHITECTURE is {type(model).__name__}; expected an InstanceSegmenter")
 
 
 def apply_setting(cfg: CfgNode, setting: str, named: Mapping[str, str], section: str) -> tuple[str, CfgNode, list[str]]:

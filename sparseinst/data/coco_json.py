@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
 
+from sparseinst import config
 from sparseinst.data.coco_checks import Finding, JsonReport, check_content
 
 _logger = logging.getLogger(__name__)
@@ -23,15 +24,6 @@ NOTHING_TO_TRAIN_ON = "has no annotations to train on: no object that is not a c
 
 # Most problems in one error message.
 _NUM_SHOWN = 3
-
-
-def model_limits(cfg: CfgNode) -> tuple[tuple[str, int], tuple[str, int]]:
-    """Return key and value of the model's number of classes, and of the most instances that it finds."""
-    decoder = cfg.MODEL.SPARSE_INST.DECODER
-    return (
-        ("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", decoder.NUM_CLASSES),
-        ("MODEL.SPARSE_INST.DECODER.NUM_MASKS", decoder.NUM_MASKS),
-    )
 
 
 class ClassInfo(NamedTuple):
@@ -189,11 +181,11 @@ def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
                 f"{key} {name!r} has {_count(names)}, but {first_key} {first_name!r} has {_count(first_names)}: "
                 f"one model needs the same classes in the same order (set {key}, or {key}_JSON and {key}_IMAGES)"
             )
-    (classes_key, num_classes), _ = model_limits(cfg)
+    key, num_classes = config.num_classes(cfg) or (None, len(first_names))
     if len(first_names) != num_classes:
         raise ValueError(
-            f"{first_key} {first_name!r} has {_count(first_names)}, but {classes_key} is {num_classes}: set "
-            f"{classes_key} {len(first_names)}"
+            f"{first_key} {first_name!r} has {_count(first_names)}, but {key} is {num_classes}: set "
+            f"{key} {len(first_names)}"
         )
 
 
@@ -227,7 +219,7 @@ def crowded_warning(num_instances: Counter[int], cfg: CfgNode) -> str | None:
         num_instances: objects of each image, by image id.
         cfg: the model's config.
     """
-    _, (key, most) = model_limits(cfg)
+    key, most = config.max_instances(cfg) or (None, float("inf"))
     crowded = [count for count in num_instances.values() if count > most]
     if not crowded:
         return None

@@ -30,6 +30,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from sparseinst import config
 from sparseinst.data.broken_images import BrokenImages, EvaluationLoader, Failure, SafeMapper
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 from sparseinst.data.images import DataError
@@ -248,9 +249,9 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         ValueError: an unknown mapper or sampler, or no image to train on.
     """
     mappers = {"SparseInstDatasetMapper": SparseInstDatasetMapper, "DatasetMapper": DatasetMapper}
-    name = cfg.MODEL.SPARSE_INST.DATASET_MAPPER
+    key, name = config.dataset_mapper(cfg)
     if name not in mappers:
-        raise ValueError(f"MODEL.SPARSE_INST.DATASET_MAPPER is {name!r}; it must be one of {sorted(mappers)}")
+        raise ValueError(f"{key} is {name!r}; it must be one of {sorted(mappers)}")
     datasets = [_read_dataset(cfg, dataset_name) for dataset_name in cfg.DATASETS.TRAIN]
     if len(datasets) > 1:
         _check_consistency(cfg.DATASETS.TRAIN)

@@ -41,9 +41,9 @@ def keep_freed_memory(all_sizes: bool = False) -> bool:
 
 
 def keep_freed_memory_for_inference(cfg: CfgNode) -> bool:
-    """Keep freed memory of all sizes with MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY; return whether it is kept.
+    """Keep freed memory of all sizes with RUNTIME.KEEP_FREED_MEMORY; return whether it is kept.
 
     Has no effect with a GPU, whose tensors are in other memory.
     """
-    wanted = cfg.MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY
+    wanted = cfg.RUNTIME.KEEP_FREED_MEMORY
     return cfg.MODEL.DEVICE == "cpu" and wanted and keep_freed_memory(all_sizes=True)

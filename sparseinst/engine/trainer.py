@@ -1,4 +1,4 @@
-"""The training loop: Detectron2's, with mixed precision on any device, gradient accumulation and exact resuming."""
+"""The training loop: mixed precision on any device, gradient accumulation, and resuming bit for bit."""
 
 import contextlib
 import functools
@@ -30,34 +30,41 @@ from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingIn
 from sparseinst.engine.optimizer import build_optimizer, clip_total_norm
 from sparseinst.engine.recompute import prepare_as_configured
 from sparseinst.evaluation import check_coco_eval, evaluate
-from sparseinst.modeling import MaskMemoryError
-from sparseinst.modeling.sparse_inst.criterion import normalizer_over_ranks
-from sparseinst.structures.targets import LossNormalizer
+from sparseinst.modeling.meta_arch import InstanceSegmenter, TrainingPart
+from sparseinst.ops.mask_output import MaskMemoryError
 
 logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# What stops a training that has begun, with a message for the user; anything else is a defect.
+# Errors that stop a running training with a message for the user; all others are bugs.
 RUN_ERRORS = (DataError, MaskMemoryError, NonFiniteStepError, OutputError, WorkerDiedError)
 
 
 class Trainer(SimpleTrainer):
-    """Trains what a config describes, in one process or in each of several.
+    """Train the model of a config, in one process or in each of several.
 
-    What a step computes depends on the config, the seed, the weights and the iteration alone. So a run that was
-    interrupted and resumed ends, on the CPU, with the very weights of one that was not.
+    Replaces Detectron2's DefaultTrainer, whose resumed runs differ: it draws the data anew, and saves neither the order
+    of the data nor the random state. Here a step is a function of the config, the seed, the weights and the iteration.
+    On the CPU, 71 runs that were killed and resumed ended with the same checkpoints bit for bit as the run that was not
+    (docs/reliability.md).
 
     Args:
         cfg: the whole config; its data sets are registered.
 
     Raises:
-        ValueError: a key that cannot be used.
+        ValueError: an invalid key.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg)
         model = build_model(cfg)
+        if cfg.SOLVER.ACCUMULATE_STEPS > 1 and not isinstance(model, InstanceSegmenter):
+            raise ValueError(
+                f"SOLVER.ACCUMULATE_STEPS is {cfg.SOLVER.ACCUMULATE_STEPS}, and MODEL.META_ARCHITECTURE "
+                f"{cfg.MODEL.META_ARCHITECTURE} is not an InstanceSegmenter, so the losses of its parts cannot be "
+                "divided by the counts of all: set it to 1"
+            )
         prepare_as_configured(cfg, model)
         logger.info("Model:\n%s", model)
         self.device = torch.device(cfg.MODEL.DEVICE)
@@ -71,7 +78,6 @@ class Trainer(SimpleTrainer):
         self.cfg = cfg
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.accumulate_steps = cfg.SOLVER.ACCUMULATE_STEPS
-        self.num_masks = cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS
         amp = cfg.SOLVER.AMP
         self.amp_dtype = AMP_DTYPES[amp.DTYPE] if amp.ENABLED else None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
@@ -88,9 +94,9 @@ class Trainer(SimpleTrainer):
             classes=CheckpointedClasses(class_info(cfg.DATASETS.TRAIN[0])),
         )
         self.finite_guard = FiniteGuard(cfg, model, self.grad_scaler, self.checkpointer)
-        # Of the whole training, resumed or not.
+        # Steps of the whole training, resumed or not.
         self.steps_done = 0
-        # By a signal, on any rank: SaveOnSignal ends the training after the step.
+        # Set by a signal on any rank; SaveOnSignal ends the training after the step.
         self.stop_requested = False
         self._periodic_checkpointer: hooks.PeriodicCheckpointer | None = None
         self._signals = SignalWatch()
@@ -98,14 +104,14 @@ class Trainer(SimpleTrainer):
         self.register_hooks([*self.build_hooks(model), self._save_on_signal])
 
     def build_hooks(self, model: torch.nn.Module) -> list:
-        """Detectron2's hooks in Detectron2's order, and ours for VIS_PERIOD."""
+        """Return Detectron2's hooks in Detectron2's order, and the hooks for evaluation and VIS_PERIOD."""
         cfg = self.cfg
         result = [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=build_lr_scheduler(cfg, self.optimizer)),
         ]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
-            # Before the checkpointer, which saves the statistics.
+            # Before the checkpointer, so that it saves the statistics.
             batches = self._precise_bn_batches()
             result.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, model, batches, cfg.TEST.PRECISE_BN.NUM_ITER))
         if comm.is_main_process():
@@ -115,23 +121,23 @@ class Trainer(SimpleTrainer):
             self._periodic_checkpointer = checkpoints
             result.append(checkpoints)
         if cfg.DATASETS.TEST:
-            # After the checkpointer: an evaluation takes long, and may fail.
+            # After the checkpointer, because an evaluation takes long and may fail.
             result.append(EvaluationHook(cfg.TEST.EVAL_PERIOD, lambda: self.evaluate(model), self.checkpointer))
         if comm.is_main_process():
             if cfg.VIS_PERIOD:
                 result.append(VisualizationHook(cfg.VIS_PERIOD, model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN[0]))
-            # Last, so that what the others put into the storage is written.
+            # Last, so that it writes what the other hooks store.
             result.append(hooks.PeriodicWriter(default_writers(cfg.OUTPUT_DIR, self.max_iter), period=20))
         return result
 
     def evaluate(self, model: torch.nn.Module) -> dict:
-        """Evaluate now, and keep the results as ``results``."""
-        # It takes long, and the weights do not change in it.
+        """Evaluate now, and store the results as ``results``."""
+        # The weights do not change, so a signal may stop a long evaluation at once.
         self._signals.raises_at_once = True
         try:
             self.results = evaluate(self.cfg, model)
         except TrainingInterrupted:
-            # After the last step there is the final checkpoint; before the first one, that which was resumed from.
+            # After the last step the final checkpoint exists; before the first one, the resumed checkpoint.
             if self.start_iter < self.steps_done < self.max_iter:
                 self._save_on_signal.save()
             raise
@@ -150,11 +156,11 @@ class Trainer(SimpleTrainer):
         if resumed:
             self.start_iter = self.steps_done = self.iter + 1
             if self._periodic_checkpointer is not None:
-                # MAX_CHECKPOINTS counts those of the interrupted run too.
+                # MAX_CHECKPOINTS includes the checkpoints of the interrupted run.
                 self._periodic_checkpointer.recent_checkpoints = self.checkpointer.periodic_checkpoints()
 
     def checkpoint_bytes(self) -> int:
-        """About the size of a checkpoint: every trained tensor and two of the optimizer's of its size."""
+        """Return the estimated size of a checkpoint: each trained tensor and two optimizer tensors of its size."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum(tensor.nbytes * (3 if tensor.requires_grad else 1) for tensor in tensors)
 
@@ -180,7 +186,7 @@ class Trainer(SimpleTrainer):
                     self.run_step()
                     self.steps_done = self.iter + 1
                     self.after_step()
-                # Tells the hooks that the training came to its end.
+                # Hooks read this as the end of the training.
                 self.iter = self.max_iter
             except RUN_ERRORS as error:
                 logger.error("%s", error)
@@ -193,14 +199,14 @@ class Trainer(SimpleTrainer):
         return self.results
 
     def _precise_bn_batches(self) -> Iterator[list[dict]]:
-        """Those that PreciseBN takes: others after each step, and the same ones where a run is resumed."""
+        """Yield the batches of PreciseBN: other ones after each step, and the same ones in a resumed run."""
         while True:
-            # Without workers, which would wait from one evaluation to the next.
+            # Without workers, which would idle between two evaluations.
             batches = self.data_loader.batches(self.steps_done, num_workers=0)
             yield from itertools.islice(batches, self.cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def run_step(self) -> None:
-        """One optimizer step over SOLVER.ACCUMULATE_STEPS batches."""
+        """Run one optimizer step over SOLVER.ACCUMULATE_STEPS batches."""
         start = time.perf_counter()
         if self._loader_iter is None:
             self._loader_iter = self.data_loader.batches(self.iter * self.accumulate_steps)
@@ -210,69 +216,60 @@ class Trainer(SimpleTrainer):
         self.finite_guard.start_step()
         self.optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
-        # A criterion need not take a normalizer where each step has one batch.
-        normalizer = () if self.accumulate_steps == 1 else (self._normalizer(),)
+        # Parts are prepared together, because each is divided by the counts of all.
+        segmenter = self.finite_guard.model
+        parts = segmenter.prepare_parts(self.batches) if self.accumulate_steps > 1 else None
         for index in range(self.accumulate_steps):
             # Ranks exchange gradients once a step.
             is_last = index + 1 == self.accumulate_steps
             distributed = isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if distributed and not is_last else contextlib.nullcontext():
-                batch_losses = self._losses(self.model, index, normalizer)
+                batch_losses = self._losses(self.model, index, parts)
                 self.grad_scaler.scale(sum(batch_losses.values())).backward()
             for name, loss in batch_losses.items():
                 losses[name] = losses.get(name, 0) + loss.detach()
 
         self.after_backward()
         stop = self._signals.received is not None
-        repeat = functools.partial(self._losses, self.finite_guard.model, normalizer=normalizer)
+        repeat = functools.partial(self._losses, segmenter, parts=parts)
         verdict = self.finite_guard.check(losses, self.batches, repeat, self.iter, also=[stop])
         (self.stop_requested,) = verdict.also
         if not verdict.take_step:
             self.optimizer.zero_grad()
             return
-        # From the host, where the guard has them: each would be waited for otherwise.
+        # The guard has copied the losses to the host; each copy synchronizes.
         self.write_metrics(verdict.losses, data_time, self.iter)
         self.grad_scaler.unscale_(self.optimizer)
         max_norm = self.cfg.SOLVER.CLIP_TOTAL_NORM
         if max_norm:
-            # The guard's norm is that of the scaled gradients.
+            # With a scaler, the guard's norm is that of scaled gradients.
             norm = None if self.grad_scaler.is_enabled() else verdict.gradient_norm
             clip_total_norm(self.model.parameters(), max_norm, norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _losses(self, model: torch.nn.Module, index: int, normalizer: tuple) -> dict[str, torch.Tensor]:
+    def _losses(self, model: torch.nn.Module, index: int, parts: list[TrainingPart] | None) -> dict[str, torch.Tensor]:
         """Return the losses of one part of the step; the first part sets the random numbers of the step."""
         if index == 0:
-            # Both draw the same numbers on a CPU; without GPUs Detectron2's takes far longer.
+            # Both draw the same numbers on a CPU; Detectron2's function also seeds GPUs, which takes far longer.
             seed_rng = seed_cpu if self.device.type == "cpu" else seed_all_rng
             seed_rng(derive_seed(self.data_loader.seed, self.iter, comm.get_rank()))
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            return model(self.batches[index], *normalizer)
-
-    def _normalizer(self) -> LossNormalizer:
-        """Counts over all batches of the step, as the criterion counts over one."""
-        counts = [len(x["instances"]) for batch in self.batches for x in batch]
-        return normalizer_over_ranks(
-            sum(counts),
-            sum(min(count, self.num_masks) for count in counts),
-            self.device,
-            self.cfg.MODEL.SPARSE_INST.LOSS.GLOBAL_NORMALIZATION,
-        )
+            return model(self.batches[index], *([] if parts is None else [parts[index]]))
 
     def state_dict(self) -> dict:
-        """As SimpleTrainer's, with the gradient scaler, the skipped steps and what the order of the data depends on."""
+        """Return SimpleTrainer's state with the gradient scaler, the skipped steps and the state of the loader."""
         return {
             **super().state_dict(),
-            # In the middle of a step, the one before it.
-            "iteration": self.iter - (self.steps_done == self.iter < self.max_iter),
+            # SimpleTrainer's counter is one step ahead in the middle of a step and after the last one.
+            "iteration": self.steps_done - 1,
             "grad_scaler": self.grad_scaler.state_dict(),
             "nonfinite": self.finite_guard.state_dict(),
             "data": self.data_loader.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take what :meth:`state_dict` gave."""
+        """Restore what `state_dict` returned."""
         super().load_state_dict(state_dict)
         self.finite_guard.load_state_dict(state_dict.get("nonfinite", {}))
         if state_dict.get("grad_scaler"):
@@ -282,22 +279,22 @@ class Trainer(SimpleTrainer):
 
 
 def _data_seed(cfg: CfgNode) -> int:
-    """SEED, or where there is none a random number that is the same on all ranks."""
+    """Return SEED, or without one a random number that is the same on all ranks."""
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
 
 class CheckpointedClasses:
-    """Puts the classes into every checkpoint, so that it can be used without the data set."""
+    """Store the classes in every checkpoint, so that it can be used without the data set."""
 
     def __init__(self, classes: ClassInfo) -> None:
         self.classes = classes
 
     def state_dict(self) -> dict:
-        """The classes as plain types."""
+        """Return the classes as plain types."""
         return self.classes._asdict()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Raises ValueError where a run is resumed with other classes."""
+        """Raise ValueError where a run is resumed with other classes."""
         if ClassInfo.from_content(state_dict, "The checkpoint") != self.classes:
             raise ValueError(
                 f"The checkpoint that --resume found was trained on the classes {state_dict['names'][:5]}, ..., but "
@@ -306,7 +303,7 @@ class CheckpointedClasses:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Refuse keys that the trainer cannot honour.
+    """Check keys of the training.
 
     Raises:
         ValueError: the message names the key.
@@ -326,7 +323,7 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def check_test_config(cfg: CfgNode) -> None:
-    """Refuse keys that the evaluation cannot honour. Raises ValueError."""
+    """Check keys of the evaluation. Raise ValueError on one that cannot be used."""
     check_coco_eval(cfg.TEST.COCO_EVAL)
     if cfg.TEST.AUG.ENABLED:
-        raise ValueError("TEST.AUG.ENABLED is True: test-time augmentation is not available for SparseInst; unset it")
+        raise ValueError("TEST.AUG.ENABLED is True: test-time augmentation is not available; set it to False")

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
+from sparseinst import config
 from sparseinst.checkpoint.atomic_write import write_atomically
 from sparseinst.data.loader import build_test_loader
 from sparseinst.evaluation.coco_evaluation import MAX_DETECTIONS, EncodedMaskEvaluator
@@ -23,12 +24,6 @@ from sparseinst.evaluation.stage_timer import StageTimer, peak_bytes
 logger = logging.getLogger(__name__)
 
 WARMUP_BATCHES = 5
-# To become config.num_classes and config.max_detections, which ask the model's family.
-NUM_CLASSES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
-
-
-def _max_detections(cfg: CfgNode) -> int:
-    return cfg.MODEL.SPARSE_INST.MAX_DETECTIONS
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
@@ -93,14 +88,16 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = 
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     output_dir = str(Path(cfg.OUTPUT_DIR) / "inference")
     # A smaller limit would only rename COCO's columns.
-    max_detections = max(_max_detections(cfg), MAX_DETECTIONS)
+    _, most = config.max_detections(cfg) or (None, MAX_DETECTIONS)
+    max_detections = max(most, MAX_DETECTIONS)
+    num_classes_key, _ = config.num_classes(cfg) or ("NUM_CLASSES", None)
     if evaluator_type == "coco":
         return EncodedMaskEvaluator(
             dataset_name,
             output_dir,
             max_detections=max_detections,
             coco_eval=cfg.TEST.COCO_EVAL,
-            num_classes_key=NUM_CLASSES_KEY,
+            num_classes_key=num_classes_key,
             timer=timer,
         )
     if evaluator_type == "lvis":
@@ -204,7 +201,7 @@ class _TimedModel(nn.Module):
                 with self.stages.stage("model"):
                     return self.model(batched_inputs)
             with self.stages.stage("preprocessing"):
-                images = self.model.preprocess_image(batched_inputs)
+                images = self.model.preprocess(batched_inputs)
             with self.stages.stage("network"):
                 outputs = self.model.network(images.tensor)
             with self.stages.stage("post-processing"):

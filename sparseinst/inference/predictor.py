@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
+from sparseinst import config
 from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
@@ -103,13 +104,13 @@ class Predictor:
         Returns:
             For each picture its instances, on the CPU, in the picture's own size, best score first: ``pred_boxes``,
             ``pred_masks``, ``scores``, ``pred_classes``, and ``pred_iams`` with MODEL.SPARSE_INST.DECODER.OUTPUT_IAM.
-            ``pred_masks`` is boolean (n, height, width), or RLEMasks with MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT "rle",
+            ``pred_masks`` is boolean (n, height, width), or RLEMasks with MODEL.OUTPUT.MASK_FORMAT "rle",
             which is for large pictures.
 
         Raises:
             ImageReadError: a picture cannot be read, or an array is not a picture.
             ValueError: another channel order; a single picture in place of several; boolean masks that would take more
-                than MODEL.SPARSE_INST.MAX_MASK_GIB.
+                than MODEL.OUTPUT.MAX_MASK_GIB.
         """
         if isinstance(images, str | os.PathLike | np.ndarray):
             raise ValueError("Predictor takes a list of pictures; put the one picture into a list")
@@ -149,7 +150,7 @@ def _check_array(image: np.ndarray) -> None:
 
 
 def _find_classes(cfg: CfgNode, saved: object) -> ClassInfo:
-    num_classes = cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES
+    key, num_classes = config.num_classes(cfg) or (None, None)
     weights = cfg.MODEL.WEIGHTS
     classes_file = Path(weights).parent / "classes.json"
     classes = None
@@ -159,9 +160,9 @@ def _find_classes(cfg: CfgNode, saved: object) -> ClassInfo:
     elif weights and classes_file.is_file():
         source, classes = str(classes_file), ClassInfo.load(classes_file)
     if classes is not None:
-        if len(classes.names) != num_classes:
+        if num_classes is not None and len(classes.names) != num_classes:
             raise ValueError(
-                f"{source} has {len(classes.names)} classes and MODEL.SPARSE_INST.DECODER.NUM_CLASSES is "
+                f"{source} has {len(classes.names)} classes and {key} is "
                 f"{num_classes}; set it to the number that the model was trained with"
             )
         return classes
@@ -169,6 +170,8 @@ def _find_classes(cfg: CfgNode, saved: object) -> ClassInfo:
         # The data need not be on this machine; then, where its metadata is not known either, it tells nothing.
         with contextlib.suppress(ValueError):
             classes = class_info(dataset_name)
-            if len(classes.names) == num_classes:
+            if num_classes in (None, len(classes.names)):
                 return classes
+    # Without a key: names for more classes than any data set has.
+    num_classes = 10_000 if num_classes is None else num_classes
     return ClassInfo([f"class {index}" for index in range(num_classes)], list(range(num_classes)))

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sparseinst.ops.masks import masks_to_boxes
 from sparseinst.structures.mask_window import MaskWindow
 
 Result = TypeVar("Result")
@@ -85,31 +86,6 @@ def resize_masks(
 def plain_chunk(padded_size: tuple[int, int], output_size: tuple[int, int]) -> int:
     """Return the number of masks that :func:`resize_masks` resizes at once; at least 1."""
     return max(1, MAX_PIXELS_AT_ONCE // (padded_size[0] * padded_size[1] + output_size[0] * output_size[1]))
-
-
-def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Return tight boxes, without a loop over the masks.
-
-    Args:
-        masks: (n, height, width) bool, none empty.
-
-    Returns:
-        (n, 4) float32 (x0, y0, x1, y1) in pixels, x1 and y1 exclusive.
-    """
-    height, width = masks.shape[-2:]
-    if len(masks) == 0:
-        return masks.new_zeros((0, 4), dtype=torch.float32)
-    columns = masks.any(1).to(torch.uint8)
-    rows = masks.any(2).to(torch.uint8)
-    return torch.stack(
-        [
-            columns.argmax(1),
-            rows.argmax(1),
-            width - columns.flip(1).argmax(1),
-            height - rows.flip(1).argmax(1),
-        ],
-        dim=1,
-    ).float()
 
 
 def map_windows(

@@ -1,4 +1,4 @@
-"""torch.compile where it works."""
+"""torch.compile with a fallback."""
 
 import logging
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 def compiled(network: Network) -> Network:
-    """The network through torch.compile, or, after one line in the log, as it is where that does not work."""
+    """Compile a network by torch.compile; where that fails, log one line and run the network as it is."""
     current: Network = torch.compile(network)
 
     def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -21,7 +21,7 @@ def compiled(network: Network) -> Network:
         try:
             return current(images)
         except RuntimeError as error:
-            # Where the network itself is at fault it fails again, as it is.
+            # An error of the network itself is raised here again.
             outputs = network(images)
             current = network
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

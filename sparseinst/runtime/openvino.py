@@ -1,4 +1,4 @@
-"""The network in OpenVINO: PyTorch's numbers, sooner on a CPU."""
+"""OpenVINO as the engine of a network on the CPU."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ from torch import nn
 
 
 class OpenVINONetwork:
-    """Runs a network on the CPU in OpenVINO, in float32, for images of any size, one after the other.
+    """Run a network on the CPU in OpenVINO, in float32, for images of any size, one image after the other.
 
     Args:
-        network: images (B, 3, ., .) to a dict of tensors.
-        example: images that it is traced with.
+        network: images (B, 3, h, w) to a dict of tensors.
+        example: images for the trace.
 
     Raises:
         ImportError: OpenVINO is not installed.
@@ -23,19 +23,19 @@ class OpenVINONetwork:
             import openvino
         except ImportError as error:
             raise ImportError(
-                "MODEL.SPARSE_INST.INFERENCE.ENGINE openvino needs the package openvino, which cannot be imported "
-                f"({error}). Install it: pip install 'sparseinst[openvino]', or pip install openvino"
+                f"RUNTIME.ENGINE openvino needs the package openvino, which cannot be imported ({error}). Install it: "
+                "pip install 'sparseinst[openvino]', or pip install openvino"
             ) from error
         with torch.no_grad():
             self._names = list(network(example))
             program = openvino.convert_model(
                 _Outputs(network, self._names),
                 example_input=example,
-                # Of batches of any size OpenVINO 2026.4 returned one picture where the graph has Winograd's gathers.
+                # With a dynamic batch, OpenVINO 2026.4 returned one image where the graph has Winograd's gathers.
                 input=[openvino.PartialShape([1, 3, -1, -1])],
             )
         settings = {
-            # Otherwise it computes in bfloat16 where the processor can.
+            # The default is bfloat16 on processors that have it.
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -43,7 +43,7 @@ class OpenVINONetwork:
         self._program = openvino.Core().compile_model(program, "CPU", settings)
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The network's dict, in float32."""
+        """Return the network's dict in float32."""
         results = [self._program(image.contiguous().numpy()) for image in images.split(1)]
         return {
             name: torch.from_numpy(np.concatenate([result[index] for result in results]))
@@ -52,7 +52,7 @@ class OpenVINONetwork:
 
 
 class _Outputs(nn.Module):
-    """A network that returns a tuple, as a trace must."""
+    """A network that returns a tuple, because a trace cannot return a dict."""
 
     def __init__(self, network: Callable[[torch.Tensor], dict[str, torch.Tensor]], names: list[str]) -> None:
         super().__init__()

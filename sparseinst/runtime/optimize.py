@@ -1,7 +1,14 @@
-"""A SparseInst made fast for inference: one function for evaluation, demo, predictor and benchmark."""
+"""One function that makes a model faster for inference, for evaluation, demo, Predictor and benchmark.
+
+It rewrites `network` alone, in this order: norms folded into convolutions; each module's own offer, a method
+``fuse() -> nn.Module`` that returns an equal, cheaper module; Winograd convolutions; layout and precision; the engine;
+a self-check on an example.
+"""
 
 import contextlib
 import copy
+import logging
+from typing import Any
 
 import torch
 from detectron2 import layers
@@ -9,26 +16,30 @@ from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from torch import nn
 
-from sparseinst.modeling.sparse_inst.fused import fuse_network
-from sparseinst.modeling.sparse_inst.model import SparseInst
-from sparseinst.runtime.compile import Network, compiled
+from sparseinst.modeling.meta_arch import InstanceSegmenter, Network, OutputOptions
+from sparseinst.runtime.compile import compiled
+from sparseinst.runtime.rewrites.fold_norms import fold_norms
 from sparseinst.runtime.rewrites.winograd import use_winograd
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENGINES = ("torch", "openvino")
-# Sides of the image that finds out what feeds what: small, and a multiple of every stride.
-_EXAMPLE_SIZE = (96, 128)
+# Largest difference in the self-check over the largest value of the same output.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+# Sides of the example in pixels: multiples of every stride, with enough tiles for Winograd convolutions.
+_EXAMPLE_SIZE = (192, 256)
 
 
-class OptimizedSparseInst(nn.Module):
-    """What a SparseInst in eval mode is, with another way to run its network.
+class OptimizedSegmenter(nn.Module):
+    """An InstanceSegmenter in eval mode with another way to run its network.
 
     Args:
-        model: preprocesses and postprocesses; its parts are those that run, where ``network`` uses them.
-        network: normalised, padded images (B, 3, ., .) to the decoder's dict, in float32.
+        model: preprocesses and postprocesses.
+        network: normalized, padded images (B, 3, h, w) to the dict of the model's network.
     """
 
-    def __init__(self, model: SparseInst, network: Network) -> None:
+    def __init__(self, model: InstanceSegmenter, network: Network) -> None:
         super().__init__()
         self.model = model
         self._network = network
@@ -36,49 +47,46 @@ class OptimizedSparseInst(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """As SparseInst's."""
+        """The device of the model's tensors."""
         return self.model.device
 
     @property
-    def decoder(self) -> nn.Module:
-        """As SparseInst's."""
-        return self.model.decoder
+    def output(self) -> OutputOptions:
+        """How predictions are returned."""
+        return self.model.output
 
-    def output_as(self, **options: str | bool | None) -> contextlib.AbstractContextManager[None]:
-        """As SparseInst's."""
-        return self.model.output_as(**options)
+    def output_as(self, **changes: Any) -> contextlib.AbstractContextManager:
+        """Change fields of `output` inside a with statement; activation maps only where the engine is torch."""
+        return self.model.output_as(**changes)
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """As SparseInst's in eval mode."""
+        """Predict as the model does in eval mode."""
         images = self.preprocess(batched_inputs)
         return self.postprocess(self.network(images.tensor), batched_inputs, images)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """As SparseInst's."""
+        """Normalize and pad as the model does."""
         return self.model.preprocess(batched_inputs)
 
-    # Until all callers use the new name.
-    preprocess_image = preprocess
-
     def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As SparseInst's, in the way that was chosen."""
+        """Return what the model's network returns, computed as it was optimized."""
         with torch.inference_mode():
             return self._network(images)
 
     def postprocess(
         self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
     ) -> list[dict]:
-        """As SparseInst's."""
+        """Postprocess as the model does."""
         return self.model.postprocess(outputs, batched_inputs, images)
 
-    def draw_outputs(
+    def example_outputs(
         self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """As SparseInst's."""
-        return self.model.draw_outputs(outputs, num_objects, median_area, generator)
+        """Draw outputs as the model does."""
+        return self.model.example_outputs(outputs, num_objects, median_area, generator)
 
-    def train(self, mode: bool = True) -> "OptimizedSparseInst":
-        """It stays in eval mode whatever is asked for: folded norms cannot learn."""
+    def train(self, mode: bool = True) -> "OptimizedSegmenter":
+        """Stay in eval mode, because folded norms cannot learn."""
         return super().train(False)
 
 
@@ -92,79 +100,75 @@ def optimize_for_inference(
     compile: bool = False,
     engine: str = "torch",
 ) -> nn.Module:
-    """A copy of a model whose predictions are the same, and sooner there.
+    """Return an optimized copy of the model that makes the same predictions.
 
     Args:
-        model: a SparseInst, on its device; not changed. A model of another meta-architecture is returned as it is.
-        fuse: rewrite the network, see `fused`; float32 results move by rounding only.
+        model: an InstanceSegmenter on its device; not changed. Other models are returned as they are.
+        fuse: fold norms into convolutions and replace modules by what their ``fuse()`` returns; float32 results differ
+            by rounding only.
         channels_last: feature maps in channels-last layout.
-        winograd: wide 3x3 convolutions with fewer multiplications, see `winograd`; float32
-            results move by some 1e-5. Only on the CPU, in float32, with fuse, and with channels_last where PyTorch is
-            the engine; elsewhere it changes nothing.
-        precision: "float32"; "bfloat16" or "float16": autocast of PyTorch, with the weights of convolutions and linear
-            layers held in that type, which autocast would convert at each picture. What autocast leaves in float32
-            stays so, the normalisation of activation maps and the pooling among it.
-        compile: run the network through ``torch.compile``. It is compiled at the first picture, and once more, then
-            for all sizes, at the first one of another size. Without a C++ compiler a line says so, and it runs as it
-            is.
-        engine: "torch"; "openvino": the network runs in OpenVINO, on the CPU, in float32, compiled once for all sizes.
+        winograd: wide 3x3 convolutions with a quarter of the multiplications; float32 results differ by about 1e-5.
+            On the CPU, in float32, with ``fuse``, and with ``channels_last`` where the engine is PyTorch; ignored
+            elsewhere.
+        precision: "float32"; "bfloat16" or "float16": PyTorch's autocast, with the weights of convolutions and linear
+            layers stored in that type, which saves their conversion for each image.
+        compile: run the network through ``torch.compile``, which compiles for one size first and for all sizes at the
+            second one. Without a C++ compiler one line in the log says so, and the network runs as it is.
+        engine: "torch"; "openvino": OpenVINO on the CPU in float32, compiled once for all sizes.
 
     Raises:
-        ValueError: an unknown name, or a combination that does not exist.
+        ValueError: an unknown name, or options that exclude each other.
         ImportError: the engine's package is not installed.
     """
     if precision not in PRECISIONS:
-        raise ValueError(
-            f"MODEL.SPARSE_INST.INFERENCE.PRECISION is {precision!r}; it must be one of {list(PRECISIONS)}"
-        )
+        raise ValueError(f"RUNTIME.PRECISION is {precision!r}; it must be one of {list(PRECISIONS)}")
     if engine not in ENGINES:
-        raise ValueError(f"MODEL.SPARSE_INST.INFERENCE.ENGINE is {engine!r}; it must be one of {list(ENGINES)}")
-    if not isinstance(model, SparseInst):
+        raise ValueError(f"RUNTIME.ENGINE is {engine!r}; it must be one of {list(ENGINES)}")
+    if not isinstance(model, InstanceSegmenter):
         return model
     if engine != "torch" and (precision != "float32" or compile or model.device.type != "cpu"):
         raise ValueError(
-            f"MODEL.SPARSE_INST.INFERENCE.ENGINE {engine} runs on the CPU in float32, without COMPILE; set "
-            "MODEL.DEVICE cpu, PRECISION float32 and COMPILE False, or ENGINE torch"
+            f"RUNTIME.ENGINE {engine} runs on the CPU in float32, without RUNTIME.COMPILE; set MODEL.DEVICE cpu, "
+            "PRECISION float32 and COMPILE False, or ENGINE torch"
         )
-    example = torch.randn(1, 3, *_EXAMPLE_SIZE, generator=torch.Generator().manual_seed(0)).to(model.device)
-    model = fuse_network(model, example) if fuse else copy.deepcopy(model).eval().requires_grad_(False)
+    original, model = model, _inference_copy(model)
+    example = torch.randn(1, len(model.pixel_mean), *_EXAMPLE_SIZE, generator=torch.Generator().manual_seed(0))
+    example = example.to(model.device)
+    with torch.no_grad():
+        expected = model.network(example)
+        if fuse:
+            fold_norms(model, lambda: model.network(example))
+            _use_offers(model)
+            # A backbone may use a convolution's output next to its norm's, which no hook sees.
+            if not _is_close(model.network(example), expected, TOLERANCES["float32"]):
+                logger.warning("The network cannot be fused, because its outputs would change. It runs as it is")
+                model = _inference_copy(original)
+    is_plain_cpu = precision == "float32" and model.device.type == "cpu"
+    if winograd and fuse and is_plain_cpu and (channels_last or engine != "torch"):
+        use_winograd(model)
     if engine == "openvino":
         from sparseinst.runtime.openvino import OpenVINONetwork
 
-        if winograd and fuse:
-            use_winograd(model)
-        return OptimizedSparseInst(model, OpenVINONetwork(model.network, example))
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-    if winograd and fuse and channels_last and precision == "float32" and model.device.type == "cpu":
-        use_winograd(model)
-    network: Network = compiled(model.network) if compile else model.network
-    dtype = None if precision == "float32" else PRECISIONS[precision]
-    if dtype is not None:
-        _hold_weights_in(model, dtype)
-    device_type = model.device.type
-
-    def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        autocast = torch.autocast(device_type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
-        with autocast:
-            return network(images)
-
-    return OptimizedSparseInst(model, run)
-
-
-def _hold_weights_in(model: nn.Module, dtype: torch.dtype) -> None:
-    # Not of classes derived from these, which may compute with their weights before they use them.
-    for module in model.modules():
-        if type(module) in (nn.Conv2d, layers.Conv2d, nn.Linear):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(dtype)
+        network: Network = OpenVINONetwork(model.network, example)
+    else:
+        network = _torch_network(model, channels_last, PRECISIONS[precision], compile)
+    optimized = OptimizedSegmenter(model, network)
+    # Not of a network to be compiled: the example's size would be compiled too, which takes a minute.
+    if not compile and not _is_close(optimized.network(example), expected, TOLERANCES[precision]):
+        logger.warning(
+            "The optimized network (RUNTIME.ENGINE %s, PRECISION %s) returns other numbers than the model's, so the "
+            "model runs as it is",
+            engine,
+            precision,
+        )
+        model = _inference_copy(original)
+        return OptimizedSegmenter(model, model.network)
+    return optimized
 
 
 def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """:func:`optimize_for_inference` as MODEL.SPARSE_INST.INFERENCE says."""
-    keys = cfg.MODEL.SPARSE_INST.INFERENCE
+    """Call `optimize_for_inference` with the options of RUNTIME."""
+    keys = cfg.RUNTIME
     return optimize_for_inference(
         model,
         fuse=keys.FUSE,
@@ -174,3 +178,51 @@ def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
         compile=keys.COMPILE,
         engine=keys.ENGINE,
     )
+
+
+def _inference_copy(model: InstanceSegmenter) -> InstanceSegmenter:
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _use_offers(module: nn.Module) -> None:
+    """Replace modules inside by what their own ``fuse()`` returns, outermost first."""
+    for name, child in list(module.named_children()):
+        offer = child.fuse() if callable(getattr(child, "fuse", None)) else child
+        if offer is not child:
+            setattr(module, name, offer.eval())
+        else:
+            _use_offers(child)
+
+
+def _is_close(outputs: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> bool:
+    return outputs.keys() == expected.keys() and all(
+        outputs[name].shape == value.shape
+        and (outputs[name].float() - value).abs().max() <= tolerance * value.abs().max()
+        for name, value in expected.items()
+    )
+
+
+def _torch_network(model: InstanceSegmenter, channels_last: bool, dtype: torch.dtype, compile: bool) -> Network:
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    network: Network = compiled(model.network) if compile else model.network
+    is_half = dtype != torch.float32
+    if is_half:
+        _store_weights_as(model, dtype)
+    device_type = model.device.type
+
+    def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device_type, dtype=dtype) if is_half else contextlib.nullcontext():
+            return network(images)
+
+    return run
+
+
+def _store_weights_as(model: nn.Module, dtype: torch.dtype) -> None:
+    # Exact types only, because a subclass may compute with its weights before it uses them.
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, layers.Conv2d, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)

@@ -10,7 +10,7 @@ import yaml
 from tabulate import tabulate
 
 from sparseinst.benchmarks.complexity import Cost, analyze_config
-from sparseinst.engine.setup import load_config
+from sparseinst.config import load_config
 
 
 def build_parser() -> argparse.ArgumentParser:

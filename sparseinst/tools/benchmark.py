@@ -24,7 +24,7 @@ from torch import nn
 
 from sparseinst.benchmarks.inference import batched_inputs, measure
 from sparseinst.benchmarks.settings import (
-    INFERENCE,
+    RUNTIME,
     add_common_arguments,
     apply_setting,
     check_least,
@@ -34,13 +34,13 @@ from sparseinst.benchmarks.settings import (
     run_command,
     table,
 )
+from sparseinst.config import load_config
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.images import read_image
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.engine.setup import load_config
 from sparseinst.runtime.optimize import optimize_as_configured
 
-# Names that --compare knows; each is KEY VALUE pairs below INFERENCE.
+# Names that --compare knows; each is KEY VALUE pairs below RUNTIME.
 NAMED_SETTINGS = {
     "configured": "",
     "eager": "FUSE False CHANNELS_LAST False",
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--area", type=float, default=0.05, metavar="SHARE",
         help="median of the objects' areas over the image's area (default 0.05); 1: each fills the image")  # fmt: skip
     add("--stock", action="store_true", help="also print what Detectron2's inference_on_dataset measures for the first")
-    add_common_arguments(parser, NAMED_SETTINGS, INFERENCE, repetitions=20, warmup=2)
+    add_common_arguments(parser, NAMED_SETTINGS, RUNTIME, repetitions=20, warmup=2)
     return parser
 
 
@@ -133,9 +133,9 @@ def build_models(cfg: CfgNode, settings: Sequence[str]) -> dict[str, nn.Module]:
     check_segmenter(model)
     models: dict[str, nn.Module] = {}
     for setting in settings:
-        name, own_cfg, keys = apply_setting(cfg, setting, NAMED_SETTINGS, INFERENCE)
-        # Other keys than those of INFERENCE shape the model itself.
-        is_other = any(not key.startswith(f"{INFERENCE}.") for key in keys)
+        name, own_cfg, keys = apply_setting(cfg, setting, NAMED_SETTINGS, RUNTIME)
+        # Other keys than those of RUNTIME shape the model itself.
+        is_other = any(not key.startswith(f"{RUNTIME}.") for key in keys)
         models[name] = optimize_as_configured(own_cfg, build_model(own_cfg).eval() if is_other else model)
     return models
 

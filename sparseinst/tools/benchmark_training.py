@@ -10,7 +10,6 @@ resident set above that before the model.
 """
 
 import argparse
-import functools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from sparseinst import config
 from sparseinst.benchmarks.settings import (
     add_common_arguments,
     apply_setting,
@@ -28,8 +28,8 @@ from sparseinst.benchmarks.settings import (
     table,
 )
 from sparseinst.benchmarks.training import as_training, measure
+from sparseinst.config import load_config
 from sparseinst.data.coco_json import check_num_classes
-from sparseinst.engine.setup import load_config
 from sparseinst.engine.trainer import RUN_ERRORS
 from sparseinst.tools.make_shapes import write_ellipses, write_shapes_dataset
 
@@ -47,7 +47,6 @@ NAMED_SETTINGS = {
 }
 PRECISIONS = ("float32", "bfloat16", "float16")
 # The key that drawn data takes its number of classes from.
-NUM_CLASSES = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,7 +98,7 @@ def build_configs(args: argparse.Namespace, folder: Path) -> dict[str, CfgNode]:
     cfg.defrost()
     datasets = cfg.DATASETS
     if args.data == "ellipses":
-        num_classes = functools.reduce(lambda node, name: node[name], NUM_CLASSES.split("."), cfg)
+        _, num_classes = config.num_classes(cfg) or (None, 80)
         drawn = write_ellipses(folder, tuple(args.size), args.instances, num_classes)
         datasets.TRAIN_JSON, datasets.TRAIN_IMAGES = map(str, drawn)
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (min(args.size),), max(args.size)

@@ -22,8 +22,8 @@ from torch import nn
 
 from sparseinst.benchmarks.inference import example_outputs
 from sparseinst.benchmarks.settings import check_least, check_segmenter, machine
+from sparseinst.config import load_config
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.engine.setup import load_config
 from sparseinst.evaluation.stage_timer import now
 from sparseinst.inference import Predictor, VideoReader, VideoWriter
 from sparseinst.runtime.optimize import optimize_as_configured

@@ -14,30 +14,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.modeling import build_backbone
-from torch.nn import functional as F
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from sparseinst import config
+from sparseinst.config import load_config
 from sparseinst.data.augmentations import ResizeShortestEdge
 from sparseinst.data.coco_checks import Finding, check_content
-from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning, missing_files, model_limits, read_json
+from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning, missing_files, read_json
 from sparseinst.data.dataset_mapper import check_image_size
 from sparseinst.data.images import DataError, ImageReadError, read_image, read_image_size
 from sparseinst.data.mask_decoding import check_segmentation, is_whole, read_mask
-from sparseinst.engine.setup import load_config
+from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.structures.mask_window import MaskWindow
 
 DEFAULT_CONFIG = "sparse_inst_r50_giam"
 # Pixels: COCO's limits of small and medium objects.
 _SMALL, _MEDIUM = 32**2, 96**2
-# Images are padded to a multiple of this, so cells of the mask grid begin there.
-_BLOCK = 32
-# The targets of a model with this setting have every object.
-_KEEPS_ALL = "MODEL.SPARSE_INST.ANTIALIASED_TARGETS True"
 
 ImageEntry = tuple[dict, list[dict]]
 
@@ -56,33 +52,9 @@ class ImageSurvey(NamedTuple):
     num_vanished: int
 
 
-def target_check(cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
-    """Return a function from an object at the training size to whether SparseInst's targets have a pixel of it.
-
-    None where they have every object (MODEL.SPARSE_INST.ANTIALIASED_TARGETS).
-    """
-    sparse_inst = cfg.MODEL.SPARSE_INST
-    if sparse_inst.ANTIALIASED_TARGETS:
-        return None
-    stride = build_backbone(cfg).output_shape()[sparse_inst.ENCODER.IN_FEATURES[0]].stride
-    return partial(is_on_grid, pixels_per_cell=stride / sparse_inst.DECODER.SCALE_FACTOR)
-
-
-def is_on_grid(window: MaskWindow, pixels_per_cell: float) -> bool:
-    """Return whether an object survives the bilinear reduction of its mask to the mask grid.
-
-    Args:
-        window: the object's mask at the training size.
-        pixels_per_cell: side of a cell of the mask grid, pixels.
-    """
-    left, top, right, bottom = window.box()
-    top, bottom = top % _BLOCK, bottom - top // _BLOCK * _BLOCK
-    left, right = left % _BLOCK, right - left // _BLOCK * _BLOCK
-    height, width = (-(-end // _BLOCK) * _BLOCK for end in (bottom, right))
-    blocks = torch.zeros(1, 1, height, width)
-    blocks[0, 0, top:bottom, left:right] = torch.from_numpy(window.mask)
-    cells = (round(height / pixels_per_cell), round(width / pixels_per_cell))
-    return bool(F.interpolate(blocks, size=cells, mode="bilinear", align_corners=False).any())
+def model_class(cfg: CfgNode) -> type[InstanceSegmenter]:
+    """Return the class named by MODEL.META_ARCHITECTURE."""
+    return config.registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
 
 
 def check_files(content: Any, image_root: Path, cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
@@ -99,7 +71,7 @@ def check_files(content: Any, image_root: Path, cfg: CfgNode, args: argparse.Nam
         if count > 1:
             yield Finding("file named twice", f"{file_name!r} is named by {count} images", stops=False)
     num_categories = len(_entries(content, "categories"))
-    (key, num_classes), _ = model_limits(cfg)
+    key, num_classes = config.num_classes(cfg) or (None, num_categories)
     if args.config_file and num_categories != num_classes:
         message = f"there are {num_categories} categories, but {key} is {num_classes}: set {key} {num_categories}"
         yield Finding("number of classes", message)
@@ -143,7 +115,7 @@ def survey_image(
         entry: the image and its annotations.
         image_root: the folder of the files.
         cfg: INPUT is read.
-        is_in_target: see :func:`target_check`.
+        is_in_target: see `InstanceSegmenter.target_check`.
         is_quick: read the header only.
     """
     image, annotations = entry
@@ -218,21 +190,24 @@ def describe_content(content: Any, surveys: list[ImageSurvey], cfg: CfgNode, kee
         f"  objects by size: {small:.1%} small (below 32 x 32 pixels), {medium:.1%} medium, {large:.1%} large (from "
         f"96 x 96); without a pixel: {(areas == 0).sum()}"
     )
+    remedy = f"{model_class(cfg).lossless_targets_key} True"
     if keeps_all:
-        yield f"  objects that the mask grid loses: none, with {_KEEPS_ALL}"
+        yield f"  objects that the mask grid loses: none, with {remedy}"
     else:
         num_lost, num_drawn = sum(survey.num_vanished for survey in surveys), (areas > 0).sum()
         yield (
             f"  objects that the mask grid loses at the training's largest size (short side {_train_size(cfg)}): "
             f"{num_lost} of {num_drawn} ({num_lost / max(1, num_drawn):.1%})"
-            + f"; {_KEEPS_ALL} keeps them"
+            + f"; {remedy} keeps them"
             * (num_lost > 0)
         )
-    (classes_key, _), (instances_key, most) = model_limits(cfg)
-    yield (
-        f"To be set: {classes_key} {len(categories)}; {instances_key} {counts.max()} or more holds the objects of "
-        f"every image (it is {most})"
-    )
+    limits = [f"{key} {len(categories)}" for key, _ in filter(None, [config.num_classes(cfg)])]
+    limits += [
+        f"{key} {counts.max()} or more holds the objects of every image (it is {most})"
+        for key, most in filter(None, [config.max_instances(cfg)])
+    ]
+    if limits:
+        yield f"To be set: {'; '.join(limits)}"
 
 
 def describe_findings(findings: Iterable[Finding], num_shown: int) -> Iterator[str]:
@@ -299,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     findings = list(check_files(content, args.images, cfg, args))
     images = present_images(content, args.images)
-    is_in_target = target_check(cfg)
+    is_in_target = model_class(cfg).target_check(cfg)
     survey = partial(survey_image, image_root=args.images, cfg=cfg, is_in_target=is_in_target, is_quick=args.quick)
     # Without batches, collate_fn is called in a worker with each element.
     loader = DataLoader(images, batch_size=None, num_workers=args.workers, collate_fn=survey)

@@ -24,7 +24,7 @@ from sparseinst.checkpoint import (
     read_weights_file,
     write_atomically,
 )
-from sparseinst.engine.setup import load_config
+from sparseinst.config import load_config
 
 TENSORS_LISTED = 5
 

@@ -23,9 +23,10 @@ from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from sparseinst import config
+from sparseinst.config import load_config
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.engine.setup import load_config
 from sparseinst.inference import ImageReadError, Predictor, VideoReader, VideoWriter, read_image
 from sparseinst.inference.output_files import (
     IAM_FOLDER,
@@ -37,7 +38,7 @@ from sparseinst.inference.output_files import (
     video_file,
 )
 from sparseinst.inference.pipeline import QUEUE_LENGTH, read_ahead, work_behind
-from sparseinst.modeling import MaskMemoryError
+from sparseinst.ops.mask_output import MaskMemoryError
 from sparseinst.tools.demo_results import CocoResults, TimedPredictor, images_file
 from sparseinst.visualization import VideoDrawer, draw_beside, draw_iams, draw_instances
 
@@ -123,17 +124,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def set_model_keys(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Translate the flags to keys of the model's config.
-
-    The only place of the command that knows them; to become the family's OutputOptions (score_threshold, with_maps).
-    """
-    keys = cfg.MODEL.SPARSE_INST
+    """Translate the flags to keys of the model's config. Raise ValueError where the model has no such key."""
     if args.mask_nms is not None:
-        keys.MASK_NMS_THRESHOLD = args.mask_nms
+        config.set_declared(cfg, "mask_nms_key", args.mask_nms)
     if args.show_iams:
-        keys.DECODER.OUTPUT_IAM = True
-    # No masks are made below the threshold, as rescoring only lowers a score. A little less, since scores are rounded.
-    keys.CLS_THRESHOLD = max(keys.CLS_THRESHOLD, 0.999 * args.confidence_threshold)
+        config.set_declared(cfg, "activation_maps_key", True)
+    # No masks are computed below the threshold. The margin is for scores that are rounded.
+    cfg.MODEL.OUTPUT.SCORE_THRESHOLD = max(cfg.MODEL.OUTPUT.SCORE_THRESHOLD, 0.999 * args.confidence_threshold)
 
 
 def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
+from sparseinst.config import load_config, resolve_config_file
 from sparseinst.data.coco_json import check_num_classes, class_info, log_data_warnings, register_user_datasets
 from sparseinst.engine.finite import NonFiniteStepError
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
@@ -27,7 +28,6 @@ from sparseinst.engine.processes import (
     exit_with_error,
     run_processes,
 )
-from sparseinst.engine.setup import load_config, resolve_config_file
 from sparseinst.engine.trainer import RUN_ERRORS, Trainer, check_test_config
 from sparseinst.evaluation import evaluate
 from sparseinst.runtime.optimize import optimize_as_configured

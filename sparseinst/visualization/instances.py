@@ -93,8 +93,8 @@ def draw_iams(
     """
     if not instances.has("pred_iams"):
         raise ValueError(
-            "The instances have no activation maps: set the model's OUTPUT_IAM to True "
-            "(SparseInst: MODEL.SPARSE_INST.DECODER.OUTPUT_IAM)"
+            "The instances have no activation maps (pred_iams): predict with OutputOptions.with_maps, or with the "
+            "model's key OUTPUT_IAM"
         )
     if normalization not in ("sigmoid", "softmax"):
         raise ValueError(f'normalization is {normalization!r}; it must be "sigmoid" or "softmax"')

@@ -16,15 +16,11 @@ from detectron2.modeling.backbone import (
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.regnet import ResBottleneckBlock, SimpleStem
 
-from sparseinst.modeling import (
-    GroupIAMDecoder,
-    InstanceBranch,
-    InstanceContextEncoder,
-    MaskBranch,
-    SparseInst,
-    SparseInstCriterion,
-    SparseInstMatcher,
-)
+from sparseinst.modeling.sparse_inst.criterion import SparseInstCriterion
+from sparseinst.modeling.sparse_inst.decoder import GroupIAMDecoder, InstanceBranch, MaskBranch
+from sparseinst.modeling.sparse_inst.encoder import InstanceContextEncoder
+from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher
+from sparseinst.modeling.sparse_inst.model import SparseInst
 from tests.tiny_model import NUM_CLASSES, random_input, tiny_cfg, tiny_model
 
 RESNET = LazyCall(ResNet)(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops import DeformConv2d, deform_conv2d
 
 from sparseinst.benchmarks.complexity import Cost, analyze, analyze_config
-from sparseinst.engine.setup import load_config
+from sparseinst.config import load_config
 from sparseinst.modeling.sparse_inst.model import SparseInst
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 

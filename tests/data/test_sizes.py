@@ -152,7 +152,7 @@ def test_more_objects_than_masks_have_right_targets(model, tmp_path):
     crowded = mapper({"file_name": str(path), "annotations": annotations})
     plain = mapper({"file_name": str(path), "annotations": annotations[:2]})
     model.train()
-    images = model.preprocess_image([crowded, plain])
+    images = model.preprocess([crowded, plain])
     outputs = model.network(images.tensor)
     targets = model.prepare_targets([crowded, plain], images, outputs["pred_masks"].shape[-2:])
     matches = model.criterion.matcher(outputs, targets)

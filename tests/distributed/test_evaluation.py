@@ -29,7 +29,7 @@ class Guesser(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.coco = COCO(json_file)
 
-    def preprocess_image(self, batched_inputs):
+    def preprocess(self, batched_inputs):
         return SimpleNamespace(tensor=torch.zeros(1))
 
     def network(self, images):

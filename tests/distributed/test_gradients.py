@@ -8,7 +8,7 @@ from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from sparseinst.modeling.sparse_inst.criterion import normalizer_over_ranks
+from sparseinst.modeling.sparse_inst.criterion import divisors_over_ranks
 from tests.distributed.ranks import run_ranks
 from tests.tiny_model import random_input, tiny_cfg
 
@@ -48,12 +48,11 @@ def accumulated_rank_gradients(counts_of_ranks, global_normalization):
     model = make_model(global_normalization)
     ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
     batch = make_batches(counts_of_ranks)[comm.get_rank()]
-    count = sum(counts_of_ranks[comm.get_rank()])
-    normalizer = normalizer_over_ranks(count, count, model.device, global_normalization)
+    parts = model.prepare_parts([[x] for x in batch])
     with ddp_model.no_sync():
-        for x in batch[:-1]:
-            sum(ddp_model([x], normalizer).values()).backward()
-    sum(ddp_model(batch[-1:], normalizer).values()).backward()
+        for x, part in zip(batch[:-1], parts):
+            sum(ddp_model([x], part).values()).backward()
+    sum(ddp_model(batch[-1:], parts[-1]).values()).backward()
     return gradients(model)
 
 
@@ -107,6 +106,6 @@ def test_accumulated_over_ranks_with_other_numbers_of_instances():
 
 def test_the_number_of_a_single_process_is_its_own():
     for global_normalization in (AS_PUBLISHED, GLOBAL):
-        assert normalizer_over_ranks(9, 6, torch.device("cpu"), global_normalization) == (9, 6)
-        assert normalizer_over_ranks(0, 0, torch.device("cpu"), global_normalization) == (1, 1)
+        assert divisors_over_ranks(9, 6, torch.device("cpu"), global_normalization) == (9, 6)
+        assert divisors_over_ranks(0, 0, torch.device("cpu"), global_normalization) == (1, 1)
     assert make_model(GLOBAL).criterion.global_normalization

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from sparseinst.config import load_config
 from sparseinst.engine import host_memory
-from sparseinst.engine.setup import load_config
 
 # The first rounds are not counted: of aligned pieces glibc leaves up to seven small rests between large ones.
 CODE = """
@@ -54,8 +54,8 @@ def test_elsewhere_nothing_is_done(monkeypatch):
 @pytest.mark.parametrize(("device", "key"), [("cpu", True), ("cpu", False), ("cuda", True)])
 def test_the_key_of_inference(monkeypatch, device, key):
     cfg = load_config("sparse_inst_r50_giam", ["MODEL.DEVICE", "cpu"])
-    assert cfg.MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY
-    cfg.MODEL.DEVICE, cfg.MODEL.SPARSE_INST.INFERENCE.KEEP_FREED_MEMORY = device, key
+    assert cfg.RUNTIME.KEEP_FREED_MEMORY
+    cfg.MODEL.DEVICE, cfg.RUNTIME.KEEP_FREED_MEMORY = device, key
     calls = []
     monkeypatch.setattr(host_memory, "keep_freed_memory", lambda all_sizes: not calls.append(all_sizes))
     assert host_memory.keep_freed_memory_for_inference(cfg) is (device == "cpu" and key)

@@ -95,7 +95,7 @@ def test_encoded_masks_have_the_same_ap_to_the_last_digit(dataset, tmp_path):
     opts = ("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0)
     results, written = [], []
     for mask_format in ("bitmask", "rle"):
-        model = truth_model(dataset, *opts, "MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", mask_format)
+        model = truth_model(dataset, *opts, "MODEL.OUTPUT.MASK_FORMAT", mask_format)
         results.append(evaluate(make_cfg(dataset, tmp_path / mask_format), model))
         written.append((tmp_path / mask_format / "inference" / "coco_instances_results.json").read_text())
     assert results[0]["segm"]["AP"] > 5 and written[0] == written[1]
@@ -117,13 +117,13 @@ def truth_model(dataset, *opts):
             classes[0, index, annotation["category_id"]] = 2.0 - index / 5
         return {"pred_logits": classes, "pred_scores": classes.amax(2, keepdim=True), "pred_masks": masks}
 
-    preprocess_image = model.preprocess_image
+    preprocess = model.preprocess
 
     def remember(batched_inputs):
         model.file_name = batched_inputs[0]["file_name"]
-        return preprocess_image(batched_inputs)
+        return preprocess(batched_inputs)
 
-    model.preprocess_image = remember
+    model.preprocess = remember
     model.network = network
     return model
 

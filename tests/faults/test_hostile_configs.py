@@ -4,8 +4,7 @@ import logging
 import random
 from pathlib import Path
 
-from sparseinst.config import get_config_file
-from sparseinst.engine.setup import load_config
+from sparseinst.config import get_config_file, load_config
 from tests.faults.hostile import CANARY, damaged, run_cases
 
 CONFIGS = ("sparse_inst_r50_giam", "quick/shapes", "small_data/published_recipe", "whole")

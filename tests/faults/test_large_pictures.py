@@ -55,7 +55,7 @@ def report_peak(side):
 def report_peak_of_predictor(side):
     opts = (
         "MODEL.SPARSE_INST.DECODER.NUM_MASKS", NUM_DETECTIONS, "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0,
-        "MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", "rle", "INPUT.MIN_SIZE_TEST", 640, "INPUT.MAX_SIZE_TEST", 1333,
+        "MODEL.OUTPUT.MASK_FORMAT", "rle", "INPUT.MIN_SIZE_TEST", 640, "INPUT.MAX_SIZE_TEST", 1333,
     )  # fmt: skip
     predictor = Predictor(tiny_cfg(*opts), model=tiny_model(*opts))
     # What the model itself takes, at the size that it sees pictures in.

@@ -9,9 +9,9 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from sparseinst import get_config_file
+from sparseinst.config import load_config
 from sparseinst.data.coco_json import register_user_datasets
 from sparseinst.engine.finite import NonFiniteStepError
-from sparseinst.engine.setup import load_config
 from sparseinst.engine.trainer import Trainer
 from sparseinst.tools.make_shapes import write_shapes_dataset
 from tests.faults.child import Child, num_cases

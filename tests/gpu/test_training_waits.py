@@ -35,7 +35,7 @@ def test_only_the_matcher_waits(tmp_path, sync_debug_mode):
     # Once before, for what is set up at the first call.
     for mode in ("default", "error"):
         sync_debug_mode(mode)
-        images = model.preprocess_image(batch)
+        images = model.preprocess(batch)
         outputs = model.network(images.tensor)
         targets = model.prepare_targets(batch, images, outputs["pred_masks"].shape[-2:])
         losses = model.criterion(outputs, targets)

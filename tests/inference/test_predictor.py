@@ -257,7 +257,7 @@ def test_encoded_masks(tmp_path):
     model = build_model(cfg)
     path = photo(tmp_path / "a.jpg")
     (plain,) = Predictor(cfg, model=model)([path])
-    cfg.MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT = "rle"
+    cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
     torch.manual_seed(0)
     (encoded,) = Predictor(cfg, model=build_model(cfg))([path])
     assert isinstance(encoded.pred_masks, RLEMasks)

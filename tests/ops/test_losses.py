@@ -6,13 +6,7 @@ import pytest
 import torch
 from fvcore.nn import sigmoid_focal_loss
 
-from sparseinst.ops.losses import (
-    activation_loss,
-    binary_mask_iou,
-    dice_loss,
-    mask_bce_loss,
-    pairwise_dice_score,
-)
+from sparseinst.ops.losses import activation_loss, binary_mask_iou, dice_loss, mask_bce_loss, pairwise_dice_score
 
 # 4x4 masks. The prediction has probability 0.5 on its 8 left pixels and (nearly) 0 elsewhere.
 LEFT_HALF = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand(4, 4)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sparseinst.ops import mask_resize
-from sparseinst.ops.mask_resize import composed_axis, map_windows, masks_to_boxes, resize_masks
+from sparseinst.ops.mask_resize import composed_axis, map_windows, resize_masks
+from sparseinst.ops.masks import masks_to_boxes
 from sparseinst.structures.mask_window import MaskWindow
 
 SIZES = {"padded_size": (32, 64), "image_size": (30, 41), "output_size": (47, 90)}

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
 
 from sparseinst import add_sparse_inst_config, get_config_file
-from sparseinst.modeling.sparse_inst.decoder import append_coordinates
+from sparseinst.ops.coordinates import append_coordinates
 from tests.parity import filling
 
 HERE = Path(__file__).parent
@@ -70,7 +70,7 @@ def test_sizes(case):
 def test_features(case):
     model, recorded = case
     with torch.no_grad():
-        features = model.backbone(model.preprocess_image([make_input(0)]).tensor)
+        features = model.backbone(model.preprocess([make_input(0)]).tensor)
         encoded = model.encoder(features)
         mask_features = model.decoder.mask_branch(append_coordinates(encoded))
     assert set(features) == set(recorded["backbone"])

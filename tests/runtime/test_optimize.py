@@ -10,11 +10,12 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from sparseinst import get_config_file
-from sparseinst.engine.setup import load_config
-from sparseinst.modeling.sparse_inst.fused import FusedDecoder, FusedEncoder, fold_norms, fuse_network
+from sparseinst.config import load_config
+from sparseinst.modeling.sparse_inst.fused import FusedDecoder, FusedEncoder
 from sparseinst.runtime import optimize as optimization
-from sparseinst.runtime.optimize import OptimizedSparseInst, optimize_as_configured, optimize_for_inference
+from sparseinst.runtime.optimize import OptimizedSegmenter, optimize_as_configured, optimize_for_inference
 from sparseinst.runtime.rewrites import winograd
+from sparseinst.runtime.rewrites.fold_norms import fold_norms
 from tests.test_configs import PUBLISHED
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
@@ -53,12 +54,12 @@ def test_every_config(monkeypatch, name):
     model = give_character(build_model(cfg).eval())
     before = copy.deepcopy(model.state_dict())
     optimized = optimize_as_configured(cfg, model)
-    assert isinstance(optimized.model.encoder, FusedEncoder) and isinstance(optimized.decoder, FusedDecoder)
+    assert isinstance(optimized.model.encoder, FusedEncoder) and isinstance(optimized.model.decoder, FusedDecoder)
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         assert_close(optimized.network(images), model.network(images))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert any(isinstance(module, winograd.WinogradConv2d) for module in optimized.decoder.modules())
+    assert any(isinstance(module, winograd.WinogradConv2d) for module in optimized.model.decoder.modules())
     # Convolutions whose norms do not learn here have none left.
     left = [module for module in optimized.modules() if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d)]
     assert not left
@@ -72,15 +73,6 @@ def test_sizes_in_turn_and_batches(model, channels_last, size):
         for batch, (height, width) in ((1, size), (2, (64, 64)), (3, size)):
             images = torch.randn(batch, 3, height, width)
             assert_close(optimized.network(images), model.network(images))
-
-
-def test_more_sizes_than_are_kept(model):
-    optimized = optimize_for_inference(model)
-    with torch.no_grad():
-        for width in range(32, 32 * 20, 32):
-            images = torch.randn(1, 3, 32, width)
-            assert_close(optimized.network(images), model.network(images))
-    assert len(optimized.decoder._coordinate_maps) == 16
 
 
 def test_predictions_are_those_of_the_plain_model(model):
@@ -129,8 +121,8 @@ def test_half_precision_within_its_rounding(model, precision, tolerance):
 def test_half_weights_are_what_autocast_makes_of_them(model, monkeypatch):
     images = torch.randn(2, 3, 64, 96)
     held = optimize_for_inference(model, precision="bfloat16")
-    assert held.decoder.conv.weight.dtype == torch.bfloat16
-    monkeypatch.setattr(optimization, "_hold_weights_in", lambda model, dtype: None)
+    assert held.model.decoder.conv.weight.dtype == torch.bfloat16
+    monkeypatch.setattr(optimization, "_store_weights_as", lambda model, dtype: None)
     converted = optimize_for_inference(model, precision="bfloat16").network(images)
     for name, value in held.network(images).items():
         assert torch.equal(value, converted[name])
@@ -193,7 +185,7 @@ def test_other_parts_stay_as_they_are(model):
 
     other = copy.deepcopy(model)
     other.encoder.__class__ = MyEncoder
-    fused = fuse_network(other, torch.zeros(1, 3, 64, 64))
+    fused = optimize_for_inference(other).model
     assert type(fused.encoder) is MyEncoder and isinstance(fused.decoder, FusedDecoder)
     linear = nn.Linear(2, 2)
     assert optimize_for_inference(linear) is linear
@@ -228,7 +220,7 @@ def test_openvino_gives_the_same_numbers_at_any_size(model, monkeypatch, winogra
     # The tiny model's convolutions are narrow.
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
     optimized = optimize_for_inference(model, engine="openvino", winograd=winograd_is_used)
-    assert isinstance(optimized, OptimizedSparseInst)
+    assert isinstance(optimized, OptimizedSegmenter)
     used = [module for module in optimized.modules() if isinstance(module, winograd.WinogradConv2d)]
     assert bool(used) is winograd_is_used
     with torch.no_grad():
@@ -240,12 +232,12 @@ def test_openvino_gives_the_same_numbers_at_any_size(model, monkeypatch, winogra
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("PRECISION", "float8", "INFERENCE.PRECISION is 'float8'"),
-        ("ENGINE", "tensorrt", "INFERENCE.ENGINE is 'tensorrt'"),
+        ("PRECISION", "float8", "RUNTIME.PRECISION is 'float8'"),
+        ("ENGINE", "tensorrt", "RUNTIME.ENGINE is 'tensorrt'"),
     ],
 )
 def test_refused_by_name(model, key, value, message):
-    cfg = tiny_cfg(f"MODEL.SPARSE_INST.INFERENCE.{key}", value)
+    cfg = tiny_cfg(f"RUNTIME.{key}", value)
     with pytest.raises(ValueError, match=message):
         optimize_as_configured(cfg, model)
 

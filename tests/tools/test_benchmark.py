@@ -108,7 +108,7 @@ def test_parts_of_an_optimized_model_keep_their_names_and_of_openvino_there_are_
 
 
 def test_keys_of_the_model_itself_take_effect():
-    models = benchmark.build_models(tiny_cfg(), ["configured", "rle=MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT rle"])
+    models = benchmark.build_models(tiny_cfg(), ["configured", "rle=MODEL.OUTPUT.MASK_FORMAT rle"])
     assert models["configured"].model.output_mask_format == "bitmask"
     assert models["rle"].model.output_mask_format == "rle"
 
@@ -128,7 +128,7 @@ def test_the_command(config, tmp_path, capsys):
     path = tmp_path / "out" / "speed.json"
     code = benchmark.main(
         [*config, "--batch-sizes", "1", "2", "--json", str(path), "--stock", "--threads", "1",
-         "--compare", "eager", "configured", "mine=FUSE False MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT rle"]
+         "--compare", "eager", "configured", "mine=FUSE False MODEL.OUTPUT.MASK_FORMAT rle"]
     )  # fmt: skip
     text = capsys.readouterr().out
     assert code == 0

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from sparseinst.modeling.sparse_inst.target_check import is_on_grid
 from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.tools import check_dataset
 from tests.data.flawed_json import CONTENT, annotation, flawed, write
@@ -159,7 +160,7 @@ def test_what_the_grid_shows_is_what_the_whole_mask_s_reduction_shows(pixels_per
         cells = (round(96 / pixels_per_cell), round(128 / pixels_per_cell))
         whole = torch.from_numpy(mask)[None, None].float()
         expected = bool(F.interpolate(whole, size=cells, mode="bilinear", align_corners=False).any())
-        assert check_dataset.is_on_grid(window, pixels_per_cell) == expected
+        assert is_on_grid(window, pixels_per_cell) == expected
         seen.add(expected)
     assert seen == {True, False} or pixels_per_cell == 2
 

@@ -11,7 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
-from sparseinst.engine.setup import load_config
+from sparseinst.config import load_config
 from sparseinst.inference import VideoReader, VideoWriter
 from sparseinst.tools import demo
 from tests.tiny_model import tiny_cfg, tiny_model
@@ -118,7 +118,7 @@ def test_encoded_masks_give_the_same_files(tmp_path, tiny_config_file):
     written = []
     for mask_format in ("bitmask", "rle"):
         output = tmp_path / mask_format
-        options = ["--confidence-threshold", 0, "--show-iams", "--opts", "MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT"]
+        options = ["--confidence-threshold", 0, "--show-iams", "--opts", "MODEL.OUTPUT.MASK_FORMAT"]
         common = ["--input", tmp_path / "in", "--output", output, "--json", output / "found.json"]
         assert run(tiny_config_file, *common, *options, mask_format) == 0
         written.append({path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()})
@@ -130,7 +130,7 @@ def test_pictures_whose_masks_are_too_large_are_passed_and_named(tmp_path, tiny_
     save_scene(tmp_path / "in" / "large.png", size=(1200, 1000))
     save_scene(tmp_path / "in" / "small.png")
     common = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--confidence-threshold", 0]
-    assert run(tiny_config_file, *common, "--opts", "MODEL.SPARSE_INST.MAX_MASK_GIB", "0.001") == 1
+    assert run(tiny_config_file, *common, "--opts", "MODEL.OUTPUT.MAX_MASK_GIB", "0.001") == 1
     captured = capsys.readouterr()
     assert "1 of 2 pictures" in captured.out and (tmp_path / "out" / "small.png").is_file()
     assert "large.png: 6 boolean masks of 1200x1000" in captured.err and "MAX_MASK_GIB" in captured.err

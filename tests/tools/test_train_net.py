@@ -55,7 +55,7 @@ def test_train_then_evaluate_then_resume(workspace, tmp_path):
 
     large = run(
         *workspace, "--eval-only", "OUTPUT_DIR", tmp_path / "eval", "MODEL.WEIGHTS", weights,
-        "MODEL.SPARSE_INST.MAX_MASK_GIB", 1e-6, "MODEL.SPARSE_INST.CLS_THRESHOLD", -1.0,
+        "MODEL.OUTPUT.MAX_MASK_GIB", 1e-6, "MODEL.SPARSE_INST.CLS_THRESHOLD", -1.0,
     )  # fmt: skip
     # Results are encoded mask by mask, whatever boolean masks would take.
     assert large.returncode == 0, large.stderr

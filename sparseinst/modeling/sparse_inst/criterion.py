@@ -1,4 +1,4 @@
-"""The training losses. Letters: see structures.py."""
+"""The training losses of SparseInst. Letters: sparseinst.structures."""
 
 from collections.abc import Sequence
 
@@ -10,21 +10,16 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import nn
 from torch.nn import functional as F
 
-from sparseinst.modeling.sparse_inst.matcher import build_sparse_inst_matcher
-from sparseinst.ops.losses import (
-    activation_loss,
-    binary_mask_iou,
-    dice_loss,
-    mask_bce_loss,
-    masks_on_grid,
-)
+from sparseinst.config import registered
+from sparseinst.modeling.sparse_inst.matcher import MatchedPairs, build_sparse_inst_matcher
+from sparseinst.ops.losses import activation_loss, binary_mask_iou, dice_loss, mask_bce_loss, masks_on_grid
 from sparseinst.ops.precision import no_autocast
-from sparseinst.structures.targets import InstanceTargets, LossNormalizer, MatchedPairs
+from sparseinst.structures.targets import InstanceTargets
 
 SPARSE_INST_CRITERION_REGISTRY = Registry("SPARSE_INST_CRITERION")
 SPARSE_INST_CRITERION_REGISTRY.__doc__ = """
-Criteria: modules called as ``criterion(outputs, targets, normalizer)`` with the decoder's dict, one InstanceTargets per
-image and a LossNormalizer or None; return a dict of weighted scalar losses. Built as ``Name(cfg)``.
+Criteria: modules called as ``criterion(outputs, targets, counts)`` with the decoder's dict, one InstanceTargets for
+each image, and the counts of the whole step or None; return a dict of weighted scalar losses. Built as ``Name(cfg)``.
 """
 
 LOSS_ITEMS = ("labels", "masks")
@@ -36,7 +31,7 @@ FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 class SparseInstCriterion(nn.Module):
     """Matches predictions with ground truth and computes four losses, weighted (paper, equations 5 to 7).
 
-    All of it runs in float32, whatever the autocast. ``loss_ce`` and ``loss_dice`` are sums divided by the number of
+    Everything runs in float32 under autocast too. ``loss_ce`` and ``loss_dice`` are sums divided by the number of
     instances; ``loss_mask`` and ``loss_objectness`` are means over the matched pairs.
 
     Args:
@@ -46,11 +41,11 @@ class SparseInstCriterion(nn.Module):
         mask_pixel_weight: weight of ``loss_mask``.
         mask_dice_weight: weight of ``loss_dice``.
         objectness_weight: weight of ``loss_objectness``.
-        iam_weight: weight of ``loss_iam``, see :func:`activation_loss`; 0, as published: no such loss.
-        global_normalization: divide by what all ranks have together, see :func:`normalizer_over_ranks`.
+        iam_weight: weight of ``loss_iam``, see `activation_loss`; 0, as published, omits this loss.
+        global_normalization: divide by the counts of all ranks together, see `divisors_over_ranks`.
 
     Raises:
-        ValueError: an item that is not one of these.
+        ValueError: an unknown item.
     """
 
     @configurable
@@ -96,40 +91,40 @@ class SparseInstCriterion(nn.Module):
         self,
         outputs: dict[str, torch.Tensor],
         targets: list[InstanceTargets],
-        normalizer: LossNormalizer | None = None,
+        counts: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Losses of one batch.
+        """Compute the losses of one batch.
 
         Args:
             outputs: the decoder's dict.
-            targets: ground truth, one per image.
-            normalizer: what to divide by, where this batch is a part of a larger one (gradient accumulation). By
-                default :func:`normalizer_over_ranks` of this batch.
+            targets: ground truth of each image.
+            counts: ``num_instances`` and ``num_matched`` of the whole step in this process, where this batch is a part
+                of it (gradient accumulation). By default those of this batch.
 
         Returns:
             ``loss_ce`` where items has "labels"; ``loss_objectness``, ``loss_dice`` and ``loss_mask`` where it has
             "masks"; ``loss_iam`` where it has a weight. Scalars, weighted. Without any instance all but ``loss_ce`` are
             0, with a gradient of 0.
         """
-        with no_autocast(outputs["pred_logits"].device):
+        device = outputs["pred_logits"].device
+        with no_autocast(device):
             pairs = self.matcher(outputs, targets)
-            if normalizer is None:
-                normalizer = normalizer_over_ranks(
-                    sum(len(target.gt_classes) for target in targets),
-                    sum(len(pair.gt_idx) for pair in pairs),
-                    outputs["pred_logits"].device,
-                    self.global_normalization,
-                )
+            if counts is None:
+                num_instances = sum(len(target.gt_classes) for target in targets)
+                num_matched = sum(len(pair.gt_idx) for pair in pairs)
+            else:
+                num_instances, num_matched = int(counts["num_instances"]), int(counts["num_matched"])
+            divisors = divisors_over_ranks(num_instances, num_matched, device, self.global_normalization)
             losses = {}
             if "labels" in self.items:
                 class_logits = outputs["pred_logits"].float()
-                losses["loss_ce"] = self.class_weight * _class_loss(class_logits, targets, pairs, normalizer)
-            # Of the maps only what is matched is copied, to float32 where it is of half precision.
+                losses["loss_ce"] = self.class_weight * _class_loss(class_logits, targets, pairs, divisors[0])
+            # Only matched maps are copied to float32.
             gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
             if "masks" in self.items:
                 mask_logits = matched_predictions(outputs["pred_masks"], pairs)[:, 0].float()
                 objectness_logits = matched_predictions(outputs["pred_scores"], pairs)[:, 0, 0].float()
-                losses.update(self._mask_losses(mask_logits, objectness_logits, gt_masks, normalizer))
+                losses.update(self._mask_losses(mask_logits, objectness_logits, gt_masks, *divisors))
             if self.iam_weight > 0:
                 iam_weights = outputs["iam_weights"]
                 num_groups = iam_weights.shape[1] // outputs["pred_logits"].shape[1]
@@ -137,7 +132,7 @@ class SparseInstCriterion(nn.Module):
                     matched_predictions(iam_weights, pairs, num_groups).float(),
                     masks_on_grid(gt_masks, iam_weights.shape[-2:]),
                 )
-                losses["loss_iam"] = self.iam_weight * loss.sum() / normalizer.num_matched
+                losses["loss_iam"] = self.iam_weight * loss.sum() / divisors[1]
         return losses
 
     def _mask_losses(
@@ -145,55 +140,57 @@ class SparseInstCriterion(nn.Module):
         mask_logits: torch.Tensor,
         objectness_logits: torch.Tensor,
         gt_masks: torch.Tensor,
-        normalizer: LossNormalizer,
+        num_instances: float,
+        num_matched: float,
     ) -> dict[str, torch.Tensor]:
-        # Sums over zero pairs are 0 and still hang on the graph, so every parameter gets a gradient.
+        # Sums over zero pairs are 0 and stay in the graph, so that every parameter gets a gradient.
         mask_probs = mask_logits.sigmoid()
         objectness_loss = F.binary_cross_entropy_with_logits(
             objectness_logits, binary_mask_iou(mask_probs, gt_masks), reduction="sum"
         )
         return {
-            "loss_objectness": self.objectness_weight * objectness_loss / normalizer.num_matched,
-            "loss_dice": self.mask_dice_weight * dice_loss(mask_probs, gt_masks).sum() / normalizer.num_instances,
-            "loss_mask": self.mask_pixel_weight * mask_bce_loss(mask_logits, gt_masks) / normalizer.num_matched,
+            "loss_objectness": self.objectness_weight * objectness_loss / num_matched,
+            "loss_dice": self.mask_dice_weight * dice_loss(mask_probs, gt_masks).sum() / num_instances,
+            "loss_mask": self.mask_pixel_weight * mask_bce_loss(mask_logits, gt_masks) / num_matched,
         }
 
 
 def _class_loss(
-    class_logits: torch.Tensor, targets: list[InstanceTargets], pairs: list[MatchedPairs], normalizer: LossNormalizer
+    class_logits: torch.Tensor, targets: list[InstanceTargets], pairs: list[MatchedPairs], num_instances: float
 ) -> torch.Tensor:
     idx = joint_prediction_idx(pairs, class_logits.shape[1])
     matched_classes = torch.cat([target.gt_classes[pair.gt_idx] for target, pair in zip(targets, pairs)])
     one_hot = class_logits.new_zeros((class_logits.shape[:2].numel(), class_logits.shape[2]))
-    # Ones of the device's own: a number of Python's may be copied to it, which the host would wait for.
+    # new_ones, because a Python number would be copied to the device, which synchronizes.
     one_hot.index_put_((idx, matched_classes), one_hot.new_ones(len(idx)))
     one_hot = one_hot.view(class_logits.shape)
     loss = sigmoid_focal_loss(class_logits, one_hot, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
-    return loss / normalizer.num_instances
+    return loss / num_instances
 
 
 def joint_prediction_idx(pairs: list[MatchedPairs], num_maps: int) -> torch.Tensor:
-    """The matched predictions of all images, counted through the batch: (P,), P pairs in all.
+    """Return (P,) int64: the matched predictions of all images, numbered through the batch; P pairs in all.
 
     Args:
-        pairs: one per image. Those of each image stay its own, however many instances the others have.
-        num_maps: how many an image has.
+        pairs: of each image.
+        num_maps: predictions of each image.
     """
     return torch.cat([pair.prediction_idx + image * num_maps for image, pair in enumerate(pairs)])
 
 
 def matched_predictions(predictions: torch.Tensor, pairs: list[MatchedPairs], num_groups: int = 1) -> torch.Tensor:
-    """What belongs to the matched predictions of all images, one after the other.
+    """Select the matched predictions of all images.
 
-    In one selection, whose backward fills one map of zeros; image by image it fills, and copies, one for each.
+    One index_select for the batch: its backward pass fills one tensor of zeros, where a selection for each image would
+    fill one for each.
 
     Args:
         predictions: (B, G * N, ...), group-major.
-        pairs: one per image.
+        pairs: of each image.
         num_groups: G.
 
     Returns:
-        (P, G, ...), P pairs in all.
+        (P, G, ...); P pairs in all.
     """
     num_maps = predictions.shape[1]
     groups = torch.arange(num_groups, device=predictions.device) * (num_maps // num_groups)
@@ -201,20 +198,23 @@ def matched_predictions(predictions: torch.Tensor, pairs: list[MatchedPairs], nu
     return predictions.flatten(0, 1).index_select(0, idx.flatten()).unflatten(0, idx.shape)
 
 
-def normalizer_over_ranks(
+def divisors_over_ranks(
     num_instances: int, num_matched: int, device: torch.device, global_normalization: bool = False
-) -> LossNormalizer:
-    """What to divide the losses of a step by, on this rank; to be called on all ranks at once.
+) -> tuple[float, float]:
+    """Return what the losses are divided by on this rank; called on all ranks together.
 
-    The ranks' gradients are averaged. As published, instances are averaged over the ranks and matched pairs are each
-    rank's own, so that a pair weighs the more the fewer its rank has; and a mean below 1 counts as 1. With
+    Gradients are averaged over the ranks. As published, the number of instances is averaged over the ranks and matched
+    pairs are counted on each rank alone, so a pair on a rank with few pairs weighs more; means below 1 count as 1. With
     ``global_normalization`` the averaged gradients are those of one process with all the images.
 
     Args:
         num_instances: ground-truth instances of this rank.
         num_matched: matched pairs of this rank.
         device: where the ranks exchange the numbers.
-        global_normalization: see above.
+        global_normalization: use the matched pairs of all ranks.
+
+    Returns:
+        Divisor of the losses over instances, divisor of the losses over matched pairs; both positive.
     """
     num_ranks = comm.get_world_size()
     all_instances, all_matched = float(num_instances), float(num_matched)
@@ -223,10 +223,10 @@ def normalizer_over_ranks(
         torch.distributed.all_reduce(counts)
         all_instances, all_matched = counts.tolist()
     if global_normalization:
-        return LossNormalizer(max(1.0, all_instances) / num_ranks, max(1.0, all_matched) / num_ranks)
-    return LossNormalizer(max(1.0, all_instances / num_ranks), max(1.0, float(num_matched)))
+        return max(1.0, all_instances) / num_ranks, max(1.0, all_matched) / num_ranks
+    return max(1.0, all_instances / num_ranks), max(1.0, float(num_matched))
 
 
 def build_sparse_inst_criterion(cfg: CfgNode) -> nn.Module:
-    """Build the criterion that MODEL.SPARSE_INST.LOSS.NAME names."""
-    return SPARSE_INST_CRITERION_REGISTRY.get(cfg.MODEL.SPARSE_INST.LOSS.NAME)(cfg)
+    """Build the criterion named by MODEL.SPARSE_INST.LOSS.NAME."""
+    return registered(SPARSE_INST_CRITERION_REGISTRY, cfg, "MODEL.SPARSE_INST.LOSS.NAME")(cfg)

@@ -1,4 +1,7 @@
-"""The IAM decoder: instance activation maps, the vectors they pool, and the masks. Letters: see structures.py."""
+"""The IAM decoder: instance activation maps (IAMs), the vectors they pool, and the masks.
+
+Letters: sparseinst.structures.
+"""
 
 import math
 from typing import NamedTuple
@@ -11,41 +14,26 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.config import registered
+from sparseinst.modeling.sparse_inst.fused import FusedDecoder
 from sparseinst.modeling.sparse_inst.location_prior import location_prior, window_logits
+from sparseinst.ops.coordinates import append_coordinates
 from sparseinst.ops.precision import no_autocast
 
 SPARSE_INST_DECODER_REGISTRY = Registry("SPARSE_INST_DECODER")
 SPARSE_INST_DECODER_REGISTRY.__doc__ = """
-Decoders: modules called with the encoder's map (B, C, H, W); return the dict that structures.py describes. Built as
-``Name(cfg, input_shape)`` with the encoder's ShapeSpec.
+Decoders: modules called with the encoder's map (B, C, H, W); return the dict of `SparseInst.network`. Built as
+``Name(cfg, input_shape)`` with the encoder's ShapeSpec. They have ``scale_factor``, mask grid over decoder grid, and
+``num_masks``, N.
 """
 
-# Probability that a class, or a cell of an activation map, starts with.
+# Initial probability of each class and of each cell of an activation map.
 PRIOR_PROB = 0.01
 IAM_SUM_FLOOR = 1e-6
 
 
-def append_coordinates(features: torch.Tensor) -> torch.Tensor:
-    """Put two coordinate channels, x then y, before the features.
-
-    Each runs from -1 at the first to +1 at the last column or row; a single column or row is at -1.
-
-    Args:
-        features: (B, C, H, W).
-
-    Returns:
-        (B, 2 + C, H, W).
-    """
-    batch, _, height, width = features.shape
-    x = torch.linspace(-1, 1, width, dtype=features.dtype, device=features.device)
-    y = torch.linspace(-1, 1, height, dtype=features.dtype, device=features.device)
-    x = x.expand(batch, 1, height, width)
-    y = y[:, None].expand(batch, 1, height, width)
-    return torch.cat([x, y, features], dim=1)
-
-
 def normalize_iams(iam_logits: torch.Tensor, normalization: str = "sigmoid") -> torch.Tensor:
-    """Activation maps that sum to 1 (paper, section 3.2), in float32 whatever the autocast.
+    """Normalize activation maps to a sum of 1 (paper, section 3.2), in float32 under autocast too.
 
     Args:
         iam_logits: (B, R, H, W), R maps.
@@ -67,7 +55,7 @@ def normalize_iams(iam_logits: torch.Tensor, normalization: str = "sigmoid") -> 
 def pool_instances(iam_weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Sum the features, weighted by each activation map (paper, equation 1).
 
-    In float32, whatever the autocast: over a large map the weights leave float16's range.
+    Runs in float32 under autocast too, because weights of a large map leave the range of float16.
 
     Args:
         iam_weights: (B, R, H, W) float32, each map summing to 1.
@@ -81,15 +69,15 @@ def pool_instances(iam_weights: torch.Tensor, features: torch.Tensor) -> torch.T
 
 
 class InstanceBranchOutput(NamedTuple):
-    """What the instance branch predicts.
+    """Predictions of the instance branch.
 
     Attributes:
         class_logits: (B, N, K).
         mask_kernels: (B, N, D).
         objectness_logits: (B, N, 1).
         iam_logits: (B, G * N, H, W), group-major.
-        iam_weights: (B, G * N, H, W) float32, the maps that the features were pooled with; each sums to 1.
-        windows: (B, N, 2), see :func:`window_logits`; None without windows.
+        iam_weights: (B, G * N, H, W) float32, normalized maps; each sums to 1.
+        windows: (B, N, 2), see `window_logits`; None without windows.
     """
 
     class_logits: torch.Tensor
@@ -101,25 +89,25 @@ class InstanceBranchOutput(NamedTuple):
 
 
 class InstanceBranch(nn.Module):
-    """Activation maps, and what the vectors that they pool say: class, mask kernel, objectness.
+    """Predict activation maps, pool a vector with each, and predict class, mask kernel and objectness from it.
 
     Args:
-        in_channels: channels of the encoder's map, without the coordinates.
+        in_channels: channels of the encoder's map, without coordinates.
         dim: channels of the convolutions.
         num_convs: 3x3 convolutions before the maps.
         num_masks: instances, N.
         num_classes: K.
         kernel_dim: D.
-        num_groups: maps per instance, G; they are the groups of ``iam_conv`` too.
-        iam_normalization: "sigmoid" or "softmax", see :func:`normalize_iams`.
+        num_groups: maps per instance, G; also the groups of ``iam_conv``.
+        iam_normalization: "sigmoid" or "softmax", see `normalize_iams`.
         with_fc: put a linear layer and ReLU between the pooled vectors and the heads.
         norm: norm of the 3x3 convolutions, "" for none as published.
         iam_init_std: standard deviation of ``iam_conv``'s initial weights.
-        location_prior: factor of :func:`location_prior`, which is added to the logits; 0 for none as published.
-        mask_window: sharpness that the windows of :func:`window_logits` start with; 0 for none as published.
+        location_prior: factor of `location_prior`, which is added to the logits; 0 for none as published.
+        mask_window: initial sharpness of the windows of `window_logits`; 0 for none as published.
 
     Raises:
-        ValueError: ``dim`` cannot be divided by ``num_groups``; an unknown normalisation.
+        ValueError: ``dim`` is not a multiple of ``num_groups``; an unknown normalization.
     """
 
     def __init__(
@@ -142,11 +130,12 @@ class InstanceBranch(nn.Module):
         super().__init__()
         if num_groups < 1 or dim % num_groups:
             raise ValueError(
-                f"MODEL.SPARSE_INST.DECODER.INST.DIM is {dim}, which MODEL.SPARSE_INST.DECODER.GROUPS, {num_groups}, "
-                "does not divide"
+                f"MODEL.SPARSE_INST.DECODER.INST.DIM is {dim}; it must be a multiple of "
+                f"MODEL.SPARSE_INST.DECODER.GROUPS, {num_groups}"
             )
         if iam_normalization not in ("sigmoid", "softmax"):
             raise ValueError(f'iam_normalization is {iam_normalization!r}; it must be "sigmoid" or "softmax"')
+        self.num_masks = num_masks
         self.num_groups = num_groups
         self.iam_normalization = iam_normalization
         self.location_prior = location_prior
@@ -160,7 +149,7 @@ class InstanceBranch(nn.Module):
         self.objectness = nn.Linear(vector_dim, 1)
         self.mask_window = nn.Linear(vector_dim, 2) if mask_window > 0 else None
         if iam_normalization == "softmax":
-            # The softmax cancels it; it exists because the released checkpoints hold it.
+            # Published checkpoints hold it, although the softmax cancels it.
             self.softmax_bias = nn.Parameter(torch.ones(1))
 
         prior_bias = -math.log((1 - PRIOR_PROB) / PRIOR_PROB)
@@ -189,17 +178,16 @@ class InstanceBranch(nn.Module):
         return self.predict(self.inst_convs(features))
 
     def predict(self, features: torch.Tensor) -> InstanceBranchOutput:
-        """What follows the 3x3 convolutions, whose output (B, dim, H, W) is given."""
+        """Predict from the output (B, dim, H, W) of the 3x3 convolutions."""
         iam_logits = self.iam_conv(features)
         if self.iam_normalization == "softmax":
             iam_logits = iam_logits + self.softmax_bias
         if self.location_prior > 0:
-            num_masks = iam_logits.shape[1] // self.num_groups
-            prior = location_prior(num_masks, *iam_logits.shape[-2:], device=iam_logits.device)
+            prior = location_prior(self.num_masks, *iam_logits.shape[-2:], device=iam_logits.device)
             iam_logits = iam_logits + self.location_prior * prior.repeat(self.num_groups, 1, 1)
         iam_weights = normalize_iams(iam_logits, self.iam_normalization)
         vectors = pool_instances(iam_weights, features)
-        # Map g * N + n is group g of instance n; an instance's vectors are joined in group order.
+        # Map g * N + n is group g of instance n; the vectors of an instance are concatenated in group order.
         vectors = vectors.unflatten(1, (self.num_groups, -1)).transpose(1, 2).flatten(2)
         if self.fc is not None:
             vectors = F.relu(self.fc(vectors))
@@ -218,10 +206,10 @@ class InstanceBranch(nn.Module):
 
 
 class MaskBranch(nn.Module):
-    """Mask features, which the mask kernels are multiplied with.
+    """Compute mask features, which are multiplied with the mask kernels.
 
     Args:
-        in_channels: channels of the encoder's map, without the coordinates.
+        in_channels: channels of the encoder's map, without coordinates.
         dim: channels of the convolutions.
         num_convs: 3x3 convolutions.
         kernel_dim: D.
@@ -237,7 +225,7 @@ class MaskBranch(nn.Module):
         c2_msra_fill(self.projection)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, 2 + C, H, W), coordinates first, to mask features (B, D, H, W)."""
+        """Return mask features (B, D, H, W) of a map (B, 2 + C, H, W) with coordinates first."""
         return self.projection(self.mask_convs(features))
 
 
@@ -249,7 +237,6 @@ class BaseIAMDecoder(nn.Module):
         inst_branch: instance branch.
         mask_branch: mask branch, of the same kernel dimension.
         scale_factor: mask grid over decoder grid.
-        output_iam: return ``pred_iam`` too.
     """
 
     @configurable
@@ -259,13 +246,11 @@ class BaseIAMDecoder(nn.Module):
         inst_branch: InstanceBranch,
         mask_branch: MaskBranch,
         scale_factor: float = 2.0,
-        output_iam: bool = False,
     ) -> None:
         super().__init__()
         self.inst_branch = inst_branch
         self.mask_branch = mask_branch
         self.scale_factor = scale_factor
-        self.output_iam = output_iam
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
@@ -292,21 +277,27 @@ class BaseIAMDecoder(nn.Module):
                 norm=decoder.NORM,
             ),
             "scale_factor": decoder.SCALE_FACTOR,
-            "output_iam": decoder.OUTPUT_IAM,
         }
 
     @staticmethod
     def instance_branch_variant(cfg: CfgNode) -> dict:
-        """Arguments of InstanceBranch that make the registered decoders differ."""
+        """Return the arguments of InstanceBranch that distinguish the registered decoders."""
         return {}
 
-    def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Decode the encoder's map (B, C, H, W) into the dict that structures.py describes."""
-        features = append_coordinates(features)
-        return self.combine(self.inst_branch(features), self.mask_branch(features))
+    @property
+    def num_masks(self) -> int:
+        """Predictions for each image, N."""
+        return self.inst_branch.num_masks
 
-    def combine(self, instances: InstanceBranchOutput, mask_features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What both branches gave, mask features (B, D, H, W), as the decoder's dict."""
+    def forward(self, features: torch.Tensor, with_iams: bool = False) -> dict[str, torch.Tensor]:
+        """Decode the encoder's map (B, C, H, W) into the dict of `SparseInst.network`, with ``pred_iam`` if asked."""
+        features = append_coordinates(features)
+        return self.combine(self.inst_branch(features), self.mask_branch(features), with_iams)
+
+    def combine(
+        self, instances: InstanceBranchOutput, mask_features: torch.Tensor, with_iams: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Combine the outputs of both branches, mask features (B, D, H, W), into the decoder's dict."""
         mask_logits = torch.bmm(instances.mask_kernels, mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
         if instances.windows is not None:
             mask_logits = mask_logits + window_logits(instances.windows, instances.iam_weights)
@@ -317,9 +308,16 @@ class BaseIAMDecoder(nn.Module):
         }
         if self.training:
             outputs["iam_weights"] = instances.iam_weights
-        if self.output_iam:
+        if with_iams:
             outputs["pred_iam"] = self._to_mask_grid(instances.iam_logits)
         return outputs
+
+    def fuse(self) -> nn.Module:
+        """Return an equal, cheaper module for inference, or this one where a norm or a subclass prevents it."""
+        if type(self) not in (BaseIAMDecoder, GroupIAMDecoder, GroupIAMSoftDecoder):
+            return self
+        convs = self.inst_branch.inst_convs[0], self.mask_branch.mask_convs[0]
+        return self if any(conv.norm is not None for conv in convs) else FusedDecoder(self)
 
     def _to_mask_grid(self, maps: torch.Tensor) -> torch.Tensor:
         return F.interpolate(maps, scale_factor=self.scale_factor, mode="bilinear", align_corners=False)
@@ -327,7 +325,7 @@ class BaseIAMDecoder(nn.Module):
 
 @SPARSE_INST_DECODER_REGISTRY.register()
 class GroupIAMDecoder(BaseIAMDecoder):
-    """DECODER.GROUPS activation maps per instance, whose vectors are joined (paper, section 3.2)."""
+    """DECODER.GROUPS activation maps per instance, whose vectors are concatenated (paper, section 3.2)."""
 
     @staticmethod
     def instance_branch_variant(cfg: CfgNode) -> dict:
@@ -336,7 +334,7 @@ class GroupIAMDecoder(BaseIAMDecoder):
 
 @SPARSE_INST_DECODER_REGISTRY.register()
 class GroupIAMSoftDecoder(GroupIAMDecoder):
-    """As GroupIAMDecoder, with a softmax over the map in place of the sigmoid and its sum."""
+    """A GroupIAMDecoder that normalizes each map by a softmax in place of a sigmoid and its sum."""
 
     @staticmethod
     def instance_branch_variant(cfg: CfgNode) -> dict:
@@ -358,5 +356,5 @@ def _conv_stack(in_channels: int, dim: int, num_convs: int, norm: str) -> nn.Seq
 
 
 def build_sparse_inst_decoder(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
-    """Build the decoder that MODEL.SPARSE_INST.DECODER.NAME names."""
-    return SPARSE_INST_DECODER_REGISTRY.get(cfg.MODEL.SPARSE_INST.DECODER.NAME)(cfg, input_shape)
+    """Build the decoder named by MODEL.SPARSE_INST.DECODER.NAME."""
+    return registered(SPARSE_INST_DECODER_REGISTRY, cfg, "MODEL.SPARSE_INST.DECODER.NAME")(cfg, input_shape)

@@ -1,4 +1,4 @@
-"""The feature encoder between backbone and decoder. Letters: see structures.py."""
+"""The feature encoder between backbone and decoder. Letters: sparseinst.structures."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,22 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.config import registered
+from sparseinst.modeling.sparse_inst.fused import FusedEncoder
+from sparseinst.ops.pooling import AdaptiveAveragePool
+
 SPARSE_INST_ENCODER_REGISTRY = Registry("SPARSE_INST_ENCODER")
 SPARSE_INST_ENCODER_REGISTRY.__doc__ = """
 Encoders: modules called with the backbone's dict of feature maps; return one map (B, C, H, W). Built as
-``Name(cfg, input_shape)`` with the backbone's ShapeSpecs by name; have ``output_shape()``, a ShapeSpec.
+``Name(cfg, input_shape)`` with the backbone's ShapeSpecs by name; have ``output_shape()``, a ShapeSpec with
+channels and stride.
 """
 
 POOL_SIZES = (1, 2, 3, 6)
 
 
 class PyramidPooling(nn.Module):
-    """Context of the whole map: adaptive average pooling to four sizes, beside the map itself.
+    """Add context of the whole map: adaptive average pooling to four sizes, concatenated with the map.
 
     Args:
         channels: channels of input and output.
@@ -30,12 +35,12 @@ class PyramidPooling(nn.Module):
         super().__init__()
         branch_channels = channels // 4
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Conv2d(channels, branch_channels, 1)) for size in POOL_SIZES
+            nn.Sequential(AdaptiveAveragePool(size), nn.Conv2d(channels, branch_channels, 1)) for size in POOL_SIZES
         )
         self.bottleneck = nn.Conv2d(channels + len(POOL_SIZES) * branch_channels, channels, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) to the same shape."""
+        """Return a map of the shape (B, C, h, w) of the input."""
         size = features.shape[-2:]
         branches = [
             F.interpolate(F.relu(stage(features)), size=size, mode="bilinear", align_corners=False)
@@ -46,7 +51,7 @@ class PyramidPooling(nn.Module):
 
 @SPARSE_INST_ENCODER_REGISTRY.register()
 class InstanceContextEncoder(nn.Module):
-    """Fuses two to four backbone levels, with pooled context, into one map at the finest level's grid.
+    """Fuse two to four backbone levels, with pooled context, into one map on the finest level's grid.
 
     Paper, section 3.3 and figure 3.
 
@@ -54,12 +59,12 @@ class InstanceContextEncoder(nn.Module):
         input_shape: the backbone's ShapeSpecs by feature name; channels are read, strides where they are known.
         in_features: names of the levels, finest first.
         num_channels: width of the encoder, C.
-        norm: norm of laterals, outputs and fusion, "" for none as published; pyramid pooling has none, since a norm
-            over its maps of one pixel says nothing.
+        norm: norm of laterals, outputs and fusion, "" for none as published; pyramid pooling has none, because a norm
+            over its maps of one pixel is meaningless.
 
     Raises:
-        ValueError: a feature that the backbone does not give; levels that are not two to four, or not finest first;
-            a width that cannot be divided by 4.
+        ValueError: a feature that the backbone does not have; levels that are not two to four, or not finest first;
+            a width that is not a multiple of 4.
     """
 
     @configurable
@@ -82,7 +87,7 @@ class InstanceContextEncoder(nn.Module):
         self.num_channels = num_channels
         self.stride = input_shape[self.in_features[0]].stride
 
-        # The published checkpoints count both lists from the deepest level.
+        # Published checkpoints number both lists from the deepest level.
         deepest_first = [input_shape[name].channels for name in reversed(self.in_features)]
         self.fpn_laterals = nn.ModuleList(_conv(channels, num_channels, 1, norm) for channels in deepest_first)
         self.fpn_outputs = nn.ModuleList(_conv(num_channels, num_channels, 3, norm) for _ in deepest_first)
@@ -104,31 +109,36 @@ class InstanceContextEncoder(nn.Module):
         }
 
     def output_shape(self) -> ShapeSpec:
-        """Channels and stride of the output."""
+        """Return channels and stride of the output."""
         return ShapeSpec(channels=self.num_channels, stride=self.stride)
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """Fuse the levels.
 
         Args:
-            features: the backbone's output; ``in_features`` are read, each (B, channels of the level, h, w).
+            features: the backbone's output; reads ``in_features``, each (B, channels of the level, h, w).
 
         Returns:
-            (B, C, H, W), the grid of the first of ``in_features``.
+            (B, C, H, W) on the grid of the first of ``in_features``.
         """
         deepest_first = [features[name] for name in reversed(self.in_features)]
         top_down = self.ppm(self.fpn_laterals[0](deepest_first[0]))
         levels = [self.fpn_outputs[0](top_down)]
         for feature, lateral, output in zip(deepest_first[1:], self.fpn_laterals[1:], self.fpn_outputs[1:]):
-            # Resizing to the level's own size, not by 2: levels of any stride, and of odd sizes, fit.
+            # Resized to the level's own size, so that levels of any stride and of odd sizes fit.
             top_down = lateral(feature) + F.interpolate(top_down, size=feature.shape[-2:], mode="nearest")
             levels.append(output(top_down))
+        # The finest level needs no resizing; comparing sizes would bind an exported graph to its example.
         size = levels[-1].shape[-2:]
-        finest_first = [
-            level if level.shape[-2:] == size else F.interpolate(level, size=size, mode="bilinear", align_corners=False)
-            for level in reversed(levels)
-        ]
-        return self.fusion(torch.cat(finest_first, dim=1))
+        coarser = [F.interpolate(level, size=size, mode="bilinear", align_corners=False) for level in levels[-2::-1]]
+        return self.fusion(torch.cat([levels[-1], *coarser], dim=1))
+
+    def fuse(self) -> nn.Module:
+        """Return an equal, cheaper module for inference, or this one where a norm or a subclass prevents it."""
+        if type(self) is not InstanceContextEncoder:
+            return self
+        convs = (*self.fpn_outputs, self.fusion)
+        return self if any(conv.norm is not None for conv in convs) else FusedEncoder(self)
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> Conv2d:
@@ -146,12 +156,12 @@ def _check_levels(input_shape: dict[str, ShapeSpec], in_features: Sequence[str])
     missing = [name for name in in_features if name not in input_shape]
     if missing:
         raise ValueError(
-            f"MODEL.SPARSE_INST.ENCODER.IN_FEATURES names {missing}, but the backbone gives {list(input_shape)}. Set "
-            "it to some of these, or have the backbone give more: MODEL.RESNETS.OUT_FEATURES for ResNets, the "
-            "OUT_FEATURES of MODEL.BACKBONE.NAME's own section for others"
+            f"MODEL.SPARSE_INST.ENCODER.IN_FEATURES has {missing}, but the backbone returns {list(input_shape)}. Set "
+            "IN_FEATURES to some of these, or have the backbone return more: MODEL.RESNETS.OUT_FEATURES for ResNets, "
+            "the OUT_FEATURES of its own section for other backbones"
         )
     if not 2 <= len(in_features) <= 4:
-        raise ValueError(f"MODEL.SPARSE_INST.ENCODER.IN_FEATURES is {list(in_features)}: two to four levels are needed")
+        raise ValueError(f"MODEL.SPARSE_INST.ENCODER.IN_FEATURES is {list(in_features)}; expected two to four levels")
     strides = [input_shape[name].stride for name in in_features]
     if None not in strides and strides != sorted(strides):
         raise ValueError(
@@ -161,5 +171,5 @@ def _check_levels(input_shape: dict[str, ShapeSpec], in_features: Sequence[str])
 
 
 def build_sparse_inst_encoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
-    """Build the encoder that MODEL.SPARSE_INST.ENCODER.NAME names."""
-    return SPARSE_INST_ENCODER_REGISTRY.get(cfg.MODEL.SPARSE_INST.ENCODER.NAME)(cfg, input_shape)
+    """Build the encoder named by MODEL.SPARSE_INST.ENCODER.NAME."""
+    return registered(SPARSE_INST_ENCODER_REGISTRY, cfg, "MODEL.SPARSE_INST.ENCODER.NAME")(cfg, input_shape)

@@ -1,18 +1,19 @@
-"""Places for instances: activation maps and masks that are tied to one (options; not in the paper).
+"""Options that tie activation maps and masks to a location (not in the paper).
 
-Instances stand on a grid over the picture, about as many rows as columns, and distances are in its cells. Letters: see
-structures.py.
+Instances stand on a grid over the image with about as many rows as columns; distances are in cells of that grid.
+Letters: sparseinst.structures.
 """
 
 import math
 
 import torch
 
+from sparseinst.ops.coordinates import relative_centers
 from sparseinst.ops.precision import no_autocast
 
 
-def grid_of_places(num_masks: int) -> tuple[int, int]:
-    """Rows and columns of the grid that instances stand on: about as many of each, with a cell for every instance."""
+def location_grid(num_masks: int) -> tuple[int, int]:
+    """Return rows and columns of a nearly square grid with a cell for every instance."""
     rows = max(1, round(math.sqrt(num_masks)))
     return rows, math.ceil(num_masks / rows)
 
@@ -20,49 +21,40 @@ def grid_of_places(num_masks: int) -> tuple[int, int]:
 def cell_coordinates(
     num_masks: int, height: int, width: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a map's pixels lie on the grid of places, in its cells.
+    """Return y (height,) and x (width,) of a map's pixel centers in cells of the grid, float32.
 
     Args:
         num_masks: N.
-        height, width: of the maps.
-
-    Returns:
-        y (height,) and x (width,) of the pixels' centres, float32.
+        height, width: of the map.
     """
-    rows, columns = grid_of_places(num_masks)
-    y = (torch.arange(height, device=device) + 0.5) * rows / height
-    x = (torch.arange(width, device=device) + 0.5) * columns / width
-    return y, x
+    rows, columns = location_grid(num_masks)
+    return relative_centers(height, device) * rows, relative_centers(width, device) * columns
 
 
 def location_prior(num_masks: int, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """Logits that fall with the squared distance from each instance's place on a grid over the picture.
-
-    Not in the paper.
+    """Return logits that fall with the squared distance from each instance's cell.
 
     Args:
         num_masks: N.
         height, width: of the maps.
 
     Returns:
-        (N, height, width) float32, not positive: minus the squared distance, in cells of the grid.
+        (N, height, width) float32, not positive: minus the squared distance in cells.
     """
-    _, columns = grid_of_places(num_masks)
+    _, columns = location_grid(num_masks)
     index = torch.arange(num_masks, device=device)
-    place_y, place_x = index // columns + 0.5, index % columns + 0.5
+    cell_y, cell_x = index // columns + 0.5, index % columns + 0.5
     y, x = cell_coordinates(num_masks, height, width, device)
-    distance_y, distance_x = y - place_y[:, None], x - place_x[:, None]
+    distance_y, distance_x = y - cell_y[:, None], x - cell_x[:, None]
     return -(distance_y.square()[:, :, None] + distance_x.square()[:, None, :])
 
 
 def window_logits(windows: torch.Tensor, iam_weights: torch.Tensor) -> torch.Tensor:
-    """Mask logits that fall with the squared distance from the place that an instance's activation maps lie at.
-
-    Not in the paper. The place is the centre of mass of the instance's maps; distances are in cells of the grid of
-    :func:`location_prior`.
+    """Return mask logits that fall with the squared distance from the center of mass of an instance's maps.
 
     Args:
-        windows: (B, N, 2), sharpness and bias of each instance: the logits are bias - sharpness * distance ** 2.
+        windows: (B, N, 2), sharpness and bias of each instance: logits are bias - sharpness * distance ** 2, with the
+            distance in cells.
         iam_weights: (B, G * N, H, W) float32, group-major, each map summing to 1.
 
     Returns:
@@ -70,8 +62,7 @@ def window_logits(windows: torch.Tensor, iam_weights: torch.Tensor) -> torch.Ten
     """
     with no_autocast(windows.device):
         num_masks = windows.shape[1]
-        height, width = iam_weights.shape[-2:]
-        y, x = cell_coordinates(num_masks, height, width, windows.device)
+        y, x = cell_coordinates(num_masks, *iam_weights.shape[-2:], windows.device)
         maps = iam_weights.unflatten(1, (-1, num_masks)).mean(1)
         center_y, center_x = maps.sum(3) @ y, maps.sum(2) @ x
         sharpness, bias = windows.float()[..., None].unbind(2)

@@ -1,4 +1,6 @@
-"""Bipartite matching of predictions and ground truth. Letters: see structures.py."""
+"""Bipartite matching of predictions and ground truth. Letters: sparseinst.structures."""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -6,18 +8,31 @@ from detectron2.config import CfgNode, configurable
 from detectron2.utils.registry import Registry
 from scipy.optimize import linear_sum_assignment
 
+from sparseinst.config import registered
 from sparseinst.ops.losses import masks_on_grid, pairwise_dice_score
 from sparseinst.ops.precision import no_autocast
-from sparseinst.structures.targets import InstanceTargets, MatchedPairs
+from sparseinst.structures.targets import InstanceTargets
 
 SPARSE_INST_MATCHER_REGISTRY = Registry("SPARSE_INST_MATCHER")
 SPARSE_INST_MATCHER_REGISTRY.__doc__ = """
-Matchers: called as ``matcher(outputs, targets)`` with the decoder's dict, of half precision under autocast, and one
-InstanceTargets per image; return one MatchedPairs per image. Built as ``Name(cfg)``.
+Matchers: called as ``matcher(outputs, targets)`` with the decoder's dict, in half precision under autocast, and one
+InstanceTargets for each image; return one MatchedPairs for each image. Built as ``Name(cfg)``.
 """
 
-# In place of a score that is not finite; more than the scores, at most 1, of all instances of an image together.
+# Replaces scores that are NaN or Inf; larger than the sum of all scores of an image, each of which is at most 1.
 NOT_FINITE_SCORE = 1e6
+
+
+class MatchedPairs(NamedTuple):
+    """One-to-one assignment of one image: prediction ``prediction_idx[i]`` is matched with instance ``gt_idx[i]``.
+
+    Attributes:
+        prediction_idx: (min(N, M),) int64, in [0, N), ascending.
+        gt_idx: (min(N, M),) int64, in [0, M).
+    """
+
+    prediction_idx: torch.Tensor
+    gt_idx: torch.Tensor
 
 
 def matching_scores(
@@ -29,10 +44,11 @@ def matching_scores(
     iam_weights: torch.Tensor | None = None,
     gamma: float = 0.0,
 ) -> torch.Tensor:
-    """Score of every prediction for every instance of one image: p(class)^beta * DICE^alpha (paper, equation 4).
+    """Score every prediction against every instance of one image: p(class)^beta * DICE^alpha (paper, equation 4).
 
-    The paper ties the exponents (beta = 1 - alpha); the published code does not. Not in either: with ``iam_weights``
-    the score is multiplied by the share of the prediction's activation maps inside the instance, to the power gamma.
+    The paper ties the exponents (beta = 1 - alpha); the published code does not. An option of ours: with
+    ``iam_weights`` the score is multiplied by the share of the prediction's activation maps inside the instance, to the
+    power gamma.
 
     Args:
         class_logits: (N, K).
@@ -52,7 +68,7 @@ def matching_scores(
         scores = class_probs**beta * dice**alpha
         if iam_weights is not None:
             gt_masks = masks_on_grid(targets.gt_masks, iam_weights.shape[-2:]).flatten(1)
-            # The mean over the groups after the product: before it, all maps would be copied.
+            # The mean over groups comes after the product, because before it all maps would be copied.
             inside = gt_masks @ iam_weights.float().flatten(1).T
             inside = inside.unflatten(1, (-1, len(class_logits))).mean(1).T
             scores = scores * inside.clamp(0, 1) ** gamma
@@ -61,13 +77,13 @@ def matching_scores(
 
 @SPARSE_INST_MATCHER_REGISTRY.register()
 class SparseInstMatcher:
-    """One-to-one assignment of largest total score, image by image, in float32.
+    """Assign predictions to instances one to one with the largest total score, image by image, in float32.
 
     Args:
         alpha: exponent of the DICE score (MATCHER.ALPHA).
         beta: exponent of the class probability (MATCHER.BETA).
-        gamma: exponent of the share of the activation maps inside the instance (MATCHER.GAMMA); 0, as published: the
-            maps are not looked at.
+        gamma: exponent of the share of the activation maps inside the instance (MATCHER.GAMMA); 0, as published, does
+            not use the maps.
     """
 
     @configurable
@@ -88,11 +104,11 @@ class SparseInstMatcher:
         Args:
             outputs: the decoder's dict; ``pred_logits`` (B, N, K), ``pred_masks`` (B, N, Hm, Wm) and, with gamma,
                 ``iam_weights`` (B, G * N, H, W) are read.
-            targets: ground truth, one per image.
+            targets: ground truth of each image.
 
         Returns:
-            One per image, min(N, M) pairs each, on the outputs' device. Predictions whose score is not finite are
-            matched before all others, so that a loss tells of them.
+            min(N, M) pairs for each image, on the outputs' device. Predictions whose score is NaN or Inf are matched
+            first, so that they reach a loss.
         """
         iam_weights = outputs["iam_weights"] if self.gamma > 0 else [None] * len(targets)
         scores = [
@@ -105,22 +121,22 @@ class SparseInstMatcher:
 
     @staticmethod
     def assign(scores: list[torch.Tensor]) -> list[MatchedPairs]:
-        """The assignment of each image's scores (N, M); pairs are on the scores' device."""
-        # One copy to the host for the whole batch: every copy waits for the device.
+        """Assign each image's scores (N, M); the pairs are on the scores' device."""
+        # One copy to the host for the whole batch, because every copy synchronizes.
         shapes = [tuple(score.shape) for score in scores]
         flat = torch.cat([score.flatten() for score in scores]).cpu()
-        # The assignment needs numbers. One process of several must not stop in the middle of a step either, where the
-        # others wait for it: the losses, which are not finite then, are what all of them look at.
+        # linear_sum_assignment refuses NaN. An error in one of several processes would block the others; the NaN
+        # reaches the losses, which all processes check together.
         flat = flat.nan_to_num(NOT_FINITE_SCORE, NOT_FINITE_SCORE, NOT_FINITE_SCORE)
         indices = [
             np.stack(linear_sum_assignment(score.view(rows, columns).numpy(), maximize=True))
             for (rows, columns), score in zip(shapes, flat.split([rows * columns for rows, columns in shapes]))
         ]
-        # And one copy back, which waits for nothing.
+        # One copy back, which does not synchronize.
         joint = torch.from_numpy(np.concatenate(indices, axis=1)).to(scores[0].device, torch.int64, non_blocking=True)
         return [MatchedPairs(*pairs) for pairs in joint.split([part.shape[1] for part in indices], dim=1)]
 
 
 def build_sparse_inst_matcher(cfg: CfgNode):
-    """Build the matcher that MODEL.SPARSE_INST.MATCHER.NAME names."""
-    return SPARSE_INST_MATCHER_REGISTRY.get(cfg.MODEL.SPARSE_INST.MATCHER.NAME)(cfg)
+    """Build the matcher named by MODEL.SPARSE_INST.MATCHER.NAME."""
+    return registered(SPARSE_INST_MATCHER_REGISTRY, cfg, "MODEL.SPARSE_INST.MATCHER.NAME")(cfg)

@@ -1,53 +1,63 @@
-"""The meta-architecture: Detectron2's structures in, Detectron2's structures out. Letters: see structures.py."""
+"""The meta-architecture SparseInst. Letters: sparseinst.structures."""
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
-from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks, polygons_to_bitmask
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.modeling.auxiliary import build_backbone
+from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions
+from sparseinst.modeling.sparse_inst import config
 from sparseinst.modeling.sparse_inst.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.sparse_inst.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.sparse_inst.encoder import build_sparse_inst_encoder
 from sparseinst.modeling.sparse_inst.example_outputs import draw_outputs
-from sparseinst.modeling.sparse_inst.postprocessing import MASK_FORMATS, MaskMemoryError, detect
+from sparseinst.modeling.sparse_inst.postprocessing import detect
+from sparseinst.modeling.sparse_inst.target_check import target_check
 from sparseinst.ops.losses import masks_on_grid
+from sparseinst.ops.mask_output import MaskMemoryError
+from sparseinst.structures.gt_masks import gt_masks_tensor
+from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.structures.rle_masks import RLEMasks
-from sparseinst.structures.targets import InstanceTargets, LossNormalizer
+from sparseinst.structures.targets import InstanceTargets
 
-# The input is padded to a multiple of this, whatever the backbone: the published checkpoints were trained so.
+# Published checkpoints were trained on input padded to a multiple of this, whatever the backbone.
 SIZE_DIVISIBILITY = 32
-# Whole masks are reduced in parts of about so many pixels, of which each takes four bytes.
+# Pixels of whole masks that are reduced at once, four bytes each.
 PIXELS_AT_ONCE = 2**21
 
 
 @META_ARCH_REGISTRY.register()
-class SparseInst(nn.Module):
+class SparseInst(InstanceSegmenter):
     """Real-time instance segmentation by sparse instance activation (CVPR 2022, arXiv 2203.12827).
 
     Args:
-        backbone: gives the encoder's features.
+        backbone: computes the encoder's features.
         encoder: fuses them into one map.
         decoder: predicts the instances.
         criterion: computes the losses.
         pixel_mean: per channel, subtracted from the image, in [0, 255].
-        pixel_std: per channel, the image is divided by it.
-        cls_threshold: predictions with a score above this are kept; before rescoring.
+        pixel_std: per channel, divides the image.
+        cls_threshold: predictions with a score above this are kept, before rescoring.
         mask_threshold: a pixel belongs to a mask where its probability is above this.
-        max_detections: most instances per image.
+        max_detections: most instances for each image.
         mask_nms_threshold: IoU above which the worse of two masks of a class is dropped; 0: off.
-        output_mask_format: "bitmask": boolean masks; "rle": RLEMasks, each made, encoded and freed on its own.
-        max_mask_gib: most memory that the boolean masks of one image may take, in GiB.
         antialiased_targets: see :meth:`prepare_targets`.
-
-    Raises:
-        ValueError: another mask format.
+        output: how predictions are returned.
     """
+
+    num_classes_key: ClassVar[str] = config.NUM_CLASSES_KEY
+    max_instances_key: ClassVar[str] = config.MAX_INSTANCES_KEY
+    max_detections_key: ClassVar[str] = config.MAX_DETECTIONS_KEY
+    mask_nms_key: ClassVar[str] = config.MASK_NMS_KEY
+    activation_maps_key: ClassVar[str] = config.ACTIVATION_MAPS_KEY
+    lossless_targets_key: ClassVar[str] = config.LOSSLESS_TARGETS_KEY
 
     @configurable
     def __init__(
@@ -63,38 +73,26 @@ class SparseInst(nn.Module):
         mask_threshold: float = 0.45,
         max_detections: int = 100,
         mask_nms_threshold: float = 0.0,
-        output_mask_format: str = "bitmask",
-        max_mask_gib: float = 4.0,
         antialiased_targets: bool = False,
+        output: OutputOptions | None = None,
     ) -> None:
-        super().__init__()
-        if output_mask_format not in MASK_FORMATS:
-            raise ValueError(
-                f"MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT is {output_mask_format!r}; it must be one of "
-                f"{', '.join(MASK_FORMATS)}"
-            )
+        super().__init__(pixel_mean=pixel_mean, pixel_std=pixel_std, size_divisibility=SIZE_DIVISIBILITY, output=output)
         self.backbone = backbone
         self.encoder = encoder
         self.decoder = decoder
         self.criterion = criterion
-        # Not persistent: the published checkpoints do not hold them.
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.cls_threshold = cls_threshold
         self.mask_threshold = mask_threshold
         self.max_detections = max_detections
         self.mask_nms_threshold = mask_nms_threshold
-        self.output_mask_format = output_mask_format
-        self.max_mask_gib = max_mask_gib
         self.antialiased_targets = antialiased_targets
-        # What runs in place of plain_network where something is learned; see sparseinst.engine.recompute.
-        self.training_network: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         if not cfg.MODEL.MASK_ON:
             raise ValueError("MODEL.MASK_ON is False: SparseInst predicts masks and nothing else; set it to True")
-        backbone = _build_backbone(cfg)
+        config.check_sparse_inst_keys(cfg)
+        backbone = build_backbone(cfg)
         encoder = build_sparse_inst_encoder(cfg, backbone.output_shape())
         sparse_inst = cfg.MODEL.SPARSE_INST
         return {
@@ -108,112 +106,70 @@ class SparseInst(nn.Module):
             "mask_threshold": sparse_inst.MASK_THRESHOLD,
             "max_detections": sparse_inst.MAX_DETECTIONS,
             "mask_nms_threshold": sparse_inst.MASK_NMS_THRESHOLD,
-            "output_mask_format": sparse_inst.OUTPUT_MASK_FORMAT,
-            "max_mask_gib": sparse_inst.MAX_MASK_GIB,
             "antialiased_targets": sparse_inst.ANTIALIASED_TARGETS,
+            "output": OutputOptions.from_config(cfg, with_maps=sparse_inst.DECODER.OUTPUT_IAM),
         }
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model's tensors are, and images are moved to."""
-        return self.pixel_mean.device
-
-    @contextlib.contextmanager
-    def output_as(self, *, mask_format=None, with_maps=None):
-        yield
-
-    def forward(
-        self, batched_inputs: list[dict], normalizer: LossNormalizer | None = None
-    ) -> dict[str, torch.Tensor] | list[dict]:
-        """Losses in training mode, predictions otherwise.
-
-        Args:
-            batched_inputs: one dict per image, as Detectron2's DatasetMapper makes them. ``image``: (3, h, w) in
-                [0, 255], channels as INPUT.FORMAT has them. ``height``, ``width``: output size, the image's own where
-                absent. In training, ``instances`` with ``gt_classes`` (M,) and ``gt_masks``: PolygonMasks,
-                BitMasks or a tensor (M, h, w); it may be absent where M is 0.
-            normalizer: in training, what the losses are divided by where the batch is a part of a larger one.
-
-        Returns:
-            In training a dict of weighted losses. Otherwise one dict per image, ``instances``: Instances of the output
-            size with ``pred_boxes`` (tight boxes of the masks), ``pred_masks`` (n, height, width) bool, ``scores`` and
-            ``pred_classes``, sorted by score; where the decoder gives the activation maps also ``pred_iams``
-            (n, G, ., .), their raw logits over the image. ``pred_masks`` are RLEMasks where ``output_mask_format`` says
-            "rle".
-
-        Raises:
-            MaskMemoryError: the boolean masks of an image would take more than ``max_mask_gib``.
-        """
-        images = self.preprocess(batched_inputs)
-        outputs = self.network(images.tensor)
-        if self.training:
-            targets = self.prepare_targets(batched_inputs, images, outputs["pred_masks"].shape[-2:])
-            return self.criterion(outputs, targets, *([] if normalizer is None else [normalizer]))
-        return self.postprocess(outputs, batched_inputs, images)
-
-    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise the images, then pad them with zeros, right and bottom, to one size."""
-        images = [
-            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in batched_inputs
-        ]
-        # Of Detectron2's Swin alone, without an FPN around it, the property raises an AttributeError.
-        divisibility = math.lcm(SIZE_DIVISIBILITY, getattr(self.backbone, "size_divisibility", 0) or 1)
-        constraints = {**self.backbone.padding_constraints, "size_divisibility": divisibility}
-        return ImageList.from_tensors(images, padding_constraints=constraints)
-
-    # Until all callers use the new name.
-    preprocess_image = preprocess
+    @classmethod
+    def target_check(cls, cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
+        """Return a function that tells whether the mask grid keeps an object; see the base class."""
+        return target_check(cfg)
 
     def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Normalised, padded images (B, 3, ., .) to the decoder's dict."""
-        if self.training and torch.is_grad_enabled() and self.training_network is not None:
-            return self.training_network(images)
-        return self.plain_network(images)
+        """Run backbone, encoder and decoder.
 
-    def plain_network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As :meth:`network`, whatever a training has chosen."""
-        return self.decoder(self.encoder(self.backbone(images)))
+        Args:
+            images: (B, 3, h, w), normalized and padded.
 
-    def prepare_targets(
-        self, batched_inputs: list[dict], images: ImageList, mask_size: Sequence[int]
-    ) -> list[InstanceTargets]:
-        """Ground truth on the mask grid: padded as the images are, then reduced.
-
-        As published bilinearly, which looks at the two pixels on either side of a cell's centre; antialiased: to the
-        share of each cell that the instance covers.
+        Returns:
+            The published dict: ``pred_logits`` (B, N, K) class logits, ``pred_masks`` (B, N, Hm, Wm) mask logits,
+            ``pred_scores`` (B, N, 1) objectness logits. With ``output.with_maps`` also ``pred_iam``
+            (B, G * N, Hm, Wm), raw logits of the activation maps, group-major. In training also ``iam_weights``
+            (B, G * N, H, W), the normalized activation maps, each summing to 1.
         """
-        padded_size, mask_size = tuple(images.tensor.shape[-2:]), tuple(mask_size)
+        features = self.encoder(self.backbone(images))
+        # The second argument only where it is needed, because a user's decoder may not take it.
+        return self.decoder(features, with_iams=True) if self.output.with_maps else self.decoder(features)
+
+    def prepare_targets(self, batched_inputs: list[dict], images: ImageList) -> list[InstanceTargets]:
+        """Pad the ground truth as the images are padded, then reduce it to the mask grid.
+
+        As published the reduction is bilinear, which reads the two pixels on either side of a cell's center. With
+        ``antialiased_targets`` it is the share of each cell that the instance covers.
+        """
+        padded_size = tuple(images.tensor.shape[-2:])
+        mask_size = self._mask_size(padded_size)
         targets = []
         for x in batched_inputs:
             instances = x["instances"]
             masks = self._reduce_masks(instances, padded_size, mask_size)
-            # Nothing here waits for the device, which is busy with the network.
+            # Non-blocking copies let the device run ahead.
             targets.append(InstanceTargets(instances.gt_classes.to(self.device, non_blocking=True), masks))
         return targets
 
-    def _reduce_masks(
-        self, instances: Instances, padded_size: tuple[int, int], mask_size: tuple[int, int]
-    ) -> torch.Tensor:
-        """Whole masks of any type to (M, *mask_size), a few at a time."""
-        height, width = instances.image_size
-        reduced = torch.empty((len(instances), *mask_size), device=self.device)
-        at_once = max(1, PIXELS_AT_ONCE // math.prod(padded_size))
-        for start in range(0, len(instances), at_once):
-            part = slice(start, start + at_once)
-            masks = gt_masks_tensor(instances[part]).to(self.device, non_blocking=True)
-            padded = torch.zeros((len(masks), *padded_size), device=self.device)
-            padded[:, :height, :width] = masks
-            if self.antialiased_targets:
-                reduced[part] = masks_on_grid(padded, mask_size)
-            else:
-                padded = padded[:, None]
-                reduced[part] = F.interpolate(padded, size=mask_size, mode="bilinear", align_corners=False)[:, 0]
-        return reduced
+    def loss_counts(self, targets: list[InstanceTargets]) -> dict[str, torch.Tensor]:
+        """Count ground-truth instances and matched pairs, at most N for each image."""
+        counts = torch.tensor([len(target.gt_classes) for target in targets])
+        most = getattr(self.decoder, "num_masks", None)
+        return {"num_instances": counts.sum(), "num_matched": counts.clamp(max=most).sum()}
+
+    def losses(
+        self,
+        outputs: dict[str, torch.Tensor],
+        targets: list[InstanceTargets],
+        counts: dict[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Compute the criterion's weighted losses."""
+        # A user's criterion need not take counts as long as each step has one part.
+        return self.criterion(outputs, targets, *([] if counts is None else [counts]))
 
     def postprocess(
         self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
     ) -> list[dict]:
-        """The decoder's dict to Instances, image by image."""
+        """Turn the network's dict into Instances, image by image.
+
+        Where the dict has ``pred_iam``, the instances have ``pred_iams`` (n, G, ., .): raw logits over the image.
+        """
         padded_size = tuple(images.tensor.shape[-2:])
         results = []
         for index, (x, image_size) in enumerate(zip(batched_inputs, images.image_sizes)):
@@ -230,8 +186,9 @@ class SparseInst(nn.Module):
                     mask_threshold=self.mask_threshold,
                     max_detections=self.max_detections,
                     mask_nms_threshold=self.mask_nms_threshold,
-                    mask_format=self.output_mask_format,
-                    max_mask_bytes=self.max_mask_gib * 2**30,
+                    score_threshold=self.output.score_threshold,
+                    mask_format=self.output.mask_format,
+                    max_mask_gib=self.output.max_mask_gib,
                 )
             except MaskMemoryError as error:
                 if "file_name" not in x:
@@ -256,54 +213,37 @@ class SparseInst(nn.Module):
             results.append({"instances": instances})
         return results
 
-    def draw_outputs(
+    def example_outputs(
         self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Return what a trained network could return; see `draw_outputs`."""
+        """Return outputs with drawn objects; see the base class."""
         return draw_outputs(outputs, num_objects, median_area, generator)
 
-
-def _build_backbone(cfg: CfgNode) -> Backbone:
-    """Detectron2's build_backbone; where its compiled operators are missing, the error says what does without."""
-    try:
-        return build_backbone(cfg)
-    except ImportError as error:
-        if "detectron2._C" not in str(error):
-            raise
-        raise ImportError(
-            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE}, for which "
-            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} needs Detectron2's compiled operators, and this Detectron2 "
-            "has none that work. Set MODEL.BACKBONE.NAME to build_resnet_dcn_backbone: the same ResNet, and the same "
-            "weights, with torchvision's operator"
-        ) from error
-
-
-def gt_masks_tensor(instances: Instances) -> torch.Tensor:
-    """Ground-truth masks (M, h, w) of one image, from any type that a mapper may have made.
-
-    Args:
-        instances: with ``gt_masks``: PolygonMasks, BitMasks or a tensor; it may be absent where M is 0.
-
-    Raises:
-        ValueError: there are instances but no masks, or masks of another type or another size.
-    """
-    height, width = instances.image_size
-    device = instances.gt_classes.device
-    if not instances.has("gt_masks"):
-        if len(instances):
+    def _mask_size(self, padded_size: tuple[int, int]) -> tuple[int, int]:
+        stride, scale_factor = self.encoder.output_shape().stride, getattr(self.decoder, "scale_factor", None)
+        if stride is None or scale_factor is None:
             raise ValueError(
-                f"{len(instances)} instances have no gt_masks: SparseInst is trained with masks. Give the annotations "
-                "a segmentation, and leave MODEL.MASK_ON True, for which the mapper keeps it"
+                f"The mask grid is unknown: the encoder's stride is {stride} and the decoder's scale_factor is "
+                f"{scale_factor}. {type(self.encoder).__name__}.output_shape() must give a stride, and "
+                f"{type(self.decoder).__name__} must have a scale_factor"
             )
-        return torch.zeros((0, height, width), dtype=torch.bool, device=device)
-    masks = instances.gt_masks
-    if isinstance(masks, PolygonMasks):
-        bitmasks = [torch.from_numpy(polygons_to_bitmask(polygons, height, width)) for polygons in masks.polygons]
-        masks = torch.stack(bitmasks) if bitmasks else torch.zeros((0, height, width), dtype=torch.bool)
-    elif isinstance(masks, BitMasks):
-        masks = masks.tensor
-    elif not isinstance(masks, torch.Tensor):
-        raise ValueError(f"gt_masks is a {type(masks).__name__}; PolygonMasks, BitMasks or a tensor is expected")
-    if masks.shape[-2:] != (height, width):
-        raise ValueError(f"gt_masks are {tuple(masks.shape[-2:])} in an image of {(height, width)} (height, width)")
-    return masks.to(device)
+        return tuple(math.floor(-(-side // stride) * scale_factor) for side in padded_size)
+
+    def _reduce_masks(
+        self, instances: Instances, padded_size: tuple[int, int], mask_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Reduce whole masks of any type to (M, *mask_size), a few at a time to bound the memory."""
+        height, width = instances.image_size
+        reduced = torch.empty((len(instances), *mask_size), device=self.device)
+        at_once = max(1, PIXELS_AT_ONCE // math.prod(padded_size))
+        for start in range(0, len(instances), at_once):
+            part = slice(start, start + at_once)
+            masks = gt_masks_tensor(instances[part]).to(self.device, non_blocking=True)
+            padded = torch.zeros((len(masks), *padded_size), device=self.device)
+            padded[:, :height, :width] = masks
+            if self.antialiased_targets:
+                reduced[part] = masks_on_grid(padded, mask_size)
+            else:
+                padded = padded[:, None]
+                reduced[part] = F.interpolate(padded, size=mask_size, mode="bilinear", align_corners=False)[:, 0]
+        return reduced

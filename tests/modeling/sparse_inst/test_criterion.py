@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from sparseinst.modeling.sparse_inst.criterion import SparseInstCriterion
 from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher
-from sparseinst.structures.targets import InstanceTargets, LossNormalizer
+from sparseinst.structures.targets import InstanceTargets
 
 LOSSES = {"loss_ce", "loss_objectness", "loss_dice", "loss_mask"}
 
@@ -88,7 +88,7 @@ def test_more_instances_than_masks_leave_the_next_image_its_own_targets():
     # Image 0 has 7 instances for 4 masks. The losses are those of the images apart.
     outputs = make_outputs()
     targets = [make_targets(7), make_targets(2, seed=1)]
-    normalizer = LossNormalizer(9, 6)
+    normalizer = {"num_instances": torch.tensor(9), "num_matched": torch.tensor(6)}
     criterion = make_criterion()
     together = criterion(outputs, targets, normalizer)
     apart = [
@@ -104,7 +104,7 @@ def test_all_instances_are_counted_and_mask_losses_are_means_over_pairs():
     targets = [make_targets(7)]
     criterion = make_criterion()
     losses = criterion(outputs, targets)
-    expected = criterion(outputs, targets, LossNormalizer(7, 4))
+    expected = criterion(outputs, targets, {"num_instances": torch.tensor(7), "num_matched": torch.tensor(4)})
     for name in LOSSES:
         torch.testing.assert_close(losses[name], expected[name])
 

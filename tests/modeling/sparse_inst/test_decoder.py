@@ -9,11 +9,11 @@ from sparseinst.modeling.sparse_inst.decoder import (
     BaseIAMDecoder,
     InstanceBranch,
     MaskBranch,
-    append_coordinates,
     normalize_iams,
     pool_instances,
 )
 from sparseinst.modeling.sparse_inst.location_prior import window_logits
+from sparseinst.ops.coordinates import append_coordinates
 
 
 def make_branch(**kwargs):
@@ -168,9 +168,9 @@ def test_output_iam():
     decoder = BaseIAMDecoder(
         inst_branch=make_branch(num_groups=4),
         mask_branch=MaskBranch(in_channels=6, dim=8, num_convs=1, kernel_dim=4),
-        output_iam=True,
     ).eval()
-    assert decoder(torch.randn(1, 6, 5, 7))["pred_iam"].shape == (1, 20, 10, 14)
+    assert "pred_iam" not in decoder(torch.randn(1, 6, 5, 7))
+    assert decoder(torch.randn(1, 6, 5, 7), with_iams=True)["pred_iam"].shape == (1, 20, 10, 14)
 
 
 def test_initialisation():

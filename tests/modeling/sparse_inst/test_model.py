@@ -8,17 +8,13 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils.registry import Registry
 
-from sparseinst.modeling import (
-    SPARSE_INST_CRITERION_REGISTRY,
-    SPARSE_INST_DECODER_REGISTRY,
-    SPARSE_INST_ENCODER_REGISTRY,
-    SPARSE_INST_MATCHER_REGISTRY,
-    GroupIAMDecoder,
-    LossNormalizer,
-    MaskMemoryError,
-)
-from sparseinst.modeling.sparse_inst.model import gt_masks_tensor
+from sparseinst.modeling.sparse_inst.criterion import SPARSE_INST_CRITERION_REGISTRY
+from sparseinst.modeling.sparse_inst.decoder import SPARSE_INST_DECODER_REGISTRY, GroupIAMDecoder
+from sparseinst.modeling.sparse_inst.encoder import SPARSE_INST_ENCODER_REGISTRY
+from sparseinst.modeling.sparse_inst.matcher import SPARSE_INST_MATCHER_REGISTRY
 from sparseinst.modeling.sparse_inst.postprocessing import detect
+from sparseinst.ops.mask_output import MaskMemoryError
+from sparseinst.structures.gt_masks import gt_masks_tensor
 from sparseinst.structures.rle_masks import RLEMasks
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
@@ -90,7 +86,7 @@ def test_odd_sizes(size):
 def test_preprocessing_normalises_then_pads_with_zeros():
     model = tiny_model()
     x = random_input(50, 70)
-    images = model.preprocess_image([x, random_input(20, 97, seed=1)])
+    images = model.preprocess([x, random_input(20, 97, seed=1)])
     assert images.tensor.shape == (2, 3, 64, 128)
     assert images.image_sizes == [(50, 70), (20, 97)]
     mean, std = model.pixel_mean, model.pixel_std
@@ -105,7 +101,7 @@ def test_targets_are_padded_then_reduced():
     masks[0, :4, :8] = True  # one cell high, two wide
     masks[1, 1:3, 1:2] = True  # of the cell's four central pixels one column: a half
     x["instances"] = Instances((50, 70), gt_classes=torch.tensor([1, 2]), gt_masks=BitMasks(masks))
-    (targets,) = model.prepare_targets([x], model.preprocess_image([x]), (16, 24))
+    (targets,) = model.prepare_targets([x], model.preprocess([x]))
     assert targets.gt_masks.shape == (2, 16, 24)
     expected = torch.zeros(2, 16, 24)
     expected[0, 0, :2] = 1
@@ -121,7 +117,7 @@ def test_antialiased_targets_are_the_share_of_each_cell():
     masks[0, 0, 0] = True  # one of the cell's sixteen pixels, at its corner: bilinearly nothing
     masks[1, 2:6, 4:8] = True  # half of a cell, and half of the one below
     x["instances"] = Instances((50, 70), gt_classes=torch.tensor([1, 2]), gt_masks=BitMasks(masks))
-    (targets,) = model.prepare_targets([x], model.preprocess_image([x]), (16, 24))
+    (targets,) = model.prepare_targets([x], model.preprocess([x]))
     expected = torch.zeros(2, 16, 24)
     expected[0, 0, 0] = 1 / 16
     expected[1, :2, 1] = 0.5
@@ -160,7 +156,7 @@ def test_activation_maps_of_the_kept_instances():
     x = random_input(50, 70)
     with torch.no_grad():
         instances = model([x])[0]["instances"]
-        outputs = model.network(model.preprocess_image([x]).tensor)
+        outputs = model.network(model.preprocess([x]).tensor)
     # Two groups; the mask grid of 64x96 is 16x24, of which the image covers 13x18 cells.
     assert instances.pred_iams.shape == (len(instances), 2, 13, 18)
     maps = outputs["pred_iam"][0].unflatten(0, (2, 6)).transpose(0, 1)[..., :13, :18]
@@ -187,7 +183,7 @@ def test_a_batch_of_one_size_gives_what_each_image_gives():
 
 def test_encoded_masks_are_the_boolean_ones():
     inputs = [{**random_input(50, 70), "height": 100, "width": 33}, random_input(64, 31, seed=1)]
-    plain, encoded = tiny_model(), tiny_model("MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", "rle")
+    plain, encoded = tiny_model(), tiny_model("MODEL.OUTPUT.MASK_FORMAT", "rle")
     with torch.no_grad():
         for expected, found in zip(plain(inputs), encoded(inputs)):
             expected, found = expected["instances"], found["instances"]
@@ -195,9 +191,9 @@ def test_encoded_masks_are_the_boolean_ones():
             assert len(found) > 1 and np.array_equal(np.asarray(found.pred_masks), expected.pred_masks.numpy())
             assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
             assert torch.equal(found.scores, expected.scores)
-        nothing = tiny_model("MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", "rle", "MODEL.SPARSE_INST.CLS_THRESHOLD", 1.0)(
-            inputs
-        )[0]["instances"]
+        nothing = tiny_model("MODEL.OUTPUT.MASK_FORMAT", "rle", "MODEL.SPARSE_INST.CLS_THRESHOLD", 1.0)(inputs)[0][
+            "instances"
+        ]
     assert len(nothing) == 0 and len(nothing.pred_masks) == 0
 
 
@@ -205,8 +201,8 @@ def test_boolean_masks_beyond_the_limit_are_refused_by_name():
     # 6 masks of 1000 x 1000 pixels are 0.0056 GiB.
     x = {**random_input(), "height": 1000, "width": 1000}
     with torch.no_grad():
-        assert len(tiny_model("MODEL.SPARSE_INST.MAX_MASK_GIB", 0.0057)([x])[0]["instances"]) == 6
-        model = tiny_model("MODEL.SPARSE_INST.MAX_MASK_GIB", 0.005)
+        assert len(tiny_model("MODEL.OUTPUT.MAX_MASK_GIB", 0.0057)([x])[0]["instances"]) == 6
+        model = tiny_model("MODEL.OUTPUT.MAX_MASK_GIB", 0.005)
         with pytest.raises(MaskMemoryError, match="^6 boolean masks of 1000x1000.*MAX_MASK_GIB"):
             model([x])
         with pytest.raises(MaskMemoryError, match="^large.jpg: 6 boolean masks"):
@@ -214,8 +210,8 @@ def test_boolean_masks_beyond_the_limit_are_refused_by_name():
 
 
 def test_another_mask_format_is_refused():
-    with pytest.raises(ValueError, match="OUTPUT_MASK_FORMAT is 'polygon'.*bitmask, rle"):
-        tiny_model("MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT", "polygon")
+    with pytest.raises(ValueError, match="MODEL.OUTPUT.MASK_FORMAT is 'polygon'.*bitmask, rle"):
+        tiny_model("MODEL.OUTPUT.MASK_FORMAT", "polygon")
 
 
 def test_inputs_are_not_changed():
@@ -233,8 +229,8 @@ def test_the_losses_of_parts_add_up_to_those_of_the_whole():
     model = tiny_model("MODEL.RESNETS.NORM", "FrozenBN").train()
     inputs = [random_input(num_instances=count, seed=count) for count in (1, 4, 2)]
     whole = model(inputs)
-    normalizer = LossNormalizer(num_instances=7, num_matched=7)
-    parts = [model(inputs[:1], normalizer), model(inputs[1:], normalizer)]
+    batches = [inputs[:1], inputs[1:]]
+    parts = [model(batch, part) for batch, part in zip(batches, model.prepare_parts(batches))]
     for name in LOSSES:
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
 
@@ -306,7 +302,7 @@ def test_any_backbone(num_levels, monkeypatch):
         "MODEL.SPARSE_INST.ENCODER.IN_FEATURES", [f"c{i}" for i in range(num_levels)],
     )  # fmt: skip
     with torch.no_grad():
-        images = model.preprocess_image([random_input(50, 70)])
+        images = model.preprocess([random_input(50, 70)])
         assert images.tensor.shape[-2:] == (160, 160)  # a multiple of 32 and of 40
         check_prediction(model([random_input(50, 70)])[0]["instances"], (50, 70))
     sum(model.train()([random_input(num_instances=2)]).values()).backward()

@@ -18,7 +18,7 @@ from sparseinst.modeling.sparse_inst.encoder import InstanceContextEncoder
 from sparseinst.modeling.sparse_inst.location_prior import window_logits
 from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher, matching_scores
 from sparseinst.ops.precision import no_autocast
-from sparseinst.structures.targets import InstanceTargets, LossNormalizer
+from sparseinst.structures.targets import InstanceTargets
 from tests.tiny_model import random_input, tiny_model
 
 HALF_DTYPES = [torch.float16, torch.bfloat16]
@@ -181,9 +181,9 @@ def test_an_image_alone_and_in_a_batch_of_equal_sizes(decoder):
     inputs = [random_input(50, 70, num_instances=count, seed=count) for count in (2, 3, 7, 1)]
     with torch.no_grad():
         together, apart = model(inputs), [model([x])[0] for x in inputs]
-        batch_outputs = model.network(model.preprocess_image(inputs).tensor)
+        batch_outputs = model.network(model.preprocess(inputs).tensor)
         for index, (batched, alone) in enumerate(zip(together, apart)):
-            for name, value in model.network(model.preprocess_image([inputs[index]]).tensor).items():
+            for name, value in model.network(model.preprocess([inputs[index]]).tensor).items():
                 # Rounding, relative to what is summed; random weights without norms magnify it from layer to layer.
                 assert (batch_outputs[name][index] - value[0]).abs().max() <= 1e-4 * value.abs().max(), name
             batched, alone = batched["instances"], alone["instances"]
@@ -197,9 +197,8 @@ def test_losses_of_images_in_a_batch_are_the_sum_of_theirs_alone():
     # FrozenBN: statistics of a batch are no image's own. What is divided by is held fixed, for the same reason.
     model = tiny_model("MODEL.RESNETS.NORM", "FrozenBN").train()
     inputs = [random_input(50, 70, num_instances=count, seed=count) for count in (2, 0, 7)]
-    normalizer = LossNormalizer(9, 8)
-    together = model(inputs, normalizer)
-    apart = [model([x], normalizer) for x in inputs]
+    together = model(inputs)
+    apart = [model([x], part) for x, part in zip(inputs, model.prepare_parts([[x] for x in inputs]))]
     for name, loss in together.items():
         torch.testing.assert_close(loss, sum(losses[name] for losses in apart), rtol=1e-5, atol=1e-6)
 

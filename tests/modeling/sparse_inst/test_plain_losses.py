@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from sparseinst.modeling.sparse_inst.criterion import SparseInstCriterion, matched_predictions
-from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher
-from sparseinst.structures.targets import InstanceTargets, MatchedPairs
+from sparseinst.modeling.sparse_inst.matcher import MatchedPairs, SparseInstMatcher
+from sparseinst.structures.targets import InstanceTargets
 
 NUM_MASKS, NUM_CLASSES, NUM_GROUPS, SIZE = 9, 5, 2, (14, 10)
 

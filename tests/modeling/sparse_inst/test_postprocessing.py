@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 from torch.nn import functional as F
 
-from sparseinst.modeling.sparse_inst import postprocessing
-from sparseinst.modeling.sparse_inst.postprocessing import MaskMemoryError, class_scores, detect, mask_nms, maskness
+from sparseinst.modeling.sparse_inst.postprocessing import class_scores, detect
+from sparseinst.ops import mask_output
+from sparseinst.ops.mask_output import MaskMemoryError
 from sparseinst.ops.mask_resize import resize_masks
+from sparseinst.ops.masks import mask_nms, maskness
 
 SIZES = {"padded_size": (32, 64), "image_size": (30, 41), "output_size": (47, 90)}
 THRESHOLDS = {"cls_threshold": 0.005, "mask_threshold": 0.45, "max_detections": 100}
@@ -175,20 +177,20 @@ def test_encoded_masks_are_the_boolean_ones():
 def test_a_limit_stops_before_boolean_masks_are_made(monkeypatch):
     outputs = random_outputs(num_masks=12)
     num_bytes = 12 * 47 * 90
-    detections = detect(**outputs, **SIZES, **THRESHOLDS, max_mask_bytes=num_bytes)
+    detections = detect(**outputs, **SIZES, **THRESHOLDS, max_mask_gib=num_bytes / 2**30)
     assert len(detections.scores) == 12
-    monkeypatch.setattr(postprocessing, "_boolean_masks", None)
+    monkeypatch.setattr(mask_output, "_boolean_masks", None)
     # Masks of 1 TB: nothing of that size may be asked for.
     for size, limit, figure in (((47, 90), num_bytes - 1, "0.00 GiB"), ((300000, 300000), 2**32, "1005.83 GiB")):
         sizes = {**SIZES, "output_size": size}
         with pytest.raises(MaskMemoryError, match=f"12 boolean masks of {size[0]}x{size[1]}.*{figure}") as error:
-            detect(**outputs, **sizes, **THRESHOLDS, max_mask_bytes=limit)
-        assert "MAX_MASK_GIB" in str(error.value) and "OUTPUT_MASK_FORMAT to rle" in str(error.value)
+            detect(**outputs, **sizes, **THRESHOLDS, max_mask_gib=limit / 2**30)
+        assert "MAX_MASK_GIB" in str(error.value) and "MASK_FORMAT to rle" in str(error.value)
     # Encoded, they are not limited; fewer detections fit.
-    assert len(detect(**outputs, **SIZES, **THRESHOLDS, max_mask_bytes=1, mask_format="rle").masks) == 12
+    assert len(detect(**outputs, **SIZES, **THRESHOLDS, max_mask_gib=1e-9, mask_format="rle").masks) == 12
     monkeypatch.undo()
     few = {**THRESHOLDS, "max_detections": 2}
-    assert len(detect(**outputs, **SIZES, **few, max_mask_bytes=2 * 47 * 90).scores) == 2
+    assert len(detect(**outputs, **SIZES, **few, max_mask_gib=2 * 47 * 90 / 2**30).scores) == 2
 
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40)) | st.tuples(st.just(1), st.integers(1, 300))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparseinst.data import SparseInstDatasetMapper
 from sparseinst.modeling.sparse_inst import model as sparse_inst
-from sparseinst.modeling.sparse_inst.model import gt_masks_tensor
+from sparseinst.structures.gt_masks import gt_masks_tensor
 from tests.tiny_model import random_input, tiny_model
 
 # height, width, instances; an image of a pixel, one without instances, one with many.
@@ -94,7 +94,7 @@ def test_equal_the_plain_way_bit_for_bit(mapper_name, model_name, antialiased, d
     batch = map_images(dataset_dicts, MAPPERS[mapper_name])
     assert len(batch[2]["instances"]) >= 20
     for part in (batch, batch[:1], batch[3:]):
-        images = model.preprocess_image(part)
+        images = model.preprocess(part)
         with torch.no_grad():
             mask_size = model.network(images.tensor)["pred_masks"].shape[-2:]
         check_targets(model, part, images, mask_size)
@@ -127,9 +127,9 @@ def test_fractions_in_a_tensor_are_kept():
     model = tiny_model().train()
     x = random_input(50, 70, num_instances=2)
     x["instances"].gt_masks = torch.rand(2, 50, 70)
-    check_targets(model, [x], model.preprocess_image([x]), (16, 24))
+    check_targets(model, [x], model.preprocess([x]), (16, 24))
     x["instances"].gt_masks = BitMasks(x["instances"].gt_masks > 0.5)
-    check_targets(model, [x], model.preprocess_image([x]), (16, 24))
+    check_targets(model, [x], model.preprocess([x]), (16, 24))
 
 
 @pytest.mark.parametrize("make", [random_input, lambda *args, **kwargs: as_polygons(random_input(*args, **kwargs))])
@@ -145,7 +145,7 @@ def test_whole_masks_are_made_a_few_at_a_time(make, monkeypatch):
     monkeypatch.setattr(sparse_inst, "gt_masks_tensor", counted)
     # The image is padded to 64 x 96.
     monkeypatch.setattr(sparse_inst, "PIXELS_AT_ONCE", 3 * 64 * 96 + 10)
-    check_targets(model, [x], model.preprocess_image([x]), (16, 24))
+    check_targets(model, [x], model.preprocess([x]), (16, 24))
     assert counts == [3, 3, 1]
 
 

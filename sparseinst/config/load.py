@@ -3,14 +3,19 @@
 import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
-import torch
 import yaml
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
-from sparseinst.config import add_sparse_inst_config, get_config_file
+from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +26,18 @@ _MERGE_ERRORS = (KeyError, AssertionError, ValueError, TypeError, MemoryError, R
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)
 # A config has about 700 values. Aliases within aliases can stand for more than any memory holds.
 _MAX_VALUES = 20_000
+# Old key -> new key. Files are translated; on a command line the old key is refused with the new one. CUDA graphs were
+# removed without a successor of equal values.
+_RUNTIME = ("ENGINE", "PRECISION", "FUSE", "CHANNELS_LAST", "WINOGRAD", "COMPILE", "KEEP_FREED_MEMORY")
+RENAMED_KEYS = {
+    "MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT": "MODEL.OUTPUT.MASK_FORMAT",
+    "MODEL.SPARSE_INST.MAX_MASK_GIB": "MODEL.OUTPUT.MAX_MASK_GIB",
+    "MODEL.SPARSE_INST.DATASET_MAPPER": "INPUT.DATASET_MAPPER",
+    **{f"MODEL.SPARSE_INST.INFERENCE.{name}": f"RUNTIME.{name}" for name in _RUNTIME},
+    "MODEL.SPARSE_INST.INFERENCE.CUDA_GRAPHS": None,
+}
+# Published keys are accepted everywhere, and translated where they differ from their default.
+PUBLISHED_KEYS = {"MODEL.SPARSE_INST.DATASET_MAPPER": "SparseInstDatasetMapper"}
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 
@@ -41,8 +58,9 @@ def resolve_config_file(config_file: str) -> str:
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Merge a config file and overrides into the defaults of Detectron2 and SparseInst.
 
-    The file runs no code: YAML that names Python objects is refused, and so is a LazyConfig. Where ``MODEL.DEVICE``
-    asks for CUDA and there is none, it becomes "cpu", with one line in the log.
+    YAML that names Python objects is refused, and so is a LazyConfig: the only code that a config runs is that of the
+    modules in IMPORTS, and the log says so. Renamed keys in files are translated, with one warning per file. Where
+    ``MODEL.DEVICE`` asks for CUDA and there is none, it becomes "cpu", with one line in the log.
 
     Args:
         config_file: path of a YAML file, or the name of one that comes with the package.
@@ -61,15 +79,29 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         content = _read_with_bases(path)
     except RecursionError as error:
         raise ValueError(f"The config file {path} inherits through too many files by _BASE_") from error
+    opts = list(opts)
+    _import_modules(cfg, content, opts, path)
+    for old, new in RENAMED_KEYS.items():
+        if old not in PUBLISHED_KEYS:
+            note = None if new else "CUDA graphs were removed; torch.compile replaces them"
+            cfg.register_renamed_key(old, new or "RUNTIME.COMPILE", note)
+    if "full_model" in opts[1::2]:
+        raise ValueError(
+            "In the KEY VALUE overrides: SOLVER.CLIP_GRADIENTS.CLIP_TYPE full_model was renamed: set "
+            "SOLVER.CLIP_TOTAL_NORM to the largest norm"
+        )
     _merge(lambda: _merge_file(cfg, content), f"In the config file {path}")
-    _merge(lambda: cfg.merge_from_list(list(opts)), "In the KEY VALUE overrides")
+    _merge(lambda: cfg.merge_from_list(opts), "In the KEY VALUE overrides")
     # A training writes its config. Not every value that Python can read can be written.
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
     if not isinstance(cfg.MODEL.DEVICE, str):
         raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected a device's name, such as cpu or cuda")
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is %s and there is no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            logger.warning("MODEL.DEVICE is %s and there is no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
+            cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
@@ -116,6 +148,7 @@ def _read_with_bases(path: str, chain: tuple[str, ...] = (), known: dict[str, di
         return known[chain[-1]]
     content = _read(path)
     bases = content.pop("_BASE_", [])
+    _resolve_imports(content, path)
     merged: dict = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or "://" in base:
@@ -131,6 +164,9 @@ def _read_with_bases(path: str, chain: tuple[str, ...] = (), known: dict[str, di
         if os.path.realpath(file) in chain:
             raise ValueError(f"The config file {path} inherits from itself: _BASE_ names {base!r}")
         _update(merged, copy.deepcopy(_read_with_bases(file, chain, known)))
+    renamed = [*_rename(content), *_translate_clipping(content, merged)]
+    if renamed:
+        logger.warning("The config file %s uses keys that were renamed: %s", path, "; ".join(renamed))
     _update(merged, content)
     known[chain[-1]] = merged
     return merged
@@ -206,3 +242,98 @@ def _check_keys(content: object) -> None:
             )
         if isinstance(value, dict):
             _check_keys(value)
+
+
+def _pop(content: dict, key: str) -> object:
+    """Remove a key and the groups that become empty; return its value, or None where it is not there."""
+    group, _, rest = key.partition(".")
+    if not rest or not isinstance(content.get(group), dict):
+        return None if rest else content.pop(group, None)
+    value = _pop(content[group], rest)
+    if not content[group]:
+        del content[group]
+    return value
+
+
+def _rename(content: dict) -> Iterator[str]:
+    """Replace renamed keys in place; yield "old -> new" for each."""
+    for old, new in RENAMED_KEYS.items():
+        value = _pop(content, old)
+        if value is None or value == PUBLISHED_KEYS.get(old):
+            continue
+        yield f"{old} -> {new or 'removed'}"
+        if new:
+            *groups, name = new.split(".")
+            _update(content, reduce(lambda inner, group: {group: inner}, reversed(groups), {name: value}))
+
+
+def _translate_clipping(content: dict, inherited: dict) -> Iterator[str]:
+    """Replace CLIP_TYPE full_model, which Detectron2 does not know, in place; yield "old -> new".
+
+    A file that inherits SOLVER.CLIP_TOTAL_NORM and changes CLIP_GRADIENTS without a type means the same clipping.
+    """
+    solver = content.get("SOLVER")
+    clip = solver.get("CLIP_GRADIENTS") if isinstance(solver, dict) else None
+    if not isinstance(clip, dict) or "CLIP_TOTAL_NORM" in solver:
+        return
+    base = inherited.get("SOLVER", {}).get("CLIP_TOTAL_NORM", 0.0)
+    if clip.get("CLIP_TYPE", "full_model" if base else "value") != "full_model":
+        return
+    if clip.get("NORM_TYPE", 2.0) != 2:
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.NORM_TYPE is {clip['NORM_TYPE']}; SOLVER.CLIP_TOTAL_NORM has only 2.0")
+    del solver["CLIP_GRADIENTS"]
+    norm = clip.get("CLIP_VALUE", base or 1.0) if clip.get("ENABLED", bool(base)) else 0.0
+    solver["CLIP_TOTAL_NORM"] = float(norm) if isinstance(norm, int) else norm
+    yield f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE full_model -> SOLVER.CLIP_TOTAL_NORM {norm}"
+
+
+def _resolve_imports(content: dict, path: str) -> None:
+    imports = content.get("IMPORTS", [])
+    if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
+        raise ValueError(f"In the config file {path}: IMPORTS is {str(imports)[:100]!r}; expected a list of modules")
+    if imports:
+        folder = os.path.dirname(os.path.abspath(path))
+        content["IMPORTS"] = [os.path.join(folder, name) if name.endswith(".py") else name for name in imports]
+
+
+def _import_modules(cfg: CfgNode, content: dict, opts: list[str], path: str) -> None:
+    """Import the modules of IMPORTS, and let each add its keys by ``add_config(cfg)`` where it has that function."""
+    # The other keys may be those that the modules add.
+    first = get_cfg()
+    first.IMPORTS = []
+    overrides = [part for key, value in zip(opts[::2], opts[1::2]) if key == "IMPORTS" for part in (key, value)]
+    _merge(
+        lambda: first.merge_from_list(["IMPORTS", content.get("IMPORTS", []), *overrides]), "In the KEY VALUE overrides"
+    )
+    for name in first.IMPORTS:
+        logger.warning("IMPORTS of the config runs the code of %s", name)
+        try:
+            module = _import_file(os.path.abspath(name)) if str(name).endswith(".py") else import_module(name)
+            getattr(module, "add_config", lambda cfg: None)(cfg)
+        # The code of a module can raise anything.
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"In the config file {path} or the KEY VALUE overrides: IMPORTS names {str(name)[:200]!r}, which "
+                f"cannot be imported: {type(error).__name__}: {text}"
+            ) from error
+    # Relative to the working directory on a command line, and absolute in the saved config.
+    for index in range(0, len(opts) - 1, 2):
+        if opts[index] == "IMPORTS":
+            names = [os.path.abspath(name) if name.endswith(".py") else name for name in first.IMPORTS]
+            opts[index + 1] = repr(names)
+
+
+def _import_file(path: str) -> ModuleType:
+    name = "config_import_" + re.sub(r"\W", "_", path)
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = spec_from_file_location(name, path)
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

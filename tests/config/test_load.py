@@ -7,7 +7,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparseinst.engine.setup import load_config, resolve_config_file
+from sparseinst.config import load_config, resolve_config_file
 
 
 def write(path, text):

@@ -1,14 +1,19 @@
-"""Every configuration key that SparseInst adds to Detectron2, with its default, unit and meaning."""
+"""The configuration keys that belong to no model family, with their defaults, units and meanings."""
 
+import importlib
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
-_PACKAGE_DIR = Path(__file__).resolve().parent
+import sparseinst
+
+# Modules that add the keys of one model family each, by `add_keys(cfg)`.
+FAMILIES = ("sparseinst.modeling.sparse_inst.config",)
+_PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
 
 def add_sparse_inst_config(cfg: CfgNode) -> None:
-    """Add SparseInst's keys to a Detectron2 config, in place.
+    """Add the plugin's keys to a Detectron2 config, in place, and register its models and backbones.
 
     No default of Detectron2's own is changed except ``MODEL.MASK_ON``. A model needs two more keys
     than the defaults given here: ``MODEL.META_ARCHITECTURE SparseInst`` and
@@ -17,106 +22,46 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     Args:
         cfg: what :func:`detectron2.config.get_cfg` returns.
     """
+    sparseinst.register()
     cfg.MODEL.MASK_ON = True
 
-    cfg.MODEL.SPARSE_INST = CfgNode()
-    sparse_inst = cfg.MODEL.SPARSE_INST
-    # A prediction is kept while sqrt(class probability * objectness) is above this; before rescoring. In [0, 1].
-    sparse_inst.CLS_THRESHOLD = 0.005
-    # A pixel belongs to the mask where its probability is above this; also used by the rescoring. In (0, 1).
-    sparse_inst.MASK_THRESHOLD = 0.45
-    # Most instances returned for one image, best scores first.
-    sparse_inst.MAX_DETECTIONS = 100
-    # Of two masks of one class whose IoU is above this, the lower score is dropped. 0: off, as published.
-    sparse_inst.MASK_NMS_THRESHOLD = 0.0
-    # "bitmask": boolean masks; "rle": COCO RLEs, each mask made, encoded and freed before the next one.
-    sparse_inst.OUTPUT_MASK_FORMAT = "bitmask"
+    for family in FAMILIES:
+        importlib.import_module(family).add_keys(cfg)
+
+    # Modules that are imported before the rest of the config is merged: dotted names, or paths of .py files, which are
+    # relative to the config file. They run code. A module's `add_config(cfg)`, where it has one, adds its own keys.
+    cfg.IMPORTS = []
+
+    # How predictions are given.
+    cfg.MODEL.OUTPUT = CfgNode()
+    # "bitmask": boolean masks; "rle": COCO RLEs, each mask computed, encoded and freed before the next one.
+    cfg.MODEL.OUTPUT.MASK_FORMAT = "bitmask"
     # Most memory that the boolean masks of one image may take, in GiB; prediction stops before it takes more. 100 masks
     # of a camera's 42 megapixels fit.
-    sparse_inst.MAX_MASK_GIB = 4.0
+    cfg.MODEL.OUTPUT.MAX_MASK_GIB = 4.0
+    # Instances with a final score at or below this are dropped, in [0, 1).
+    cfg.MODEL.OUTPUT.SCORE_THRESHOLD = 0.0
+
     # How the network runs where nothing is trained; see sparseinst.runtime.optimize.
-    sparse_inst.INFERENCE = CfgNode()
-    # Fold norms and neighbouring linear layers into convolutions: float32 results move by rounding only.
-    sparse_inst.INFERENCE.FUSE = True
-    # Feature maps in channels-last layout.
-    sparse_inst.INFERENCE.CHANNELS_LAST = True
-    # Wide 3x3 convolutions with a quarter of the multiplications (CPU, float32): results move by some 1e-5.
-    sparse_inst.INFERENCE.WINOGRAD = True
-    # "float32"; "bfloat16" or "float16" autocast.
-    sparse_inst.INFERENCE.PRECISION = "float32"
-    # torch.compile: seconds to minutes before the first picture, once more at the first one of another size.
-    sparse_inst.INFERENCE.COMPILE = False
+    cfg.RUNTIME = CfgNode()
     # "torch"; "openvino" on a CPU (extra "openvino").
-    sparse_inst.INFERENCE.ENGINE = "torch"
+    cfg.RUNTIME.ENGINE = "torch"
+    # "float32"; "bfloat16" or "float16" autocast.
+    cfg.RUNTIME.PRECISION = "float32"
+    # Fold norms and neighbouring linear layers into convolutions: float32 results move by rounding only.
+    cfg.RUNTIME.FUSE = True
+    # Feature maps in channels-last layout.
+    cfg.RUNTIME.CHANNELS_LAST = True
+    # Wide 3x3 convolutions with a quarter of the multiplications (CPU, float32): results move by some 1e-5.
+    cfg.RUNTIME.WINOGRAD = True
+    # torch.compile: seconds to minutes before the first image, once more at the first one of another size.
+    cfg.RUNTIME.COMPILE = False
     # Evaluation, demo and benchmark on the CPU: memory that is freed stays with the process, which is faster. In a
     # program of your own: sparseinst.engine.host_memory.keep_freed_memory(True).
-    sparse_inst.INFERENCE.KEEP_FREED_MEMORY = True
-    # Ground truth on the mask grid: the share of each cell that the instance covers. Otherwise, as published, only the
-    # cell's central pixels count, and objects of one or two pixels can vanish.
-    sparse_inst.ANTIALIASED_TARGETS = False
-    # "SparseInstDatasetMapper" (ours) or "DatasetMapper" (Detectron2's); read by train_net.py.
-    sparse_inst.DATASET_MAPPER = "SparseInstDatasetMapper"
+    cfg.RUNTIME.KEEP_FREED_MEMORY = True
 
-    sparse_inst.ENCODER = CfgNode()
-    sparse_inst.ENCODER.NAME = "InstanceContextEncoder"
-    # Norm of the encoder's convolutions but for pyramid pooling: "", "BN", "GN", ... Published models have none.
-    sparse_inst.ENCODER.NORM = ""
-    # Backbone features, two to four, finest first; the first one's grid is the decoder's.
-    sparse_inst.ENCODER.IN_FEATURES = ["res3", "res4", "res5"]
-    sparse_inst.ENCODER.NUM_CHANNELS = 256
-
-    sparse_inst.DECODER = CfgNode()
-    sparse_inst.DECODER.NAME = "BaseIAMDecoder"
-    # Instance activation maps per image (N): no image can have more predictions.
-    sparse_inst.DECODER.NUM_MASKS = 100
-    sparse_inst.DECODER.NUM_CLASSES = 80
-    # Dimension D of mask kernels and mask features.
-    sparse_inst.DECODER.KERNEL_DIM = 128
-    # Mask grid over decoder grid.
-    sparse_inst.DECODER.SCALE_FACTOR = 2.0
-    # Return the activation maps of the kept instances as `pred_iams`.
-    sparse_inst.DECODER.OUTPUT_IAM = False
-    # Activation maps per instance (G); only the group decoders read it.
-    sparse_inst.DECODER.GROUPS = 4
-    # Norm of the 3x3 convolutions of both branches. Published models have none.
-    sparse_inst.DECODER.NORM = ""
-    # Standard deviation of the initial weights of iam_conv.
-    sparse_inst.DECODER.IAM_INIT_STD = 0.01
-    # Tie each instance's maps to a place: instances stand on a grid over the picture, and their logits fall by this
-    # times the squared distance, in grid cells. 0: no place preferred, as published.
-    sparse_inst.DECODER.LOCATION_PRIOR = 0.0
-    # Tie each mask to the place of its maps: mask logits fall by a sharpness, which is learned for each instance and
-    # starts with this, times the squared distance from the maps' centre of mass, in the same cells. 0: off, as
-    # published.
-    sparse_inst.DECODER.MASK_WINDOW = 0.0
-    sparse_inst.DECODER.INST = CfgNode()
-    sparse_inst.DECODER.INST.DIM = 256
-    sparse_inst.DECODER.INST.CONVS = 4
-    sparse_inst.DECODER.MASK = CfgNode()
-    sparse_inst.DECODER.MASK.DIM = 256
-    sparse_inst.DECODER.MASK.CONVS = 4
-
-    sparse_inst.LOSS = CfgNode()
-    sparse_inst.LOSS.NAME = "SparseInstCriterion"
-    # "labels": loss_ce; "masks": loss_mask, loss_dice, loss_objectness.
-    sparse_inst.LOSS.ITEMS = ("labels", "masks")
-    sparse_inst.LOSS.CLASS_WEIGHT = 2.0
-    sparse_inst.LOSS.MASK_PIXEL_WEIGHT = 5.0
-    sparse_inst.LOSS.MASK_DICE_WEIGHT = 2.0
-    sparse_inst.LOSS.OBJECTNESS_WEIGHT = 1.0
-    # Weight of loss_iam, which draws each activation map into its instance. 0: no such loss, as published.
-    sparse_inst.LOSS.IAM_WEIGHT = 0.0
-    # Several processes: divide by the instances and pairs of all of them, so that their gradients are those of one
-    # process with the whole batch. False: loss_mask and loss_objectness by each process's own pairs, as published.
-    sparse_inst.LOSS.GLOBAL_NORMALIZATION = False
-
-    sparse_inst.MATCHER = CfgNode()
-    sparse_inst.MATCHER.NAME = "SparseInstMatcher"
-    # Matching score = class probability ** BETA * DICE ** ALPHA.
-    sparse_inst.MATCHER.ALPHA = 0.8
-    sparse_inst.MATCHER.BETA = 0.2
-    # ... times the share of the activation maps that lies inside the instance, ** GAMMA. 0: off, as published.
-    sparse_inst.MATCHER.GAMMA = 0.0
+    # "SparseInstDatasetMapper" (ours) or "DatasetMapper" (Detectron2's).
+    cfg.INPUT.DATASET_MAPPER = "SparseInstDatasetMapper"
 
     # Besides paths and URLs, MODEL.WEIGHTS can be timm://NAME, weights that timm downloads, and package://NAME/PATH,
     # a file of an installed Python package.

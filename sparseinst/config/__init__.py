@@ -1,0 +1,25 @@
+"""Configuration: the keys with their defaults, how a command's config is loaded, and what it says about the model."""
+
+from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
+from sparseinst.config.load import load_config, resolve_config_file
+from sparseinst.config.model_keys import (
+    dataset_mapper,
+    max_detections,
+    max_instances,
+    num_classes,
+    registered,
+    set_declared,
+)
+
+__all__ = [
+    "add_sparse_inst_config",
+    "dataset_mapper",
+    "get_config_file",
+    "load_config",
+    "max_detections",
+    "max_instances",
+    "num_classes",
+    "registered",
+    "resolve_config_file",
+    "set_declared",
+]

@@ -1,0 +1,267 @@
+"""The base class of every model here: the seam between the models and everything that runs them.
+
+Trainer, evaluation, demo, benchmark and optimization know `InstanceSegmenter` and no family of models.
+"""
+
+import contextlib
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import ImageList
+from torch import nn
+
+from sparseinst.ops.mask_output import MASK_FORMATS
+from sparseinst.structures.mask_window import MaskWindow
+
+Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """How predictions are returned.
+
+    Attributes:
+        mask_format: "bitmask": boolean masks; "rle": `RLEMasks`, each mask encoded and freed before the next one.
+        max_mask_gib: most memory that the boolean masks of one image may take, in GiB.
+        score_threshold: instances with a final score at or below this are dropped; in [0, 1].
+        with_maps: return activation maps too, where the model has them.
+
+    Raises:
+        ValueError: another mask format, or a number outside its range.
+    """
+
+    mask_format: str = "bitmask"
+    max_mask_gib: float = 4.0
+    score_threshold: float = 0.0
+    with_maps: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mask_format not in MASK_FORMATS:
+            raise ValueError(
+                f"MODEL.OUTPUT.MASK_FORMAT is {self.mask_format!r}; it must be one of {', '.join(MASK_FORMATS)}"
+            )
+        if not self.max_mask_gib > 0:
+            raise ValueError(f"MODEL.OUTPUT.MAX_MASK_GIB is {self.max_mask_gib}; it must be above 0")
+        if not 0 <= self.score_threshold <= 1:
+            raise ValueError(f"MODEL.OUTPUT.SCORE_THRESHOLD is {self.score_threshold}; it must lie in [0, 1]")
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, with_maps: bool = False) -> "OutputOptions":
+        """Read MODEL.OUTPUT."""
+        output = cfg.MODEL.OUTPUT
+        return cls(output.MASK_FORMAT, output.MAX_MASK_GIB, output.SCORE_THRESHOLD, with_maps)
+
+
+class TrainingPart(NamedTuple):
+    """What a training step prepares of one part of its images before the network runs.
+
+    Attributes:
+        images: normalized and padded.
+        targets: whatever the model's `prepare_targets` returns.
+        counts: what the losses are divided by, summed over all parts of the step in this process; None where the part
+            is the whole step.
+    """
+
+    images: ImageList
+    targets: Any
+    counts: dict[str, torch.Tensor] | None = None
+
+
+class InstanceSegmenter(nn.Module, ABC):
+    """A meta-architecture that finds instances and their masks.
+
+    A subclass implements `network`, `prepare_targets`, `loss_counts`, `losses` and `postprocess`. `network` is pure and
+    dense, and the shapes of its outputs depend on the shape of its input alone, so that it can be rewritten, compiled,
+    exported and run by other engines. Everything that depends on the data (selection, NMS, resizing) is in
+    `postprocess`, which is the same code on every engine.
+
+    Args:
+        pixel_mean: per channel, subtracted from the image, in [0, 255].
+        pixel_std: per channel, divides the image.
+        size_divisibility: images are padded to a multiple of this, and of what `self.backbone` asks for.
+        output: how predictions are returned.
+
+    Attributes:
+        num_classes_key: config key of the number of classes; None where the model has no such key.
+        max_instances_key: config key of the most instances that the model predicts for one image.
+        max_detections_key: config key of the most instances that it returns for one image.
+        mask_nms_key: config key of the IoU above which the worse of two masks of a class is dropped.
+        activation_maps_key: config key that has the model return activation maps.
+        lossless_targets_key: config key with which `target_check` loses no object.
+    """
+
+    num_classes_key: ClassVar[str | None] = None
+    max_instances_key: ClassVar[str | None] = None
+    max_detections_key: ClassVar[str | None] = None
+    mask_nms_key: ClassVar[str | None] = None
+    activation_maps_key: ClassVar[str | None] = None
+    lossless_targets_key: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        *,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        size_divisibility: int = 32,
+        output: OutputOptions | None = None,
+    ) -> None:
+        super().__init__()
+        if len(pixel_mean) != len(pixel_std) or not all(pixel_std):
+            raise ValueError(
+                f"MODEL.PIXEL_MEAN is {list(pixel_mean)} and MODEL.PIXEL_STD is {list(pixel_std)}: they need one value "
+                "for each channel, and no standard deviation may be 0"
+            )
+        # Not persistent: published checkpoints do not hold them.
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.size_divisibility = size_divisibility
+        self._output = output or OutputOptions()
+        self._training_network: Network | None = None
+
+    @classmethod
+    def target_check(cls, cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
+        """Return a function that tells whether the targets keep an object, given at the training size.
+
+        None, the default, where the targets keep every object.
+        """
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's tensors, to which images are moved."""
+        return self.pixel_mean.device
+
+    @property
+    def output(self) -> OutputOptions:
+        """How predictions are returned."""
+        return self._output
+
+    @contextlib.contextmanager
+    def output_as(self, **changes: Any) -> Iterator[None]:
+        """Change fields of `output` inside a with statement. Raises ValueError on a value out of range."""
+        before = self._output
+        self._output = dataclasses.replace(before, **changes)
+        try:
+            yield
+        finally:
+            self._output = before
+
+    def forward(
+        self, batched_inputs: list[dict], part: TrainingPart | None = None
+    ) -> dict[str, torch.Tensor] | list[dict]:
+        """Compute losses in training mode, predictions otherwise.
+
+        Args:
+            batched_inputs: one dict for each image, as Detectron2's DatasetMapper returns them. ``image``: (3, h, w) in
+                [0, 255], channels in the order of INPUT.FORMAT. ``height``, ``width``: output size, by default the
+                image's own. In training ``instances`` with ``gt_classes`` (M,) and ``gt_masks``: PolygonMasks, BitMasks
+                or a tensor (M, h, w); ``gt_masks`` may be absent where M is 0.
+            part: what `prepare_parts` returned for these inputs, where they are a part of a larger training step.
+
+        Returns:
+            In training a dict of weighted scalar losses. Otherwise one dict for each image with ``instances``, sorted
+            by score: Instances of the output size with ``pred_boxes`` (tight boxes of the masks), ``pred_masks``
+            (n, height, width) bool or `RLEMasks`, ``scores`` and ``pred_classes``.
+
+        Raises:
+            MaskMemoryError: the boolean masks of an image would take more than ``output.max_mask_gib``.
+        """
+        if not self.training:
+            images = self.preprocess(batched_inputs)
+            return self.postprocess(self.network(images.tensor), batched_inputs, images)
+        if part is None:
+            images = self.preprocess(batched_inputs)
+            part = TrainingPart(images, self.prepare_targets(batched_inputs, images))
+        # Statistics of norms are measured without gradients, and need no compilation.
+        compiled = self._training_network if torch.is_grad_enabled() else None
+        network = compiled or self.network
+        return self.losses(network(part.images.tensor), part.targets, part.counts)
+
+    def prepare_parts(self, batches: Sequence[list[dict]]) -> list[TrainingPart]:
+        """Prepare the parts of one training step, each with the counts of all of them (gradient accumulation)."""
+        prepared = []
+        totals: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            images = self.preprocess(batch)
+            targets = self.prepare_targets(batch, images)
+            prepared.append((images, targets))
+            for name, count in self.loss_counts(targets).items():
+                totals[name] = totals.get(name, 0) + count
+        return [TrainingPart(images, targets, totals) for images, targets in prepared]
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalize the images, then pad them with zeros at the right and the bottom to one size."""
+        images = [
+            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+        ]
+        backbone = getattr(self, "backbone", None)
+        # getattr: this property of Detectron2's Swin raises AttributeError where no FPN is around it.
+        divisibility = math.lcm(self.size_divisibility, getattr(backbone, "size_divisibility", 0) or 1)
+        constraints = {**getattr(backbone, "padding_constraints", {}), "size_divisibility": divisibility}
+        return ImageList.from_tensors(images, padding_constraints=constraints)
+
+    @abstractmethod
+    def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the network.
+
+        Args:
+            images: (B, 3, h, w), normalized and padded.
+
+        Returns:
+            Dense tensors with B first; their shapes depend on the shape of ``images`` alone.
+        """
+
+    @abstractmethod
+    def prepare_targets(self, batched_inputs: list[dict], images: ImageList) -> Any:
+        """Return the targets of these images, on the model's device. Called once for each part of a step."""
+
+    @abstractmethod
+    def loss_counts(self, targets: Any) -> dict[str, torch.Tensor]:
+        """Return scalars that the losses are divided by. They can be summed over parts; nothing is exchanged."""
+
+    @abstractmethod
+    def losses(
+        self, outputs: dict[str, torch.Tensor], targets: Any, counts: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Compute weighted scalar losses.
+
+        Args:
+            outputs: what `network` returned.
+            targets: what `prepare_targets` returned.
+            counts: sums of `loss_counts` over the whole step of this process; by default those of ``targets``. An
+                exchange with other processes is this method's own, and every process calls it equally often.
+        """
+
+    @abstractmethod
+    def postprocess(
+        self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
+    ) -> list[dict]:
+        """Turn the network's outputs into one dict with ``instances`` for each image."""
+
+    def example_outputs(
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Return outputs of the same shapes from which `postprocess` makes a realistic number of instances.
+
+        Benchmarks use them because random weights let all predictions pass or none. A model that does not override
+        this method is timed with what its network returns.
+
+        Args:
+            outputs: what `network` returned.
+            num_objects: instances in each image.
+            median_area: median share of the image that an object covers, above 0.
+            generator: draws the objects.
+
+        Raises:
+            ValueError: the model cannot predict so many.
+        """
+        return outputs
+
+    def set_training_network(self, network: Network) -> None:
+        """Run this callable in place of `network` in training mode, for example a compiled one."""
+        self._training_network = network

@@ -1,0 +1,120 @@
+"""The keys of SparseInst below MODEL.SPARSE_INST, with their defaults, units and meanings."""
+
+from detectron2.config import CfgNode
+
+NUM_CLASSES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
+MAX_INSTANCES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
+MAX_DETECTIONS_KEY = "MODEL.SPARSE_INST.MAX_DETECTIONS"
+MASK_NMS_KEY = "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD"
+ACTIVATION_MAPS_KEY = "MODEL.SPARSE_INST.DECODER.OUTPUT_IAM"
+LOSSLESS_TARGETS_KEY = "MODEL.SPARSE_INST.ANTIALIASED_TARGETS"
+
+
+def add_keys(cfg: CfgNode) -> None:
+    """Add the node MODEL.SPARSE_INST to a config, in place."""
+    cfg.MODEL.SPARSE_INST = CfgNode()
+    sparse_inst = cfg.MODEL.SPARSE_INST
+    # A prediction is kept while sqrt(class probability * objectness) is above this; before rescoring. In [0, 1].
+    sparse_inst.CLS_THRESHOLD = 0.005
+    # A pixel belongs to the mask where its probability is above this; also used by the rescoring. In (0, 1).
+    sparse_inst.MASK_THRESHOLD = 0.45
+    # Most instances returned for one image, best scores first.
+    sparse_inst.MAX_DETECTIONS = 100
+    # Of two masks of one class whose IoU is above this, the lower score is dropped. 0: off, as published.
+    sparse_inst.MASK_NMS_THRESHOLD = 0.0
+    # Ground truth on the mask grid: the share of each cell that the instance covers. Otherwise, as published, only the
+    # cell's central pixels count, and objects of one or two pixels can vanish.
+    sparse_inst.ANTIALIASED_TARGETS = False
+    # The published key; INPUT.DATASET_MAPPER is the one to set. A value that is not this default wins over it.
+    sparse_inst.DATASET_MAPPER = "SparseInstDatasetMapper"
+
+    sparse_inst.ENCODER = CfgNode()
+    sparse_inst.ENCODER.NAME = "InstanceContextEncoder"
+    # Norm of the encoder's convolutions but for pyramid pooling: "", "BN", "GN", ... Published models have none.
+    sparse_inst.ENCODER.NORM = ""
+    # Backbone features, two to four, finest first; the first one's grid is the decoder's.
+    sparse_inst.ENCODER.IN_FEATURES = ["res3", "res4", "res5"]
+    sparse_inst.ENCODER.NUM_CHANNELS = 256
+
+    sparse_inst.DECODER = CfgNode()
+    sparse_inst.DECODER.NAME = "BaseIAMDecoder"
+    # Instance activation maps per image (N): no image can have more predictions.
+    sparse_inst.DECODER.NUM_MASKS = 100
+    sparse_inst.DECODER.NUM_CLASSES = 80
+    # Dimension D of mask kernels and mask features.
+    sparse_inst.DECODER.KERNEL_DIM = 128
+    # Mask grid over decoder grid.
+    sparse_inst.DECODER.SCALE_FACTOR = 2.0
+    # Return the activation maps of the kept instances as `pred_iams`.
+    sparse_inst.DECODER.OUTPUT_IAM = False
+    # Activation maps per instance (G); only the group decoders read it.
+    sparse_inst.DECODER.GROUPS = 4
+    # Norm of the 3x3 convolutions of both branches. Published models have none.
+    sparse_inst.DECODER.NORM = ""
+    # Standard deviation of the initial weights of iam_conv.
+    sparse_inst.DECODER.IAM_INIT_STD = 0.01
+    # Tie each instance's maps to a place: instances stand on a grid over the picture, and their logits fall by this
+    # times the squared distance, in grid cells. 0: no place preferred, as published.
+    sparse_inst.DECODER.LOCATION_PRIOR = 0.0
+    # Tie each mask to the place of its maps: mask logits fall by a sharpness, which is learned for each instance and
+    # starts with this, times the squared distance from the maps' centre of mass, in the same cells. 0: off, as
+    # published.
+    sparse_inst.DECODER.MASK_WINDOW = 0.0
+    sparse_inst.DECODER.INST = CfgNode()
+    sparse_inst.DECODER.INST.DIM = 256
+    sparse_inst.DECODER.INST.CONVS = 4
+    sparse_inst.DECODER.MASK = CfgNode()
+    sparse_inst.DECODER.MASK.DIM = 256
+    sparse_inst.DECODER.MASK.CONVS = 4
+
+    sparse_inst.LOSS = CfgNode()
+    sparse_inst.LOSS.NAME = "SparseInstCriterion"
+    # "labels": loss_ce; "masks": loss_mask, loss_dice, loss_objectness.
+    sparse_inst.LOSS.ITEMS = ("labels", "masks")
+    sparse_inst.LOSS.CLASS_WEIGHT = 2.0
+    sparse_inst.LOSS.MASK_PIXEL_WEIGHT = 5.0
+    sparse_inst.LOSS.MASK_DICE_WEIGHT = 2.0
+    sparse_inst.LOSS.OBJECTNESS_WEIGHT = 1.0
+    # Weight of loss_iam, which draws each activation map into its instance. 0: no such loss, as published.
+    sparse_inst.LOSS.IAM_WEIGHT = 0.0
+    # Several processes: divide by the instances and pairs of all of them, so that their gradients are those of one
+    # process with the whole batch. False: loss_mask and loss_objectness by each process's own pairs, as published.
+    sparse_inst.LOSS.GLOBAL_NORMALIZATION = False
+
+    sparse_inst.MATCHER = CfgNode()
+    sparse_inst.MATCHER.NAME = "SparseInstMatcher"
+    # Matching score = class probability ** BETA * DICE ** ALPHA.
+    sparse_inst.MATCHER.ALPHA = 0.8
+    sparse_inst.MATCHER.BETA = 0.2
+    # ... times the share of the activation maps that lies inside the instance, ** GAMMA. 0: off, as published.
+    sparse_inst.MATCHER.GAMMA = 0.0
+
+
+def check_sparse_inst_keys(cfg: CfgNode) -> None:
+    """Refuse values outside their ranges.
+
+    Raises:
+        ValueError: the message names the key, its value and the range.
+    """
+    keys = cfg.MODEL.SPARSE_INST
+    for name, is_valid, expected in (
+        ("CLS_THRESHOLD", keys.CLS_THRESHOLD <= 1, "at most 1 (below 0 keeps all predictions)"),
+        ("MASK_THRESHOLD", 0 < keys.MASK_THRESHOLD < 1, "in (0, 1)"),
+        ("MAX_DETECTIONS", keys.MAX_DETECTIONS >= 1, "at least 1"),
+        ("MASK_NMS_THRESHOLD", 0 <= keys.MASK_NMS_THRESHOLD <= 1, "in [0, 1] (0: off)"),
+    ):
+        if not is_valid:
+            raise ValueError(f"MODEL.SPARSE_INST.{name} is {keys[name]}; it must be {expected}")
+    # It imports torch.
+    from detectron2.layers import get_norm
+
+    for name in ("ENCODER", "DECODER"):
+        try:
+            get_norm(keys[name].NORM, 32)
+        except KeyError as error:
+            raise ValueError(
+                f"MODEL.SPARSE_INST.{name}.NORM is {keys[name].NORM!r}; it must be empty or one of Detectron2's norms, "
+                "such as BN, SyncBN, FrozenBN, GN, LN"
+            ) from error
+    if not all(value > 0 for value in cfg.MODEL.PIXEL_STD):
+        raise ValueError(f"MODEL.PIXEL_STD is {list(cfg.MODEL.PIXEL_STD)}; each value must be above 0")
