@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from detectron2.modeling import build_model
-from tests.tiny_model import random_input
 
 from sparseinst import load_config
+from tests.tiny_model import random_input
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,6 +1,7 @@
 """The search for patterns of bad prose (language.py) finds planted sentences and leaves good ones alone."""
 
 import pytest
+
 from tests.language import Exemption, find, read_exemptions, read_patterns
 
 
