@@ -23,7 +23,7 @@ class GroundTruth:
     """
 
     def __init__(self, json_file: str | os.PathLike) -> None:
-        content = load_checked_json(Path(json_file))
+        content, _ = load_checked_json(Path(json_file))
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
         self._images_of_name: dict[str, list[dict]] = {}

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.output.exists():
             raise ValueError(f"{args.output} is there already; remove it, or change --output")
-        selected = select_classes(load_checked_json(args.json), args.classes)
+        selected = select_classes(load_checked_json(args.json)[0], args.classes)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(selected), encoding="utf-8")
     except (ValueError, OSError) as error:

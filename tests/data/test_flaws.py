@@ -10,8 +10,8 @@ from detectron2.data import DatasetCatalog
 
 from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
+from sparseinst.modeling.sparse_inst.target_check import is_on_grid
 from sparseinst.tools import check_dataset
-from sparseinst.tools.check_dataset import is_on_grid
 from tests.data.flawed_json import CONTENT, FLAWS, flawed, write
 from tests.tiny_model import tiny_cfg
 
@@ -19,7 +19,8 @@ from tests.tiny_model import tiny_cfg
 @pytest.fixture(autouse=True)
 def _no_backbone(monkeypatch):
     """Building one takes most of the checker's time here."""
-    monkeypatch.setattr(check_dataset, "target_check", lambda cfg: partial(is_on_grid, pixels_per_cell=4.0))
+    on_grid = partial(is_on_grid, pixels_per_cell=4.0)
+    monkeypatch.setattr("sparseinst.modeling.sparse_inst.model.target_check", lambda cfg: on_grid)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_each_flaw_works_or_stops_and_the_checker_agrees(name, split, tmp_path, 
         ("", "is not valid JSON"),
         ("7", "holds int"),
         ("null", "holds NoneType"),
-        ("[" * 200_000, "is no COCO json: its lists lie too deep|is not valid JSON"),
+        ("[" * 200_000, "is not a COCO json: its lists are nested too deep|is not valid JSON"),
         ('{"images": "abc", "categories": "abc"}', "'images' is a str"),
     ],
 )

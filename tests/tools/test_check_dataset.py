@@ -62,7 +62,7 @@ def test_all_broken_images_are_told_in_one_pass(config_file, tmp_path, capsys):
     for workers in (0, 2):
         code, output = check(capsys, json_file, images, *strict, 2, "--workers", workers)
         assert code == 1 and "Problems, which stop a training: 5" in output
-        assert "3 of 3; a training passes over at most DATALOADER.MAX_BROKEN_IMAGES, which is 2: repair" in output
+        assert "3 of 3; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is 2: repair" in output
         assert "unreadable image: 2" in output and "1.png: " in output and "4.png: it is not an image" in output
         assert "missing file: 1" in output and "'2.png'" in output
         assert "another image size: 1" in output and "EXIF" in output
@@ -80,7 +80,7 @@ def test_a_training_passes_over_some_broken_images(config_file, tmp_path, capsys
         arguments = ["--config-file", config_file, "--opts", "DATALOADER.MAX_BROKEN_IMAGES", limit]
         code, output = check(capsys, json_file, images, *arguments)
         assert code == expected and "unreadable image: 2" in output
-        assert f"2 of 4; a training passes over at most DATALOADER.MAX_BROKEN_IMAGES, which is {limit}" in output
+        assert f"2 of 4; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is {limit}" in output
     for number in (3, 4):
         (images / f"{number}.png").write_text("no picture")
     assert check(capsys, json_file, images, "--config-file", config_file)[0] == 1  # None is left.
