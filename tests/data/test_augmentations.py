@@ -1,4 +1,4 @@
-"""Resize and crop of pictures of one pixel, of strips, and of ordinary ones as Detectron2 does it."""
+"""Test resize and crop of images of one pixel and of strips, and of ordinary images as in Detectron2."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The reader of pictures: every mode, EXIF, damaged files, limits; and Detectron2's own reader for comparison."""
+"""Test the image reader: modes, EXIF, damaged files, limits; compared with Detectron2's own reader."""
 
 import random
 import struct
@@ -87,12 +87,14 @@ def test_exif_orientation(orientation, suffix, tmp_path):
     assert np.array_equal(ours, turned)
 
 
-@pytest.mark.parametrize("orientation", [0, 9, 2**16 - 1])
-def test_meaningless_orientations_are_none(orientation, tmp_path):
+@pytest.mark.parametrize(
+    ("orientation", "shape"), [(0, (16, 40, 3)), (9, (16, 40, 3)), (65535, (16, 40, 3)), (6, (40, 16, 3))]
+)
+def test_orientation_of_16_bits_and_meaningless_orientations(orientation, shape, tmp_path):
     exif = Image.Exif()
     exif[274] = orientation
-    Image.fromarray(pixels(16, 40, 3)).save(tmp_path / "a.png", exif=exif)
-    assert read_image(tmp_path / "a.png").shape == (16, 40, 3)
+    Image.fromarray(np.full((16, 40), 65535, np.uint16)).save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.png").shape == shape and (read_image(tmp_path / "a.png") == 255).all()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
@@ -105,13 +107,6 @@ def test_16_bits_are_rescaled_not_clipped(suffix, tmp_path):
     assert np.array_equal(read_image(path), np.repeat(expected[..., None], 3, axis=2))
     # The stock reader: everything above 255 is white.
     assert (detection_utils.read_image(str(path), "RGB")[values > 255] == 255).all()
-
-
-def test_16_bits_are_turned_too(tmp_path):
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.fromarray(np.full((3, 5), 65535, np.uint16)).save(tmp_path / "a.png", exif=exif)
-    assert read_image(tmp_path / "a.png").shape == (5, 3, 3) and (read_image(tmp_path / "a.png") == 255).all()
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])
@@ -177,11 +172,10 @@ def test_sizes_are_limited_before_decoding(tmp_path):
         read_image(tmp_path / "a.png", max_pixels=199)
 
 
-def test_the_default_is_the_config_s_and_allows_8000_by_8000():
+def test_the_default_limit_is_the_config_s():
     cfg = get_cfg()
     add_sparse_inst_config(cfg)
-    assert cfg.INPUT.MAX_IMAGE_PIXELS == MAX_IMAGE_PIXELS
-    assert 8000 * 8000 < MAX_IMAGE_PIXELS < 60000 * 60000
+    assert cfg.INPUT.MAX_IMAGE_PIXELS == MAX_IMAGE_PIXELS > 8000 * 8000
 
 
 def test_pillows_own_limit_neither_warns_nor_interferes_and_is_restored(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The mapper on random annotations, good ones and garbage: a DataError, or instances whose parts agree."""
+"""Test the mapper on random valid and broken annotations: a DataError, or instances whose parts agree."""
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ def test_any_annotations(name, picture, given_annotations, seed):
 @given(segmentations_of_image=st.lists(st.lists(good_polygons, min_size=1, max_size=2) | rles(), max_size=5))
 @settings(max_examples=100, deadline=None)
 def test_the_json_s_check_and_the_mapper_agree(picture, segmentations_of_image):
-    """What the check lets through the mapper maps; what the mapper refuses the check has refused."""
+    """The mapper maps what the check accepts, and refuses what the check refuses."""
     content = {
         "images": [{"id": 1, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}],
         "categories": [{"id": 7, "name": "disc"}],
@@ -147,40 +147,35 @@ def test_any_dataset_dict(dataset_dict):
         mapper(dataset_dict)
 
 
-@given(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "images": st.lists(
-                st.fixed_dictionaries({}, optional={key: json_values for key in ("id", "file_name", "height", "width")})
-                | st.just({"id": 1, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}),
-                max_size=3,
+def optional(*keys):
+    return {key: json_values for key in keys}
+
+
+def entries(*valid_or_random):
+    return st.lists(st.one_of(*valid_or_random), max_size=3) | json_values
+
+
+jsons = st.fixed_dictionaries(
+    {},
+    optional={
+        "images": entries(
+            st.fixed_dictionaries({}, optional=optional("id", "file_name", "height", "width")),
+            st.just({"id": 1, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}),
+        ),
+        "categories": entries(
+            st.fixed_dictionaries({}, optional=optional("id", "name")), st.just({"id": 7, "name": "disc"})
+        ),
+        "annotations": entries(
+            st.fixed_dictionaries(
+                {"id": st.integers(), "image_id": st.just(1) | json_values, "category_id": st.just(7) | json_values},
+                optional=optional("bbox", "area", "iscrowd", "ignore") | {"segmentation": segmentations},
             )
-            | json_values,
-            "categories": st.lists(
-                st.fixed_dictionaries({}, optional={"id": json_values, "name": json_values})
-                | st.just({"id": 7, "name": "disc"}),
-                max_size=3,
-            )
-            | json_values,
-            "annotations": st.lists(
-                st.fixed_dictionaries(
-                    {
-                        "id": st.integers(),
-                        "image_id": st.just(1) | json_values,
-                        "category_id": st.just(7) | json_values,
-                    },
-                    optional={key: json_values for key in ("bbox", "area", "iscrowd", "ignore")}
-                    | {"segmentation": segmentations},
-                ),
-                max_size=3,
-            )
-            | json_values,
-        },
-    )
-    | json_values,
-    st.booleans(),
+        ),
+    },
 )
+
+
+@given(jsons | json_values, st.booleans())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_json_is_checked(content, for_evaluation):
     report = check_content(content, for_evaluation)

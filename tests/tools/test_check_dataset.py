@@ -1,4 +1,4 @@
-"""The checker of data sets: counts, suggestions, exit codes. tests/data/test_flaws.py: that it agrees with training."""
+"""Test the counts, suggestions and exit codes of check_dataset; test_flaws.py compares it with training."""
 
 import json
 
@@ -67,12 +67,12 @@ def test_all_broken_images_are_told_in_one_pass(config_file, tmp_path, capsys):
         assert "missing file: 1" in output and "'2.png'" in output
         assert "another image size: 1" in output and "EXIF" in output
         assert output.endswith("A training with these data would stop.\n")
-    # Headers alone do not tell of the first.
+    # Headers alone do not show the first.
     code, output = check(capsys, json_file, images, *strict, 1, "--quick")
     assert code == 1 and "Problems, which stop a training: 4" in output
 
 
-def test_a_training_passes_over_some_broken_images(config_file, tmp_path, capsys):
+def test_a_training_skips_some_broken_images(config_file, tmp_path, capsys):
     json_file, images = write(tmp_path)
     for number in (1, 2):
         (images / f"{number}.png").write_text("no picture")

@@ -1,4 +1,4 @@
-"""The command that writes the drawn-shapes data set."""
+"""Test the command that writes the drawn-shapes data set."""
 
 import json
 
@@ -69,8 +69,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(("--size", "32"), "size"), (("--val", "0"), "'val'")])
-def test_numbers_out_of_range_leave_nothing(tmp_path, capsys, arguments, message):
-    assert run(tmp_path / "shapes", *arguments) == 2
-    assert message in capsys.readouterr().err
+def test_numbers_out_of_range_leave_nothing(tmp_path, capsys):
+    assert run(tmp_path / "shapes", "--val", "0") == 2
+    assert "'val'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
