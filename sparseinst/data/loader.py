@@ -21,6 +21,7 @@ from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
     DatasetMapper,
+    MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
@@ -253,7 +254,10 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         raise ValueError(f"{key} is {name!r}; it must be one of {sorted(mappers)}")
     names = ", ".join(map(repr, cfg.DATASETS.TRAIN))
     try:
-        images = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        # Detectron2 logs four lines about classes that differ.
+        images = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=False
+        )
     except AssertionError as error:
         raise ValueError(
             f"DATASETS.TRAIN {names} has no image to train on: {error} Images without annotations, or with crowds "
@@ -261,6 +265,8 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         ) from error
     if not isinstance(images, list):
         raise ValueError(f"DATASETS.TRAIN {names} is a {type(images).__name__}; a registered list of dicts is needed")
+    if len({tuple(MetadataCatalog.get(dataset).get("thing_classes") or ()) for dataset in cfg.DATASETS.TRAIN}) > 1:
+        raise ValueError(f"The data sets {names} of DATASETS.TRAIN have different classes")
     return TrainLoader(
         images,
         mappers[name](cfg, is_train=True),

@@ -53,11 +53,6 @@ class ImageSurvey(NamedTuple):
     num_vanished: int = 0
 
 
-def model_class(cfg: CfgNode) -> type[InstanceSegmenter]:
-    """Return the class named by MODEL.META_ARCHITECTURE."""
-    return config.registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
-
-
 def check_files(content: Any, absent: list[str], cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
     """Yield the findings of the json and of its file names, some of them absent, without reading an image."""
     report = check_content(content, args.evaluation)
@@ -158,8 +153,10 @@ def broken_images(surveys: list[ImageSurvey], cfg: CfgNode) -> Iterator[Finding]
         yield Finding("images that cannot be used", f"{message}{limit}: repair them", stops)
 
 
-def describe_content(content: Any, surveys: list[ImageSurvey], cfg: CfgNode, keeps_all: bool) -> Iterator[str]:
-    """Yield lines about the content of a data set; ``keeps_all``: the targets lose no object."""
+def describe_content(
+    content: Any, surveys: list[ImageSurvey], cfg: CfgNode, remedy: str, keeps_all: bool
+) -> Iterator[str]:
+    """Yield lines about the content of a data set; with the remedy, or where keeps_all, the targets lose no object."""
     categories, annotations = _entries(content, "categories"), _entries(content, "annotations")
     num_crowds = sum(bool(annotation.get("iscrowd", 0)) for annotation in annotations)
     num_images = len(_entries(content, "images"))
@@ -184,7 +181,6 @@ def describe_content(content: Any, surveys: list[ImageSurvey], cfg: CfgNode, kee
         f"  objects by size: {small:.1%} small (below 32 x 32 pixels), {medium:.1%} medium, {large:.1%} large (from "
         f"96 x 96); without a pixel: {(areas == 0).sum()}"
     )
-    remedy = f"{model_class(cfg).lossless_targets_key} True"
     if keeps_all:
         yield f"  objects that the mask grid loses: none, with {remedy}"
     else:
@@ -267,14 +263,15 @@ def main(argv: list[str] | None = None) -> int:
     absent = missing_files(_file_names(content), args.images)
     findings = list(check_files(content, absent, cfg, args))
     images = present_images(content, set(absent))
-    is_in_target = model_class(cfg).target_check(cfg)
+    model: type[InstanceSegmenter] = config.registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
+    is_in_target = model.target_check(cfg)
     survey = partial(survey_image, image_root=args.images, cfg=cfg, is_in_target=is_in_target, is_quick=args.quick)
     # Without batches, collate_fn is called in a worker with each element.
     loader = DataLoader(images, batch_size=None, num_workers=args.workers, collate_fn=survey)
     surveys = list(tqdm(loader, desc="Images", unit="image", disable=not images))
     findings += broken_images(surveys, cfg)
     print(args.json)
-    for line in describe_content(content, surveys, cfg, keeps_all=is_in_target is None):
+    for line in describe_content(content, surveys, cfg, f"{model.lossless_targets_key} True", is_in_target is None):
         print(line)
     for line in describe_findings(findings, args.show):
         print(line)

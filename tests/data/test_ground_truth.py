@@ -34,7 +34,7 @@ def json_file(tmp_path):
     return tmp_path / "truth.json"
 
 
-def test_finds_a_pictures_own_instances_with_their_classes(json_file):
+def test_finds_an_images_own_instances_with_their_classes(json_file):
     truth = GroundTruth(json_file)
     assert truth.class_names == ["nut", "bolt"]  # by category id, as the model's classes are
     one, two = (truth.find(json_file.parent / folder / "a.png") for folder in ("one", "two"))
@@ -45,7 +45,7 @@ def test_finds_a_pictures_own_instances_with_their_classes(json_file):
     assert two.pred_masks[0, 10:15, 5:15].all() and not two.has("scores")
 
 
-def test_a_picture_that_the_json_does_not_have(json_file):
+def test_an_image_that_the_json_does_not_have(json_file):
     truth = GroundTruth(json_file)
     assert truth.find(json_file.parent / "three" / "a.png") is None
     assert truth.find(json_file.parent / "one" / "b.png") is None

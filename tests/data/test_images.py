@@ -22,7 +22,7 @@ def pixels(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def picture(mode: str) -> Image.Image:
+def example(mode: str) -> Image.Image:
     image = Image.fromarray(pixels(HEIGHT, WIDTH, 4), "RGBA")
     if mode in ("P", "1"):
         return image.convert("RGB").convert(mode)
@@ -40,9 +40,9 @@ def picture(mode: str) -> Image.Image:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("channel_order", ["RGB", "BGR"])
-def test_8_bit_pictures_are_those_of_detectron2(mode, suffix, channel_order, tmp_path):
+def test_8_bit_images_are_those_of_detectron2(mode, suffix, channel_order, tmp_path):
     path = tmp_path / f"a.{suffix}"
-    picture(mode).save(path)
+    example(mode).save(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = read_image(path, channel_order)
@@ -54,7 +54,7 @@ def test_8_bit_pictures_are_those_of_detectron2(mode, suffix, channel_order, tmp
 @pytest.mark.parametrize("transparency", [3, bytes(range(256))])
 def test_transparent_palettes_warn_of_nothing(transparency, tmp_path):
     path = tmp_path / "a.png"
-    picture("P").save(path, transparency=transparency)
+    example("P").save(path, transparency=transparency)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = read_image(path)
@@ -117,11 +117,11 @@ def test_an_unknown_value_range_is_refused(dtype, kind, tmp_path):
             read(tmp_path / "a.tif")
 
 
-def test_files_that_are_no_pictures_are_refused_with_the_reason(tmp_path):
+def test_files_that_are_not_images_are_refused_with_the_reason(tmp_path):
     Image.fromarray(pixels(64, 64, 3)).save(tmp_path / "good.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:-500])
     (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("no picture at all")
+    (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 50)
     for name, reason in {
@@ -217,7 +217,7 @@ def test_whatever_a_plugin_raises_is_our_error(error, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "bmp", "webp", "pgm"])
-def test_damaged_files_end_in_our_error_or_in_a_picture(suffix, tmp_path):
+def test_damaged_files_end_in_our_error_or_in_an_image(suffix, tmp_path):
     path = tmp_path / f"a.{suffix}"
     exif = Image.Exif()
     exif[274] = 6

@@ -232,7 +232,7 @@ def test_unknown_names_and_empty_data_are_refused(shapes):
     try:
         with pytest.raises(ValueError, match="loader_empty.*FILTER_EMPTY_ANNOTATIONS"):
             build_train_loader(tiny_cfg("DATASETS.TRAIN", ("loader_empty",)), 0)
-        with pytest.raises(ValueError, match="loader_other.*thing_classes"):
+        with pytest.raises(ValueError, match="loader_other.*different classes"):
             build_train_loader(tiny_cfg("DATASETS.TRAIN", (shapes, "loader_other")), 0)
     finally:
         DatasetCatalog.remove("loader_empty")

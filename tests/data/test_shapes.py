@@ -97,7 +97,7 @@ def test_one_to_eight_objects_and_some_empty_images(drawn):
     assert (counts[1:] > 0.01 * NUM_IMAGES).all()
 
 
-def test_areas_places_and_colours(drawn):
+def test_areas_places_and_colors(drawn):
     for item in drawn:
         for shape, annotation in zip(item.scene.objects, item.annotations, strict=True):
             full_area = Polygon(shape.outline).area
@@ -137,7 +137,7 @@ def test_polygons_are_the_pixels_that_are_drawn(drawn):
     ious = []
     for item in drawn[:40]:
         for index, annotation in enumerate(item.annotations):
-            # The pixels that an object is drawn on are those that change with its colour.
+            # The pixels that an object is drawn on are those that change with its color.
             painted = []
             for level in (0.0, 255.0):
                 objects = list(item.scene.objects)
@@ -189,7 +189,7 @@ def test_classes_are_equally_common(measured):
     assert stats.chisquare(np.bincount(classes, minlength=len(CLASS_NAMES))).pvalue > LOWEST_P_VALUE
 
 
-def test_colour_area_and_position_do_not_tell_the_class(measured):
+def test_color_area_and_position_do_not_tell_the_class(measured):
     classes, _, values = measured
     found = p_values(classes, values)
     assert (found > LOWEST_P_VALUE).all(), dict(zip(MEASURES, found.min(axis=0), strict=True))
@@ -280,10 +280,10 @@ def test_detectron2_loads_what_is_written(tmp_path):
         MetadataCatalog.remove(name)
     assert len(records) == 30 and any(not record["annotations"] for record in records)
     assert sum(len(record["annotations"]) for record in records) == len(content["annotations"])
-    picture = cv2.imread(records[0]["file_name"])
+    written = cv2.imread(records[0]["file_name"])
     image, _ = draw_shapes_image(np.random.default_rng((0, 0)), SIZE, SIZE, with_crowd=True)
     # JPEG takes a little; channels swapped would be far off.
-    assert np.abs(picture[..., ::-1].astype(float) - image).mean() < 10
+    assert np.abs(written[..., ::-1].astype(float) - image).mean() < 10
 
 
 @pytest.mark.parametrize(

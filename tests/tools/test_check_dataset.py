@@ -57,7 +57,7 @@ def test_all_broken_images_are_told_in_one_pass(config_file, tmp_path, capsys):
     (images / "1.png").write_bytes((images / "1.png").read_bytes()[:-300])
     (images / "2.png").unlink()
     Image.new("RGB", (40, 60)).save(images / "3.png")
-    (images / "4.png").write_text("no picture")
+    (images / "4.png").write_text("not an image")
     strict = ["--config-file", config_file, "--opts", "DATALOADER.MAX_BROKEN_IMAGES"]
     for workers in (0, 2):
         code, output = check(capsys, json_file, images, *strict, 2, "--workers", workers)
@@ -75,14 +75,14 @@ def test_all_broken_images_are_told_in_one_pass(config_file, tmp_path, capsys):
 def test_a_training_skips_some_broken_images(config_file, tmp_path, capsys):
     json_file, images = write(tmp_path)
     for number in (1, 2):
-        (images / f"{number}.png").write_text("no picture")
+        (images / f"{number}.png").write_text("not an image")
     for limit, expected in ((2, 0), (1, 1)):
         arguments = ["--config-file", config_file, "--opts", "DATALOADER.MAX_BROKEN_IMAGES", limit]
         code, output = check(capsys, json_file, images, *arguments)
         assert code == expected and "unreadable image: 2" in output
         assert f"2 of 4; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is {limit}" in output
     for number in (3, 4):
-        (images / f"{number}.png").write_text("no picture")
+        (images / f"{number}.png").write_text("not an image")
     assert check(capsys, json_file, images, "--config-file", config_file)[0] == 1  # None is left.
 
 
