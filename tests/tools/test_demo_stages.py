@@ -48,7 +48,7 @@ def test_frames_are_drawn_in_their_order(tmp_path, config_file, capsys):
 def test_speed_of_pictures(tmp_path, config_file, capsys):
     paths = [save_scene(tmp_path / "in" / f"{index}.png") for index in range(7)]
     assert run(config_file, "--input", *paths, "--output", tmp_path / "out") == 0
-    assert re.search(SPEED, capsys.readouterr().out).groups() == ("7", "pictures")
+    assert re.search(SPEED, capsys.readouterr().out).groups() == ("7", "images")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_after_ctrl_c_the_finished_pictures_are_kept(tmp_path, config_file, inte
     assert run(config_file, "--input", *paths, "--output", tmp_path / "out") == 130
     drawn = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert drawn == [path.name for path in paths[: len(drawn)]] and len(drawn) <= 4
-    assert f"{len(drawn)} of 8 pictures" in capsys.readouterr().out
+    assert f"{len(drawn)} of 8 images" in capsys.readouterr().out
 
 
 def test_an_error_while_frames_are_written_is_told_and_leaves_no_video(tmp_path, config_file, monkeypatch, capsys):
