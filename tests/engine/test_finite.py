@@ -297,7 +297,7 @@ def test_networks_that_are_recomputed_or_compiled_are_searched():
     model = tiny_model().train()
     batch = [random_input(num_instances=2)]
     recompute_activations(model, ["backbone.*", "encoder", "decoder.*_branch"])
-    model.training_network = torch.compile(model.plain_network, backend="eager")
+    model.set_training_network(torch.compile(model.network, backend="eager"))
     model(batch)
     assert find_first_nonfinite(model, 1, lambda index: model(batch)) == ""
     with torch.no_grad():

@@ -293,7 +293,7 @@ def test_visualisation_and_precise_bn(shapes, tmp_path):
         EventStorage.put_image = put_image
     assert set(pictures) == {"train/ground_truth", "train/predictions", "train/activation_maps"}
     assert all(picture.shape[0] == 3 for picture in pictures.values())
-    assert trainer.model.training and not trainer.model.decoder.output_iam
+    assert trainer.model.training and not trainer.model.output.with_maps
 
 
 def test_stock_mapper_by_name(shapes, tmp_path):

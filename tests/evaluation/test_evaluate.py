@@ -132,16 +132,16 @@ def test_masks_are_encoded_where_they_are_made(dataset, tmp_path, monkeypatch):
     model = truth_model(dataset, "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4)
     formats = []
     postprocess = model.postprocess
-    model.postprocess = lambda *args: formats.append(model.output_mask_format) or postprocess(*args)
+    model.postprocess = lambda *args: formats.append(model.output.mask_format) or postprocess(*args)
     # Not those that are whole.
     monkeypatch.setattr(RLEMasks, "encode", None)
     evaluate(make_cfg(dataset, tmp_path), model)
-    assert set(formats) == {"rle"} and model.output_mask_format == "bitmask"
+    assert set(formats) == {"rle"} and model.output.mask_format == "bitmask"
 
     model.postprocess = None
     with pytest.raises(TypeError):
         evaluate(make_cfg(dataset, tmp_path), model)
-    assert model.output_mask_format == "bitmask"
+    assert model.output.mask_format == "bitmask"
 
 
 class AnyModel(nn.Module):
