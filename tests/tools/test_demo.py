@@ -188,11 +188,11 @@ def test_masks_below_the_threshold_are_not_made_and_change_nothing(tmp_path, tin
             assert found(threshold, *options) == expected
     with pytest.MonkeyPatch.context() as patch:
         kept = []
-        patch.setattr(demo, "run_images", lambda args, cfg: kept.append(cfg.MODEL.SPARSE_INST.CLS_THRESHOLD) or 0)
+        patch.setattr(demo, "run_images", lambda args, cfg: kept.append(cfg.MODEL.OUTPUT.SCORE_THRESHOLD) or 0)
         for threshold in (0, 0.5):
             found_nothing = ["--input", "x", "--json", tmp_path / "x.json", "--confidence-threshold", threshold]
             assert run(tiny_config_file, *found_nothing) == 0
-        assert run(tiny_config_file, *found_nothing, "--opts", "MODEL.SPARSE_INST.CLS_THRESHOLD", "0.7") == 0
+        assert run(tiny_config_file, *found_nothing, "--opts", "MODEL.OUTPUT.SCORE_THRESHOLD", "0.7") == 0
         assert kept == [0, pytest.approx(0.4995), 0.7]
 
 
