@@ -1,4 +1,4 @@
-"""Input and output files of the demo: no input is overwritten, and nothing is written outside the output folder."""
+"""Find the demo's inputs and write its outputs; no input is overwritten, and no file leaves the output folder."""
 
 import contextlib
 import glob
@@ -119,7 +119,7 @@ def check_not_read(flag: str, path: Path, read: Iterable[str | os.PathLike | Non
 
 
 def coco_images_file(results: Path) -> Path:
-    """Return the file beside COCO results that lists the image of each image id."""
+    """Return the file that lists the image of each image id of these results."""
     return results.with_name(f"{results.stem}_images.json")
 
 
