@@ -15,6 +15,8 @@ class RedSegmenter(nn.Module):
     """Red pixels are an instance of class 0 with score 0.9, blue ones of class 1 with score 0.3."""
 
     num_classes_key = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
+    mask_nms_key = "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD"
+    activation_maps_key = "MODEL.SPARSE_INST.DECODER.OUTPUT_IAM"
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()

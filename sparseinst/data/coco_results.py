@@ -29,7 +29,7 @@ def to_coco_results(
 
     Returns:
         A dict for each instance with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels), ``score``
-        and, where there are masks, ``segmentation`` (compressed RLE with ``counts`` a str); only types of json.
+        and, if the instances have masks, ``segmentation`` (compressed RLE with ``counts`` a str); only types of json.
 
     Raises:
         ValueError: a class has no category id.
