@@ -1,8 +1,8 @@
-"""One function that makes a model faster for inference, for evaluation, demo, Predictor and benchmark.
+"""Make a model faster for inference: evaluation, demo, Predictor and benchmark call `optimize_for_inference`.
 
-It rewrites `network` alone, in this order: norms folded into convolutions; each module's own offer, a method
-``fuse() -> nn.Module`` that returns an equal, cheaper module; Winograd convolutions; layout and precision; the engine;
-a self-check on an example.
+Only `network` is rewritten, in this order: fold norms into convolutions; replace each module that has a method
+``fuse() -> nn.Module`` by the equal, cheaper module that the method returns; use Winograd convolutions; set layout and
+precision, or build another engine; compare the outputs for an example with the model's.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _EXAMPLE_SIZE = (192, 256)
 
 
 class OptimizedSegmenter(nn.Module):
-    """An InstanceSegmenter in eval mode with another way to run its network.
+    """Wrap an InstanceSegmenter in eval mode, and run another callable in place of its network.
 
     Args:
         model: preprocesses and postprocesses.
@@ -47,16 +47,16 @@ class OptimizedSegmenter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's tensors."""
+        """Return the device of the model's tensors."""
         return self.model.device
 
     @property
     def output(self) -> OutputOptions:
-        """How predictions are returned."""
+        """Return the options of the model's predictions."""
         return self.model.output
 
     def output_as(self, **changes: Any) -> contextlib.AbstractContextManager:
-        """Change fields of `output` inside a with statement; activation maps only where the engine is torch."""
+        """Change fields of `output` inside a with statement; activation maps need the engine "torch"."""
         return self.model.output_as(**changes)
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
@@ -139,9 +139,9 @@ def optimize_for_inference(
         if fuse:
             fold_norms(model, lambda: model.network(example))
             _use_offers(model)
-            # A backbone may use a convolution's output next to its norm's, which no hook sees.
+            # A backbone may read a convolution's output in addition to its norm's, which no hook sees.
             if not _is_close(model.network(example), expected, TOLERANCES["float32"]):
-                logger.warning("The network cannot be fused, because its outputs would change. It runs as it is")
+                logger.warning("The network cannot be fused, because its outputs would change; it runs unfused")
                 model = _inference_copy(original)
     is_plain_cpu = precision == "float32" and model.device.type == "cpu"
     if winograd and fuse and is_plain_cpu and (channels_last or engine != "torch"):
@@ -153,10 +153,10 @@ def optimize_for_inference(
     else:
         network = _torch_network(model, channels_last, PRECISIONS[precision], compile)
     optimized = OptimizedSegmenter(model, network)
-    # Not of a network to be compiled: the example's size would be compiled too, which takes a minute.
+    # A compiled network is not checked, because it would be compiled for the example's size, which takes a minute.
     if not compile and not _is_close(optimized.network(example), expected, TOLERANCES[precision]):
         logger.warning(
-            "The optimized network (RUNTIME.ENGINE %s, PRECISION %s) returns other numbers than the model's, so the "
+            "The optimized network (RUNTIME.ENGINE %s, PRECISION %s) does not return the model's numbers, so the "
             "model runs as it is",
             engine,
             precision,
