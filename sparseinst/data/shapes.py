@@ -317,7 +317,7 @@ def _annotation(class_index: int, segmentation: list | dict, size: tuple[int, in
 def annotate_scene(scene: ShapeScene) -> Annotations:
     """Return COCO annotations of a scene's visible objects, without ``id`` and ``image_id``; the crowd comes first.
 
-    Objects have polygons, the crowd has uncompressed RLE; ``area`` and ``bbox`` are those of the rasterized mask.
+    Objects have polygons, the crowd has uncompressed RLE; the rasterized mask gives ``area`` and ``bbox``.
     """
     annotations = []
     crowd = [shape for shape in scene.objects if shape.is_crowd]

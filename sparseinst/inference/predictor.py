@@ -119,7 +119,7 @@ class Predictor:
     def stream(
         self, images: Iterable[str | os.PathLike | np.ndarray], channel_order: str = "BGR"
     ) -> Iterator[Instances]:
-        """Yield the instances image by image, predicted on request; arguments and errors are those of a call."""
+        """Yield the instances image by image, predicted on request; arguments and errors as in `__call__`."""
         check_channel_order(channel_order)
         for image in images:
             if isinstance(image, str | os.PathLike):

@@ -130,3 +130,28 @@ def test_a_crop_that_cuts_everything_away_is_trained_on(model, tmp_path):
     assert 5 < len(empty) < 35
     losses = model.train()(empty[:2])
     assert all(torch.isfinite(loss) for loss in losses.values()) and losses["loss_mask"] == 0
+
+
+def test_more_objects_than_masks_have_right_targets(model, tmp_path):
+    """Nine objects, six masks: each mask is taught one object, and that one's own class."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (96, 96), (90, 90, 90)).save(path)
+    annotations = [
+        {"segmentation": [[x, y, x + 20, y, x + 20, y + 20, x, y + 20]], "category_id": index % 3}
+        for index, (x, y) in enumerate((x, y) for x in (2, 34, 66) for y in (2, 34, 66))
+    ]
+    mapper = SparseInstDatasetMapper(True, augmentations=[], image_format="RGB")
+    crowded = mapper({"file_name": str(path), "annotations": annotations})
+    plain = mapper({"file_name": str(path), "annotations": annotations[:2]})
+    model.train()
+    images = model.preprocess([crowded, plain])
+    outputs = model.network(images.tensor)
+    targets = model.prepare_targets([crowded, plain], images)
+    matches = model.criterion.matcher(outputs, targets)
+    for (prediction_idx, gt_idx), num_objects in zip(matches, (9, 2)):
+        assert len(prediction_idx) == len(gt_idx) == min(6, num_objects)
+        assert len(set(prediction_idx.tolist())) == len(set(gt_idx.tolist())) == len(gt_idx)
+        assert max(gt_idx.tolist()) < num_objects
+    # Swapping the images changes nothing but the order: nothing of the crowded one leaks into the other.
+    alone = model.criterion.matcher({key: value[1:] for key, value in outputs.items()}, targets[1:])
+    assert [t.tolist() for t in alone[0]] == [t.tolist() for t in matches[1]]
