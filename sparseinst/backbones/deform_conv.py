@@ -87,7 +87,7 @@ def make_deformable(stage: nn.Module, *, num_groups: int = 1, modulated: bool = 
 
 
 def published_name(name: str) -> str:
-    """Name in a state dict: Detectron2 has the offsets' convolution beside ``conv2``, not inside."""
+    """Return the state-dict name: Detectron2 stores the offset convolution next to ``conv2``, not inside it."""
     return name.replace(".conv2.offset.", ".conv2_offset.")
 
 

@@ -1,4 +1,4 @@
-"""Configuration: the keys with their defaults, how a command's config is loaded, and what it says about the model."""
+"""Define the configuration keys, load configs, and read the keys that a model declares."""
 
 from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
 from sparseinst.config.load import load_config, resolve_config_file
