@@ -32,7 +32,7 @@ class OpenVINONetwork:
                 _Outputs(network, self._names),
                 example_input=example,
                 # With a dynamic batch, OpenVINO 2026.4 returned one image where the graph has Winograd's gathers.
-                input=[openvino.PartialShape([1, 3, -1, -1])],
+                input=[openvino.PartialShape([1, example.shape[1], -1, -1])],
             )
         settings = {
             # The default is bfloat16 on processors that have it.
