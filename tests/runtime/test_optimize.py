@@ -180,31 +180,31 @@ def test_a_network_that_would_change_stays_as_it_is(model, caplog):
 
 
 def with_offer(model, fuse):
-    """Return a copy of the model whose last lateral convolution offers what ``fuse`` makes of it."""
+    """Return a copy of the model whose first convolution is in a module with this ``fuse()``."""
 
-    class Offering(nn.Conv2d):
-        pass
+    class Offering(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv = conv
 
-    other = copy.deepcopy(model)
-    conv = other.encoder.ppm.bottleneck
-    conv.__class__ = Offering
+        def forward(self, x):
+            return self.conv(x)
+
     Offering.fuse = fuse
+    other = copy.deepcopy(model)
+    other.backbone.stem.conv1 = Offering(other.backbone.stem.conv1).eval()
     return other
 
 
-def precise_offer(conv):
-    offer = nn.Sequential(nn.Conv2d(conv.in_channels, conv.out_channels, 1))
-    offer[0].weight, offer[0].bias = conv.weight, conv.bias
-    return offer
+def precise_offer(module):
+    return nn.Sequential(module.conv)
 
 
-def imprecise_offer(conv):
-    offer = precise_offer(conv)
-    offer[0].weight = nn.Parameter(1.1 * conv.weight)
-    return offer
+def imprecise_offer(module):
+    return nn.Sequential(module.conv, nn.AvgPool2d(3, 1, 1))
 
 
-def failing_offer(conv):
+def failing_offer(module):
     raise RuntimeError("no such\nfusion")
 
 
@@ -215,7 +215,7 @@ def test_a_precise_offer_is_used(model, caplog):
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         optimized = optimize_for_inference(other)
         assert_close(optimized.network(images), model.network(images))
-    assert isinstance(optimized.model.encoder.ppm.bottleneck, nn.Sequential) and not caplog.messages
+    assert isinstance(optimized.model.backbone.stem.conv1, nn.Sequential) and not caplog.messages
     assert not any(module.training for module in optimized.modules())
 
 
@@ -223,10 +223,10 @@ def test_a_precise_offer_is_used(model, caplog):
     ("fuse", "reason"),
     [
         (imprecise_offer, "its outputs would change"),
-        (lambda conv: nn.Conv2d(conv.in_channels, 7, 1), "RuntimeError"),
+        (lambda module: nn.Conv2d(3, 7, 1), "RuntimeError"),
         (failing_offer, "RuntimeError: no such fusion"),
-        (lambda conv, must_be_given: conv, "TypeError"),
-        (lambda conv: 3, "AttributeError"),
+        (lambda module, needed: module, "TypeError"),
+        (lambda module: 3, "AttributeError"),
     ],
 )
 def test_a_wrong_offer_is_refused_with_one_warning(model, caplog, fuse, reason):
@@ -240,7 +240,7 @@ def test_a_wrong_offer_is_refused_with_one_warning(model, caplog, fuse, reason):
 
 
 def test_a_module_that_fuses_in_place(model, caplog):
-    other = with_offer(model, lambda conv: None)
+    other = with_offer(model, lambda module: None)
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         optimized = optimize_for_inference(other)
@@ -267,7 +267,7 @@ def test_an_offer_that_needs_its_norm():
 
 def test_an_image_size_that_the_network_demands(model):
     other = copy.deepcopy(model)
-    other.backbone.padding_constraints = {"square_size": 320}
+    other.size_divisibility = 320
     network = other.network
     other.network = lambda images: network(images) if images.shape[-2:] == (320, 320) else None
     optimized = optimize_for_inference(other)
