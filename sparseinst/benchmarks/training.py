@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparseinst.benchmarks.settings import Measurement, check_segmenter
+from sparseinst.config import register_models
 from sparseinst.data.coco_json import register_user_datasets
 from sparseinst.data.loader import TrainLoader
 from sparseinst.engine.trainer import Trainer
@@ -213,6 +214,7 @@ def peak_bytes(cfg: CfgNode, caches_batches: bool) -> int:
 
 def _peak_here(cfg: CfgNode, caches_batches: bool, num_threads: int) -> int:
     torch.set_num_threads(num_threads)
+    register_models(cfg)
     cfg = as_training(cfg)
     is_cuda = cfg.MODEL.DEVICE.startswith("cuda")
     before = 0 if is_cuda else resident_bytes("VmRSS")

@@ -15,6 +15,7 @@ from types import ModuleType
 import yaml
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
+import sparseinst
 from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,13 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             logger.warning("MODEL.DEVICE is %s and there is no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
             cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def register_models(cfg: CfgNode) -> None:
+    """Register the plugin's models and import the modules of IMPORTS, in a process that got a loaded config."""
+    sparseinst.register()
+    for name in cfg.IMPORTS:
+        _import(name)
 
 
 def _merge(merge: Callable[[], object], where: str) -> None:
@@ -308,8 +316,7 @@ def _import_modules(cfg: CfgNode, content: dict, opts: list[str], path: str) -> 
     for name in first.IMPORTS:
         logger.warning("IMPORTS of the config runs the code of %s", name)
         try:
-            module = _import_file(os.path.abspath(name)) if str(name).endswith(".py") else import_module(name)
-            getattr(module, "add_config", lambda cfg: None)(cfg)
+            getattr(_import(name), "add_config", lambda cfg: None)(cfg)
         # A module can raise any exception.
         except Exception as error:
             text = " ".join(str(error).split())[:300]
@@ -322,6 +329,10 @@ def _import_modules(cfg: CfgNode, content: dict, opts: list[str], path: str) -> 
         if opts[index] == "IMPORTS":
             names = [os.path.abspath(name) if name.endswith(".py") else name for name in first.IMPORTS]
             opts[index + 1] = repr(names)
+
+
+def _import(name: str) -> ModuleType:
+    return _import_file(os.path.abspath(name)) if str(name).endswith(".py") else import_module(name)
 
 
 def _import_file(path: str) -> ModuleType:

@@ -32,7 +32,7 @@ class OpenVINONetwork:
                 _Outputs(network, self._names),
                 example_input=example,
                 # With a dynamic batch size, OpenVINO 2026.4 returned a single image for graphs with Winograd's gathers.
-                input=[openvino.PartialShape([1, 3, -1, -1])],
+                input=[openvino.PartialShape([1, example.shape[1], -1, -1])],
             )
         settings = {
             # OpenVINO's default is bfloat16 on processors that have it.
