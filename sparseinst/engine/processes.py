@@ -93,8 +93,12 @@ def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.N
 
     Args:
         main: of a module that can be imported.
-        args: as :func:`check_process_arguments` has passed them.
+        args: checked by `check_process_arguments`; a wrong one ends this process with one line.
     """
+    try:
+        check_process_arguments(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     timeout = datetime.timedelta(minutes=args.dist_timeout)
     if is_started_by_torchrun():
         has_gpu = torch.cuda.is_available()
