@@ -25,7 +25,7 @@ from sparseinst.modeling.sparse_inst.model import SparseInst
 model = L(SparseInst)(
     backbone=L(ResNet)(
         stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
-        stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm="FrozenBN"),
+        stages=L(ResNet.make_default_stages)(depth=50, norm="FrozenBN"),
         out_features=["res3", "res4", "res5"],
     ),
     encoder=L(InstanceContextEncoder)(
@@ -71,7 +71,7 @@ dataloader = dict(
         ),
         num_workers=6,
     ),
-    evaluator=L(COCOEvaluator)(dataset_name="${..test.dataset.names}"),
+    evaluator=L(COCOEvaluator)(dataset_name="${..test.dataset.names}", tasks=["bbox", "segm"]),
 )
 
 optimizer = L(torch.optim.AdamW)(

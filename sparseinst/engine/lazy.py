@@ -66,6 +66,7 @@ def main(args: argparse.Namespace) -> dict:
                 raise ValueError(
                     "--train-json, --test-json: a LazyConfig registers its data and names it in dataloader"
                 )
+            args.config_file = resolve_config_file(args.config_file)
             cfg = load(args.config_file, args.opts)
             check_device(cfg.train.device)
             if comm.is_main_process():
@@ -80,13 +81,12 @@ def main(args: argparse.Namespace) -> dict:
     return results
 
 
-def load(config_file: str, overrides: list[str]) -> DictConfig:
+def load(path: str, overrides: list[str]) -> DictConfig:
     """Run a config file's code, and apply KEY=VALUE overrides.
 
     Raises:
         ValueError: the code fails, an override cannot be applied, or an entry is missing.
     """
-    path = resolve_config_file(config_file)
     if comm.is_main_process():
         print(f"WARNING: the config file {path} is Python code (a LazyConfig), which runs now", file=sys.stderr)
     wrong = [text for text in overrides if "=" not in text]

@@ -1,11 +1,13 @@
 """train_net.py with a LazyConfig: the published file, made small by overrides, and errors of one line."""
 
 import json
+import logging
 
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.solver import build_lr_scheduler
+from detectron2.utils.logger import setup_logger
 
 from sparseinst import get_config_file
 from sparseinst.config import load_config
@@ -17,6 +19,16 @@ PUBLISHED = "lazy/sparse_inst_r50_giam.py"
 
 def run(*arguments, config=PUBLISHED):
     return main(build_parser().parse_args(["--config-file", str(config), *map(str, arguments)]))
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Undo what the command does to the loggers, which write to the captured stdout of one test."""
+    yield
+    for name in ("detectron2", "fvcore", "sparseinst"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    setup_logger.cache_clear()
 
 
 @pytest.fixture(scope="module")
