@@ -31,6 +31,8 @@ INSTALLED := $(VENV)/.sparseinst-installed-$(shell \
 QUICK_CONFIG := configs/quick/shapes.yaml
 QUICK_OUTPUT := output/quick
 QUICK_DATA := datasets/shapes
+# Seeds 1 to 3 are within 9 of these values. Outside of value +- tolerance the evaluation fails.
+QUICK_EXPECTED := [["segm", "AP", 53.0, 13.0], ["segm", "AP50", 77.0, 12.0]]
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-fast test-faults lint format clean install environment install-pinned install-beside-detectron2
@@ -55,7 +57,8 @@ quickstart: install
 	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) OUTPUT_DIR $(QUICK_OUTPUT)
 	@echo '== 3 of 4: evaluation on images of another seed'
 	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) --eval-only \
-		OUTPUT_DIR $(QUICK_OUTPUT) MODEL.WEIGHTS $(QUICK_OUTPUT)/model_final.pth
+		OUTPUT_DIR $(QUICK_OUTPUT) MODEL.WEIGHTS $(QUICK_OUTPUT)/model_final.pth \
+		TEST.EXPECTED_RESULTS '$(QUICK_EXPECTED)'
 	@echo '== 4 of 4: drawing predictions on those images'
 	"$(VENV_PYTHON)" demo/demo.py --config-file $(QUICK_CONFIG) --confidence-threshold 0.4 \
 		--input '$(QUICK_DATA)/val/00000*.jpg' \

@@ -93,8 +93,12 @@ def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.N
 
     Args:
         main: a function of an importable module.
-        args: checked by :func:`check_process_arguments`.
+        args: checked by `check_process_arguments`; an invalid one ends this process with one line.
     """
+    try:
+        check_process_arguments(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     timeout = datetime.timedelta(minutes=args.dist_timeout)
     if is_started_by_torchrun():
         has_gpu = torch.cuda.is_available()

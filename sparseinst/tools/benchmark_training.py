@@ -30,7 +30,7 @@ from sparseinst.benchmarks.settings import (
 from sparseinst.benchmarks.training import as_training, measure
 from sparseinst.config import load_config
 from sparseinst.data.coco_json import check_num_classes
-from sparseinst.engine.trainer import RUN_ERRORS
+from sparseinst.engine.errors import RUN_ERRORS
 from sparseinst.tools.make_shapes import write_ellipses, write_shapes_dataset
 
 # The named settings of --compare: KEY VALUE pairs below SOLVER.

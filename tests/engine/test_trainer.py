@@ -235,6 +235,23 @@ def test_the_gradients_are_clipped_after_they_are_unscaled(shapes, tmp_path, amp
         assert torch.allclose(clipped[name], gradient * factor, rtol=1e-4, atol=1e-7), name
 
 
+@pytest.mark.parametrize("clip_type", ["value", "norm"])
+def test_detectron2s_clipping_by_parameter_works(shapes, tmp_path, clip_type):
+    clip = "SOLVER.CLIP_GRADIENTS"
+    cfg = make_cfg(
+        shapes, tmp_path, "DATASETS.TEST", (), *SGD, "SOLVER.BASE_LR", 1.0, "SOLVER.WEIGHT_DECAY", 0.0,
+        "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (),
+        f"{clip}.ENABLED", True, f"{clip}.CLIP_TYPE", clip_type, f"{clip}.CLIP_VALUE", 1e-3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = dict(build_model(cfg).named_parameters())
+    trainer, _ = run(cfg)
+    # With a learning rate of 1 a parameter moves by its clipped gradient.
+    order = torch.inf if clip_type == "value" else 2
+    moved = [(parameter - before[name]).detach().norm(order) for name, parameter in trainer.model.named_parameters()]
+    assert max(moved) == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_a_run_is_resumed_with_other_options(shapes, tmp_path):
     def weights(folder, resumed_with):
         opts = ("DATASETS.TEST", (), "SOLVER.CHECKPOINT_PERIOD", 2)
