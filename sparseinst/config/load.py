@@ -196,7 +196,13 @@ def _read(path: str) -> dict:
             "Python a LazyConfig of your own is loaded by detectron2.config.LazyConfig.load"
         )
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if "_target_:" in text:
+            raise ValueError(
+                "the file was saved by a training of a LazyConfig and names functions to call. Name the YAML file of "
+                "the same model, such as sparse_inst_r50_giam, and set MODEL.WEIGHTS to the checkpoint"
+            )
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         _check_nodes(root)
         content = None if root is None else loader.construct_document(root)
