@@ -1,7 +1,4 @@
-"""`torch.export.export` of networks with dynamic batch, height and width gives the numbers of the model itself.
-
-Not exported: deformable convolutions (torchvision's operator binds the batch size of its example).
-"""
+"""`torch.export.export` of networks with dynamic batch, height and width gives the numbers of the model itself."""
 
 import pytest
 import torch

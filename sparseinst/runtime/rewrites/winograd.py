@@ -65,7 +65,8 @@ class WinogradConv2d(nn.Module):
             # A trace records neither loops nor branches.
             return winograd_convolution_of_products(x, self.weight, self.bias, *self.matrices)
         batch, _, height, width = x.shape
-        if batch * -(-height // TILE) * -(-width // TILE) < MIN_TILES:
+        # A compiled program would be compiled again for each side of this comparison.
+        if not torch.compiler.is_compiling() and batch * -(-height // TILE) * -(-width // TILE) < MIN_TILES:
             return self.conv(x)
         # The compiler would take minutes for the loop and gain little.
         convolve = _opaque_convolution if torch.compiler.is_compiling() else winograd_convolution
