@@ -187,7 +187,7 @@ def test_channels_last_gives_the_same_gradients(shapes, tmp_path):
 
 RECOMPUTE = ("SOLVER.RECOMPUTE", ["backbone.*", "encoder", "decoder.*_branch"])
 FUSED = ("SOLVER.OPTIMIZER_IMPLEMENTATION", "fused")
-FLOAT16 = ("SOLVER.AMP.ENABLED", True)
+BFLOAT16 = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
 SGD = ("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 1e-5)
 
 
@@ -200,7 +200,7 @@ SGD = ("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 1e-5)
         (("SOLVER.ACCUMULATE_STEPS", 2), RECOMPUTE, 1e-6),
         ((), (*FUSED, *RECOMPUTE, "SOLVER.CHANNELS_LAST", True), 5e-2),
         (SGD, (*FUSED, *RECOMPUTE, "SOLVER.CHANNELS_LAST", True), 1e-3),
-        (FLOAT16, (*FUSED, *RECOMPUTE), 1e-5),
+        (BFLOAT16, RECOMPUTE, 1e-6),
     ],
 )
 def test_options_give_the_same_weights(shapes, tmp_path, plain, opts, tolerance):
