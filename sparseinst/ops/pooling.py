@@ -5,10 +5,10 @@ from torch import nn
 
 
 class AdaptiveAveragePool(nn.Module):
-    """Compute what `torch.nn.AdaptiveAvgPool2d` computes, as two products with averaging matrices.
+    """Compute what `torch.nn.AdaptiveAvgPool2d` computes, as a product with an averaging matrix.
 
     The ONNX exporter turns AdaptiveAvgPool2d into a graph that is silently wrong at other sizes than the example's. The
-    matrices are computed from the size as data, so the exported graph is right at every size.
+    matrix is computed from the size as data, so the exported graph is right at every size.
 
     Args:
         output_size: rows and columns of the output.
@@ -21,7 +21,10 @@ class AdaptiveAveragePool(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Pool (B, C, h, w) to (B, C, output_size, output_size)."""
         rows, columns = (self._matrix(size, features) for size in features.shape[-2:])
-        return rows @ features @ columns.T
+        # One product for all pixels: separate products by rows and by columns took 1.8 ms in place of 0.3 (256x20x27).
+        weights = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)
+        pooled = features.flatten(2) @ weights.T
+        return pooled.unflatten(2, (self.output_size, self.output_size))
 
     def _matrix(self, size: int, features: torch.Tensor) -> torch.Tensor:
         """Return (output_size, size): the weight of each pixel in each cell."""

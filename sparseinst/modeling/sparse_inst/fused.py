@@ -72,12 +72,13 @@ class FusedDecoder(nn.Module):
         self.widths = [conv.out_channels for conv in first]
         self.conv = nn.Conv2d(weight.shape[1] - 2, len(weight), 3, padding=1, bias=False)
         self.conv.weight = nn.Parameter(weight[:, 2:].contiguous(), requires_grad=False)
-        self.register_buffer("coordinate_weight", weight[:, :2].contiguous())
+        self.register_buffer("coordinate_weight", weight[:, :2].contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias)
 
     def forward(self, features: torch.Tensor, with_iams: bool = False) -> dict[str, torch.Tensor]:
         """Decode the encoder's map as the decoder does."""
-        coordinates = append_coordinates(features[:1, :0])
+        # Channels last as the features are: a sum of two layouts takes 8 ms in place of 2 (80x108, two threads).
+        coordinates = append_coordinates(features[:1, :0]).contiguous(memory_format=torch.channels_last)
         coordinate_map = F.conv2d(coordinates, self.coordinate_weight, self.bias, padding=1)
         joint = F.relu_(self.conv(features) + coordinate_map)
         inst_features, mask_features = joint.split(self.widths, dim=1)
