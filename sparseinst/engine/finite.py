@@ -167,7 +167,7 @@ class FiniteGuard:
         saved = self._save(iteration) if stops and comm.is_main_process() else ""
         # Synchronizes: an error on one process must not end another one that still writes.
         reports, saved = (list(filter(None, texts)) for texts in zip(*comm.all_gather((report, saved))))
-        text = "\n".join([f"A {what} is not finite at iteration {iteration}.", *(reports or ["On no process alone."])])
+        text = "\n".join([f"A {what} is NaN or Inf at iteration {iteration}.", *(reports or ["On no process alone."])])
         if stops:
             in_row = max(self.counts["in_row"], self.counts["scaler_in_row"])
             raise NonFiniteStepError(
@@ -191,7 +191,7 @@ class FiniteGuard:
         lines = [f"Process {comm.get_rank()} of {comm.get_world_size()}: " + (", ".join(bad_losses) or "finite losses")]
         if what == "gradient":
             names = [name for name, p in self.model.named_parameters() if p.grad is not None and not all_finite(p.grad)]
-            lines.append(f"  parameters whose gradient is not finite: {_first(names)}")
+            lines.append(f"  parameters whose gradient is NaN or Inf: {_first(names)}")
         if names := [name for name, parameter in self.model.named_parameters() if not all_finite(parameter)]:
             lines.append(f"  parameters that are NaN or Inf: {_first(names)}")
         lines.append(f"  NaN or Inf first in: {first or 'nothing, when the step was repeated'}")

@@ -79,7 +79,7 @@ def test_an_output_that_overflows_is_named_and_changes_nothing(make_trainer):
     with torch.no_grad():
         trainer.model.encoder.fusion.weight.fill_(3e38)
     before = state_of(trainer)
-    message = stop(trainer, "A loss is not finite at iteration 0")
+    message = stop(trainer, "A loss is NaN or Inf at iteration 0")
     assert "loss_ce nan" in message and all(x["file_name"] in message for x in trainer.batches[0])
     assert "the output of encoder.fusion (Conv2d), whose input was finite" in message
     # The running statistics too, though the forward pass moved them.
@@ -99,8 +99,8 @@ def test_a_gradient_that_overflows_is_named_and_changes_nothing(make_trainer):
     x["image"] = trainer.model.pixel_mean.expand(3, 64, 64).clone()
     trainer._loader_iter = iter([[x]])
     before = state_of(trainer)
-    message = stop(trainer, "A gradient is not finite at iteration 0")
-    assert "finite losses" in message and "parameters whose gradient is not finite: " in message
+    message = stop(trainer, "A gradient is NaN or Inf at iteration 0")
+    assert "finite losses" in message and "parameters whose gradient is NaN or Inf: " in message
     assert "NaN or Inf first in: the gradient of the input of encoder." in message
     assert equal(state_of(trainer), before)
 
@@ -232,7 +232,7 @@ def test_what_overflows_at_every_scale_stops(make_trainer):
     set_scale(trainer, 2.0)
     break_gradient(trainer, lambda: True)
     # One halving to 1, and three more skips.
-    stop(trainer, "A gradient is not finite at iteration 4")
+    stop(trainer, "A gradient is NaN or Inf at iteration 4")
     assert trainer.grad_scaler.get_scale() == 1 / 8
 
 
