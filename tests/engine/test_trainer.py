@@ -48,7 +48,7 @@ def test_trains_evaluates_and_keeps_a_bounded_number_of_checkpoints(shapes, tmp_
     trainer, results = run(cfg)
     assert {"bbox", "segm"} <= results.keys()
     assert results["segm"]["AP"] >= 0
-    # The best and the final one are kept beside the newest periodic ones.
+    # The best and the final checkpoint remain in addition to the newest periodic checkpoints.
     names = sorted(path.name for path in tmp_path.glob("model_*.pth"))
     assert set(names) - {"model_best.pth"} == {"model_0000002.pth", "model_0000003.pth", "model_final.pth"}
     metrics = read_metrics(tmp_path)
@@ -100,23 +100,45 @@ def test_a_step_draws_the_same_random_numbers_whatever_came_before_it(shapes, tm
         assert all(map(torch.equal, drawn[2, iteration][1], drawn[0, iteration][1]))
 
 
+def replace_scores(trainer, scores):
+    for hook in trainer._hooks:
+        if isinstance(hook, EvaluationHook):
+            hook._evaluate = lambda: {"segm": {"AP": next(scores)}}
+
+
+def test_a_longer_run_resumes_after_the_last_step_of_model_best(shapes, tmp_path):
+    opts = ("SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 2)
+    scores = iter([30.0, 20.0, 10.0])
+    first = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", 2))
+    replace_scores(first, scores)
+    first.train()
+    # The evaluation after the last step saves model_best last.
+    assert (tmp_path / "last_checkpoint").read_text() == "model_best.pth"
+    assert torch.load(tmp_path / "model_best.pth")["trainer"]["iteration"] == 1
+    second = Trainer(make_cfg(shapes, tmp_path, *opts))
+    replace_scores(second, scores)
+    second.resume_or_load(resume=True)
+    steps = []
+    second.before_step = lambda: steps.append(second.iter)
+    second.train()
+    assert steps == [2, 3]
+
+
 def test_a_resumed_run_keeps_the_best_score_and_the_number_of_checkpoints(shapes, tmp_path):
     opts = ("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_CHECKPOINTS", 2, "TEST.EVAL_PERIOD", 2)
-    scores = iter([30.0, 20.0, 25.0, 40.0])
+    scores = iter([30.0, 20.0, 25.0, 24.0, 40.0])
 
     def train(max_iter, resume):
         trainer = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", max_iter))
-        for hook in trainer._hooks:
-            if isinstance(hook, EvaluationHook):
-                hook._evaluate = lambda: {"segm": {"AP": next(scores)}}
+        replace_scores(trainer, scores)
         trainer.resume_or_load(resume=resume)
         trainer.train()
         return torch.load(tmp_path / "model_best.pth")["iteration"]
 
     assert train(2, resume=False) == 1  # 30
-    # Iteration 1 was evaluated; since that may have been cut short it is done again: 20. Then 25, not the best either.
-    assert train(4, resume=True) == 1
-    assert train(5, resume=True) == 4  # 40, at the end
+    # A resumed run repeats the evaluation of its first iteration, which may have been interrupted.
+    assert train(4, resume=True) == 1  # 20 repeats iteration 1, 25 follows iteration 3
+    assert train(5, resume=True) == 4  # 24 repeats iteration 3, 40 follows iteration 4
     names = {path.name for path in tmp_path.glob("model_*.pth")}
     assert names == {"model_0000003.pth", "model_0000004.pth", "model_best.pth", "model_final.pth"}
 
