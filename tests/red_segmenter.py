@@ -1,4 +1,4 @@
-"""A model whose predictions follow from the pixels' colours: for SparseInst where its numbers do not matter."""
+"""A Detectron2 model that is not an InstanceSegmenter: its predictions follow from the colors of the pixels."""
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -15,6 +15,8 @@ class RedSegmenter(nn.Module):
     """Red pixels are an instance of class 0 with score 0.9, blue ones of class 1 with score 0.3."""
 
     num_classes_key = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
+    mask_nms_key = "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD"
+    activation_maps_key = "MODEL.SPARSE_INST.DECODER.OUTPUT_IAM"
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
@@ -23,8 +25,9 @@ class RedSegmenter(nn.Module):
         self.num_maps = cfg.MODEL.SPARSE_INST.DECODER.GROUPS if cfg.MODEL.SPARSE_INST.DECODER.OUTPUT_IAM else 0
         self.inputs: list[dict] = []
 
-    def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        assert not self.training
+    def forward(self, batched_inputs: list[dict]) -> dict | list[dict]:
+        if self.training:
+            return {"loss_scores": (self.scores - 1).square().sum()}
         self.inputs = batched_inputs
         return [{"instances": self._segment(x)} for x in batched_inputs]
 
@@ -39,7 +42,7 @@ class RedSegmenter(nn.Module):
         boxes = [_tight_box(mask) for mask in masks[found]]
         instances.pred_boxes = Boxes(torch.stack(boxes) if boxes else torch.zeros(0, 4))
         instances.pred_masks = masks[found]
-        instances.scores = self.scores[found]
+        instances.scores = self.scores.detach()[found]
         instances.pred_classes = torch.arange(2)[found]
         if self.num_maps:
             maps = F.interpolate(masks[None].float(), size=(8, 10))[0] * 8 - 4

@@ -157,6 +157,29 @@ print(sparseinst.__file__, path, cfg.MODEL.META_ARCHITECTURE, sep="\\n")
     assert meta_architecture == "SparseInst"
 
 
+def test_import_loads_neither_torch_nor_detectron2() -> None:
+    code = "import sys, sparseinst; print(sorted({'torch', 'detectron2'} & sys.modules.keys()))"
+    result = run_elsewhere(sys.executable, "-c", code, folder=ROOT)
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_the_config_function_registers_everything() -> None:
+    code = """
+from detectron2.config import get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+from sparseinst import add_sparse_inst_config, get_config_file
+cfg = get_cfg()
+add_sparse_inst_config(cfg)
+cfg.merge_from_file(get_config_file("sparse_inst_r50_giam"))
+cfg.MODEL.DEVICE = "cpu"
+names = ["build_cspnet_backbone", "build_pyramid_vision_transformer", "build_timm_backbone"]
+assert all(name in BACKBONE_REGISTRY for name in names)
+print(type(build_model(cfg)).__name__, "SparseInst" in META_ARCH_REGISTRY)
+"""
+    result = run_elsewhere(sys.executable, "-c", code, folder=ROOT)
+    assert result.stdout.splitlines()[-1:] == ["SparseInst True"], result.stderr
+
+
 def test_missing_detectron2_says_how_to_get_it() -> None:
     # None in sys.modules is Python's own way to make an import fail.
     code = "import sys; sys.modules['detectron2'] = None; import sparseinst"

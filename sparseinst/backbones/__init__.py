@@ -1,4 +1,4 @@
-"""Backbones beside Detectron2's own; importing this package registers their builders with Detectron2."""
+"""Register the builders of further backbones with Detectron2."""
 
 from sparseinst.backbones.cspnet import build_cspnet_backbone
 from sparseinst.backbones.pvt import build_pyramid_vision_transformer

@@ -6,10 +6,10 @@ from torchvision.ops import deform_conv2d
 
 
 class DeformConv2d(nn.Module):
-    """A convolution whose taps are moved by offsets that it predicts from its own input (arXiv 1703.06211).
+    """Convolve with taps that are moved by offsets predicted from the input (arXiv 1703.06211).
 
-    It takes a convolution's place: weight and norm are those of the convolution, and as long as the offsets are zero,
-    as they are at first, it computes the same. Modulated (v2, arXiv 1811.11168) each tap also has a factor in [0, 1],
+    It replaces a convolution and takes over its weight and norm. While the offsets are zero, as they are initially, it
+    computes the same. Modulated (v2, arXiv 1811.11168) each tap also has a factor in [0, 1],
     which at first is 0.5.
 
     The channels of ``offset`` are (dy, dx) for each tap in rows, for each group of channels; modulated, all logits of
@@ -87,7 +87,7 @@ def make_deformable(stage: nn.Module, *, num_groups: int = 1, modulated: bool = 
 
 
 def published_name(name: str) -> str:
-    """Name in a state dict: Detectron2 has the offsets' convolution beside ``conv2``, not inside."""
+    """Return the state-dict name: Detectron2 stores the offset convolution next to ``conv2``, not inside it."""
     return name.replace(".conv2.offset.", ".conv2_offset.")
 
 

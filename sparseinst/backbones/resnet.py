@@ -1,4 +1,4 @@
-"""ResNets beside Detectron2's plain one: deformable, and ResNet-vd (arXiv 1812.01187, "ResNet-D"), also deformable."""
+"""Deformable ResNet, and ResNet-vd (arXiv 1812.01187, "ResNet-D") with or without deformable convolutions."""
 
 from collections.abc import Sequence
 

@@ -28,7 +28,7 @@ class TimmBackbone(Backbone):
         strides: stride of each feature to return, by the name to return it under.
         in_channels: channels of the images.
         norm: "" or "BN" leaves the model's norms as they are; "FrozenBN" freezes its batch norms, "SyncBN"
-            synchronises them.
+            synchronizes them.
         freeze_at: everything up to the last map of stride ``2 ** freeze_at`` is frozen, 0 for nothing. In a ResNet 2 is
             the stem and the first stage, as Detectron2 counts.
         to_published, from_published: change a name of the timm model into that of the state dict, and back.

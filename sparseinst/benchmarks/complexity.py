@@ -1,4 +1,4 @@
-"""Parameters, multiply-adds and activations of a model, counted by fvcore."""
+"""Count parameters, multiply-adds and activations of a model with fvcore."""
 
 import math
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from sparseinst.modeling.meta_arch import InstanceSegmenter
 
 # Height and width of COCO's most frequent image size.
 PHOTOGRAPH_SIZE = (480, 640)
-# fvcore counts these; the published figures do not, since norms are folded into convolutions.
+# fvcore counts these; the published figures do not, because norms are folded into convolutions.
 FREE = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "adaptive_avg_pool2d")
 
 
 class Cost(NamedTuple):
-    """Cost of a model, or of a part of it, for one image.
+    """The cost of a model, or of a part of it, for one image.
 
     Attributes:
-        parameters: elements of ``module.parameters()``, frozen or not; buffers do not count.
+        parameters: elements of ``module.parameters()``, frozen ones included, without buffers.
         multiply_adds: half the floating-point operations.
         activations: elements of the outputs of convolutions, linear layers and matrix products.
     """
@@ -36,7 +36,7 @@ class Cost(NamedTuple):
 
 
 class Complexity(NamedTuple):
-    """Cost of a model for one image.
+    """The cost of a model for one image.
 
     Attributes:
         size: height and width of the padded image, pixels.
@@ -84,18 +84,18 @@ def analyze(model: InstanceSegmenter, size: Sequence[int]) -> Complexity:
     """Run a model's network on one random image and count its cost with fvcore.
 
     Bilinear resizing counts four multiply-adds for each output element; norms, biases, activation functions and pooling
-    count none. Counted so, the models of the paper have the published figures.
+    count zero. With these rules the models of the paper have the published figures.
 
     Args:
         model: in eval mode.
         size: height and width of the image, pixels; the model pads it.
 
     Raises:
-        ValueError: the model has no network of its own, or is in training mode, or the size is not positive.
+        ValueError: the model is not an InstanceSegmenter or is in training mode, or the size is not positive.
     """
     check_segmenter(model)
     if model.training:
-        raise ValueError("The model is in training mode, in which norms would learn from the random image: call eval()")
+        raise ValueError("The model is in training mode, where norms learn from the random image: call eval()")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"The size is {tuple(size)}; it must be a height and a width of at least 1 pixel each")
     image = 255 * torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
@@ -118,15 +118,15 @@ def analyze(model: InstanceSegmenter, size: Sequence[int]) -> Complexity:
 
 
 def analyze_config(cfg: CfgNode, size: Sequence[int] | None = None) -> Complexity:
-    """:func:`analyze` the model of a config on the CPU with random weights; MODEL.WEIGHTS and DEVICE are not read.
+    """Call `analyze` for the model of a config, on the CPU with random weights; MODEL.WEIGHTS is not read.
 
     Args:
         cfg: not changed.
-        size: height and width of the image, pixels. None: a photograph of 480 x 640, resized as INPUT.MIN_SIZE_TEST and
-            MAX_SIZE_TEST say.
+        size: height and width of the image, pixels. None: a photograph of 480 x 640, resized by INPUT.MIN_SIZE_TEST and
+            MAX_SIZE_TEST.
 
     Raises:
-        ValueError: as :func:`analyze`, and what building the model raises.
+        ValueError: as `analyze`; building the model can raise others.
     """
     cfg = cfg.clone()
     cfg.defrost()

@@ -1,7 +1,7 @@
-"""Time of a model stage by stage, with several settings side by side."""
+"""Time models stage by stage, several settings in turn."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,8 +9,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import ImageList
 from torch import nn
 
-from sparseinst.benchmarks.settings import Measurement, resident_bytes
-from sparseinst.evaluation.stage_timer import now
+from sparseinst.benchmarks.settings import Measurement
+from sparseinst.evaluation.stage_timer import StageTimer, now, peak_bytes
 
 STAGES = ("preprocessing", "network", "post-processing", "copy to host")
 # Runs of the network whose parts are timed.
@@ -33,8 +33,8 @@ def measure(
         models: by name, in eval mode, each an InstanceSegmenter or an optimized copy of one.
         images: the batch, each (height, width, 3) uint8.
         augmentations: resize an image.
-        num_detections, median_area: of the objects that post-processing gets, see :func:`example_outputs`.
-        repetitions: counted ones.
+        num_detections, median_area: of the objects that post-processing gets, see `example_outputs`.
+        repetitions: counted repetitions.
         warmup: repetitions before them.
 
     Returns:
@@ -45,69 +45,42 @@ def measure(
         ValueError: a model cannot have so many objects.
     """
     augmentation = T.AugmentationList(list(augmentations))
-    seconds: dict[str, list[list[float]]] = {name: [] for name in models}
+    timers = {name: StageTimer(model.device) for name, model in models.items()}
     peaks = dict.fromkeys(models, 0)
     examples = {}
-    for name, model in models.items():
-        with torch.inference_mode():
+    with torch.inference_mode():
+        for name, model in models.items():
             _, padded = _preprocess(model, images, augmentation)
             examples[name] = example_outputs(model, model.network(padded.tensor), num_detections, median_area)
-    for repetition in range(warmup + repetitions):
-        for name, model in models.items():
-            if model.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(model.device)
-            stages = _run_once(model, images, augmentation, examples[name])
-            peaks[name] = max(peaks[name], _peak_bytes(model.device))
-            if repetition >= warmup:
-                seconds[name].append(stages)
+        for _ in range(warmup + repetitions):
+            for name, model in models.items():
+                if model.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(model.device)
+                _run_once(model, images, augmentation, examples[name], timers[name])
+                peaks[name] = max(peaks[name], peak_bytes(model.device))
     measurements = {}
     for name, model in models.items():
-        by_stage = np.array(seconds[name]).T
-        # As the paper counts time, without preprocessing and the copy; from decoded images to masks on the host.
-        stages = dict(zip(STAGES, by_stage)) | {"as published": by_stage[1:3].sum(0), "end to end": by_stage.sum(0)}
-        more = {"parts_ms": _time_parts(model, images, augmentation)}
-        measurements[name] = Measurement(stages, stages["end to end"], len(images), peaks[name], more)
+        stages = {stage: np.array(timers[name].seconds[stage][warmup:]) for stage in STAGES}
+        # The paper's time excludes preprocessing and copy; end to end is from decoded images to masks on the host.
+        total = sum(stages.values())
+        stages |= {"as published": stages["network"] + stages["post-processing"], "end to end": total}
+        more = {"parts_ms": _time_parts(model, _preprocess(model, images, augmentation)[1])}
+        measurements[name] = Measurement(stages, total, len(images), peaks[name], more)
     return measurements
 
 
 def example_outputs(
     model: nn.Module, outputs: dict[str, torch.Tensor], num_detections: int, median_area: float = 0.05
 ) -> dict[str, torch.Tensor]:
-    """Return outputs with drawn objects, the same ones in each call; see `InstanceSegmenter.example_outputs`.
+    """Return outputs with drawn objects, the same in each call; see `InstanceSegmenter.example_outputs`.
 
     Args:
-        model: any.
+        model: an InstanceSegmenter or an optimized copy of one.
         outputs: of its network.
         num_detections: objects in each image.
-        median_area: median of their areas over the image's; from 1 on each fills the image.
+        median_area: median of their areas divided by the image's; from 1 on each object fills the image.
     """
     return model.example_outputs(outputs, num_detections, median_area, torch.Generator().manual_seed(0))
-
-
-def _run_once(
-    model: nn.Module, images: Sequence[np.ndarray], augmentation: T.AugmentationList, example: dict[str, torch.Tensor]
-) -> list[float]:
-    """Return the seconds of each stage. Each begins after the device has finished the one before."""
-    with torch.inference_mode():
-        times = [now(model.device)]
-        inputs, padded = _preprocess(model, images, augmentation)
-        times.append(now(model.device))
-        outputs = model.network(padded.tensor)
-        times.append(now(model.device))
-        del outputs
-        results = model.postprocess(example, inputs, padded)
-        times.append(now(model.device))
-        for result in results:
-            result["instances"].to("cpu")
-        times.append(now(model.device))
-    return np.diff(times).tolist()
-
-
-def _preprocess(
-    model: nn.Module, images: Sequence[np.ndarray], augmentation: T.AugmentationList
-) -> tuple[list[dict], ImageList]:
-    inputs = batched_inputs(images, augmentation)
-    return inputs, model.preprocess(inputs)
 
 
 def batched_inputs(images: Sequence[np.ndarray], augmentation: T.AugmentationList) -> list[dict]:
@@ -121,47 +94,54 @@ def batched_inputs(images: Sequence[np.ndarray], augmentation: T.AugmentationLis
     return inputs
 
 
-def _time_parts(model: nn.Module, images: Sequence[np.ndarray], augmentation: T.AugmentationList) -> dict[str, float]:
-    """Return the median milliseconds of the outermost modules that the network calls, in runs of their own.
+def _run_once(
+    model: nn.Module,
+    images: Sequence[np.ndarray],
+    augmentation: T.AugmentationList,
+    example: dict[str, torch.Tensor],
+    timer: StageTimer,
+) -> None:
+    with timer.stage("preprocessing"):
+        inputs, padded = _preprocess(model, images, augmentation)
+    with timer.stage("network"):
+        outputs = model.network(padded.tensor)
+    del outputs
+    with timer.stage("post-processing"):
+        results = model.postprocess(example, inputs, padded)
+    with timer.stage("copy to host"):
+        for result in results:
+            result["instances"].to("cpu")
 
-    Synchronising between the parts costs time, so that these runs are not counted among the repetitions.
+
+def _preprocess(
+    model: nn.Module, images: Sequence[np.ndarray], augmentation: T.AugmentationList
+) -> tuple[list[dict], ImageList]:
+    inputs = batched_inputs(images, augmentation)
+    return inputs, model.preprocess(inputs)
+
+
+def _time_parts(model: nn.Module, padded: ImageList) -> dict[str, float]:
+    """Return the median milliseconds of the outermost modules that the network calls.
+
+    Synchronizing between the parts costs time, so these runs are not counted among the repetitions.
     """
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules() if name}
     seconds: dict[str, list[float]] = {}
-    running: list[tuple[str, float]] = []
+    running: list[float] = []
+
+    def start(module: nn.Module, *_) -> None:
+        # Inner modules are not timed, so that nothing is synchronized inside a part.
+        running.append(0.0 if running else now(model.device))
+
+    def stop(module: nn.Module, *_) -> None:
+        since = running.pop()
+        if not running:
+            seconds.setdefault(names[module], []).append(now(model.device) - since)
+
     with contextlib.ExitStack() as stack, torch.inference_mode():
-        for name, module in model.named_modules():
-            if name:
-                stack.enter_context(_timed(module, name.rpartition(".")[2], seconds, running, model.device))
-        _, padded = _preprocess(model, images, augmentation)
+        for module in names:
+            stack.callback(module.register_forward_pre_hook(start).remove)
+            stack.callback(module.register_forward_hook(stop).remove)
         for _ in range(_PART_RUNS):
             model.network(padded.tensor)
     return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
-
-
-@contextlib.contextmanager
-def _timed(
-    module: nn.Module,
-    name: str,
-    seconds: dict[str, list[float]],
-    running: list[tuple[str, float]],
-    device: torch.device,
-) -> Iterator[None]:
-    def start(*_) -> None:
-        # Inside another module nothing is timed, so that nothing is synchronised.
-        running.append((name, 0.0 if running else now(device)))
-
-    def stop(*_) -> None:
-        _, since = running.pop()
-        if not running:
-            seconds.setdefault(name, []).append(now(device) - since)
-
-    handles = [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()

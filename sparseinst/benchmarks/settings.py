@@ -1,10 +1,9 @@
-"""What all benchmarks share: the models they run, the settings they compare, the figures and errors they print."""
+"""Shared by all benchmarks: settings to compare, measurements, tables, arguments and errors."""
 
 import argparse
 import json
 import logging
 import platform
-import resource
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from torch import nn
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import OptimizedSegmenter
 
-# The node of the config that says how a network runs where nothing is trained.
+# The config node of inference: how a network runs outside training.
 RUNTIME = "RUNTIME"
 
 
@@ -32,7 +31,7 @@ def check_segmenter(model: nn.Module) -> None:
 
 
 def apply_setting(cfg: CfgNode, setting: str, named: Mapping[str, str], section: str) -> tuple[str, CfgNode, list[str]]:
-    """Return a config with one of the settings of ``--compare`` in it.
+    """Return a config with one of the settings of ``--compare``.
 
     Args:
         cfg: not changed.
@@ -41,7 +40,7 @@ def apply_setting(cfg: CfgNode, setting: str, named: Mapping[str, str], section:
         section: of the config, as "SOLVER".
 
     Returns:
-        The setting's name, its config, which is not frozen, and the full names of the keys that it sets.
+        The name of the setting, its config (not frozen), and the full names of the keys that it sets.
 
     Raises:
         ValueError: an unknown setting, an unknown key, or a value of the wrong type.
@@ -61,14 +60,14 @@ def apply_setting(cfg: CfgNode, setting: str, named: Mapping[str, str], section:
 
 
 def check_least(values: Mapping[str, tuple[float, float]]) -> None:
-    """Raise ValueError where the value of a flag is below its least value; ``values`` has (value, least) by flag."""
+    """Raise ValueError where a flag is below its least value; ``values`` maps flags to (value, least)."""
     for flag, (value, least) in values.items():
         if value < least:
             raise ValueError(f"{flag} is {value}; it must be at least {least}")
 
 
 def machine(cfg: CfgNode) -> str:
-    """Return the name of the processor or GPU that MODEL.DEVICE means, and PyTorch's version."""
+    """Return the name of the processor or GPU of MODEL.DEVICE, and PyTorch's version."""
     if cfg.MODEL.DEVICE.startswith("cuda"):
         device = torch.cuda.get_device_name(torch.device(cfg.MODEL.DEVICE))
     else:
@@ -80,11 +79,11 @@ def machine(cfg: CfgNode) -> str:
 
 
 class Measurement(NamedTuple):
-    """Seconds that one setting takes.
+    """The time and memory of one setting.
 
     Attributes:
-        stages: by name, (repetitions,) each.
-        totals: (repetitions,).
+        stages: seconds (repetitions,) by stage.
+        totals: seconds (repetitions,).
         batch_size: images in a repetition.
         peak_bytes: largest memory use; None: not measured.
         more: further figures of the command, by name.
@@ -98,7 +97,7 @@ class Measurement(NamedTuple):
 
 
 def report(measurements: Mapping[str, Measurement]) -> dict[str, dict]:
-    """Return the figures of each setting, for a JSON file. Ratios are against the first one."""
+    """Return the figures of each setting, for a JSON file. Ratios are relative to the first setting."""
     baseline = next(iter(measurements.values())).totals
     return {
         name: {
@@ -113,7 +112,7 @@ def report(measurements: Mapping[str, Measurement]) -> dict[str, dict]:
 
 
 def table(figures: Mapping[str, dict]) -> str:
-    """Return the figures of :func:`report` as a table: times in ms as median (5th, 95th percentile)."""
+    """Return the figures of `report` as a table, times in ms: median (5th, 95th percentile)."""
     first = next(iter(figures))
     rows = [
         [key.replace("_", " ").replace("as first", f"as {first}"), *(_cell(each[key]) for each in figures.values())]
@@ -142,15 +141,17 @@ def _cell(value: Any) -> str:
 def add_common_arguments(
     parser: argparse.ArgumentParser, named: Mapping[str, str], section: str, repetitions: int, warmup: int
 ) -> None:
-    """Add the arguments that all comparing commands have; the numbers are defaults."""
+    """Add the arguments of all commands with ``--compare``; the numbers are defaults."""
     add = parser.add_argument
     add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
-    add("--repetitions", type=int, default=repetitions, metavar="N", help=f"counted ones (default {repetitions})")
+    add(
+        "--repetitions", type=int, default=repetitions, metavar="N", help=f"counted repetitions (default {repetitions})"
+    )
     add("--warmup", type=int, default=warmup, metavar="N", help=f"repetitions before them (default {warmup})")
-    add("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
+    add("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU")
     add("--compare", nargs="+", metavar="SETTING", default=["configured"],
-        help=f"settings to run in turn in one process: {', '.join(named)}, or NAME='KEY VALUE ...' with keys below "
-        f"{section}, or full ones. Ratios are against the first")  # fmt: skip
+        help=f"settings to run in turn in one process: {', '.join(named)}, or NAME='KEY VALUE ...' with full keys or "
+        f"keys below {section}. Ratios are relative to the first")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
 
@@ -158,7 +159,7 @@ def add_common_arguments(
 def run_command(
     args: argparse.Namespace, run: Callable[[argparse.Namespace], dict], errors: tuple[type[Exception], ...] = ()
 ) -> int:
-    """Call ``run``, and write its result to --json. Returns 0; 2 after ValueError, ImportError or one of errors."""
+    """Call ``run``, and write its result to --json. Return 0; 2 after ValueError, ImportError or one of ``errors``."""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.WARNING)
     try:
@@ -172,14 +173,3 @@ def run_command(
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-def resident_bytes(entry: str = "VmHWM") -> int:
-    """Return the process's resident memory: "VmRSS" now, "VmHWM" at most so far; without /proc at most so far."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        # Of macOS, in bytes.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # getrusage would include the parent's memory before exec.
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{entry}:"))
-    return int(line.split()[1]) * 1024

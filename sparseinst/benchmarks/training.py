@@ -1,4 +1,4 @@
-"""Time, memory and data wait of training steps: the trainer's own steps, watched by PyTorch's profiler."""
+"""Measure time, memory and data wait of the trainer's own steps with PyTorch's profiler."""
 
 import concurrent.futures
 import contextlib
@@ -15,14 +15,15 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sparseinst.benchmarks.settings import Measurement, check_segmenter, resident_bytes
+from sparseinst.benchmarks.settings import Measurement, check_segmenter
+from sparseinst.config import register_models
 from sparseinst.data.coco_json import register_user_datasets
 from sparseinst.data.loader import TrainLoader
 from sparseinst.engine.trainer import Trainer
-from sparseinst.evaluation.stage_timer import now
+from sparseinst.evaluation.stage_timer import now, resident_bytes
 
 DATA = "waiting for data"
-COPY = "copy and normalise"
+COPY = "copy and normalize"
 NETWORK = "network, forward"
 TARGETS = "ground truth"
 LOSSES = "losses"
@@ -33,19 +34,19 @@ STAGES = (DATA, COPY, NETWORK, TARGETS, LOSSES, BACKWARD, REST, OPTIMIZER)
 _FORWARD = "forward"
 # PyTorch records this name for each step of an optimizer.
 _OPTIMIZER_STEP = "Optimizer.step#"
-# Batches that are mapped beforehand, where reading is not to be timed.
+# Batches that are mapped beforehand where reading is not timed.
 _CACHED_BATCHES = 2
-# Steps that are profiled; profiling slows them down, so that they are not counted among the repetitions.
+# Profiled steps; profiling slows them down, so they are not counted among the repetitions.
 _PROFILED_STEPS = 3
 
 
 class SteppingTrainer:
-    """A trainer whose steps are taken one by one.
+    """Take the steps of a trainer one by one.
 
     Args:
-        cfg: of a training, see :func:`as_training`.
-        folder: for the trainer's output.
-        caches_batches: map a few batches beforehand and take them in turn, so that no step waits for data.
+        cfg: of a training, see `as_training`.
+        folder: for the output of the trainer.
+        caches_batches: map a few batches beforehand and use them in turn, so that no step waits for data.
 
     Raises:
         ValueError: the model does not run in stages, or the trainer refuses the config.
@@ -63,7 +64,7 @@ class SteppingTrainer:
         self._storage = EventStorage()
 
     def step(self) -> float:
-        """Take a step. Returns its seconds."""
+        """Take a step, and return its seconds."""
         self.trainer.iter = self._storage.iter
         self.trainer.max_iter = self.trainer.iter + 1
         with self._storage:
@@ -74,7 +75,7 @@ class SteppingTrainer:
         return end - start
 
     def profile_steps(self, num_steps: int) -> dict[str, np.ndarray]:
-        """Take steps in the profiler, synchronised after each stage. Returns seconds (num_steps,) by stage."""
+        """Take steps in the profiler, synchronized after each stage, and return seconds (num_steps,) by stage."""
         self._record_stages()
         stages = []
         for _ in range(num_steps):
@@ -92,7 +93,7 @@ class SteppingTrainer:
         return dict(zip(STAGES, np.array(stages).T))
 
     def _record_stages(self) -> None:
-        """Give the profiler names for what the model and the trainer do."""
+        """Name the stages of model and trainer for the profiler."""
         model, device, backward = self.trainer.model, self.trainer.device, contextlib.ExitStack()
 
         def recorded(function: Callable, stage: str) -> Callable:
@@ -111,7 +112,7 @@ class SteppingTrainer:
         forward = recorded(model.forward, _FORWARD)
 
         def run_forward(*args):
-            # Of the step's part before, with SOLVER.ACCUMULATE_STEPS.
+            # Ends the backward pass of the previous part, with SOLVER.ACCUMULATE_STEPS.
             end_backward()
             losses = forward(*args)
             backward.enter_context(record_function(BACKWARD))
@@ -133,7 +134,7 @@ class _AfterBackward(HookBase):
 
 
 class _CachedLoader:
-    """The first batches of a trainer's loader, again and again."""
+    """Repeat the first batches of a trainer's loader."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.seed = loader.seed
@@ -144,7 +145,7 @@ class _CachedLoader:
 
 
 def as_training(cfg: CfgNode) -> CfgNode:
-    """Return a copy of a config that trains on its own data, from random weights, and evaluates nothing."""
+    """Return a copy of a config that trains on its own data from random weights, without evaluation."""
     cfg = cfg.clone()
     cfg.defrost()
     register_user_datasets(cfg, ("TRAIN",))
@@ -156,19 +157,19 @@ def as_training(cfg: CfgNode) -> CfgNode:
 def measure(
     configs: Mapping[str, CfgNode], *, caches_batches: bool, repetitions: int, warmup: int = 1, with_memory: bool = True
 ) -> dict[str, Measurement]:
-    """Take training steps of each config repeatedly, all of them in turn within each repetition.
+    """Take training steps of each config repeatedly, all configs in turn within each repetition.
 
     Args:
-        configs: by name; of trainings, see :func:`as_training`.
-        caches_batches: see :class:`SteppingTrainer`.
-        repetitions: counted ones.
+        configs: by name; of trainings, see `as_training`.
+        caches_batches: see `SteppingTrainer`.
+        repetitions: counted repetitions.
         warmup: repetitions before them; a config with SOLVER.COMPILE is compiled in the first one.
         with_memory: measure memory too, in a process for each config.
 
     Returns:
-        Measurements by name, with STAGES, from further steps in the profiler, and "step", from steps without it. The
-        memory is that above the process before it has a model. ``more`` has "share_of_all_but_the_network": of all but
-        the network's forward pass and the backward pass.
+        Measurements by name, with "step", and STAGES from further steps in the profiler. Memory is as in `peak_bytes`.
+        ``more`` has "share_of_all_but_the_network", the share of the step outside the network's forward pass and the
+        backward pass.
 
     Raises:
         ValueError: a config cannot be trained, or there is too little memory.
@@ -188,14 +189,14 @@ def measure(
 
 
 def peak_bytes(cfg: CfgNode, caches_batches: bool) -> int:
-    """Return the most memory that a training takes in its second step: weights, gradients, optimizer, activations.
+    """Return the peak memory of a training's first two steps: weights, gradients, optimizer, activations.
 
-    The second step is the first one with the optimizer's state. It runs in a process of its own. On CUDA the figure is
-    the peak of PyTorch's allocator; on the CPU the process's largest resident set above that before it had a model,
-    with a C library that returns freed memory at once, so that resident memory is used memory.
+    The second step is the first one with the state of the optimizer. The steps run in a new process. On CUDA the figure
+    is the peak of PyTorch's allocator; on the CPU the largest resident set, minus that before the model, with a C
+    library that returns freed memory at once.
 
     Raises:
-        ValueError: the process was ended, mostly for its memory.
+        ValueError: the process was killed, usually for its memory.
     """
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     before = {name: os.environ[name] for name in settings if name in os.environ}
@@ -204,7 +205,7 @@ def peak_bytes(cfg: CfgNode, caches_batches: bool) -> int:
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(_peak_here, cfg, caches_batches, torch.get_num_threads()).result()
     except concurrent.futures.BrokenExecutor as error:
-        raise ValueError("The process whose memory was measured was ended: there may be too little memory") from error
+        raise ValueError("The process whose memory was measured was killed, probably because memory ran out") from error
     finally:
         for name in settings:
             del os.environ[name]
@@ -213,6 +214,7 @@ def peak_bytes(cfg: CfgNode, caches_batches: bool) -> int:
 
 def _peak_here(cfg: CfgNode, caches_batches: bool, num_threads: int) -> int:
     torch.set_num_threads(num_threads)
+    register_models(cfg)
     cfg = as_training(cfg)
     is_cuda = cfg.MODEL.DEVICE.startswith("cuda")
     before = 0 if is_cuda else resident_bytes("VmRSS")

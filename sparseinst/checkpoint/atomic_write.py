@@ -16,7 +16,7 @@ class OutputError(OSError):
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file beside ``path``, force it to the disk, then rename it.
+    """Write a temporary file next to ``path``, force it to the disk, then rename it.
 
     Args:
         path: of the file; an existing file is replaced.

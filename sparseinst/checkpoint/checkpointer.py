@@ -209,7 +209,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         fitting = [name for name in target if name in found and found[name].shape == target[name].shape]
         target.update({name: found[name] for name in fitting})
         rest = {key: value for key, value in content.items() if key != entry} if entry else {}
-        # It concerns the names, which are the model's now.
+        # The names are the model's now.
         rest.pop("matching_heuristics", None)
         return {**rest, "model": target}
 
@@ -231,7 +231,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             problems.append(f"fills {filled} of the backbone's {total} tensors, where {wanted:.0%} are wanted")
         missing = [name for name in coverage.missing if name.startswith(BACKBONE)]
         if not problems and (frozen := sorted(set(frozen_tensors(self.model)) & set(missing))):
-            problems.append(f"lacks tensors that are frozen, so would stay as initialised: {first_names(frozen)}")
+            problems.append(f"lacks tensors that are frozen, so would keep their random values: {first_names(frozen)}")
         if not problems:
             return
         text = f"MODEL.WEIGHTS {coverage.source} ({coverage.family}) {'; it '.join(problems)}."
@@ -241,7 +241,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             text += f" The file's, not taken: {first_names(left_over)}."
         if self.min_backbone_coverage > 0:
             raise ValueError(f"{text} Give weights of this backbone, or {_ALLOW}")
-        logger.warning("%s The training starts all the same, as MODEL.MIN_BACKBONE_COVERAGE is 0", text)
+        logger.warning("%s The training starts because MODEL.MIN_BACKBONE_COVERAGE is 0", text)
 
     def _check_whole(self) -> None:
         coverage = self.coverage
@@ -265,8 +265,8 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             logger.warning("MODEL.WEIGHTS is empty: THE WEIGHTS ARE RANDOM, and so is everything that is predicted")
         elif frozen := frozen_tensors(self.model):
             logger.warning(
-                "MODEL.WEIGHTS IS EMPTY AND PARTS OF THE BACKBONE ARE FROZEN: %s. They stay as initialised, so that "
-                "norms do not normalise; give weights, or a NORM that trains and FREEZE_AT 0",
+                "MODEL.WEIGHTS IS EMPTY AND PARTS OF THE BACKBONE ARE FROZEN: %s. They keep their initial values, "
+                "so norms do not normalize; give weights, or a NORM that trains and FREEZE_AT 0",
                 first_names(frozen),
             )
 

@@ -70,7 +70,7 @@ class Coverage(NamedTuple):
         lines = [f"From {self.source} ({self.family}):"]
         lines += [f"  {part}: {count} of {total[part]} tensors" for part, count in filled.items()]
         if untouched := [part for part in total if part not in filled]:
-            lines.append(f"  nothing for {', '.join(untouched)}: as initialised")
+            lines.append(f"  nothing for {', '.join(untouched)}: initial values")
         partly = [name for name in self.missing if _part(name) in filled]
         for what, names in (
             ("not filled", partly),

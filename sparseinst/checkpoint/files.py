@@ -26,12 +26,12 @@ LEGACY = "PyTorch file of the format before 1.6"
 PICKLE = "pickle of numpy arrays"
 SAFETENSORS = "safetensors file"
 
-# Where training scripts put the weights, and averages of them (EMA), which they evaluate with.
+# Entries of training scripts for the weights, and for their averages (EMA).
 WRAPPERS = ("model", "state_dict", "model_state", "blobs")
 AVERAGES = ("state_dict_ema", "model_ema")
-# DistributedDataParallel, torch.compile and Lightning put these before every name.
+# Prefixes of DistributedDataParallel, torch.compile and Lightning.
 PREFIXES = ("module.", "_orig_mod.", "model.")
-# The long integer that torch.save wrote first, pickled with protocol 2.
+# The magic number of torch.save, pickled with protocol 2.
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 # Protocols 0 and 1 have no header: a dict, a list, or Python 2's OrderedDict.
 _OLD_PICKLE_STARTS = (b"(dp", b"(lp", b"}q", b"ccollections\n")
@@ -80,13 +80,13 @@ class ArrayUnpickler(pickle.Unpickler):
 
     Raises:
         CodeNeededError: by ``load``, where the pickle names something else.
-        pickle.UnpicklingError, and what else Python raises for damaged pickles.
+        pickle.UnpicklingError, and other errors that Python raises for damaged pickles.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="latin1")
         self._file = file
-        # Methods, not functions or classes: a pickle can set attributes of these.
+        # Methods, because a pickle can set attributes of functions and classes.
         self._known = {
             ("builtins", "set"): set,
             ("builtins", "bytes"): self._empty_bytes,
@@ -100,7 +100,7 @@ class ArrayUnpickler(pickle.Unpickler):
         }
 
     def load(self) -> object:
-        """Return the content, after a check of all declared lengths and memo indices: Python allocates by these."""
+        """Check all declared lengths and memo indices, by which Python allocates memory; return the content."""
         try:
             for index, (opcode, argument, _) in enumerate(pickletools.genops(self._file)):
                 if opcode.name.endswith("PUT") and int(argument) > index:
@@ -111,7 +111,7 @@ class ArrayUnpickler(pickle.Unpickler):
         return super().load()
 
     def find_class(self, module: str, name: str) -> object:
-        """Return what stands for a name. Raises CodeNeededError for every name that arrays do not need."""
+        """Return the safe replacement of a name. Raises CodeNeededError for names that arrays do not need."""
         # numpy 2 and Python 3 renamed modules.
         key = (module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), name)
         if key not in self._known:
@@ -201,7 +201,7 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
                     "from someone you trust, set MODEL.TRUSTED_WEIGHTS True; else ask for the bare state dict"
                 ) from error
     logger.warning("%s runs code while it is read, as MODEL.TRUSTED_WEIGHTS allows", path)
-    # That code may be missing here, or have changed.
+    # That code may be missing or may have changed.
     with _explained_damage(path, kind, (*_READER_ERRORS, ImportError)):
         return WeightsFile(kind, (_read_any_pickle if kind == PICKLE else _read_any_torch)(path))
 
@@ -238,14 +238,14 @@ def extract_tensors(content: object, averaged: bool = True) -> tuple[dict[str, t
 
 def _tensors(state: Mapping) -> dict[str, torch.Tensor]:
     tensors = {}
-    # Memory under many names is copied once: a small file could otherwise fill the memory.
+    # Shared memory is copied once, or a small file could fill the memory.
     copies: dict[tuple, torch.Tensor] = {}
     for name, value in state.items():
         # Caffe2's files hold the optimizer's momentum too.
         if not isinstance(name, str) or name.endswith("_momentum"):
             continue
         if isinstance(value, torch.Tensor):
-            # A quantized tensor's strides can lead outside its storage (torch 2.12); a model copies none of these.
+            # Strides of quantized tensors can exceed their storage (torch 2.12).
             if value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized:
                 tensors[name] = value
         elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
@@ -310,13 +310,13 @@ def _check_zip(path: Path) -> None:
         raise WeightsFileError(f"{path} is a TorchScript program; save the state dict of the model: model.state_dict()")
     if "data.pkl" not in names:
         raise WeightsFileError(f"{path} is a zip file, but none of PyTorch's. {_READABLE}")
-    # A small file could otherwise unpack to more than the memory holds.
+    # A small compressed file could unpack to more than fits into memory.
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise WeightsFileError(f"{path} has compressed entries, which PyTorch does not write; unpack it, save it again")
 
 
 def _read_torch(path: Path) -> object:
-    # timm's and DeiT's training scripts save one with the weights; it holds values only.
+    # Saved by the training scripts of timm and DeiT; holds only values.
     safe_globals = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5
     with safe_globals([argparse.Namespace]) if safe_globals else contextlib.nullcontext():
         return _load_torch(path, weights_only=True)
@@ -327,13 +327,13 @@ def _read_any_torch(path: Path) -> object:
 
 
 def _load_torch(path: Path, weights_only: bool) -> object:
-    # Given a path, newer versions decide by the suffix .safetensors.
+    # Not a path: newer versions choose the reader by the suffix .safetensors.
     with path.open("rb") as file:
         return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
 def _read_arrays(path: Path) -> object:
-    # A map returns as many bytes as there are, and allocates nothing by a declared length.
+    # A memory map allocates nothing for a declared length.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         return ArrayUnpickler(mapped).load()
 

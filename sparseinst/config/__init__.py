@@ -1,7 +1,7 @@
-"""Configuration: the keys with their defaults, how a command's config is loaded, and what it says about the model."""
+"""Define the configuration keys, load configs, and read the keys that a model declares."""
 
 from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
-from sparseinst.config.load import load_config, resolve_config_file
+from sparseinst.config.load import load_config, register_models, resolve_config_file
 from sparseinst.config.model_keys import (
     dataset_mapper,
     max_detections,
@@ -19,6 +19,7 @@ __all__ = [
     "max_detections",
     "max_instances",
     "num_classes",
+    "register_models",
     "registered",
     "resolve_config_file",
     "set_declared",

@@ -1,4 +1,4 @@
-"""The configuration keys that belong to no model family, with their defaults, units and meanings."""
+"""Add the configuration keys that all model families share, with their defaults and units."""
 
 import importlib
 from pathlib import Path
@@ -15,7 +15,7 @@ _PACKAGE_DIR = Path(__file__).resolve().parents[1]
 def add_sparse_inst_config(cfg: CfgNode) -> None:
     """Add the plugin's keys to a Detectron2 config, in place, and register its models and backbones.
 
-    No default of Detectron2's own is changed except ``MODEL.MASK_ON``. A model needs two more keys
+    The only default of Detectron2 that changes is ``MODEL.MASK_ON``. A model needs two more keys
     than the defaults given here: ``MODEL.META_ARCHITECTURE SparseInst`` and
     ``MODEL.RESNETS.OUT_FEATURES [res3, res4, res5]`` (or another backbone and its feature names).
 
@@ -32,42 +32,42 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # relative to the config file. They run code. A module's `add_config(cfg)`, where it has one, adds its own keys.
     cfg.IMPORTS = []
 
-    # How predictions are given.
+    # Format and limits of the predictions.
     cfg.MODEL.OUTPUT = CfgNode()
-    # "bitmask": boolean masks; "rle": COCO RLEs, each mask computed, encoded and freed before the next one.
+    # "bitmask": boolean masks; "rle": COCO RLEs, which need memory for one mask at a time.
     cfg.MODEL.OUTPUT.MASK_FORMAT = "bitmask"
-    # Most memory that the boolean masks of one image may take, in GiB; prediction stops before it takes more. 100 masks
-    # of a camera's 42 megapixels fit.
+    # Largest memory of the boolean masks of one image, in GiB; a prediction that needs more raises an error.
+    # 100 masks of 42 megapixels fit.
     cfg.MODEL.OUTPUT.MAX_MASK_GIB = 4.0
     # Instances with a final score at or below this are dropped, in [0, 1).
     cfg.MODEL.OUTPUT.SCORE_THRESHOLD = 0.0
 
-    # How the network runs where nothing is trained; see sparseinst.runtime.optimize.
+    # How the network runs at inference; see sparseinst.runtime.optimize.
     cfg.RUNTIME = CfgNode()
     # "torch"; "openvino" on a CPU (extra "openvino").
     cfg.RUNTIME.ENGINE = "torch"
     # "float32"; "bfloat16" or "float16" autocast.
     cfg.RUNTIME.PRECISION = "float32"
-    # Fold norms and neighbouring linear layers into convolutions: float32 results move by rounding only.
+    # Fold norms and neighboring linear layers into convolutions: float32 results change by rounding only.
     cfg.RUNTIME.FUSE = True
     # Feature maps in channels-last layout.
     cfg.RUNTIME.CHANNELS_LAST = True
-    # Wide 3x3 convolutions with a quarter of the multiplications (CPU, float32): results move by some 1e-5.
+    # Compute wide 3x3 convolutions with a quarter of the multiplications (CPU, float32); results change by about 1e-5.
     cfg.RUNTIME.WINOGRAD = True
-    # torch.compile: seconds to minutes before the first image, once more at the first one of another size.
+    # Run through torch.compile, which takes seconds to minutes at the first image, and again at a new image size.
     cfg.RUNTIME.COMPILE = False
-    # Evaluation, demo and benchmark on the CPU: memory that is freed stays with the process, which is faster. In a
-    # program of your own: sparseinst.engine.host_memory.keep_freed_memory(True).
+    # Evaluation, demo and benchmark on the CPU: the process reuses freed memory, which is faster. Other programs call
+    # sparseinst.engine.host_memory.keep_freed_memory(True).
     cfg.RUNTIME.KEEP_FREED_MEMORY = True
 
-    # "SparseInstDatasetMapper" (ours) or "DatasetMapper" (Detectron2's).
+    # "SparseInstDatasetMapper" or Detectron2's "DatasetMapper".
     cfg.INPUT.DATASET_MAPPER = "SparseInstDatasetMapper"
 
     # Besides paths and URLs, MODEL.WEIGHTS can be timm://NAME, weights that timm downloads, and package://NAME/PATH,
     # a file of an installed Python package.
     # Share of the backbone's tensors that MODEL.WEIGHTS must fill at the start of a training. 0 allows anything.
     cfg.MODEL.MIN_BACKBONE_COVERAGE = 0.9
-    # Read pickles that run code when they are read: only for files from someone you trust.
+    # Read pickles that run code while they are read. Set this only for files from a trusted source.
     cfg.MODEL.TRUSTED_WEIGHTS = False
 
     # BACKBONE.NAME build_pyramid_vision_transformer: PVTv2 "b0" to "b5"; LINEAR, with any NAME, is the linear b2.
@@ -88,7 +88,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.NAME = "resnet18"
     # Of res1 to res5, strides 2 to 32.
     cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res4", "res5"]
-    # "" leaves the model's norms as they are; "FrozenBN" freezes its batch norms, "SyncBN" synchronises them.
+    # "" leaves the model's norms as they are; "FrozenBN" freezes its batch norms, "SyncBN" synchronizes them.
     cfg.MODEL.TIMM.NORM = ""
     # Further keyword arguments of timm.create_model; on a command line MODEL.TIMM.ARGS "{'drop_path_rate': 0.1}".
     cfg.MODEL.TIMM.ARGS = CfgNode(new_allowed=True)
@@ -98,41 +98,41 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Learning rate of the backbone's parameters over BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     cfg.SOLVER.AMSGRAD = False
-    # How PyTorch updates the weights: "auto" (its choice), "for-loop", "foreach", "fused" (the fastest); equal but
-    # for rounding; a resumed run may have another.
+    # PyTorch's implementation of the update: "auto", "for-loop", "foreach" or "fused" (the fastest). Results differ by
+    # rounding only. A resumed run may use another one.
     cfg.SOLVER.OPTIMIZER_IMPLEMENTATION = "auto"
     # Largest Euclidean norm of all gradients together; larger gradients are scaled down before the step. 0: off.
     cfg.SOLVER.CLIP_TOTAL_NORM = 0.0
-    # Batch size that BASE_LR was chosen for: BASE_LR is multiplied by IMS_PER_BATCH over this. 0: off.
+    # Batch size that BASE_LR was tuned at: the learning rate is BASE_LR * IMS_PER_BATCH / this. 0: off.
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
-    # Each step's IMS_PER_BATCH images go through the model in this many parts; losses are normalised over all.
+    # Each step's IMS_PER_BATCH images go through the model in this many parts; losses are normalized over all.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
     # Train with weights and feature maps in channels-last layout: faster convolutions on most CPUs and with AMP.
     cfg.SOLVER.CHANNELS_LAST = False
-    # Train through torch.compile: minutes before the first step, and again for other sizes.
+    # Train through torch.compile, which takes minutes at the first step, and again at new image sizes.
     cfg.SOLVER.COMPILE = False
-    # Modules, * for any part of a name, whose activations are computed again in the backward pass: less memory, longer
-    # steps. Most of it: ["backbone.*", "encoder", "decoder.*_branch"].
+    # Modules whose activations are recomputed in the backward pass: less memory, slower steps. * matches any part of a
+    # name. Most memory is saved by ["backbone.*", "encoder", "decoder.*_branch"].
     cfg.SOLVER.RECOMPUTE = []
-    # Periodic checkpoints kept, the newest; the best and the final one are kept besides. 0: all.
+    # Number of newest periodic checkpoints to keep, besides the best and the final one. 0: all.
     cfg.SOLVER.MAX_CHECKPOINTS = 5
     # Type of automatic mixed precision (SOLVER.AMP.ENABLED): "float16" or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
-    # A loss or gradient that is NaN or Inf: "stop" ends the training, "skip" goes on without that step.
+    # Reaction to a NaN or Inf loss or gradient: "stop" ends the training, "skip" skips the step.
     cfg.SOLVER.NONFINITE = CfgNode()
     cfg.SOLVER.NONFINITE.ACTION = "stop"
-    # Steps in a row that "skip" skips before it stops; also those of the gradient scaler, at a scale of at most 1.
+    # Largest number of consecutive steps that "skip" or the gradient scaler (at a scale of at most 1) may skip.
     cfg.SOLVER.NONFINITE.MAX_SKIPS = 10
 
     # Image files of more pixels (height times width) are refused before they are decoded.
     cfg.INPUT.MAX_IMAGE_PIXELS = 200_000_000
-    # What computes AP: "pycocotools"; "faster-coco-eval", the same figures sooner (extra "fast-eval").
+    # Library that computes AP: "pycocotools", or "faster-coco-eval" (extra "fast-eval"), faster with equal results.
     cfg.TEST.COCO_EVAL = "pycocotools"
-    # Images that may be broken (cut off, of another size than the json says) before a run stops: each is named once in
-    # the log and passed over.
+    # Largest number of broken images (truncated, or of another size than in the json) before a run stops. Each is
+    # logged once and skipped.
     cfg.DATALOADER.MAX_BROKEN_IMAGES = 10
 
-    # A user's own data: a COCO json and its image folder. Where set, they replace DATASETS.TRAIN or DATASETS.TEST.
+    # A custom data set: a COCO json and its image folder. If set, they replace DATASETS.TRAIN or DATASETS.TEST.
     cfg.DATASETS.TRAIN_JSON = ""
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.TEST_JSON = ""
@@ -140,7 +140,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
 
 
 def get_config_file(name: str) -> str:
-    """Path of a config file that comes with the package.
+    """Return the path of a config file of the package.
 
     Args:
         name: path below ``configs/``, with or without ``.yaml``: ``"sparse_inst_r50_giam"``,
@@ -150,7 +150,7 @@ def get_config_file(name: str) -> str:
         Absolute path of the file.
 
     Raises:
-        ValueError: there is no such file; the message lists those that there are.
+        ValueError: the file does not exist; the message lists the existing files.
     """
     for configs_dir in (_PACKAGE_DIR / "configs", _PACKAGE_DIR.parent / "configs"):
         for candidate in (configs_dir / name, configs_dir / f"{name}.yaml"):

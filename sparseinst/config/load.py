@@ -1,4 +1,4 @@
-"""From a config file's name and overrides to the config that a command runs with."""
+"""Load a config file and KEY VALUE overrides into a config."""
 
 import copy
 import logging
@@ -15,6 +15,7 @@ from types import ModuleType
 import yaml
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
+import sparseinst
 from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 _MERGE_ERRORS = (KeyError, AssertionError, ValueError, TypeError, MemoryError, RecursionError)
 # PyYAML raises all but the first for explicit tags: "!!int ''", "!!bool x", "!!timestamp x", "!!float 1:1:1:...".
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)
-# A config has about 700 values. Aliases within aliases can stand for more than any memory holds.
+# A config has about 700 values. Nested aliases can expand to more values than fit into memory.
 _MAX_VALUES = 20_000
 # Old key -> new key. Files are translated; on a command line the old key is refused with the new one. CUDA graphs were
 # removed without a successor of equal values.
@@ -42,10 +43,10 @@ _PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 
 def resolve_config_file(config_file: str) -> str:
-    """Return the path of a config file, given by its path or by the name of one that comes with the package.
+    """Return the path of a config file, given its path or the name of a config file of the package.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: neither exists.
     """
     if os.path.isfile(config_file):
         return config_file
@@ -58,9 +59,9 @@ def resolve_config_file(config_file: str) -> str:
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Merge a config file and overrides into the defaults of Detectron2 and SparseInst.
 
-    YAML that names Python objects is refused, and so is a LazyConfig: the only code that a config runs is that of the
-    modules in IMPORTS, and the log says so. Renamed keys in files are translated, with one warning per file. Where
-    ``MODEL.DEVICE`` asks for CUDA and there is none, it becomes "cpu", with one line in the log.
+    YAML that names Python objects and LazyConfigs are refused: a config runs only the code of the modules in IMPORTS,
+    with a line in the log. Renamed keys in files are translated, with one warning per file. A ``MODEL.DEVICE`` of CUDA
+    becomes "cpu" on a machine without CUDA, with one line in the log.
 
     Args:
         config_file: path of a YAML file, or the name of one that comes with the package.
@@ -92,7 +93,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         )
     _merge(lambda: _merge_file(cfg, content), f"In the config file {path}")
     _merge(lambda: cfg.merge_from_list(opts), "In the KEY VALUE overrides")
-    # A training writes its config. Not every value that Python can read can be written.
+    # A training writes its config, and YAML cannot represent every Python value.
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
     if not isinstance(cfg.MODEL.DEVICE, str):
         raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected a device's name, such as cpu or cuda")
@@ -103,6 +104,13 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             logger.warning("MODEL.DEVICE is %s and there is no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
             cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def register_models(cfg: CfgNode) -> None:
+    """Register the plugin's models and import the modules of IMPORTS, in a process that got a loaded config."""
+    sparseinst.register()
+    for name in cfg.IMPORTS:
+        _import(name)
 
 
 def _merge(merge: Callable[[], object], where: str) -> None:
@@ -118,7 +126,7 @@ def _merge(merge: Callable[[], object], where: str) -> None:
 def _merge_file(cfg: CfgNode, content: dict) -> None:
     """Merge a file's content in place as ``CfgNode.merge_from_file`` does, which would read the file itself.
 
-    Detectron2's reader takes the last of two equal keys silently and never returns from a file that inherits itself.
+    Detectron2's reader ignores duplicate keys silently and does not return from a file that inherits from itself.
     """
     for key, value in content.items():
         if isinstance(cfg.get(key), CfgNode) and not isinstance(value, dict):
@@ -181,14 +189,20 @@ def _update(target: dict, source: dict) -> None:
 
 
 def _read(path: str) -> dict:
-    """Return the content of one file. The safe loader knows no tag that runs code."""
+    """Return the content of one file. The safe loader rejects tags that run code."""
     if Path(path).suffix == ".py":
         raise ValueError(
             f"The config file {path} is Python code (a LazyConfig), which is never run here. Name a YAML file; from "
             "Python a LazyConfig of your own is loaded by detectron2.config.LazyConfig.load"
         )
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if "_target_:" in text:
+            raise ValueError(
+                "the file was saved by a training of a LazyConfig and names functions to call. Name the YAML file of "
+                "the same model, such as sparse_inst_r50_giam, and set MODEL.WEIGHTS to the checkpoint"
+            )
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         _check_nodes(root)
         content = None if root is None else loader.construct_document(root)
@@ -245,7 +259,7 @@ def _check_keys(content: object) -> None:
 
 
 def _pop(content: dict, key: str) -> object:
-    """Remove a key and the groups that become empty; return its value, or None where it is not there."""
+    """Remove a key and the groups that become empty; return its value, or None if it is absent."""
     group, _, rest = key.partition(".")
     if not rest or not isinstance(content.get(group), dict):
         return None if rest else content.pop(group, None)
@@ -298,7 +312,7 @@ def _resolve_imports(content: dict, path: str) -> None:
 
 def _import_modules(cfg: CfgNode, content: dict, opts: list[str], path: str) -> None:
     """Import the modules of IMPORTS, and let each add its keys by ``add_config(cfg)`` where it has that function."""
-    # The other keys may be those that the modules add.
+    # Only IMPORTS: the modules may add the other keys.
     first = get_cfg()
     first.IMPORTS = []
     overrides = [part for key, value in zip(opts[::2], opts[1::2]) if key == "IMPORTS" for part in (key, value)]
@@ -308,9 +322,8 @@ def _import_modules(cfg: CfgNode, content: dict, opts: list[str], path: str) -> 
     for name in first.IMPORTS:
         logger.warning("IMPORTS of the config runs the code of %s", name)
         try:
-            module = _import_file(os.path.abspath(name)) if str(name).endswith(".py") else import_module(name)
-            getattr(module, "add_config", lambda cfg: None)(cfg)
-        # The code of a module can raise anything.
+            getattr(_import(name), "add_config", lambda cfg: None)(cfg)
+        # A module can raise any exception.
         except Exception as error:
             text = " ".join(str(error).split())[:300]
             raise ValueError(
@@ -322,6 +335,10 @@ def _import_modules(cfg: CfgNode, content: dict, opts: list[str], path: str) -> 
         if opts[index] == "IMPORTS":
             names = [os.path.abspath(name) if name.endswith(".py") else name for name in first.IMPORTS]
             opts[index + 1] = repr(names)
+
+
+def _import(name: str) -> ModuleType:
+    return _import_file(os.path.abspath(name)) if str(name).endswith(".py") else import_module(name)
 
 
 def _import_file(path: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""What a config says about its model, whichever family the model belongs to."""
+"""Read the keys that a model of any family declares."""
 
 from collections.abc import Mapping
 from functools import reduce
@@ -10,7 +10,7 @@ def registered(registry: Mapping, cfg: CfgNode, key: str) -> object:
     """Return what is registered under the name that a key holds.
 
     Args:
-        registry: one of Detectron2's or ours.
+        registry: a registry of Detectron2 or SparseInst.
         cfg: the config.
         key: with points, such as "MODEL.BACKBONE.NAME".
 
@@ -68,7 +68,7 @@ def dataset_mapper(cfg: CfgNode) -> tuple[str, str]:
 
 
 def _declared(cfg: CfgNode, attribute: str) -> tuple[str, int] | None:
-    # It imports torch, which --help does not need.
+    # Importing torch would slow down --help.
     from detectron2.modeling import META_ARCH_REGISTRY
 
     key = getattr(registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE"), attribute, None)

@@ -1,4 +1,4 @@
-"""Data sets: reading, checks, augmentations, loaders and drawn shapes; no model."""
+"""Read, check, augment, load and draw data sets; this package does not know any model."""
 
 from sparseinst.data.augmentations import build_test_augmentations, build_train_augmentations
 from sparseinst.data.coco_json import (

@@ -1,4 +1,4 @@
-"""Build the augmentations of training and test; they also accept images of one pixel."""
+"""Build the augmentations of training and test; they accept images of one pixel, too."""
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -7,14 +7,14 @@ from detectron2.data import transforms as T
 # The published crop recipe: short sides in pixels before the crop, and its probability.
 _SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
 _CROP_PROBABILITY = 0.5
-# Published: no limit. Only images 17 times as long as wide reach it; 1 x 4000 would become 600 x 2400000.
+# The published recipe has no limit; 1 x 4000 would become 600 x 2400000. Only images 17 times as long as wide reach it.
 _LONG_SIDE_BEFORE_CROP = 10_000
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Resize as Detectron2 does, but keep each side at least one pixel long: 1 x 4000 becomes 1 x 853, not 0 x 853.
+    """Resize as Detectron2 does, but to at least one pixel a side: 1 x 4000 becomes 1 x 853, not 0 x 853.
 
-    Images that have the size already are not copied.
+    Images that already have the size are not copied.
     """
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
@@ -41,7 +41,7 @@ def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
 
 
 def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """Return the published recipe: flip; with INPUT.CROP.ENABLED zoom and crop half of the images; resize.
+    """Return the published recipe: flip; with INPUT.CROP.ENABLED, zoom and crop half of the images; resize.
 
     Raises:
         ValueError: INPUT.RANDOM_FLIP, INPUT.CROP, INPUT.MIN_SIZE_TRAIN or INPUT.MIN_SIZE_TRAIN_SAMPLING is invalid.

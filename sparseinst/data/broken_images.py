@@ -1,4 +1,4 @@
-"""Skip images that cannot be used, name each once, and stop above a limit."""
+"""Skip images that cannot be used, log each once, and stop above a limit."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ from sparseinst.data.images import DataError
 
 _logger = logging.getLogger(__name__)
 
-# Errors of a mapper about one image; Detectron2's own mapper raises the latter two.
+# Errors of a mapper about one image; Detectron2's own mapper raises the last two.
 BROKEN_IMAGE_ERRORS = (DataError, OSError, SizeMismatchError)
 
 
@@ -22,11 +22,7 @@ class Failure(NamedTuple):
 
 
 class SafeMapper:
-    """Wrap a mapper so that it returns the failure of a broken image in place of raising it.
-
-    Args:
-        mapper: raises one of BROKEN_IMAGE_ERRORS where an image cannot be used.
-    """
+    """Wrap a mapper; return BROKEN_IMAGE_ERRORS as failures in place of raising them."""
 
     def __init__(self, mapper: Callable[[dict], dict]) -> None:
         self._mapper = mapper
@@ -55,11 +51,7 @@ class BrokenImages:
         self.messages: dict[str, str] = {}
 
     def add(self, failures: Iterable[Failure]) -> None:
-        """Add failures.
-
-        Raises:
-            DataError: more images than the limit are broken; the message lists all of them.
-        """
+        """Add failures. Raise DataError, which lists all broken images, where they are more than the limit."""
         for file_name, message in failures:
             if file_name in self.messages:
                 continue
@@ -69,9 +61,9 @@ class BrokenImages:
                 listed = "\n  ".join(self.messages.values())
                 raise DataError(
                     f"{count} images cannot be used, and DATALOADER.MAX_BROKEN_IMAGES is {self.limit}. Repair them, or "
-                    "raise it; python -m sparseinst.tools.check_dataset finds all that are broken at once:\n  " + listed
+                    "raise it; python -m sparseinst.tools.check_dataset finds all broken images:\n  " + listed
                 )
-            _logger.warning("Broken image %d, passed over (the limit is %d): %s", count, self.limit, message)
+            _logger.warning("Broken image %d, skipped (the limit is %d): %s", count, self.limit, message)
 
 
 class EvaluationLoader:
@@ -81,7 +73,7 @@ class EvaluationLoader:
 
     Args:
         loader: batches of the results of a :class:`SafeMapper`.
-        broken: receives the failures.
+        broken: counts the failures.
     """
 
     def __init__(self, loader: Iterable[list], broken: BrokenImages) -> None:

@@ -1,4 +1,4 @@
-"""Check a COCO json before anything is trained or evaluated.
+"""Check a COCO json before training and evaluation.
 
 | flaw | training | evaluation |
 |---|---|---|
@@ -9,7 +9,7 @@
 | polygons: not numbers, NaN, infinite, far outside of the image, an odd number of values | stops | stops |
 | RLE: another size than the image's, broken run lengths, or run lengths that do not fill the image | stops | stops |
 | no segmentation, or only polygons of fewer than three points | left out, one warning | stops |
-| a polygon of fewer than three points next to valid ones | left out | stops: COCO's evaluation takes it for a box |
+| a polygon of fewer than three points next to valid ones | left out | stops: COCO's evaluation reads it as a box |
 | polygons outside of the image; RLE without a pixel | left out, one warning | never found, one warning |
 | self-crossing outlines | drawn as pycocotools draws them | drawn as pycocotools draws them |
 | objects without a pixel once drawn | left out | COCO's rules |
@@ -19,8 +19,9 @@
 | `bbox`, `area` missing or invalid | not read | stops |
 """
 
-import math
+import sys
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from sparseinst.data.images import DataError
@@ -40,7 +41,7 @@ class Finding(NamedTuple):
 
     Attributes:
         kind: the group in which findings are counted.
-        message: the place, the value that was found, and the remedy.
+        message: the entry, the value that was found, and the remedy.
         stops: True: the data cannot be used. False: a warning.
     """
 
@@ -71,7 +72,7 @@ class JsonReport(NamedTuple):
 
 
 def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
-    """Find every flaw that makes Detectron2 or pycocotools fail hours later with a bare KeyError or worse.
+    """Find each flaw that makes Detectron2 or pycocotools fail hours later with a bare KeyError or worse.
 
     Args:
         content: the parsed json; may be anything.
@@ -79,11 +80,9 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
     """
     report = JsonReport([], Counter())
     if not isinstance(content, dict):
-        report.add(
-            "no COCO json",
-            f"holds {type(content).__name__}; expected COCO's object with 'images', 'annotations' and 'categories' (a "
-            "list is a results file, or another format)",
-        )
+        expected = "expected COCO's object with 'images', 'annotations' and 'categories'"
+        message = f"holds {type(content).__name__}; {expected} (a list is a results file, or another format)"
+        report.add("no COCO json", message)
         return report
     for part in ("images", "categories"):
         if not content.get(part):
@@ -92,133 +91,117 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
         return report
     images = _check_entries(content["images"], "images", _IMAGE_KEYS, report)
     categories = _check_entries(content["categories"], "categories", _CATEGORY_KEYS, report)
-    for category in categories.values():
-        name = category["name"]
-        if not isinstance(name, str):
-            report.add("category name", f"the name of category {category['id']} is {name!r}; expected text")
-    sizes = _check_images(images, report)
+    for category_id, category in categories.items():
+        if not isinstance(name := category["name"], str):
+            report.add("category name", f"the name of category {category_id} is {name!r}; expected text")
+    for image_id, image in images.items():
+        name, height, width = image["file_name"], image["height"], image["width"]
+        if not isinstance(name, str) or not name:
+            report.add("file_name", f"image {image_id} has the file_name {name!r}; expected text")
+        if not _has_size(image):
+            found = f"image {image_id} ({name!r}) has height {height!r} and width {width!r}"
+            report.add("image size", f"{found}; expected whole numbers of pixels")
 
     needed = _ANNOTATION_KEYS + _EVALUATED_ANNOTATION_KEYS * for_evaluation
     annotations = _check_entries(content.get("annotations", []), "annotations", needed, report)
     if annotations and not any(annotation.get("segmentation") for annotation in annotations.values()):
         report.add("no masks", "no annotation has a segmentation; boxes do not suffice: add the masks")
         return report
-    for annotation in annotations.values():
-        image_id, place = annotation["image_id"], f"annotation {annotation['id']}"
+    for annotation_id, annotation in annotations.items():
+        image_id, name = annotation["image_id"], f"annotation {annotation_id}"
         if not is_whole(image_id) or image_id not in images:
-            report.add("image_id", f"{place} has image_id {image_id!r}, which is not in 'images'" + _REPAIR)
+            report.add("image_id", f"{name} has image_id {image_id!r}, which is not in 'images'" + _REPAIR)
             continue
-        place += f" ({images[image_id]['file_name']!r})"
-        _check_fields(annotation, categories, place, report)
+        image = images[image_id]
+        name += f" ({image['file_name']!r})"
+        _check_fields(annotation, categories, name, report)
         if for_evaluation:
-            _check_evaluated_fields(annotation, place, report)
-        if image_id in sizes:
-            _check_mask(annotation, sizes[image_id], place, for_evaluation, report)
+            _check_evaluated_fields(annotation, name, report)
+        if _has_size(image):
+            _check_mask(annotation, (image["height"], image["width"]), name, for_evaluation, report)
     if for_evaluation and 0 in annotations:
-        report.add(
-            "annotation id 0",
-            "annotation id 0 means 'not matched' in COCO's evaluation, so this object counts as missed; number the "
-            "annotations from 1",
-            stops=False,
+        message = (
+            "COCO's evaluation reads annotation id 0 as 'not matched', so this object counts as missed; number the "
         )
+        report.add("annotation id 0", message + "annotations from 1", stops=False)
     return report
 
 
 def _check_entries(entries: Any, part: str, needed: tuple[str, ...], report: JsonReport) -> dict[int, dict]:
-    """Check that every entry has the needed keys and a unique whole number as id; return the valid ones by id."""
+    """Check that each entry has the needed keys and a unique whole number as id; return the valid ones by id."""
     if not isinstance(entries, list):
         report.add("no COCO json", f"{part!r} is a {type(entries).__name__}; expected a list")
         return {}
     by_id: dict[int, dict] = {}
     repeated: Counter[int] = Counter()
     for index, entry in enumerate(entries):
-        place = f"entry {index} of {part!r} has"
+        start = f"entry {index} of {part!r} has"
         missing = [key for key in needed if not isinstance(entry, dict) or key not in entry]
         if missing:
-            report.add("missing key", f"{place} no {', '.join(map(repr, missing))}; complete it, or remove it")
+            report.add("missing key", f"{start} no {', '.join(map(repr, missing))}; complete it, or remove it")
         elif not is_whole(entry["id"]):
-            report.add("id", f"{place} the id {entry['id']!r}; expected a whole number: number them")
+            report.add("id", f"{start} the id {entry['id']!r}; expected a whole number: number them")
         elif entry["id"] in by_id:
             repeated[entry["id"]] += 1
         else:
             by_id[entry["id"]] = entry
     if repeated:
-        report.add(
-            "id",
-            f"{repeated.total()} ids of {part!r} are not unique ({_first_few(repeated)}); give each entry an id of its "
-            "own, or remove the duplicates",
+        message = (
+            f"{repeated.total()} ids of {part!r} are not unique ({_first_few(repeated)}); give each entry its own "
         )
+        report.add("id", message + "id, or remove the duplicates")
     return by_id
 
 
-def _first_few(ids: Any) -> str:
+def _first_few(ids: Collection[int]) -> str:
     return ", ".join(map(str, list(ids)[:5])) + ", ..." * (len(ids) > 5)
 
 
-def _check_images(images: dict[int, dict], report: JsonReport) -> dict[int, tuple[int, int]]:
-    """Return the (height, width) of the valid ones by id."""
-    sizes = {}
-    for image_id, image in images.items():
-        name, height, width = image["file_name"], image["height"], image["width"]
-        if not isinstance(name, str) or not name:
-            report.add("file_name", f"image {image_id} has the file_name {name!r}; expected text")
-        if all(is_whole(side) and side > 0 for side in (height, width)):
-            sizes[image_id] = (height, width)
-        else:
-            found = f"image {image_id} ({name!r}) has height {height!r} and width {width!r}"
-            report.add("image size", f"{found}; expected whole numbers of pixels")
-    return sizes
+def _has_size(image: dict) -> bool:
+    return all(is_whole(image[side]) and image[side] > 0 for side in ("height", "width"))
 
 
-def _check_fields(annotation: dict, categories: dict[int, dict], place: str, report: JsonReport) -> None:
+def _check_fields(annotation: dict, categories: dict[int, dict], name: str, report: JsonReport) -> None:
     category_id, crowd = annotation["category_id"], annotation.get("iscrowd", 0)
     if not is_whole(category_id) or category_id not in categories:
-        report.add(
-            "category_id",
-            f"{place} has category_id {category_id!r}, which is not in 'categories' "
-            f"([{_first_few(sorted(categories))}]); correct it, or add the category",
-        )
+        message = f"{name} has category_id {category_id!r}, which is not in 'categories' "
+        message += f"([{_first_few(sorted(categories))}]); correct it, or add the category"
+        report.add("category_id", message)
     if not isinstance(crowd, int) or crowd not in (0, 1):
-        report.add("iscrowd", f"{place} has iscrowd {crowd!r}; expected 0 or 1")
+        report.add("iscrowd", f"{name} has iscrowd {crowd!r}; expected 0 or 1")
     if annotation.get("ignore"):
-        report.add("ignore", f"{place} has 'ignore', which Detectron2 refuses; use 'iscrowd'")
+        report.add("ignore", f"{name} has 'ignore', which Detectron2 refuses; use 'iscrowd'")
 
 
-def _check_evaluated_fields(annotation: dict, place: str, report: JsonReport) -> None:
+def _check_evaluated_fields(annotation: dict, name: str, report: JsonReport) -> None:
     box, area, segmentation = annotation["bbox"], annotation["area"], annotation["segmentation"]
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)) or box[2] < 0 or box[3] < 0:
-        report.add("bbox", f"{place} has bbox {box!r}; expected [x, y, width, height] in pixels" + _REPAIR)
+        report.add("bbox", f"{name} has bbox {box!r}; expected [x, y, width, height] in pixels" + _REPAIR)
     if not _is_finite(area) or area < 0:
-        report.add("area", f"{place} has area {area!r}; expected a number of pixels" + _REPAIR)
+        report.add("area", f"{name} has area {area!r}; expected a number of pixels" + _REPAIR)
     lengths = [len(p) for p in segmentation if isinstance(p, list)] if isinstance(segmentation, list) else []
     if min(lengths, default=6) < 6 <= max(lengths, default=0):
-        report.add(
-            "segmentation",
-            f"{place} has a polygon of {min(lengths)} numbers next to longer ones, which COCO's evaluation takes for a "
-            "box; remove this polygon",
-        )
+        message = f"{name} has a polygon of {min(lengths)} numbers next to longer ones, which COCO's evaluation takes "
+        report.add("segmentation", message + "for a box; remove this polygon")
 
 
 def _check_mask(
-    annotation: dict, image_size: tuple[int, int], place: str, for_evaluation: bool, report: JsonReport
+    annotation: dict, image_size: tuple[int, int], name: str, for_evaluation: bool, report: JsonReport
 ) -> None:
     try:
         reason = check_segmentation(annotation.get("segmentation"), image_size)
     except DataError as error:
-        report.add("segmentation", f"the segmentation of {place} is broken: {error}" + _REPAIR)
+        report.add("segmentation", f"the segmentation of {name} is broken: {error}" + _REPAIR)
         return
     is_crowd = bool(annotation.get("iscrowd", 0))
     if for_evaluation and reason in (NO_SEGMENTATION, TOO_FEW_POINTS):
-        report.add("segmentation", f"{place}: {reason}, which COCO's evaluation cannot read" + _REPAIR)
+        report.add("segmentation", f"{name}: {reason}, which COCO's evaluation cannot read" + _REPAIR)
     elif not is_crowd and reason is not None:
-        report.add(reason, place, stops=False)
+        report.add(reason, name, stops=False)
     elif not is_crowd:
         report.num_instances[annotation["image_id"]] += 1
 
 
 def _is_finite(value: Any) -> bool:
     """Return whether a value is an int or a float of JSON, and finite as a float."""
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:
-        return False
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -1,4 +1,4 @@
-"""Register a user's COCO json and image folder as a Detectron2 data set, and find its classes."""
+"""Register a COCO json and its image folder as a Detectron2 data set, and find its classes."""
 
 import hashlib
 import json
@@ -45,31 +45,19 @@ class ClassInfo(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path) -> "ClassInfo":
-        """Read a file that :meth:`save` wrote.
-
-        Raises:
-            ValueError: the file does not exist, or holds something else.
-        """
+        """Read a file that :meth:`save` wrote. Raise ValueError where it does not exist or holds something else."""
         return cls.from_content(read_json(Path(path)), str(path))
 
     @classmethod
     def from_content(cls, content: Any, source: str) -> "ClassInfo":
-        """Check and convert a dict form.
-
-        Args:
-            content: may be anything.
-            source: where the content was found, for messages.
-
-        Raises:
-            ValueError: the content is not the dict form of classes.
-        """
+        """Convert a dict form, which may be anything. Raise ValueError, which names the source, where it is wrong."""
         if not isinstance(content, dict) or set(content) != set(cls._fields):
             raise ValueError(f"{source} has no list of classes; expected a dict with the keys {cls._fields}")
         info = cls(**content)
         if not all(isinstance(values, list) for values in info) or len(info.names) != len(info.category_ids):
             raise ValueError(f"{source}: 'names' and 'category_ids' must be lists of one length")
         if not all(isinstance(name, str) for name in info.names) or not all(type(i) is int for i in info.category_ids):
-            raise ValueError(f"{source}: 'names' must be text, and 'category_ids' whole numbers")
+            raise ValueError(f"{source}: 'names' must be text, and 'category_ids' must be whole numbers")
         return info
 
 
@@ -80,9 +68,9 @@ def register_coco_json(
 
     Replaces Detectron2's `register_coco_instances`, which checks nothing: of the 57 flaws in tests/data/flawed_json.py
     that stop a training here, 21 are accepted silently there, 4 crash the process in pycocotools, and most others end
-    in a bare KeyError, TypeError or AssertionError. Here the metadata has the class names at once, and a second call
-    with the same json reads it again. A json without `annotations` is registered for prediction: COCOEvaluator writes
-    its results and evaluates nothing.
+    in a bare KeyError, TypeError or AssertionError. This function sets the class names at once, and a second call with
+    the same json reads it again. A json without `annotations` is registered for prediction: COCOEvaluator writes the
+    results and computes no AP.
 
     Args:
         name: of the data set, for DATASETS.TRAIN and DATASETS.TEST.
@@ -102,8 +90,8 @@ def register_coco_json(
 def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """Register the data of DATASETS.TRAIN_JSON, TRAIN_IMAGES, TEST_JSON, TEST_IMAGES; set DATASETS.TRAIN and TEST.
 
-    The names follow from the paths, so all processes of a run agree on them. A split without these keys stays as it
-    is. Warnings are kept for :func:`log_data_warnings`.
+    The names are derived from the paths, so all processes of a run agree on them. A split without these keys is not
+    changed. :func:`log_data_warnings` logs the warnings.
 
     Args:
         cfg: not frozen; changed in place.
@@ -154,7 +142,7 @@ def class_info(dataset_name: str) -> ClassInfo:
         raise ValueError(f"The data set {dataset_name!r} has no class names (thing_classes of its metadata)")
     index_of_id = metadata.get("thing_dataset_id_to_contiguous_id")
     if index_of_id is None:
-        # Without the map LVISEvaluator adds 1 to the indices, and COCOEvaluator uses them unchanged.
+        # Without the map, LVISEvaluator adds 1 to the class index, and COCOEvaluator uses it unchanged.
         first_id = 1 if metadata.get("evaluator_type") == "lvis" else 0
         return ClassInfo(list(names), list(range(first_id, first_id + len(names))))
     return ClassInfo(list(names), sorted(index_of_id, key=index_of_id.__getitem__))
@@ -168,8 +156,8 @@ def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
         splits: the splits to check.
 
     Raises:
-        ValueError: two data sets have different classes, or their number is not the model's; the message has the
-            value to set. Or a data set is not registered.
+        ValueError: a data set is not registered, two have different classes, or the model has another number of
+            classes; the message has the value to set.
     """
     infos = [(f"DATASETS.{split}", name, class_info(name).names) for split in splits for name in cfg.DATASETS[split]]
     if not infos:
@@ -195,7 +183,7 @@ def _count(names: list[str]) -> str:
 
 
 def log_data_warnings(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Log a line for the annotations that are left out, and one for images with more objects than the model finds.
+    """Log one warning for annotations that are left out, and one for images with more objects than the model finds.
 
     Args:
         cfg: after :func:`register_user_datasets`.
@@ -204,11 +192,9 @@ def log_data_warnings(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
     for split in splits:
         for name in cfg.DATASETS[split]:
             metadata = MetadataCatalog.get(name)
-            warnings = list(metadata.get("data_warnings", ()))
             crowded = crowded_warning(metadata.get("num_instances", Counter()), cfg)
-            if crowded:
-                warnings.append(f"{metadata.json_file}: {crowded}")
-            for warning in warnings:
+            crowded = [f"{metadata.json_file}: {crowded}"] if crowded else []
+            for warning in [*metadata.get("data_warnings", ()), *crowded]:
                 _logger.warning("DATASETS.%s: %s", split, warning)
 
 
@@ -224,24 +210,24 @@ def crowded_warning(num_instances: Counter[int], cfg: CfgNode) -> str | None:
     if not crowded:
         return None
     return (
-        f"{len(crowded)} of {len(num_instances)} images with objects have more of them than {key}, which is {most}: of "
-        f"an image no more are learned, and no more are found. {key} {max(crowded)} would hold all"
+        f"{len(crowded)} of {len(num_instances)} images with objects have more of them than {key}, which is {most}: "
+        f"the model neither learns nor finds the others. {key} {max(crowded)} would hold all"
     )
 
 
 def _register(
     name: str, json_file: Path, image_root: Path, for_evaluation: bool, json_key: str, images_key: str
 ) -> JsonReport:
-    """Register as :func:`register_coco_json`; messages name the two keys, warnings go to the metadata."""
+    """Register as :func:`register_coco_json`; errors name the two keys, and the metadata gets the warnings."""
     if not json_file.is_file():
         raise ValueError(f"{json_key}: there is no file {json_file}")
     if not image_root.is_dir():
         raise ValueError(f"{images_key}: there is no folder {image_root}")
     known_as = MetadataCatalog.get(name).get("json_file") if name in MetadataCatalog else None
     if name in DatasetCatalog and known_as != str(json_file):
-        raise ValueError(f"The name {name!r} is already that of another data set ({known_as}); take another name")
+        raise ValueError(f"The name {name!r} is already that of another data set ({known_as}); use another name")
 
-    content, report = _load(json_file, for_evaluation)
+    content, report = load_checked_json(json_file, for_evaluation)
     absent = missing_files([image["file_name"] for image in content["images"]], image_root)
     if absent:
         raise ValueError(
@@ -266,8 +252,17 @@ def _register(
     return report
 
 
-def _load(json_file: Path, for_evaluation: bool) -> tuple[Any, JsonReport]:
-    """Read and check a json. Raise ValueError, one line with the first few problems, where there are any."""
+def load_checked_json(json_file: Path, for_evaluation: bool = False) -> tuple[dict, JsonReport]:
+    """Read and check a COCO json: `images`, `categories` and, unless it is for prediction only, `annotations`.
+
+    Args:
+        json_file: in COCO's instances format.
+        for_evaluation: also check the fields that only COCO's evaluation reads.
+
+    Raises:
+        ValueError: the file does not exist or cannot be read, or has a flaw that stops
+            (:mod:`sparseinst.data.coco_checks` lists them); one line with the first few.
+    """
     content = read_json(json_file)
     report = check_content(content, for_evaluation)
     if problems := report.problems():
@@ -280,20 +275,19 @@ def _load(json_file: Path, for_evaluation: bool) -> tuple[Any, JsonReport]:
 
 def _describe_warnings(findings: list[Finding], json_file: Path, for_evaluation: bool) -> list[str]:
     """Return one line for all annotations that are left out, and one for annotation id 0."""
-    warnings = [f"{json_file}: {finding.message}" for finding in findings if finding.kind == "annotation id 0"]
-    places: dict[str, list[str]] = {}
+    by_kind: dict[str, list[str]] = {}
     for finding in findings:
-        if finding.kind != "annotation id 0" and not finding.stops:
-            places.setdefault(finding.kind, []).append(finding.message)
-    if places:
-        parts = [f"{len(where)} with {kind} (the first: {where[0]})" for kind, where in places.items()]
+        by_kind.setdefault(finding.kind, []).append(finding.message)
+    lines = by_kind.pop("annotation id 0", [])
+    if by_kind:
+        parts = [f"{len(names)} with {kind} (the first: {names[0]})" for kind, names in by_kind.items()]
         effect = "annotations that nothing can match" if for_evaluation else "annotations that are left out"
-        warnings.append(f"{json_file}: {effect}: {', '.join(parts)}")
-    return warnings
+        lines.append(f"{effect}: {', '.join(parts)}")
+    return [f"{json_file}: {line}" for line in lines]
 
 
 def missing_files(file_names: list[str], image_root: Path) -> list[str]:
-    """Return the files that a folder lacks. Each folder is listed once, which is fast on network drives."""
+    """Return the file names that do not exist. Listing each folder once is fast on network drives."""
     present: dict[str, set[str]] = {}
     absent = []
     for file_name in file_names:
@@ -301,7 +295,7 @@ def missing_files(file_names: list[str], image_root: Path) -> list[str]:
         if folder not in present:
             path = image_root / folder
             present[folder] = set(os.listdir(path)) if path.is_dir() else set()
-        # is_file knows file systems that ignore the case of letters.
+        # is_file also works on file systems that ignore the case of letters.
         if base not in present[folder] and not (image_root / file_name).is_file():
             absent.append(file_name)
     return absent
@@ -310,11 +304,11 @@ def missing_files(file_names: list[str], image_root: Path) -> list[str]:
 def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
     """Convert a COCO json to Detectron2's standard format.
 
-    Replaces Detectron2's `load_coco_json`, which fails on an empty or null `bbox`, a field that a training does not
-    read, and keeps annotations without a mask. Otherwise the dicts are the same, plus the ids of annotations.
+    Replaces Detectron2's `load_coco_json`, which fails on an empty or null `bbox` and keeps annotations without a mask;
+    training does not read `bbox`. Otherwise the dicts are the same, plus the ids of annotations.
 
     Args:
-        content: a json that :func:`load_checked_json` returned.
+        content: of :func:`load_checked_json`.
         image_root: the folder that `file_name` are relative to.
     """
     categories = sorted(category["id"] for category in content["categories"])
@@ -329,11 +323,8 @@ def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
             segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
         if segmentation:
             kept = {key: annotation[key] for key in ("id", "iscrowd", "bbox") if key in annotation}
-            kept.update(
-                bbox_mode=BoxMode.XYWH_ABS,
-                category_id=class_of_id[annotation["category_id"]],
-                segmentation=segmentation,
-            )
+            kept.update(bbox_mode=BoxMode.XYWH_ABS, segmentation=segmentation)
+            kept["category_id"] = class_of_id[annotation["category_id"]]
             annotations_of_image[annotation["image_id"]].append(kept)
     return [
         {
@@ -347,20 +338,6 @@ def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
     ]
 
 
-def load_checked_json(json_file: Path, for_evaluation: bool = False) -> dict:
-    """Read and check a COCO json: `images`, `categories` and, unless it is for prediction only, `annotations`.
-
-    Args:
-        json_file: in COCO's instances format.
-        for_evaluation: also check the fields that only COCO's evaluation reads.
-
-    Raises:
-        ValueError: the file does not exist or cannot be read, or has a flaw that stops
-            (:mod:`sparseinst.data.coco_checks` lists them).
-    """
-    return _load(json_file, for_evaluation)[0]
-
-
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raise ValueError where it does not exist or cannot be read."""
     if not path.is_file():
@@ -370,6 +347,6 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is no COCO json: its lists lie too deep in one another") from error
-    except ValueError as error:  # of the text's encoding or of the JSON
+        raise ValueError(f"{path} is not a COCO json: its lists are nested too deep") from error
+    except ValueError as error:  # of the encoding or of the JSON
         raise ValueError(f"{path} is not valid JSON (cut off?): {error}") from error

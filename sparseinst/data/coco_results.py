@@ -1,4 +1,4 @@
-"""Instances as COCO results: for the evaluation, and for the json of the demo."""
+"""Convert instances to COCO results for the evaluation and for the demo's json."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,8 @@ def to_coco_results(
 ) -> list[dict]:
     """Return the instances of one image in COCO's results format.
 
-    The entries equal those of Detectron2's instances_to_coco_json, which decodes and encodes RLEMasks again (7.7 s for
-    20,600 masks, here 0.04 s).
+    The entries equal those of Detectron2's instances_to_coco_json, which decodes and encodes RLEMasks again: 7.7 s for
+    20,600 masks; this function takes 0.04 s.
 
     Args:
         instances: on any device, with ``pred_boxes``, ``scores`` and ``pred_classes``; ``pred_masks`` boolean
@@ -29,10 +29,10 @@ def to_coco_results(
 
     Returns:
         A dict for each instance with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels), ``score``
-        and, where there are masks, ``segmentation`` (compressed RLE with ``counts`` a str); only types of json.
+        and, if the instances have masks, ``segmentation`` (compressed RLE with ``counts`` a str); only types of json.
 
     Raises:
-        ValueError: a class that has no category id.
+        ValueError: a class has no category id.
     """
     if len(instances) == 0:
         return []
@@ -43,8 +43,8 @@ def to_coco_results(
     if category_ids is not None:
         if max(categories) >= len(category_ids):
             raise ValueError(
-                f"A prediction has class {max(categories)}, and the data set has classes 0 to {len(category_ids) - 1}: "
-                f"set {num_classes_key} to their number"
+                f"A prediction has class {max(categories)}, but the data set has classes 0 to {len(category_ids) - 1}: "
+                f"set {num_classes_key} {len(category_ids)}"
             )
         categories = [category_ids[index] for index in categories]
     results = [

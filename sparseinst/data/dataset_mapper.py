@@ -1,4 +1,4 @@
-"""Map Detectron2's dataset dicts to the model's input: image tensor and rasterised ground truth."""
+"""Map Detectron2's dataset dicts to the model's input: image tensor and rasterized ground truth."""
 
 import logging
 import os
@@ -26,13 +26,13 @@ _WITHOUT_NEW_PIXELS = (
 
 
 class SparseInstDatasetMapper:
-    """Map images and instance masks of any format; rasterise masks in the data loader's worker.
+    """Map images and instance masks of any format; rasterize masks in the data loader's worker.
 
     Replaces Detectron2's `DatasetMapper`, whose crop (`CropTransform.apply_polygons`, by shapely) drops a part of a
     self-crossing outline, fills the hole of an outline that touches itself, and fails on fewer than three points: 193
-    of 459 random outlines of 4 to 8 points differed from the cropped mask by more than 10 % of its pixels. Here the
-    rasterisation crops. Polygons, compressed and uncompressed RLE are read with any `INPUT.MASK_FORMAT`, also mixed in
-    one image.
+    of 459 random outlines of 4 to 8 points differed from the cropped mask by more than 10 % of its pixels. This mapper
+    crops by rasterization. It reads polygons, compressed and uncompressed RLE with any `INPUT.MASK_FORMAT`, also mixed
+    in one image.
     """
 
     @configurable
@@ -49,7 +49,7 @@ class SparseInstDatasetMapper:
             is_train: return ground truth.
             augmentations: applied in this order.
             image_format: channel order of the image, "RGB" or "BGR".
-            max_image_pixels: images of more pixels are refused before they are decoded.
+            max_image_pixels: larger images are refused before they are decoded.
 
         Raises:
             ValueError: another channel order.
@@ -80,11 +80,11 @@ class SparseInstDatasetMapper:
             The dict without `annotations`, with `height` and `width` of the file, and with `image`, uint8 (3, H, W).
             In training also `instances` of size (H, W) with `gt_boxes` (tight boxes of the masks), `gt_classes`
             (int64) and `gt_masks` (BitMasks): all three also where no instance is left.
-            Crowd annotations, and instances without a visible pixel, are left out.
+            Crowd annotations and instances without a visible pixel are left out.
 
         Raises:
-            DataError: the image cannot be read or is of another size than the dict says, or an annotation is broken;
-                the message names the file, and the annotation. Nothing else is raised for a bad input.
+            DataError: the image cannot be read, its size differs from the dict's, or an annotation is broken; the
+                message names the file and the annotation. Bad input raises nothing else.
         """
         result = {key: value for key, value in dataset_dict.items() if key != "annotations"}
         file_name = result.get("file_name")
@@ -106,28 +106,24 @@ class SparseInstDatasetMapper:
 
 
 def check_image_size(dataset_dict: dict[str, Any], image_size: tuple[int, int]) -> None:
-    """Compare the (height, width) of an image with `height` and `width` of its dict, where present.
-
-    Raises:
-        DataError: they differ.
-    """
+    """Raise DataError where `height` and `width` of an image's dict are present and differ from its (height, width)."""
     height, width = image_size
     expected = (dataset_dict.get("height", height), dataset_dict.get("width", width))
     if expected != (height, width):
-        swapped = (
-            ". The file's EXIF entry may rotate the image, and the reader applies it: annotate the image as it is "
-            "shown, or remove that entry"
-            if expected == (width, height)
-            else ""
-        )
-        raise DataError(
+        message = (
             f"{dataset_dict['file_name']} has {height} x {width} pixels (height x width), but its annotations were "
-            f"made for {expected[0]} x {expected[1]}: correct height and width, or use the original image{swapped}"
+            f"made for {expected[0]} x {expected[1]}: correct height and width, or use the original image"
         )
+        if expected == (width, height):
+            message += (
+                ". The reader applies the file's EXIF rotation: annotate the image as it is shown, or remove its EXIF "
+                "entry"
+            )
+        raise DataError(message)
 
 
 def _check_annotation(annotation: Any) -> None:
-    """Raise DataError where an annotation, its class or its `iscrowd` is of a wrong type."""
+    """Raise DataError where an annotation, its class or its `iscrowd` has a wrong type or value."""
     if not isinstance(annotation, dict):
         raise DataError(f"a {type(annotation).__name__}; expected a dict")
     crowd = annotation.get("iscrowd", 0)
@@ -141,7 +137,7 @@ def _check_annotation(annotation: Any) -> None:
 def _visible_pixels(transforms: T.TransformList, source_size: tuple[int, int]) -> np.ndarray | None:
     """Return where a transformed image shows the source image, bool (H, W); None: everywhere.
 
-    Padding and rotation make pixels outside of the source, which polygons may cover.
+    Padding and rotation add pixels outside of the source, which polygons may cover.
     """
     if all(type(transform) in _WITHOUT_NEW_PIXELS for transform in transforms.transforms):
         return None

@@ -1,4 +1,4 @@
-"""Ground truth of pictures by their file names, to be drawn beside what a model finds."""
+"""Find the ground truth of an image by its file name, for drawings next to a model's predictions."""
 
 import os
 from pathlib import Path, PurePath
@@ -10,7 +10,7 @@ from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 
 
 class GroundTruth:
-    """The annotations of a COCO json.
+    """Hold the annotations of a COCO json.
 
     Args:
         json_file: in COCO's instances format.
@@ -19,11 +19,11 @@ class GroundTruth:
         class_names: in the order of the class indices.
 
     Raises:
-        ValueError: there is no such file, or something is wrong with it that stops.
+        ValueError: the file does not exist, or has a flaw that stops (see sparseinst.data.coco_checks).
     """
 
     def __init__(self, json_file: str | os.PathLike) -> None:
-        content = load_checked_json(Path(json_file))
+        content, _ = load_checked_json(Path(json_file))
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
         self._images_of_name: dict[str, list[dict]] = {}
@@ -31,23 +31,23 @@ class GroundTruth:
             self._images_of_name.setdefault(PurePath(image["file_name"]).name, []).append(image)
         self._mapper = SparseInstDatasetMapper(is_train=True, augmentations=[], image_format="RGB")
 
-    def find(self, picture: str | os.PathLike) -> Instances | None:
-        """The instances of a picture, in its own size: ``pred_boxes``, ``pred_masks``, ``pred_classes``; no crowds.
+    def find(self, path: str | os.PathLike) -> Instances | None:
+        """Return the ``pred_boxes``, ``pred_masks`` and ``pred_classes`` of an image in its own size, without crowds.
 
         Args:
-            picture: path; the json's ``file_name`` must be its end.
+            path: of the image; it must end with the json's ``file_name``.
 
         Returns:
-            None where the json does not have the picture.
+            The instances; None where the json does not have the image.
 
         Raises:
-            DataError: an annotation is broken, or the picture cannot be read or has another size than the json says.
+            DataError: an annotation is broken, or the image cannot be read or its size differs from the json's.
         """
-        parts = PurePath(os.path.abspath(picture)).parts
+        parts = PurePath(os.path.abspath(path)).parts
         for image in self._images_of_name.get(parts[-1], []):
             name = PurePath(image["file_name"]).parts
             if parts[-len(name) :] == name:
-                instances = self._mapper({**image, "file_name": os.fspath(picture)})["instances"]
+                instances = self._mapper({**image, "file_name": os.fspath(path)})["instances"]
                 return Instances(
                     instances.image_size,
                     pred_boxes=instances.gt_boxes,

@@ -1,4 +1,4 @@
-"""Read image files; training, evaluation, predictor and demo all use this reader."""
+"""Read image files for training, evaluation, predictor and demo."""
 
 import contextlib
 import os
@@ -23,6 +23,15 @@ _DECODING_ERRORS = (
 )  # fmt: skip
 
 _EXIF_ORIENTATION = 274
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 # In these formats mode "I" holds 16 bits, 0 to 65535; in others its range is unknown.
 _16_BIT_FORMATS = ("PNG", "PPM")
@@ -45,14 +54,14 @@ def check_channel_order(channel_order: str, key: str = "channel_order") -> None:
 def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
     """Read an image file, oriented by its EXIF entry.
 
-    Replaces `detectron2.data.detection_utils.read_image`, which turns 99.6 % of the levels of 16-bit gray images to
-    white (all above 255 of 65535; here they are divided by 257) and rotates a TIFF twice. All other pixels are equal.
-    Transparency is ignored; an animation gives its first image.
+    Replaces `detectron2.data.detection_utils.read_image`, which maps 99.6 % of the levels of 16-bit gray images to
+    white (all above 255 of 65535; this function divides them by 257) and rotates a TIFF twice. Other images give equal
+    pixels. Transparency is ignored; an animation gives its first image.
 
     Args:
         path: of any format that Pillow reads.
         channel_order: "RGB" or "BGR".
-        max_pixels: files whose header declares more are refused before they are decoded (INPUT.MAX_IMAGE_PIXELS).
+        max_pixels: files whose header declares more are refused before decoding (INPUT.MAX_IMAGE_PIXELS).
 
     Returns:
         (height, width, 3) uint8.
@@ -65,18 +74,20 @@ def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: 
     check_channel_order(channel_order)
     with _opened(path, max_pixels) as image:
         _check_range(image)
-        # Before the entry is read: decoding rotates a TIFF and removes the entry.
+        # Decoded before the EXIF entry is read, because decoding rotates a TIFF and removes the entry.
         image.load()
         orientation = _orientation(image)
         if image.mode in (*_16_BIT_MODES, "I"):
             gray = np.asarray(image).astype(np.int64)
             image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
         else:
-            # Pillow warns about a transparent colour that does not fit RGB.
+            # Pillow warns about a transparent color that does not fit RGB.
             image.info.pop("transparency", None)
-        # convert copies RGB images too.
+        # convert would copy RGB images.
         image = image if image.mode == "RGB" else image.convert("RGB")
-        pixels = np.asarray(_turned(image, orientation))
+        if orientation in _TRANSPOSES:
+            image = image.transpose(_TRANSPOSES[orientation])
+        pixels = np.asarray(image)
     return pixels if channel_order == "RGB" else pixels[:, :, ::-1]
 
 
@@ -95,7 +106,7 @@ def read_image_size(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXELS)
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image without decoding it; turn Pillow's errors inside into ImageReadError."""
+    """Open an image without decoding it; convert Pillow's errors inside to ImageReadError."""
     name = os.fspath(path)
     try:
         with _without_pillows_limit(), PathManager.open(name, "rb") as file, Image.open(file) as image:
@@ -110,7 +121,7 @@ def _opened(path: str | os.PathLike, max_pixels: int) -> Iterator[Image.Image]:
         raise
     except Image.UnidentifiedImageError as error:
         size = os.path.getsize(name) if os.path.isfile(name) else None
-        reason = "the file is empty" if size == 0 else "it is not an image, or of a format that Pillow does not read"
+        reason = "the file is empty" if size == 0 else "it is not an image, or Pillow does not read its format"
         raise ImageReadError(f"Cannot read the image {name}: {reason}") from error
     except _DECODING_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -132,21 +143,8 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    method = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }.get(orientation)
-    return image if method is None else image.transpose(method)
-
-
 class _PillowsLimit:
-    """Turn off Pillow's pixel limit, which belongs to the whole process, while any thread reads; ours replaces it."""
+    """Turn off Pillow's global pixel limit while any thread reads; max_pixels replaces it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -1,9 +1,9 @@
-"""Load batches for training and evaluation: in a reproducible order, and skipping images that cannot be read.
+"""Load batches for training and evaluation in a reproducible order, and skip images that cannot be read.
 
 The n-th batch of a training is a function of the data, the seed and n alone. Samples are grouped into batches before
 an image is read, and a sample's augmentation is drawn from the seed and the sample's position, not from the state of
 the worker that reads it. So a resumed run continues with the same batches for any number of workers, and a checkpoint
-needs the seed and the number of batches only.
+only needs the seed and the number of batches.
 """
 
 import contextlib
@@ -42,21 +42,21 @@ _SUBSTITUTES = 20
 
 
 def derive_seed(*numbers: int) -> int:
-    """Return a seed of 32 bits, a hash of numbers that are not negative."""
+    """Return a 32-bit seed, a hash of non-negative numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def seed_cpu(seed: int) -> None:
-    """Seed the random numbers of Python, numpy and PyTorch on the CPU."""
+    """Seed the random number generators of Python, NumPy and PyTorch on the CPU."""
     random.seed(seed)
     np.random.seed(seed)
-    # torch.manual_seed also touches the GPUs, which a worker must not, and takes a hundred times as long.
+    # torch.manual_seed also touches the GPUs, which a worker must not, and is a hundred times slower.
     torch.default_generator.manual_seed(seed)
 
 
 @contextlib.contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Restore the random state of Python, numpy and PyTorch on the CPU on exit."""
+def _restored_random_state() -> Iterator[None]:
+    """Restore the random state of Python, NumPy and PyTorch on the CPU on exit."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -77,13 +77,13 @@ class TrainLoader:
     augmentations from the workers' states, and ends the training at the first unreadable image. With this loader all
     runs of docs/reliability.md, which were killed 146 times, ended with the weights of an uninterrupted run.
 
-    A broken image is replaced by another one of the data set, drawn from the seed and the sample's position, so
-    batches keep their size and order.
+    Another image of the data set, drawn from the seed and the sample's position, replaces a broken one, so batches keep
+    their size and order.
 
     Args:
         images: Detectron2's dicts; with ``width`` and ``height`` where images are grouped.
-        mapper: from a dict to a sample; raises one of BROKEN_IMAGE_ERRORS where the image is broken.
-        build_sampler: from a seed to this rank's endless indices of ``images``.
+        mapper: maps a dict to a sample; raises one of BROKEN_IMAGE_ERRORS where the image is broken.
+        build_sampler: maps a seed to this rank's endless indices of ``images``.
         batch_size: of this rank.
         seed: not negative, the same on all ranks. May be set until the first batch is read.
         group_by_aspect_ratio: batch wide and tall images separately, as AspectRatioGroupedDataset does.
@@ -117,13 +117,13 @@ class TrainLoader:
             for index, image in enumerate(images):
                 if "width" not in image or "height" not in image:
                     raise ValueError(
-                        f"{image.get('file_name')}: the data set has no 'width' and 'height' for it, by which images "
-                        "are grouped; add them, or set DATALOADER.ASPECT_RATIO_GROUPING False"
+                        f"{image.get('file_name')} has no 'width' and 'height' in the data set, which grouping needs; "
+                        "add them, or set DATALOADER.ASPECT_RATIO_GROUPING False"
                     )
                 self._bucket_of_image[index] = image["width"] > image["height"]
         self.num_images = len(images)
         self.checksum = zlib.crc32("\n".join(str(image.get("file_name")) for image in images).encode())
-        # Serialised, so that workers share its memory.
+        # Serialized, so that workers share its memory.
         self._images = DatasetFromList(images, copy=False)
         self._mapper = mapper
         self._build_sampler = build_sampler
@@ -164,7 +164,7 @@ class TrainLoader:
                     self.broken.add(failures)
                     if sample is None:
                         raise DataError(
-                            f"{len(failures)} images in a row cannot be used: {failures[-1].message}, for one. "
+                            f"{len(failures)} images in a row cannot be used, for example {failures[-1].message}. "
                             "python -m sparseinst.tools.check_dataset lists the problems of a data set"
                         )
                 yield [sample for sample, _ in samples]
@@ -173,8 +173,8 @@ class TrainLoader:
             if "DataLoader worker" not in str(error):
                 raise
             raise WorkerDiedError(
-                f"A process that reads images died: {_first_line(error)} Mostly the memory was used up: lower "
-                f"DATALOADER.NUM_WORKERS ({self._num_workers} here), or free memory, and go on with --resume"
+                f"A process that reads images died: {str(error).strip().splitlines()[0]} Usually the memory is full: "
+                f"lower DATALOADER.NUM_WORKERS ({self._num_workers} here), or free memory, and continue with --resume"
             ) from error
 
     def state_dict(self) -> dict[str, int]:
@@ -188,14 +188,14 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take the seed of an interrupted run; warn where the batches still differ from that run's."""
+        """Set the seed of an interrupted run; warn where the batches still differ from those of that run."""
         self.seed = state["seed"]
-        changed = [f"{name} {state[name]} -> {value}" for name, value in self.state_dict().items()
-                   if state[name] != value]  # fmt: skip
+        now = self.state_dict()
+        changed = [f"{name} {state[name]} -> {now[name]}" for name in now if state[name] != now[name]]
         if changed:
             _logger.warning(
-                "The data or their division differ from those of the interrupted run (%s): the run goes on with other "
-                "batches",
+                "The data or their division among processes differ from those of the interrupted run (%s): the run "
+                "continues with other batches",
                 ", ".join(changed),
             )
 
@@ -221,7 +221,7 @@ class _MappedImages(Dataset):
 
     def __getitems__(self, batch: list[tuple[int, int]]) -> list[tuple[dict | None, list[Failure]]]:
         """Read a batch, for PyTorch's loader. The random state is saved once per batch, because saving is slow."""
-        with kept_random_state():
+        with _restored_random_state():
             return [self._read(position, index) for position, index in batch]
 
     def _read(self, position: int, index: int) -> tuple[dict | None, list[Failure]]:
@@ -246,16 +246,27 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         seed: the same on all ranks, see :class:`TrainLoader`.
 
     Raises:
-        ValueError: an unknown mapper or sampler, or no image to train on.
+        ValueError: an unknown mapper or sampler, data sets of different classes, or no image to train on.
     """
     mappers = {"SparseInstDatasetMapper": SparseInstDatasetMapper, "DatasetMapper": DatasetMapper}
     key, name = config.dataset_mapper(cfg)
     if name not in mappers:
         raise ValueError(f"{key} is {name!r}; it must be one of {sorted(mappers)}")
-    datasets = [_read_dataset(cfg, dataset_name) for dataset_name in cfg.DATASETS.TRAIN]
-    if len(datasets) > 1:
-        _check_consistency(cfg.DATASETS.TRAIN)
-    images = list(itertools.chain.from_iterable(datasets))
+    names = ", ".join(map(repr, cfg.DATASETS.TRAIN))
+    try:
+        # Detectron2 logs four lines about classes that differ.
+        images = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=False
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"DATASETS.TRAIN {names} has no image to train on: {error} Images without annotations, or with crowds "
+            "only, are left out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
+        ) from error
+    if not isinstance(images, list):
+        raise ValueError(f"DATASETS.TRAIN {names} is a {type(images).__name__}; a registered list of dicts is needed")
+    if len({tuple(MetadataCatalog.get(dataset).get("thing_classes") or ()) for dataset in cfg.DATASETS.TRAIN}) > 1:
+        raise ValueError(f"The data sets {names} of DATASETS.TRAIN have different classes")
     return TrainLoader(
         images,
         mappers[name](cfg, is_train=True),
@@ -270,7 +281,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
-    """Return a loader of a data set's images in our mapper's form, without the broken ones.
+    """Return a loader of a data set's images, mapped by SparseInstDatasetMapper, without the broken ones.
 
     Args:
         cfg: DATALOADER and INPUT are read.
@@ -281,34 +292,11 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
     return EvaluationLoader(loader, BrokenImages(cfg.DATALOADER.MAX_BROKEN_IMAGES))
 
 
-def _read_dataset(cfg: CfgNode, name: str) -> list[dict]:
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    try:
-        images = get_detection_dataset_dicts(
-            name, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, min_keypoints=keypoints
-        )
-    except AssertionError as error:
-        raise ValueError(
-            f"DATASETS.TRAIN {name!r} has no image to train on: {error} Images without annotations, or with crowds "
-            "only, are left out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
-        ) from error
-    if not isinstance(images, list):
-        raise ValueError(f"DATASETS.TRAIN {name!r} is a {type(images).__name__}; a registered list of dicts is needed")
-    return images
-
-
-def _check_consistency(names: Sequence[str]) -> None:
-    classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
-    if len({tuple(value or ()) for value in classes.values()}) > 1:
-        raise ValueError(f"The data sets {', '.join(names)} of DATASETS.TRAIN have different classes")
-
-
 def _sampler_builder(cfg: CfgNode, images: Sequence[dict]) -> Callable[[int], Iterable[int]]:
     """Return a function from a seed to the sampler of DATALOADER.SAMPLER_TRAIN."""
     name = cfg.DATALOADER.SAMPLER_TRAIN
-    num_images = len(images)
     if name == "TrainingSampler":
-        return lambda seed: TrainingSampler(num_images, seed=seed)
+        return lambda seed: TrainingSampler(len(images), seed=seed)
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             images, cfg.DATALOADER.REPEAT_THRESHOLD
@@ -328,7 +316,7 @@ class _Samples(list):
 
 
 def _pinned(value: Any) -> Any:
-    """Copy a sample's tensors to pinned memory, also those of its Instances and masks."""
+    """Copy a sample's tensors to pinned memory, including those of its Instances and masks."""
     if isinstance(value, dict):
         return {key: _pinned(item) for key, item in value.items()}
     if isinstance(value, Instances):
@@ -341,9 +329,9 @@ def _pinned(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _one_opencv_thread() -> Iterator[None]:
-    """Limit OpenCV to one thread in the processes that are started within, as PyTorch limits itself.
+    """Limit OpenCV to one thread in processes that are started inside, as PyTorch does for its own threads.
 
-    The limit is set before the fork: a forked OpenCV would wait for threads that only this process has.
+    The limit must be set before the fork, because a forked OpenCV waits for threads that it does not have.
     """
     # OpenCV is optional; Detectron2 imports it where it is installed.
     cv2 = sys.modules.get("cv2")
@@ -356,7 +344,3 @@ def _one_opencv_thread() -> Iterator[None]:
         yield
     finally:
         cv2.setNumThreads(before)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -1,7 +1,7 @@
 """Decode the mask of one annotation: polygons, compressed or uncompressed RLE.
 
-pycocotools answers many broken masks with a crash, with gigabytes of memory, or with another mask. So polygons are
-checked before it draws them, and RLE is decoded here. Messages name the flaw; the caller adds the file and annotation.
+On many broken masks pycocotools crashes, allocates gigabytes, or returns another mask. So polygons are checked before
+it draws them, and RLE is decoded here. Messages name the flaw; the caller adds the file and annotation.
 """
 
 import math
@@ -28,20 +28,20 @@ _MAX_RUN_CHARACTERS = 7
 
 
 def is_whole(value: Any) -> bool:
-    """Return whether a value is a whole number; True and 1.0 are not."""
+    """Return whether a value is an integer; True and 1.0 are not."""
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_segmentation(segmentation: Any, image_size: tuple[int, int]) -> str | None:
-    """Check a segmentation without drawing it.
+    """Check a segmentation without rasterizing it.
 
     Args:
         segmentation: of an annotation: a list of polygons, RLE, or None.
         image_size: (height, width) of its image, pixels.
 
     Returns:
-        Why the annotation gives no instance: NO_SEGMENTATION, TOO_FEW_POINTS, OUTSIDE or NO_PIXEL; None where it may
-        give one.
+        The reason why the annotation gives no instance: NO_SEGMENTATION, TOO_FEW_POINTS, OUTSIDE or NO_PIXEL; None
+        where it may give one.
 
     Raises:
         DataError: the segmentation is broken.
@@ -76,7 +76,7 @@ def check_polygon(polygon: Any, image_size: tuple[int, int]) -> str | None:
         # Built-in functions are faster than NumPy on a few dozen numbers.
         is_number = (total := sum(polygon)) == total
         left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
-        # Coordinates beyond belong to another image or are garbage; drawing them would take gigabytes.
+        # Coordinates beyond this limit are garbage or from another image; drawing them would take gigabytes.
         limit = 10 * max(height, width) + 1000
         is_near = is_number and -limit < min(left, top) and max(right, bottom) < limit
     except (TypeError, ValueError, OverflowError) as error:
@@ -99,10 +99,10 @@ def check_polygon(polygon: Any, image_size: tuple[int, int]) -> str | None:
 
 
 def run_lengths(rle: dict, image_size: tuple[int, int]) -> np.ndarray:
-    """Return the runs of RLE, int64 (R,): pixels down the columns, beginning with a run outside of the object.
+    """Return the run lengths of RLE, int64 (R,), down the columns; the first run is outside of the object.
 
     Args:
-        rle: `size` (height, width) and `counts`: a list of run lengths, or COCO's compressed ones as bytes or text.
+        rle: `size` (height, width) and `counts`: a list of run lengths, or COCO's compressed bytes or text.
         image_size: (height, width), pixels.
 
     Raises:
@@ -116,7 +116,7 @@ def run_lengths(rle: dict, image_size: tuple[int, int]) -> np.ndarray:
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(is_whole(side) and side > 0 for side in size):
         raise DataError(f"RLE of size {size!r}; expected the image's [height, width], two whole numbers")
     if tuple(size) != tuple(image_size):
-        swapped = "; these are the same numbers in the other order" if tuple(size) == tuple(image_size[::-1]) else ""
+        swapped = "; these are the same numbers in the other order" * (tuple(size) == tuple(image_size[::-1]))
         raise DataError(
             f"RLE of size {list(size)} on an image of {list(image_size)} (height, width); they must be equal{swapped}"
         )
@@ -127,10 +127,8 @@ def run_lengths(rle: dict, image_size: tuple[int, int]) -> np.ndarray:
     wrong = (runs < 0) | (runs > num_pixels)
     if wrong.any():
         raise DataError(f"RLE cannot be decoded: a run length of {runs[wrong][0]} in an image of {num_pixels} pixels")
-    if runs.sum() != num_pixels:
-        raise DataError(
-            f"RLE cannot be decoded: run lengths sum to {runs.sum()}, expected height * width = {num_pixels}"
-        )
+    if (total := runs.sum()) != num_pixels:
+        raise DataError(f"RLE cannot be decoded: run lengths sum to {total}, expected height * width = {num_pixels}")
     return runs
 
 
@@ -147,8 +145,8 @@ def _whole_numbers(counts: Any) -> np.ndarray:
 def _decompress(counts: bytes | str) -> np.ndarray:
     """Return run lengths, int64, from COCO's compressed form.
 
-    A character holds 5 bits of a number, lowest first; its sixth bit is set where another character follows, and the
-    fifth bit of the last is the sign. From the fourth number on, numbers are differences to the number two before.
+    A character holds 5 bits of a number, lowest first. Its sixth bit is set where another character follows; the fifth
+    bit of the last character is the sign. From the fourth number on, each is the difference to the number two before.
     """
     if isinstance(counts, str):
         counts = counts.encode("utf-8", "replace")
@@ -173,7 +171,7 @@ def _decompress(counts: bytes | str) -> np.ndarray:
 
 
 def decode_rle(rle: dict, image_size: tuple[int, int]) -> np.ndarray:
-    """Return the uint8 mask (height, width) of RLE; arguments and errors as :func:`run_lengths`."""
+    """Return the mask (height, width) of RLE, uint8; arguments and errors as :func:`run_lengths`."""
     runs = run_lengths(rle, image_size)
     height, width = image_size
     pixels = np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs)
@@ -185,7 +183,7 @@ def read_mask(
 ) -> MaskWindow | None:
     """Return the transformed mask of one annotation.
 
-    Polygons are transformed as polygons and rasterised once, at the final size; RLE is transformed as a bitmask.
+    Polygons are transformed as polygons and rasterized once, at the final size; RLE is transformed as a bitmask.
 
     Args:
         segmentation: see :func:`check_segmentation`.
@@ -203,7 +201,7 @@ def read_mask(
     if isinstance(segmentation, dict):
         mask = transforms.apply_segmentation(decode_rle(segmentation, source_size))
         return MaskWindow(mask.astype(bool), 0, 0).shrink()
-    # A copy, because transforms work in place.
+    # Copied, because transforms work in place.
     polygons = [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
     window = _draw_polygons([transforms.apply_coords(polygon) for polygon in polygons if len(polygon) >= 3], image_size)
     return None if window is None else window.shrink()
@@ -212,8 +210,8 @@ def read_mask(
 def _draw_polygons(polygons: list[np.ndarray], image_size: tuple[int, int]) -> MaskWindow | None:
     """Draw the union of polygons (P, 2), points x, y, as pycocotools does; None where it lies outside of the image.
 
-    The canvas ends right of and below the polygons, which is cheaper since most objects are small. It begins at the
-    image's corner, because a shift would make pycocotools round ties differently.
+    The canvas ends at the polygons, which is faster since most objects are small. It begins at the image's corner,
+    because after a shift pycocotools would round ties differently.
     """
     if not polygons:
         return None
@@ -235,7 +233,7 @@ def _draw_polygons(polygons: list[np.ndarray], image_size: tuple[int, int]) -> M
 def _round_evenly(coordinates: np.ndarray) -> np.ndarray:
     """Return coordinates that pycocotools rounds to the nearest fifth of a pixel, also below zero.
 
-    pycocotools computes int(5 * x + 0.5), which moves points left of or above a crop by a fifth of a pixel towards it.
+    pycocotools computes int(5 * x + 0.5), which moves negative coordinates by a fifth of a pixel toward zero.
     """
     fifths = np.floor(5 * coordinates + 0.5)
     return np.where(fifths < 0, (fifths - 0.75) / 5, coordinates)

@@ -1,7 +1,7 @@
 """Draw shapes: a small instance segmentation data set of four classes that differ only in shape.
 
-Colour, texture, area and position are drawn without knowing the class. Rotations are drawn again until the shapes fit;
-areas and positions only where that fails (about 1 % of the images), because they would then depend on the class.
+Color, texture, area and position do not depend on the class. Rotations are redrawn until the shapes fit; areas and
+positions are redrawn only where no rotation fits (about 1 % of the images), because that would favor some classes.
 Coordinates are COCO's: x right, y down, in pixels; pixel (x, y) covers [x, x + 1) x [y, y + 1).
 """
 
@@ -10,51 +10,50 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import shapely
-from pycocotools import mask as mask_util
+from pycocotools import mask as coco_mask
 from shapely.geometry import Polygon
 
 Rng = np.random.Generator
 Annotations = list[dict[str, Any]]
-_Member = tuple[int, float, np.ndarray]  # class, side, centre
+_Member = tuple[int, float, np.ndarray]  # class, side, center
 
 
 def _unit_outline(points: list[tuple[float, float]] | np.ndarray) -> np.ndarray:
-    """Move a polygon's centroid to the origin and scale its area to 1; returns (P, 2)."""
+    """Move a polygon's centroid to the origin and scale its area to 1; return (P, 2)."""
     polygon = Polygon(points)
     return (np.array(points) - np.array(polygon.centroid.coords[0])) / np.sqrt(polygon.area)
 
 
-def _regular_polygon(num_corners: int) -> np.ndarray:
-    angles = 2 * np.pi * np.arange(num_corners) / num_corners
+def _on_circle(angles: np.ndarray) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 _PLUS = [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]
 # Category ids are 1, 2, ... in this order.
 SHAPES: dict[str, np.ndarray] = {
-    "disc": _unit_outline(_regular_polygon(64)),
-    "triangle": _unit_outline(_regular_polygon(3)),
+    "disc": _unit_outline(_on_circle(2 * np.pi * np.arange(64) / 64)),
+    "triangle": _unit_outline(_on_circle(2 * np.pi * np.arange(3) / 3)),
     "cross": _unit_outline(_PLUS),
     "bar": _unit_outline([(0, 0), (4, 0), (4, 1), (0, 1)]),
 }
 CLASS_NAMES = list(SHAPES)
 TEXTURES = ("flat", "stripes", "checks", "noise")
 BACKGROUNDS = ("gradient", "stripes", "checks", "noise")
-MIN_SIZE = 64  # pixels; below it the smallest object would have fewer than 20
+MIN_SIZE = 64  # pixels; in smaller images the smallest object would have fewer than 20
 MAX_OBJECTS = 8
-EMPTY_SHARE = 0.05  # of images without any object
-MIN_VISIBLE = 0.5  # of an object's full area
+EMPTY_SHARE = 0.05  # share of the images that have no object
+MIN_VISIBLE = 0.5  # least visible share of an object's full area
 
-_AREA_RANGE = (0.0056, 0.195)  # of the image; rasterising adds or takes a few pixels of the promised 0.5 % to 20 %
+_AREA_RANGE = (0.0056, 0.195)  # share of the image; rasterization changes the promised 0.5 % to 20 % by a few pixels
 _MAX_COVERAGE = 0.46  # sum of all full areas over image area; more cannot be placed
-_MIN_HIDDEN_AREA = 0.0125  # an object that may be hidden by half is at least this large
+_MIN_HIDDEN_AREA = 0.0125  # least share of the image of an object that may be half hidden
 _PAIR_SHARE = 0.265  # of the possible pairs; makes about a quarter of the objects overlap another
 _REACH = max(float(np.linalg.norm(outline, axis=1).max()) for outline in SHAPES.values())  # at area 1
 _DISC_RADIUS = 1 / np.sqrt(np.pi)  # at area 1
-_CLEARANCE = 0.72  # centres of objects that do not overlap: at least this times the sum of their sides
-_GAP = 1.5  # pixels between objects that do not overlap
+_CLEARANCE = 0.72  # least distance of the centers of separate objects, over the sum of their sides
+_GAP = 1.5  # pixels between separate objects
 _MIN_PART = 6.0  # pixels of each visible part
-_MIN_COLOUR_DISTANCE = 110.0  # of two first tones in RGB: object to background, and to the object it overlaps
+_MIN_COLOR_DISTANCE = 110.0  # RGB distance of the first tones of an object, its background and its partner
 _TONE_SPREAD = (20.0, 50.0)  # RGB distance of the second tone from the first
 _SUPERSAMPLING = 8
 _SUBPIXEL_BITS = 6  # of OpenCV's fixed-point coordinates
@@ -63,8 +62,8 @@ _SUBPIXEL_BITS = 6  # of OpenCV's fixed-point coordinates
 class ShapeObject(NamedTuple):
     """Describe one object, or one member of the crowd.
 
-    outline: the full one, (P, 2) x and y in pixels. visible: polygons of the part that no other object hides, each
-    (P, 2). texture: a key of TEXTURES. tones: (2, 3) the two RGB colours of the texture.
+    outline: the full one, (P, 2) x and y in pixels. visible: polygons (P, 2) of the part that no other object hides.
+    texture: one of TEXTURES. tones: (2, 3) the two RGB colors of the texture.
     """
 
     class_index: int
@@ -115,7 +114,7 @@ def _draw_tones(rng: Rng, others: list[np.ndarray]) -> np.ndarray:
     candidates = rng.uniform(15, 240, (64, 3))
     others_first = np.array([tones[0] for tones in others]).reshape(-1, 1, 3)
     distances = np.linalg.norm(candidates - others_first, axis=2).min(axis=0, initial=np.inf)
-    far_enough = distances >= _MIN_COLOUR_DISTANCE
+    far_enough = distances >= _MIN_COLOR_DISTANCE
     first = candidates[np.argmax(far_enough if far_enough.any() else distances)]
     direction = rng.normal(size=3)
     second = first + direction / np.linalg.norm(direction) * rng.uniform(*_TONE_SPREAD)
@@ -123,9 +122,9 @@ def _draw_tones(rng: Rng, others: list[np.ndarray]) -> np.ndarray:
 
 
 def _draw_layout(rng: Rng, image_size: tuple[int, int], num: int, crowd: bool) -> tuple[np.ndarray, np.ndarray, int]:
-    """Draw sides (N,), the roots of the areas, and centres (N, 2) before the classes are known.
+    """Draw sides (N,), the roots of the areas, centers (N, 2) and the number of overlapping pairs.
 
-    The first 2 * num_pairs objects, the third value, overlap two by two; a crowd is the last object.
+    Pairs come first, a crowd last.
     """
     height, width = image_size
     scale = np.sqrt(height * width)
@@ -139,18 +138,17 @@ def _draw_layout(rng: Rng, image_size: tuple[int, int], num: int, crowd: bool) -
         if crowd:
             rows[:, -1] = rng.uniform(0.55, 0.75) * largest
         fitting = np.flatnonzero((rows**2).sum(axis=1) <= _MAX_COVERAGE * height * width)
-        if not len(fitting):
-            continue
-        sides = rows[fitting[0]]
-        # Large objects are placed first, because few layouts of many objects would succeed otherwise.
-        sides[2 * num_pairs : num - crowd][::-1].sort()
-        centres = _place(rng, image_size, sides, num_pairs)
-        if centres is not None:
-            return sides, centres, num_pairs
+        if len(fitting):
+            sides = rows[fitting[0]]
+            # Large objects are placed first, because few layouts of many objects would succeed otherwise.
+            sides[2 * num_pairs : num - crowd][::-1].sort()
+            centers = _place(rng, image_size, sides, num_pairs)
+            if centers is not None:
+                return sides, centers, num_pairs
 
 
 def _place(rng: Rng, image_size: tuple[int, int], sides: np.ndarray, num_pairs: int) -> np.ndarray | None:
-    """Draw centres (N, 2) for :func:`_draw_layout`; None where there is not enough room."""
+    """Draw centers (N, 2) for :func:`_draw_layout`; None where there is not enough room."""
     height, width = image_size
     placed = np.zeros((len(sides), 2))
     for index, side in enumerate(sides):
@@ -160,34 +158,33 @@ def _place(rng: Rng, image_size: tuple[int, int], sides: np.ndarray, num_pairs: 
             # Discs of the two areas would overlap by this share of the smaller one's radius.
             depth = rng.uniform(0.3, 0.8, 48) * min(side, sides[index - 1])
             distance = _DISC_RADIUS * (side + sides[index - 1] - depth)
-            angle = rng.uniform(0, 2 * np.pi, 48)
-            centres = placed[index - 1] + distance[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+            centers = placed[index - 1] + distance[:, None] * _on_circle(rng.uniform(0, 2 * np.pi, 48))
         else:
-            centres = rng.uniform((margin, margin), (width - margin, height - margin), (48, 2))
-        free = (centres >= margin).all(axis=1) & (centres <= (width - margin, height - margin)).all(axis=1)
+            centers = rng.uniform((margin, margin), (width - margin, height - margin), (48, 2))
+        free = (centers >= margin).all(axis=1) & (centers <= (width - margin, height - margin)).all(axis=1)
         others = index - is_partner
         clearance = _CLEARANCE * (side + sides[:others])
-        free &= (((centres[:, None] - placed[:others]) ** 2).sum(axis=2) >= clearance**2).all(axis=1)
+        free &= (((centers[:, None] - placed[:others]) ** 2).sum(axis=2) >= clearance**2).all(axis=1)
         if not free.any() or (is_partner and max(side, sides[index - 1]) ** 2 < _MIN_HIDDEN_AREA * height * width):
             return None
-        placed[index] = centres[np.argmax(free)]
+        placed[index] = centers[np.argmax(free)]
     return placed
 
 
-def _turned_outline(rng: Rng, class_index: int, side: float, centre: np.ndarray) -> np.ndarray:
+def _rotated_outline(rng: Rng, class_index: int, side: float, center: np.ndarray) -> np.ndarray:
     """Return the outline (P, 2) of a shape of area side ** 2 in a random rotation."""
     angle = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    return SHAPES[CLASS_NAMES[class_index]] @ rotation * side + centre
+    return SHAPES[CLASS_NAMES[class_index]] @ rotation * side + center
 
 
-def _crowd_outlines(rng: Rng, class_index: int, side: float, centre: np.ndarray) -> list[np.ndarray]:
+def _crowd_outlines(rng: Rng, class_index: int, side: float, center: np.ndarray) -> list[np.ndarray]:
     """Draw seven shapes of one class that touch each other, one in the middle of six, within the reach of the side."""
     spacing = 2 * _DISC_RADIUS * 0.9  # of members of side 1; a little less than discs that just touch
     side = side * _REACH / (_REACH + spacing)
     ring = rng.uniform(0, 2 * np.pi) + np.pi / 3 * np.arange(6)
-    offsets = np.concatenate([np.zeros((1, 2)), np.stack([np.cos(ring), np.sin(ring)], axis=1)])
-    return [_turned_outline(rng, class_index, side, place) for place in centre + spacing * side * offsets]
+    offsets = np.concatenate([np.zeros((1, 2)), _on_circle(ring)])
+    return [_rotated_outline(rng, class_index, side, place) for place in center + spacing * side * offsets]
 
 
 def _visible_parts(lower: Polygon, upper: Polygon | None = None) -> list[Polygon] | None:
@@ -203,15 +200,12 @@ def _visible_parts(lower: Polygon, upper: Polygon | None = None) -> list[Polygon
 
 
 def compose_scene(rng: Rng, height: int, width: int, *, with_crowd: bool = False) -> ShapeScene:
-    """Draw the objects of one image with their positions, textures and colours.
+    """Draw the objects of one image with their positions, textures and colors.
 
     Args:
         rng: the only source of chance.
         height, width: of the image, pixels, each at least MIN_SIZE.
         with_crowd: add a group of touching shapes of one class, annotated as one crowd; there are fewer objects then.
-
-    Returns:
-        The scene.
 
     Raises:
         ValueError: the image is too small.
@@ -219,23 +213,23 @@ def compose_scene(rng: Rng, height: int, width: int, *, with_crowd: bool = False
     if min(height, width) < MIN_SIZE:
         raise ValueError(f"Images of shapes need a size of at least {MIN_SIZE} pixels, not {height} x {width}")
     is_empty = rng.random() < EMPTY_SHARE and not with_crowd
-    # Few objects are likelier than many, since many leave no room for large ones.
+    # Few objects are more likely than many, since many leave no room for large ones.
     counts = np.arange(1, (MAX_OBJECTS // 2 if with_crowd else MAX_OBJECTS) + 1)
     num_objects = 0 if is_empty else int(rng.choice(counts, p=counts[::-1] / counts.sum()))
     background = str(rng.choice(BACKGROUNDS))
     background_tones = _draw_tones(rng, [])
-    # Classes are drawn once: drawn again with every rejected layout, those that fit easily would be more common.
+    # Classes are drawn once. Redrawing them with each rejected layout would favor classes that fit easily.
     classes = rng.integers(len(SHAPES), size=num_objects + with_crowd).tolist()
     while True:
-        sides, centres, num_pairs = _draw_layout(rng, (height, width), len(classes), with_crowd)
-        members = list(zip(classes, sides, centres))
+        sides, centers, num_pairs = _draw_layout(rng, (height, width), len(classes), with_crowd)
+        members = list(zip(classes, sides, centers))
         for _ in range(10):
-            shapes = _turn_members(rng, members, num_pairs, with_crowd, height * width, background_tones)
+            shapes = _rotate_members(rng, members, num_pairs, with_crowd, height * width, background_tones)
             if shapes is not None:
                 return ShapeScene((height, width), background, background_tones, shapes)
 
 
-def _turn_members(
+def _rotate_members(
     rng: Rng, members: list[_Member], num_pairs: int, with_crowd: bool, image_area: int, background_tones: np.ndarray
 ) -> list[ShapeObject] | None:
     """Draw rotations, tones and textures, from the lowest to the uppermost; None where the shapes do not fit."""
@@ -243,8 +237,7 @@ def _turn_members(
 
     def add(class_index: int, is_crowd: bool, outline: np.ndarray, visible: list[np.ndarray], avoid: list) -> None:
         avoid.append(_draw_tones(rng, avoid))
-        texture = str(rng.choice(TEXTURES))
-        objects.append(ShapeObject(class_index, is_crowd, outline, visible, texture, avoid[-1]))
+        objects.append(ShapeObject(class_index, is_crowd, outline, visible, str(rng.choice(TEXTURES)), avoid[-1]))
 
     if with_crowd:
         *members, crowd = members
@@ -258,7 +251,7 @@ def _turn_members(
     for group in groups + [[member] for member in members[2 * num_pairs :]]:
         placed = [Polygon(shape.outline) for shape in objects]
         for _ in range(80):
-            outlines = [_turned_outline(rng, *member) for member in group]
+            outlines = [_rotated_outline(rng, *member) for member in group]
             polygons = [Polygon(outline) for outline in outlines]
             if placed and any(shapely.dwithin(polygon, placed, _GAP).any() for polygon in polygons):
                 continue
@@ -274,19 +267,11 @@ def _turn_members(
 
 
 def rasterize(outlines: list[np.ndarray], image_size: tuple[int, int]) -> np.ndarray:
-    """Return the share of each pixel that polygons cover together; ``> 0.5`` gives a mask.
-
-    Args:
-        outlines: polygons, each (P, 2) x and y in pixels.
-        image_size: (height, width).
-
-    Returns:
-        (H, W) float32 in [0, 1].
-    """
+    """Return the share (H, W) of each pixel that polygons (P, 2) cover together, float32; ``> 0.5`` gives a mask."""
     height, width = image_size
     fine = np.zeros((height * _SUPERSAMPLING, width * _SUPERSAMPLING), np.uint8)
     for outline in outlines:
-        # OpenCV puts pixel centres at whole numbers, COCO at halves.
+        # OpenCV puts pixel centers at whole numbers, COCO at halves.
         corners = (outline * _SUPERSAMPLING - 0.5) * 2**_SUBPIXEL_BITS
         cv2.fillPoly(fine, [np.round(corners).astype(np.int32)], 255, shift=_SUBPIXEL_BITS)
     return cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
@@ -295,19 +280,11 @@ def rasterize(outlines: list[np.ndarray], image_size: tuple[int, int]) -> np.nda
 def _mix(pattern: np.ndarray, tones: np.ndarray) -> np.ndarray:
     """Return the image (H, W, 3) of a pattern (H, W) in the tones (2, 3)."""
     first, second = tones.astype(np.float32)
-    return cv2.merge([first[c] + pattern * (second[c] - first[c]) for c in range(3)])
+    return first + pattern[..., None] * (second - first)
 
 
 def paint_scene(rng: Rng, scene: ShapeScene) -> np.ndarray:
-    """Draw a scene: textured background, thin stray lines, the objects with smooth edges, then blur and noise.
-
-    Args:
-        rng: the only source of chance, for texture, lines and noise.
-        scene: the scene.
-
-    Returns:
-        Image (H, W, 3) uint8, RGB.
-    """
+    """Draw a scene (H, W, 3) uint8 RGB: textured background, thin lines, objects with smooth edges, blur, noise."""
     height, width = scene.image_size
     length = min(height, width)
     image = _mix(_pattern(rng, scene.background, scene.image_size, length), scene.background_tones)
@@ -326,13 +303,13 @@ def paint_scene(rng: Rng, scene: ShapeScene) -> np.ndarray:
 
 
 def _annotation(class_index: int, segmentation: list | dict, size: tuple[int, int], is_crowd: bool) -> dict[str, Any]:
-    encoded = mask_util.frPyObjects(segmentation, *size)
-    encoded = encoded if is_crowd else mask_util.merge(encoded)
+    encoded = coco_mask.frPyObjects(segmentation, *size)
+    encoded = encoded if is_crowd else coco_mask.merge(encoded)
     return {
         "category_id": class_index + 1,
         "segmentation": segmentation,
-        "area": int(mask_util.area(encoded)),
-        "bbox": mask_util.toBbox(encoded).tolist(),
+        "area": int(coco_mask.area(encoded)),
+        "bbox": coco_mask.toBbox(encoded).tolist(),
         "iscrowd": int(is_crowd),
     }
 
@@ -340,8 +317,7 @@ def _annotation(class_index: int, segmentation: list | dict, size: tuple[int, in
 def annotate_scene(scene: ShapeScene) -> Annotations:
     """Return COCO annotations of a scene's visible objects, without ``id`` and ``image_id``; the crowd comes first.
 
-    category_id counts from 1, segmentation is polygons (uncompressed RLE for the crowd), area (pixels) and bbox
-    (x, y, width, height) are those of the rasterised segmentation.
+    Objects have polygons, the crowd has uncompressed RLE; the rasterized mask gives ``area`` and ``bbox``.
     """
     annotations = []
     crowd = [shape for shape in scene.objects if shape.is_crowd]
@@ -357,36 +333,21 @@ def annotate_scene(scene: ShapeScene) -> Annotations:
     return annotations
 
 
-def image_generator(seed: int, index: int) -> Rng:
-    """Return the random generator of image ``index`` of the data set of a seed, for any number of images."""
-    return np.random.default_rng((seed, index))
-
-
 def draw_shapes_image(rng: Rng, height: int, width: int, *, with_crowd: bool = False) -> tuple[np.ndarray, Annotations]:
-    """Draw one image (H, W, 3) uint8 RGB and its annotations, as :func:`compose_scene` and :func:`annotate_scene`."""
+    """Draw an image (H, W, 3) uint8 RGB and its annotations; arguments and errors as :func:`compose_scene`."""
     scene = compose_scene(rng, height, width, with_crowd=with_crowd)
     return paint_scene(rng, scene), annotate_scene(scene)
 
 
 def random_ellipses(rng: Rng, image_size: tuple[int, int], num: int, median_area: float = 0.05) -> list[np.ndarray]:
-    """Draw any number of ellipses, which may overlap, for benchmarks; :func:`rasterize` gives their masks.
-
-    Args:
-        rng: the only source of chance.
-        image_size: (height, width).
-        num: of ellipses.
-        median_area: share of the image that half of the ellipses are smaller than.
-
-    Returns:
-        Outlines, each (P, 2) x and y in pixels, inside the image.
-    """
+    """Draw outlines (P, 2) of ellipses inside the image, which may overlap; median_area is a share of the image."""
     height, width = image_size
     outlines = []
     for _ in range(num):
         side = np.sqrt(height * width * median_area * np.exp(rng.standard_normal()))
         stretch = np.exp(0.2 * rng.standard_normal())
-        centre = rng.uniform((1, 1), (width - 1, height - 1))
-        outlines.append(np.clip(SHAPES["disc"] * side * (stretch, 1 / stretch) + centre, 0, (width, height)))
+        center = rng.uniform((1, 1), (width - 1, height - 1))
+        outlines.append(np.clip(SHAPES["disc"] * side * (stretch, 1 / stretch) + center, 0, (width, height)))
     return outlines
 
 

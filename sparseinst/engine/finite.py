@@ -24,16 +24,16 @@ Repeat = Callable[[int], Losses]
 ACTIONS = ("stop", "skip")
 CHECKPOINT = "model_nonfinite"
 MAX_NAMES = 4
-# At this loss scale the gradient scaler enlarges nothing, so an overflow is not the scaler's fault.
+# At this loss scale the gradient scaler does not enlarge gradients, so it does not cause an overflow.
 UNSCALED = 1.0
 
 
 class NonFiniteStepError(FloatingPointError):
-    """A loss or a gradient is NaN or Inf, and the step must not be taken."""
+    """Raised where a loss or gradient is NaN or Inf and the training stops before the step."""
 
 
 class Verdict(NamedTuple):
-    """What all processes do with a step.
+    """Decision of all processes about a step.
 
     Attributes:
         take_step: update the weights; False: skip the step and drop its gradients.
@@ -79,7 +79,7 @@ class FiniteGuard:
         self.model = model
         self.grad_scaler = grad_scaler
         self.checkpointer = checkpointer
-        # Cached: a search through all modules costs a part of each step.
+        # Cached, because a search through all modules is slow.
         self._parameters = list(model.parameters())
         self._norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
         self.start_step()
@@ -87,8 +87,8 @@ class FiniteGuard:
         self.counts = {"skipped": 0, "in_row": 0, "scaler_skipped": 0, "scaler_in_row": 0}
 
     def start_step(self) -> None:
-        """Remember the running statistics; call it before the first forward pass of a step."""
-        # Joined: one copy for each buffer takes longer.
+        """Copy the running statistics; call it before the first forward pass of a step."""
+        # One joined copy is faster than one copy per buffer.
         self._statistics = [torch.cat([buffer.flatten() for buffer in buffers]) for buffers in self._buffers()]
 
     def check(
@@ -116,14 +116,14 @@ class FiniteGuard:
         norm = nn.utils.get_total_norm(gradients)
         values = torch.stack([*losses.values(), norm])
         is_bad = ~torch.isfinite(values)
-        # full_like, because a copy to a GPU synchronises.
+        # full_like, because a copy to a GPU synchronizes.
         votes = [is_bad[:-1].any(), is_bad[-1], *(torch.full_like(is_bad[0], flag) for flag in also)]
-        # One wait for the device, whatever the number of losses, parameters and processes.
+        # Synchronizes the device once per step.
         sizes = [len(values), len(votes)]
         host_values, votes = torch.cat([values, any_rank(torch.stack(votes).to(values.dtype))]).cpu().split(sizes)
         any_loss, any_gradient, *also = votes.bool().tolist()
         if any_gradient:
-            # Squares can overflow where no gradient does; the largest entry cannot, but takes longer.
+            # The squares of finite gradients can overflow. The maximum norm cannot, but takes longer.
             largest = nn.utils.get_total_norm(gradients, norm_type=math.inf)
             any_gradient = bool(any_rank((~torch.isfinite(largest)).to(values.dtype)))
         take_step = not any_loss and not any_gradient
@@ -140,11 +140,11 @@ class FiniteGuard:
         return dict(self.counts)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take what :meth:`state_dict` gave."""
+        """Restore the counts of :meth:`state_dict`."""
         self.counts.update(state_dict)
 
     def _is_left_to_scaler(self, iteration: int) -> bool:
-        """Count a step that the gradient scaler is going to skip; False where too many were skipped."""
+        """Count a step that the gradient scaler will skip; return False where it has skipped too many."""
         if not self.grad_scaler.is_enabled():
             return False
         scale = self.grad_scaler.get_scale()
@@ -165,7 +165,7 @@ class FiniteGuard:
             for buffer, value in zip(buffers, joint.split([buffer.numel() for buffer in buffers])):
                 buffer.copy_(value.view_as(buffer))
         saved = self._save(iteration) if stops and comm.is_main_process() else ""
-        # All processes wait here, so that no error ends one that still writes.
+        # Synchronizes: an error on one process must not end another one that still writes.
         reports, saved = (list(filter(None, texts)) for texts in zip(*comm.all_gather((report, saved))))
         text = "\n".join([f"A {what} is not finite at iteration {iteration}.", *(reports or ["On no process alone."])])
         if stops:
@@ -181,11 +181,11 @@ class FiniteGuard:
         logger.warning("%s\nThe step is skipped: %d in all, %d in a row", text, *list(self.counts.values())[:2])
 
     def _report(self, losses: Losses, batches: Sequence[list[dict]], repeat: Repeat, what: str) -> str:
-        """Describe the step on this process; "" where all is finite on it. All processes call it together."""
+        """Describe the step on this process; return "" where it is finite. All processes call it together."""
         loss_scale = self.grad_scaler.get_scale() if what == "gradient" else 1.0
         first = find_first_nonfinite(self.model, len(batches), repeat, loss_scale)
         bad_losses = [f"{name} {loss.item()}" for name, loss in losses.items() if not all_finite(loss)]
-        # With several processes, each has the mean of all gradients: only the repetition finds the process.
+        # DistributedDataParallel averages the gradients, so only the repetition finds the process.
         if not bad_losses and not first and (what == "loss" or comm.get_world_size() > 1):
             return ""
         lines = [f"Process {comm.get_rank()} of {comm.get_world_size()}: " + (", ".join(bad_losses) or "finite losses")]
@@ -199,7 +199,7 @@ class FiniteGuard:
         return "\n".join([*lines, f"  images: {', '.join(files)}"])
 
     def _save(self, iteration: int) -> str:
-        """Save the training before the step as the checkpoint that --resume takes; return a sentence about it."""
+        """Save the state before the step as the checkpoint that --resume loads; return a sentence about it."""
         try:
             self.checkpointer.save(CHECKPOINT, iteration=iteration - 1)
         except OutputError as error:
@@ -222,7 +222,7 @@ def any_rank(votes: torch.Tensor) -> torch.Tensor:
 def find_first_nonfinite(model: nn.Module, num_parts: int, repeat: Repeat, loss_scale: float = 1.0) -> str:
     """Repeat a step and name the first module whose output, or else whose gradient, is NaN or Inf.
 
-    All parts are computed, whatever is found, because other processes may take part in them. Compiled networks run
+    All parts are computed, because other processes may take part in them. Compiled networks run
     without their compiler, which ignores hooks. The parameters' ``grad`` does not change; running statistics do.
 
     Args:
@@ -254,7 +254,7 @@ def find_first_nonfinite(model: nn.Module, num_parts: int, repeat: Repeat, loss_
             module.register_forward_pre_hook(
                 lambda _, args, kwargs, text=text: watch((args, kwargs), f"the input of {text}"), with_kwargs=True
             ),
-            # A bad input would have been found before.
+            # The pre-hook reports a bad input first.
             module.register_forward_hook(
                 lambda _, args, output, text=text: watch(output, f"the output of {text}", ", whose input was finite")
             ),
@@ -276,7 +276,7 @@ def find_first_nonfinite(model: nn.Module, num_parts: int, repeat: Repeat, loss_
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested dicts, lists and tuples; anything else is passed over."""
+    """Yield the tensors in nested dicts, lists and tuples; ignore other values."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):

@@ -1,4 +1,4 @@
-"""The optimizer that the SOLVER keys ask for."""
+"""Build the optimizer of the SOLVER keys."""
 
 import logging
 from collections.abc import Iterable
@@ -22,8 +22,7 @@ IMPLEMENTATIONS = {
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build AdamW or SGD, as SOLVER.OPTIMIZER says, with Detectron2's clipping by parameter (SOLVER.CLIP_GRADIENTS).
 
-    Unscale gradients that a GradScaler has enlarged before the step, with every implementation: a fused optimizer
-    unscales by itself, but only after the clipping.
+    Unscale the gradients of a GradScaler before the step: a fused optimizer unscales them only after clipping.
 
     Args:
         cfg: the SOLVER keys are read.
@@ -35,6 +34,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     solver = cfg.SOLVER
     if not solver.CLIP_TOTAL_NORM >= 0:
         raise ValueError(f"SOLVER.CLIP_TOTAL_NORM is {solver.CLIP_TOTAL_NORM}; it must be at least 0 (0: off)")
+    name = solver.OPTIMIZER_IMPLEMENTATION
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"SOLVER.OPTIMIZER_IMPLEMENTATION is {name!r}; it must be one of {list(IMPLEMENTATIONS)}")
+    options = IMPLEMENTATIONS[name]
     base_lr = learning_rate(cfg)
     groups = parameter_groups(
         model,
@@ -45,7 +48,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         backbone_multiplier=solver.BACKBONE_MULTIPLIER,
     )
-    optimizer = _new_optimizer(cfg, groups, base_lr)
+    if solver.OPTIMIZER == "ADAMW":
+        optimizer = torch.optim.AdamW(groups, lr=base_lr, amsgrad=solver.AMSGRAD, **options)
+    elif solver.OPTIMIZER == "SGD":
+        optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **options)
+    else:
+        raise ValueError(f'SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be "ADAMW" or "SGD"')
     optimizer.register_load_state_dict_pre_hook(_keep_implementation)
     return maybe_add_gradient_clipping(cfg, optimizer)
 
@@ -63,23 +71,10 @@ def clip_total_norm(parameters: Iterable[nn.Parameter], max_norm: float, norm: t
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if norm is None:
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    # PyTorch multiplies by min(1, max_norm / (norm + 1e-6)), also by 1. Reading the norm synchronises other devices.
+    # PyTorch also multiplies by a factor of 1. Reading the norm synchronizes other devices.
     if norm.device.type == "cpu" and norm + 1e-6 <= max_norm:
         return
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-
-
-def _new_optimizer(cfg: CfgNode, groups: list[dict], base_lr: float) -> torch.optim.Optimizer:
-    solver = cfg.SOLVER
-    name = solver.OPTIMIZER_IMPLEMENTATION
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"SOLVER.OPTIMIZER_IMPLEMENTATION is {name!r}; it must be one of {list(IMPLEMENTATIONS)}")
-    implementation = IMPLEMENTATIONS[name]
-    if solver.OPTIMIZER == "ADAMW":
-        return torch.optim.AdamW(groups, lr=base_lr, amsgrad=solver.AMSGRAD, **implementation)
-    if solver.OPTIMIZER == "SGD":
-        return torch.optim.SGD(groups, lr=base_lr, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **implementation)
-    raise ValueError(f'SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be "ADAMW" or "SGD"')
 
 
 def _keep_implementation(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
@@ -88,7 +83,7 @@ def _keep_implementation(optimizer: torch.optim.Optimizer, state_dict: dict) -> 
         {**saved, **{key: own[key] for key in ("foreach", "fused") if key in own}}
         for saved, own in zip(state_dict["param_groups"], optimizer.param_groups)
     ]
-    # The optimizer refuses another number of groups by itself.
+    # The optimizer itself refuses another number of groups.
     return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
 
 
@@ -99,12 +94,8 @@ def learning_rate(cfg: CfgNode) -> float:
         return solver.BASE_LR
     scaled = solver.BASE_LR * solver.IMS_PER_BATCH / solver.REFERENCE_BATCH_SIZE
     logger.info(
-        "The learning rate follows the batch: SOLVER.BASE_LR %g was chosen for REFERENCE_BATCH_SIZE %d images; "
-        "IMS_PER_BATCH is %d, so it is %g",
-        solver.BASE_LR,
-        solver.REFERENCE_BATCH_SIZE,
-        solver.IMS_PER_BATCH,
-        scaled,
+        f"Learning rate {scaled:g}: SOLVER.BASE_LR {solver.BASE_LR:g} * IMS_PER_BATCH {solver.IMS_PER_BATCH} / "
+        f"REFERENCE_BATCH_SIZE {solver.REFERENCE_BATCH_SIZE}"
     )
     return scaled
 
@@ -121,20 +112,20 @@ def parameter_groups(
 ) -> list[dict]:
     """Group the parameters by learning rate and weight decay.
 
-    Detectron2's function says which parameters belong to norms. Its own groups give ``weight_decay_bias`` to norms too,
-    and the learning rate of biases without the factor of the backbone.
+    Detectron2's function identifies the parameters of norms. Its groups are not used: they give
+    ``weight_decay_bias`` to norms, and biases of the backbone no ``backbone_multiplier``.
 
     Args:
         model: parameters that do not require a gradient are left out.
         base_lr: learning rate.
         weight_decay: of weights.
-        weight_decay_norm: of weight and bias of normalisation layers.
+        weight_decay_norm: of weights and biases of normalization layers.
         weight_decay_bias: of all other biases; None: as weights.
         bias_lr_factor: factor of all biases' learning rate.
         backbone_multiplier: factor of the learning rate of parameters under ``backbone``.
 
     Returns:
-        As torch's optimizers take them; as few groups as there are different settings.
+        Parameter groups of torch's optimizers, one for each combination of settings.
     """
     marked = get_default_optimizer_params(model, weight_decay=0.0, weight_decay_norm=1.0)
     norms = {parameter for group in marked if group["weight_decay"] for parameter in group["params"]}

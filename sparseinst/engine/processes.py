@@ -1,4 +1,4 @@
-"""The processes of a training: started by Detectron2's launch or by torchrun, and how they end together."""
+"""Start the processes of a training by Detectron2's launch or torchrun, and end them together."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-# torchrun sets them, and the address and port of the first process.
+# Set by torchrun.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # The launcher ends the other ranks within this time after one has failed.
 SECONDS_FOR_OTHERS = 5
@@ -30,7 +30,7 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30,
         metavar="MINUTES",
-        help="several processes: end in an error after waiting this long for another (default: 30)",
+        help="several processes: fail after waiting this long for another process (default: 30)",
     )
 
 
@@ -40,7 +40,7 @@ def is_started_by_torchrun() -> bool:
 
 
 def check_process_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that no process can be started with.
+    """Check the arguments of a training in several processes.
 
     Args:
         args: ``num_gpus``, ``num_machines``, ``machine_rank``, ``dist_url`` and ``dist_timeout`` are read.
@@ -89,12 +89,16 @@ def check_device(device: str) -> None:
 def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Call ``main(args)`` in every process of this machine, and end when all have ended.
 
-    When one ends in an error or is killed, so do the others, and this process exits with one line that names it.
+    If one fails or is killed, the others are ended, and this process exits with one line that names it.
 
     Args:
-        main: of a module that can be imported.
-        args: as :func:`check_process_arguments` has passed them.
+        main: a function of an importable module.
+        args: checked by `check_process_arguments`; an invalid one ends this process with one line.
     """
+    try:
+        check_process_arguments(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     timeout = datetime.timedelta(minutes=args.dist_timeout)
     if is_started_by_torchrun():
         has_gpu = torch.cuda.is_available()
@@ -135,17 +139,17 @@ def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.N
 def _exit_for(error: ProcessExitedException | ProcessRaisedException, args: argparse.Namespace, how: str) -> NoReturn:
     rank, num_ranks = args.machine_rank * args.num_gpus + error.error_index, args.num_gpus * args.num_machines
     message = (
-        f"error: rank {rank} of {num_ranks} (process {error.error_pid}) {how}; so the others on "
-        "this machine were ended too. What each did last: log.txt and log.txt.rank* in OUTPUT_DIR"
+        f"error: rank {rank} of {num_ranks} (process {error.error_pid}) {how}; the others on "
+        "this machine were ended too. See log.txt and log.txt.rank* in OUTPUT_DIR"
     )
     if args.num_machines > 1:
-        message += ". Where a connection was lost, the first to end is on another machine: see there"
+        message += ". After a lost connection, see the logs of the other machines"
     sys.exit(message)
 
 
 @contextlib.contextmanager
 def _signals_for_all() -> Iterator[list[int]]:
-    """Pass SIGTERM and Ctrl-C on to the started processes, and yield the list of the signals that came."""
+    """Forward SIGTERM and Ctrl-C to the started processes; yield the list of received signals."""
     received: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:

@@ -34,7 +34,7 @@ def prepare_for_training(
         recompute: see `recompute_activations`.
 
     Raises:
-        ValueError: no module has such a name; the model is no InstanceSegmenter and cannot be compiled.
+        ValueError: no module has such a name; a model that is not an InstanceSegmenter cannot be compiled.
     """
     if channels_last:
         model.to(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ import logging
 import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -19,25 +20,23 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 
-from sparseinst.checkpoint import OutputError, checkpointer_from_config
+from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
-from sparseinst.data.images import DataError
-from sparseinst.data.loader import WorkerDiedError, build_train_loader, derive_seed, seed_cpu
-from sparseinst.engine.finite import FiniteGuard, NonFiniteStepError
+from sparseinst.data.loader import build_train_loader, derive_seed, seed_cpu
+from sparseinst.engine.errors import RUN_ERRORS
+from sparseinst.engine.finite import FiniteGuard
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.host_memory import keep_freed_memory
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
 from sparseinst.engine.optimizer import build_optimizer, clip_total_norm
+from sparseinst.engine.output_folder import check_free_space
 from sparseinst.engine.recompute import prepare_as_configured
 from sparseinst.evaluation import check_coco_eval, evaluate
 from sparseinst.modeling.meta_arch import InstanceSegmenter, TrainingPart
-from sparseinst.ops.mask_output import MaskMemoryError
 
 logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# Errors that stop a running training with a message for the user; all others are bugs.
-RUN_ERRORS = (DataError, MaskMemoryError, NonFiniteStepError, OutputError, WorkerDiedError)
 
 
 class Trainer(SimpleTrainer):
@@ -148,8 +147,11 @@ class Trainer(SimpleTrainer):
     def resume_or_load(self, resume: bool) -> None:
         """Load MODEL.WEIGHTS, or with ``resume`` the last checkpoint of OUTPUT_DIR where there is one.
 
+        Write the classes to OUTPUT_DIR/classes.json.
+
         Raises:
-            ValueError: the file cannot be read, or does not fill what it must.
+            ValueError: the file cannot be read or does not fill what it must, or OUTPUT_DIR has no room for a
+                checkpoint.
         """
         resumed = resume and self.checkpointer.has_checkpoint()
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
@@ -158,6 +160,9 @@ class Trainer(SimpleTrainer):
             if self._periodic_checkpointer is not None:
                 # MAX_CHECKPOINTS includes the checkpoints of the interrupted run.
                 self._periodic_checkpointer.recent_checkpoints = self.checkpointer.periodic_checkpoints()
+        if comm.is_main_process():
+            check_free_space(self.cfg.OUTPUT_DIR, self.checkpoint_bytes())
+            class_info(self.cfg.DATASETS.TRAIN[0]).save(Path(self.cfg.OUTPUT_DIR) / "classes.json")
 
     def checkpoint_bytes(self) -> int:
         """Return the estimated size of a checkpoint: each trained tensor and two optimizer tensors of its size."""

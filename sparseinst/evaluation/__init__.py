@@ -1,4 +1,4 @@
-"""Evaluation: AP, speed, and where the time goes."""
+"""Evaluation: AP, speed, and the time of each stage."""
 
 from sparseinst.evaluation.coco_evaluation import EncodedMaskEvaluator, check_coco_eval
 from sparseinst.evaluation.evaluate import build_evaluator, evaluate

@@ -1,4 +1,4 @@
-"""AP of boxes and masks as COCO defines it, from masks that stay encoded."""
+"""Compute COCO's AP of boxes and masks from encoded masks."""
 
 import importlib
 import itertools
@@ -41,23 +41,22 @@ def check_coco_eval(name: str) -> None:
 
 
 class EncodedMaskEvaluator(COCOEvaluator):
-    """COCOEvaluator for masks that stay encoded: the same figures, tables and json.
+    """COCOEvaluator for encoded masks, with the same figures, tables and json.
 
     ``process`` is overridden because COCOEvaluator decodes RLEMasks and encodes them again: 7.7 s for 20,600 masks,
-    here 0.04 s. ``evaluate`` is overridden because COCOEvaluator offers no choice of the COCOeval (2.5 s for the masks'
-    AP with pycocotools, 0.7 s with faster-coco-eval), and on a full disk leaves half a json in place of an earlier one.
+    0.04 s here. ``evaluate`` is overridden because COCOEvaluator offers no choice of COCOeval (2.5 s for the AP of
+    masks with pycocotools, 0.7 s with faster-coco-eval), and on a full disk it damages an earlier json.
 
-    "faster-coco-eval" matches and accumulates in C++, with the recalls and precisions of pycocotools but for one case:
-    where the best detection of a class is right and the second one wrong, the first precision is 1, and with
-    pycocotools 1 - 2.2e-16, because pycocotools adds 2.2e-16 to the divisor. So AP may differ in its 15th digit.
+    The AP of "faster-coco-eval" can differ from that of pycocotools in the 15th digit, because pycocotools adds
+    2.2e-16 to the divisor of a precision.
 
     Args:
-        dataset_name: a registered one, with a ``json_file`` in its metadata or in Detectron2's own format.
+        dataset_name: a registered data set, with a ``json_file`` in its metadata or in Detectron2's own format.
         output_dir: gets ``coco_instances_results.json``.
         max_detections: most detections of an image that count.
         coco_eval: "pycocotools" or "faster-coco-eval".
         num_classes_key: the config key that the error about an unknown class names.
-        timer: counts the stages of :meth:`evaluate`.
+        timer: counts the stages of `evaluate`.
 
     Raises:
         ValueError: ``coco_eval`` is unknown or not installed.
@@ -83,7 +82,7 @@ class EncodedMaskEvaluator(COCOEvaluator):
         self._category_ids = None if classes is None else sorted(classes, key=classes.get)
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
-        """Take the predictions of a batch.
+        """Collect the predictions of a batch.
 
         Args:
             inputs: ``image_id`` of each image.
@@ -107,11 +106,11 @@ class EncodedMaskEvaluator(COCOEvaluator):
             img_ids: the images to evaluate on; None: all.
 
         Returns:
-            For "bbox" and "segm": AP in percent, over all classes and of each; NaN where there is none. Empty where
-            nothing can be computed, and on ranks other than 0.
+            For "bbox" and "segm": AP in percent, over all classes and of each; NaN where it is undefined. Empty where
+            no image was evaluated or the data set has no annotations, and on ranks other than 0.
 
         Raises:
-            OutputError: the results cannot be written; earlier ones stay.
+            OutputError: the results cannot be written; earlier ones are unchanged.
         """
         with self._timer.stage("gathering"):
             comm.synchronize()
@@ -128,7 +127,7 @@ class EncodedMaskEvaluator(COCOEvaluator):
             logger.info("Writing %d results to %s", len(results), path)
             write_atomically(path, lambda file: file.write(json.dumps(results).encode()))
         if not self._do_evaluation:
-            logger.info("The data set has no annotations, so there is no AP")
+            logger.info("The data set has no annotations, so AP is not computed")
             return {}
         figures = {}
         for task in TASKS:
@@ -150,20 +149,16 @@ def run_coco_eval(
     max_detections: int = MAX_DETECTIONS,
     img_ids: Sequence[int] | None = None,
 ) -> COCOeval:
-    """Run COCO's evaluation on results, which are left as they are.
+    """Run COCO's evaluation; its ``stats`` are COCO's 12 figures.
 
     Args:
         truth: the annotations.
-        results: see :func:`sparseinst.data.coco_results.to_coco_results`, at least one.
+        results: of `to_coco_results`, at least one; not changed.
         task: "bbox" or "segm".
-        coco_eval: see :class:`EncodedMaskEvaluator`.
-        max_detections: most detections of an image that count.
+        coco_eval, max_detections: as those of `EncodedMaskEvaluator`.
         img_ids: the images to evaluate on; None: all.
-
-    Returns:
-        Evaluated, accumulated and summarised: its ``stats`` are COCO's 12 figures.
     """
-    # COCO would take the box's area in place of the mask's.
+    # COCO would use the area of the box instead of the mask's.
     other = "segmentation" if task == "bbox" else "bbox"
     predictions = truth.loadRes([{key: value for key, value in result.items() if key != other} for result in results])
     if coco_eval == "faster-coco-eval":
@@ -171,7 +166,7 @@ def run_coco_eval(
 
         evaluation = COCOeval_faster(truth, predictions, task, print_function=print)
     else:
-        # COCOeval's own summary assumes 100 detections.
+        # The summary of COCOeval assumes 100 detections.
         evaluation_class = COCOeval if max_detections == MAX_DETECTIONS else COCOevalMaxDets
         evaluation = evaluation_class(truth, predictions, task)
     evaluation.params.maxDets = [1, 10, max_detections]

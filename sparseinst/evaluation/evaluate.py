@@ -1,4 +1,4 @@
-"""Evaluation with Detectron2's evaluators, and how long each stage of it takes."""
+"""Evaluate with Detectron2's evaluators, and time each stage."""
 
 import contextlib
 import json
@@ -27,22 +27,22 @@ WARMUP_BATCHES = 5
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
-    """Evaluate on every data set of DATASETS.TEST, and log the speed and where the time went.
+    """Evaluate on every data set of DATASETS.TEST, and log the speed and the time of each stage.
 
-    Results, speed and seconds are written to OUTPUT_DIR/results.json. Call it in all processes at once.
+    Results, speed and seconds are written to OUTPUT_DIR/results.json. All processes must call it together.
 
     Args:
         cfg: DATASETS.TEST, OUTPUT_DIR, DATALOADER, INPUT and TEST are read.
-        model: any Detectron2 model; its mode is restored. On several ranks its buffers become those of rank 0. Where it
-            has ``output_as``, it gives encoded masks to the evaluator of COCO's format, which needs those. Where it has
-            ``network`` and ``postprocess``, its stages are timed one by one.
+        model: any Detectron2 model; its mode is restored. On several ranks its buffers become those of rank 0. With a
+            method ``output_as`` it returns encoded masks to the evaluator of COCO's format. With ``network`` and
+            ``postprocess`` its stages are timed one by one.
 
     Returns:
-        The evaluator's results; by data set where there are several. Empty on ranks other than 0.
+        The evaluator's results; by data set if there are several. Empty on ranks other than 0.
 
     Raises:
-        ValueError: a data set has an ``evaluator_type`` without an evaluator.
-        OutputError: a file cannot be written; earlier ones stay.
+        ValueError: the ``evaluator_type`` of a data set has no evaluator.
+        OutputError: a file cannot be written; earlier files are unchanged.
     """
     _share_buffers(model)
     timer = StageTimer()
@@ -73,14 +73,14 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = None) -> DatasetEvaluator:
-    """Return the evaluator for a data set's ``evaluator_type``: ours for COCO's, or Detectron2's for LVIS's.
+    """Return the evaluator for a data set's ``evaluator_type``: `EncodedMaskEvaluator` for COCO, Detectron2's for LVIS.
 
-    LVIS's own code stops at its AP step on numpy 1.24 and newer; the results file is written before.
+    The code of LVIS fails at its AP step on numpy 1.24 and newer, after it has written the results file.
 
     Args:
         cfg: OUTPUT_DIR, TEST.COCO_EVAL and the most detections are read.
-        dataset_name: a registered one.
-        timer: counts the stages of the evaluator's own work, where it has some.
+        dataset_name: a registered data set.
+        timer: counts the stages of `EncodedMaskEvaluator`.
 
     Raises:
         ValueError: another type.
@@ -90,14 +90,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = 
     # A smaller limit would only rename COCO's columns.
     _, most = config.max_detections(cfg) or (None, MAX_DETECTIONS)
     max_detections = max(most, MAX_DETECTIONS)
-    num_classes_key, _ = config.num_classes(cfg) or ("NUM_CLASSES", None)
     if evaluator_type == "coco":
         return EncodedMaskEvaluator(
             dataset_name,
             output_dir,
             max_detections=max_detections,
             coco_eval=cfg.TEST.COCO_EVAL,
-            num_classes_key=num_classes_key,
+            num_classes_key=(config.num_classes(cfg) or ("NUM_CLASSES", None))[0],
             timer=timer,
         )
     if evaluator_type == "lvis":
@@ -110,28 +109,27 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = 
 
 
 def speed_summary(stages: StageTimer, batch_sizes: list[int]) -> dict:
-    """Return median and 95th percentile of each stage and of their sum, without each process's first batches.
+    """Return median and 95th percentile of each stage and of their sum, without the warm-up batches of each process.
 
-    Call it in all processes at once.
+    All processes must call it together.
 
     Args:
         stages: of this process, one figure for each batch.
         batch_sizes: images in each batch.
 
     Returns:
-        ``stages``: name to ``median_ms`` and ``p95_ms`` per batch; ``images_per_second``, from the sum of all stages,
-        of all processes together; ``peak_memory_mb`` of the device (on the CPU of the process), the largest;
-        ``batch_size``, ``num_batches``, ``warmup_batches``, ``num_processes``, ``device``. Empty where no process has
-        timed anything, and on ranks other than 0.
+        ``stages``: name to ``median_ms`` and ``p95_ms`` per batch; ``images_per_second`` of all processes together;
+        ``peak_memory_mb``, the largest of all devices (on the CPU of all processes); ``batch_size``, ``num_batches``,
+        ``warmup_batches``, ``num_processes``, ``device``. Empty where no batch was timed, and on ranks other than 0.
     """
     gathered = comm.gather((stages.seconds, batch_sizes, peak_bytes(stages.device)))
-    # There may be fewer images than processes.
+    # A process can have no images.
     used = [(seconds, np.array(sizes)) for seconds, sizes, _ in gathered if sizes]
     if not used:
         return {}
     names = list(used[0][0])
     warmups = [min(WARMUP_BATCHES, len(sizes) - 1) for _, sizes in used]
-    # Of each process (stages, batches).
+    # (stages, batches) for each process.
     tables = [np.array([seconds[name] for name in names])[:, first:] for (seconds, _), first in zip(used, warmups)]
     columns = np.concatenate(tables, axis=1)
     is_cuda = stages.device.type == "cuda"
@@ -153,24 +151,24 @@ def speed_summary(stages: StageTimer, batch_sizes: list[int]) -> dict:
 
 
 def speed_table(speed: dict) -> str:
-    """Return :func:`speed_summary`, with the network's ``precision``, as text."""
+    """Return `speed_summary` and the network's ``precision`` as text."""
     rows = [[name, values["median_ms"], values["p95_ms"]] for name, values in speed["stages"].items()]
     table = tabulate(rows, headers=["stage", "median ms", "95th percentile ms"], floatfmt=".2f", tablefmt="github")
     processes = f"{speed['num_processes']} processes, each on " if speed["num_processes"] > 1 else ""
     return (
         f"{table}\n{speed['images_per_second']:.2f} images/s, peak memory {speed['peak_memory_mb']:.0f} MB, batch size "
         f"{speed['batch_size']}, {processes}{speed['device']}, {speed['precision']}; {speed['num_batches']} batches "
-        f"after {speed['warmup_batches']} of warm-up; reading and resizing the images is not included"
+        f"after {speed['warmup_batches']} of warm-up; without reading and resizing the images"
     )
 
 
 def _parameter(model: nn.Module) -> torch.Tensor:
-    """Return one of the parameters, whose device and type stand for the model's; of a model without any a constant."""
+    """Return the first parameter, for its device and type; a constant where the model has none."""
     return next(model.parameters(), torch.zeros(()))
 
 
 def _share_buffers(model: nn.Module) -> None:
-    # In training the running statistics of batch norms are each rank's own; checkpoints hold those of rank 0.
+    # The running statistics of batch norms differ between ranks after training; checkpoints hold those of rank 0.
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
@@ -183,12 +181,12 @@ def _encoded_masks(model: nn.Module, evaluator: DatasetEvaluator) -> contextlib.
 
 
 class _TimedModel(nn.Module):
-    """Run a model stage by stage where it has stages, and count the time of each batch."""
+    """Run a model, stage by stage if it has stages, and count the time of each batch."""
 
     def __init__(self, model: nn.Module, timer: StageTimer) -> None:
         super().__init__()
         self.model = model
-        # inference_on_dataset restores the mode that it finds here.
+        # inference_on_dataset restores this mode.
         self.training = model.training
         self.stages = StageTimer(_parameter(model).device)
         self.batch_sizes: list[int] = []
@@ -209,7 +207,7 @@ class _TimedModel(nn.Module):
 
 
 class _TimedLoader:
-    """Iterate over a loader, and count the time that is spent waiting for its batches."""
+    """Iterate over a loader, and count the time spent waiting for its batches."""
 
     def __init__(self, loader: Iterable[list[dict]], timer: StageTimer) -> None:
         self._loader = loader

@@ -1,4 +1,4 @@
-"""Predictions for pictures and videos, and drawings of them."""
+"""Predict instances on images and videos, and draw them."""
 
 from sparseinst.data.coco_results import to_coco_results
 from sparseinst.data.images import ImageReadError, read_image

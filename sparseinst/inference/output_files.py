@@ -1,8 +1,9 @@
-"""Input and output files of the demo: no input is overwritten, and nothing is written outside the output folder."""
+"""Find the demo's inputs and write its outputs; no input is overwritten, and no file leaves the output folder."""
 
 import contextlib
 import glob
 import io
+import json
 import os
 import secrets
 import unicodedata
@@ -10,9 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from detectron2.structures import Instances
 from PIL import Image
 
-# Endings that are looked for in folders and globs; a file that is named itself is always tried.
+from sparseinst.data.coco_json import ClassInfo
+from sparseinst.data.coco_results import to_coco_results
+
+# Suffixes that folders and globs are searched for; a file that is named itself is always tried.
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
@@ -21,13 +26,13 @@ IAM_FOLDER = "iams"
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Return the image files that the names stand for, each file once, in the order of the names.
+    """Return the image files that the names match, each file once, in the order of the names.
 
     Args:
         inputs: files, folders (the images directly in them) and glob patterns (``**`` for any depth).
 
     Raises:
-        ValueError: a name that stands for no image.
+        ValueError: a name matches no image.
     """
     paths: dict[Path, Path] = {}
     for name in inputs:
@@ -39,22 +44,22 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             found = sorted(p for p in candidates if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not found:
             kind = "The folder" if path.is_dir() else "The file or pattern"
-            raise ValueError(f"--input: {kind} {name!r} gives no image ({', '.join(IMAGE_SUFFIXES)})")
+            raise ValueError(f"--input: {kind} {name!r} matches no image ({', '.join(IMAGE_SUFFIXES)})")
         for path in found:
             paths.setdefault(path.resolve(), path)
     return list(paths.values())
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """Return a file name for each image's drawing, all different: its own, or with _2, _3, ... where that is taken.
+    """Return a different file name for the drawing of each image: its own, or with _2, _3, ... where that is taken.
 
     Args:
-        paths: images; the endings .jpg, .jpeg and .png are kept, others become .png.
+        paths: images; the suffixes .jpg, .jpeg and .png are kept, others become .png.
     """
     own_names = [p.name if p.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{p.stem}.png" for p in paths]
     reserved = set(map(_key, own_names))
     taken: set[str] = set()
-    # Of each name the number that it got last, so that many images of one name take linear time.
+    # The last number of each name, so that many images of one name take linear time.
     counts: dict[str, int] = {}
     names = []
     for name in own_names:
@@ -69,15 +74,15 @@ def output_names(paths: Sequence[Path]) -> list[str]:
 
 
 def check_image_folder(folder: Path, paths: Sequence[Path]) -> None:
-    """Check the folder that drawings go to.
+    """Check the folder that drawings are written to.
 
     Args:
-        folder: it need not exist.
+        folder: need not exist.
         paths: the images that are read.
 
     Raises:
-        ValueError: it is a file or named like one; an image that is read, or a link to one, lies in it, so that a
-            drawing could take its place; its folder of activation maps is a link that leads out of it.
+        ValueError: it is a file or named like an image; it holds an image that is read, or a link to one, which a
+            drawing could replace; its folder of activation maps is a link out of it.
     """
     if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
         raise ValueError(f"--output is a folder for --input; {folder} is named like an image")
@@ -86,46 +91,70 @@ def check_image_folder(folder: Path, paths: Sequence[Path]) -> None:
     iams = folder / IAM_FOLDER
     if iams.resolve().parent != folder.resolve():
         raise ValueError(f"{iams} is a link to {iams.resolve()}, outside of --output {folder}: remove the link")
-    written_to = (folder, iams)
     for path in paths:
         for parent in (path.parent, path.resolve().parent):
-            if any(_is_same(parent, written) for written in written_to):
+            if _is_same(parent, folder) or _is_same(parent, iams):
                 raise ValueError(
-                    f"--output {folder} is where the input {path} lies and would be overwritten; give another one"
+                    f"--output {folder} holds the input {path}, which would be overwritten; give another folder"
                 )
 
 
 def video_file(output: Path, source_name: str) -> Path:
-    """Return the file of a video's drawing: ``output`` itself, or a file of the video's name in that folder."""
+    """Return the file of a drawn video: ``output`` itself, or a file of the video's name in that folder."""
     is_file = output.suffix.lower() in VIDEO_SUFFIXES and not output.is_dir()
     return output if is_file else output / f"{Path(source_name).stem}.mp4"
 
 
 def check_not_read(flag: str, path: Path, read: Iterable[str | os.PathLike | None]) -> None:
-    """Check that a file to write is none of those that are read, also by another name or link.
+    """Raise ValueError where a file to write is one of those that are read, also by another name or link.
 
     Args:
-        flag: the command's flag that names the file.
+        flag: the flag of the command that names the file.
         path: the file to write.
-        read: files that are read; "" and None are passed over.
-
-    Raises:
-        ValueError: it is one of them.
+        read: files that are read; "" and None are skipped.
     """
     for file in read:
         if file and _is_same(path, Path(file)):
             raise ValueError(f"{flag} {path} would overwrite the input {os.fspath(file)}; give another one")
 
 
+def coco_images_file(results: Path) -> Path:
+    """Return the file that lists the image of each image id of these results."""
+    return results.with_name(f"{results.stem}_images.json")
+
+
+class CocoResults:
+    """Collect predictions as COCO results."""
+
+    def __init__(self, classes: ClassInfo) -> None:
+        self._classes = classes
+        self._images: list[dict] = []
+        self._results: list[dict] = []
+
+    def add(self, file_name: str, instances: Instances, **extra: int) -> None:
+        """Append the instances of one image; image ids count from 1."""
+        height, width = instances.image_size
+        image_id = len(self._images) + 1
+        self._images.append({"id": image_id, "file_name": file_name, "height": height, "width": width, **extra})
+        self._results += to_coco_results(instances, image_id, self._classes.category_ids)
+
+    def write(self, path: Path) -> None:
+        """Write the results to ``path``, and a COCO data set without annotations to `coco_images_file`."""
+        categories = [{"id": id, "name": name} for name, id in zip(*self._classes, strict=True)]
+        images = {"images": self._images, "annotations": [], "categories": categories}
+        write_file(path, json.dumps(self._results).encode())
+        write_file(coco_images_file(path), json.dumps(images).encode())
+
+
 def save_image(path: Path, image: np.ndarray) -> None:
-    """Write (height, width, 3) uint8, RGB, as PNG or, as the name says, JPEG; errors as in :func:`write_file`."""
+    """Write (height, width, 3) uint8, RGB, as PNG or JPEG by the suffix; errors as in `write_file`."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG" if path.suffix.lower() == ".png" else "JPEG", quality=95)
     write_file(path, buffer.getbuffer())
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file under another name, then rename it: a link that has the name is replaced, not followed.
+    """Write a temporary file, then rename it: an existing link is replaced, not followed.
 
     Raises:
         ValueError: it cannot be written.
@@ -143,12 +172,12 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def _key(name: str) -> str:
-    # File systems that ignore case are common, and so are those that ignore how an accent is written.
+    # Many file systems ignore case, and whether an accent is a character of its own.
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def _is_same(path: Path, other: Path) -> bool:
-    # By the file itself: hard links, and names that a file system takes for the same.
+    # samefile also finds hard links, and names that the file system considers equal.
     with contextlib.suppress(OSError):
         return path.samefile(other)
     return path.resolve() == other.resolve()

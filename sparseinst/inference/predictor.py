@@ -1,4 +1,4 @@
-"""From pictures to instances, through the very pixels that the evaluation gives the model."""
+"""Predict instances from the same pixels that the evaluation gives the model."""
 
 import contextlib
 import os
@@ -24,31 +24,31 @@ from sparseinst.runtime.optimize import optimize_as_configured
 
 
 class Predictor:
-    """Instances of pictures, given as paths or as arrays.
+    """Predict the instances of images, given as paths or as arrays.
 
-    ``Predictor(cfg)`` builds the model and loads ``MODEL.WEIGHTS``; ``Predictor(cfg, model=model)`` takes a model as it
-    is. A picture is read, resized and batched (alone, since results depend on padding) as
-    ``DatasetMapper(cfg, is_train=False)`` and Detectron2's test loader do it, so predictions equal the evaluation's.
+    ``Predictor(cfg)`` builds the model and loads ``MODEL.WEIGHTS``; ``Predictor(cfg, model=model)`` uses that model
+    unchanged. Images are read, resized and run one by one (results depend on padding) as by
+    ``DatasetMapper(cfg, is_train=False)`` and Detectron2's test loader, so predictions equal the evaluation's.
 
-    The class names come from the checkpoint's entry "classes", else from ``classes.json`` beside it, else from the
+    The class names come from the checkpoint's entry "classes", else from ``classes.json`` in its folder, else from the
     metadata of ``DATASETS.TEST[0]`` or ``DATASETS.TRAIN[0]``, else they are "class 0", "class 1", ...
 
     Args:
-        model: any Detectron2 model whose output holds ``instances``. It runs in evaluation mode, on its own device; its
+        model: any Detectron2 model whose output has ``instances``. It runs in evaluation mode, on its own device; its
             mode is restored after each call.
-        augmentations: what resizes the picture.
+        augmentations: resize the image.
         input_format: channel order that the model was trained with, "RGB" or "BGR" (``INPUT.FORMAT``).
         classes: names and the data set's category ids, one for each class that the model predicts.
-        max_image_pixels: files of more pixels are refused before they are decoded (``INPUT.MAX_IMAGE_PIXELS``).
+        max_image_pixels: files with more pixels are refused before they are decoded (``INPUT.MAX_IMAGE_PIXELS``).
 
     Attributes:
         model: the model.
         classes: as given.
-        metadata: the class names as Detectron2's visualizers take them.
+        metadata: the class names for Detectron2's visualizers.
 
     Raises:
-        ValueError: ``INPUT.FORMAT`` is neither; ``MODEL.WEIGHTS`` is not there, cannot be read, belongs to another
-            number of classes or lacks tensors of the model.
+        ValueError: ``INPUT.FORMAT`` is wrong; or ``MODEL.WEIGHTS`` does not exist, cannot be read, has another number
+            of classes or lacks tensors of the model.
     """
 
     @configurable
@@ -88,38 +88,38 @@ class Predictor:
 
     @property
     def iam_normalization(self) -> str:
-        """How the model normalises its activation maps, "sigmoid" or "softmax"; "sigmoid" where it does not say."""
+        """The model's normalization of activation maps, "sigmoid" or "softmax"; "sigmoid" where it has none."""
         for module in self.model.modules():
             if hasattr(module, "iam_normalization"):
                 return module.iam_normalization
         return "sigmoid"
 
     def __call__(self, images: Iterable[str | os.PathLike | np.ndarray], channel_order: str = "BGR") -> list[Instances]:
-        """Predict the instances of each picture.
+        """Predict the instances of each image.
 
         Args:
             images: paths, or arrays (height, width, 3) uint8.
             channel_order: of the arrays: "BGR", as OpenCV reads them, or "RGB".
 
         Returns:
-            For each picture its instances, on the CPU, in the picture's own size, best score first: ``pred_boxes``,
-            ``pred_masks``, ``scores``, ``pred_classes``, and ``pred_iams`` with MODEL.SPARSE_INST.DECODER.OUTPUT_IAM.
-            ``pred_masks`` is boolean (n, height, width), or RLEMasks with MODEL.OUTPUT.MASK_FORMAT "rle",
-            which is for large pictures.
+            For each image its instances, on the CPU, in the image's own size, best score first: ``pred_boxes``,
+            ``pred_masks``, ``scores``, ``pred_classes``, and ``pred_iams`` where the config requests activation maps.
+            ``pred_masks`` is boolean (n, height, width), or RLEMasks with MODEL.OUTPUT.MASK_FORMAT "rle", which is for
+            large images.
 
         Raises:
-            ImageReadError: a picture cannot be read, or an array is not a picture.
-            ValueError: another channel order; a single picture in place of several; boolean masks that would take more
+            ImageReadError: an image cannot be read, or an array has another shape or type.
+            ValueError: the channel order is unknown; ``images`` is a single image; or boolean masks would take more
                 than MODEL.OUTPUT.MAX_MASK_GIB.
         """
         if isinstance(images, str | os.PathLike | np.ndarray):
-            raise ValueError("Predictor takes a list of pictures; put the one picture into a list")
+            raise ValueError("Predictor takes a list of images; put the one image into a list")
         return list(self.stream(images, channel_order))
 
     def stream(
         self, images: Iterable[str | os.PathLike | np.ndarray], channel_order: str = "BGR"
     ) -> Iterator[Instances]:
-        """Predict picture by picture, each when it is asked for; arguments and errors are those of a call."""
+        """Yield the instances image by image, predicted on request; arguments and errors as in `__call__`."""
         check_channel_order(channel_order)
         for image in images:
             if isinstance(image, str | os.PathLike):
@@ -141,10 +141,10 @@ class Predictor:
 
 def _check_array(image: np.ndarray) -> None:
     if not isinstance(image, np.ndarray):
-        raise ImageReadError(f"A picture must be a path or an array, found {type(image).__name__}")
+        raise ImageReadError(f"An image must be a path or an array, found {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ImageReadError(
-            "A picture's array must be (height, width, 3) uint8 with at least one pixel, "
+            "An image array must be (height, width, 3) uint8 with at least one pixel, "
             f"found {image.shape} {image.dtype}"
         )
 
@@ -167,11 +167,11 @@ def _find_classes(cfg: CfgNode, saved: object) -> ClassInfo:
             )
         return classes
     for dataset_name in (*cfg.DATASETS.TEST[:1], *cfg.DATASETS.TRAIN[:1]):
-        # The data need not be on this machine; then, where its metadata is not known either, it tells nothing.
+        # The data may be missing on this machine, and its metadata unknown.
         with contextlib.suppress(ValueError):
             classes = class_info(dataset_name)
             if num_classes in (None, len(classes.names)):
                 return classes
-    # Without a key: names for more classes than any data set has.
+    # Without a key there are names for more classes than any data set has.
     num_classes = 10_000 if num_classes is None else num_classes
     return ClassInfo([f"class {index}" for index in range(num_classes)], list(range(num_classes)))

@@ -1,4 +1,4 @@
-"""Video files: read frames, write frames."""
+"""Read and write the frames of video files."""
 
 import contextlib
 import os
@@ -14,17 +14,17 @@ FALLBACK_FPS = 25.0
 
 
 class VideoReader:
-    """The frames of a video file or of a camera, in RGB. Iterate over it; it is a context manager too.
+    """Iterate over the frames of a video file or of a camera, in RGB; a context manager.
 
     Args:
         source: path of a file, or the index of a camera.
 
     Attributes:
-        fps: frames per second; 25 where the source does not say.
-        num_frames: as the file's header says, None where it does not (cameras).
+        fps: frames per second; 25 where the source has no rate.
+        num_frames: from the header of the file; None where it is missing (cameras).
 
     Raises:
-        ValueError: it cannot be opened.
+        ValueError: the source cannot be opened.
     """
 
     def __init__(self, source: str | os.PathLike | int) -> None:
@@ -43,7 +43,7 @@ class VideoReader:
         self.num_frames = num_frames if num_frames > 0 else None
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Frame by frame, (height, width, 3) uint8 in RGB, until the source ends."""
+        """Yield frames (height, width, 3), uint8 in RGB, until the source ends."""
         while True:
             found, frame = self._capture.read()
             if not found:
@@ -60,24 +60,24 @@ class VideoReader:
 
 
 class VideoWriter:
-    """Writes frames to an .mp4 file that is whole or not there; a context manager.
+    """Write frames to an .mp4 file atomically; a context manager.
 
-    The frames go to a file beside it, which takes its name when the context is left. Where an error leaves the context,
-    nothing is left of it, and a file that had the name before stays; after Ctrl-C the frames so far are kept.
+    The frames go to a temporary file in the same folder, which is renamed when the context ends. An error in the
+    context removes it and leaves an existing file unchanged; after Ctrl-C the frames so far are kept.
 
-    OpenCV writes even sizes only: of an odd height or width the last row or column is left out.
+    OpenCV writes even sizes only, so an odd height or width loses its last row or column.
 
     Args:
-        path: file to write; its folder is made. It must end in .mp4.
+        path: of the file, with the suffix .mp4; its folder is created.
         fps: frames per second.
-        codec: four letters; OpenCV's PyPI wheels have "mp4v" and do not have "avc1".
+        codec: four letters; OpenCV's PyPI wheels have "mp4v" and lack "avc1".
 
     Attributes:
         num_frames: written so far.
 
     Raises:
-        ValueError: another extension; at the first frame: the file cannot be written, OpenCV has no such codec; at the
-            end: frames are missing, as on a full disk, or the file cannot take its name.
+        ValueError: the suffix is wrong; at the first frame: the file cannot be written, or OpenCV lacks the codec; at
+            the end: frames are missing, as on a full disk, or the file cannot be renamed.
     """
 
     def __init__(self, path: str | os.PathLike, fps: float, codec: str = "mp4v") -> None:
@@ -85,7 +85,7 @@ class VideoWriter:
         if self.path.suffix.lower() != ".mp4":
             raise ValueError(f"A video is written as .mp4; the name {self.path} ends in {self.path.suffix!r}")
         self.num_frames = 0
-        # OpenCV takes the kind of file from the ending.
+        # OpenCV chooses the container by the suffix.
         self._part = self.path.with_name(f".{secrets.token_hex(8)}.part.mp4")
         self._fps = fps
         self._codec = codec
@@ -96,11 +96,11 @@ class VideoWriter:
         """Append a frame (height, width, 3) uint8 in RGB.
 
         Raises:
-            ValueError: OpenCV cannot open the file with this codec; the frame has another size than the first one.
+            ValueError: OpenCV cannot open the file with this codec, or the frame has another size than the first one.
         """
         size = frame_rgb.shape[:2]
         if self._writer is None:
-            # Only the first frame tells the size for sure: a turned phone video has another one in its header.
+            # The header of a rotated phone video has another size than its frames.
             self._open(size)
         if size != self._size:
             raise ValueError(f"The frames of {self.path} are {self._size} (height, width); found one of {size}")
@@ -123,7 +123,7 @@ class VideoWriter:
             self._remove_part()
 
     def _check_part(self) -> None:
-        # OpenCV reports no error of the disk.
+        # OpenCV does not report disk errors.
         try:
             with VideoReader(self._part) as reader:
                 num_frames = reader.num_frames
@@ -138,7 +138,7 @@ class VideoWriter:
 
     def _put_in_place(self) -> None:
         try:
-            # A link that has the name is replaced, not followed.
+            # replace() replaces a link and does not follow it.
             self._part.replace(self.path)
         except OSError as error:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What families of models share when they are built."""
+"""Functions that families of models share when they are built."""
 
 from detectron2 import modeling
 from detectron2.config import CfgNode

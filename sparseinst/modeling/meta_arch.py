@@ -58,13 +58,13 @@ class OutputOptions:
 
 
 class TrainingPart(NamedTuple):
-    """What a training step prepares of one part of its images before the network runs.
+    """Inputs of one part of a training step, prepared before the network runs.
 
     Attributes:
         images: normalized and padded.
-        targets: whatever the model's `prepare_targets` returns.
-        counts: what the losses are divided by, summed over all parts of the step in this process; None where the part
-            is the whole step.
+        targets: what the model's `prepare_targets` returned.
+        counts: divisors of the losses, summed over all parts of the step in this process; None where the part is the
+            whole step.
     """
 
     images: ImageList
@@ -91,8 +91,8 @@ class InstanceSegmenter(nn.Module, ABC):
         max_instances_key: config key of the most instances that the model predicts for one image.
         max_detections_key: config key of the most instances that it returns for one image.
         mask_nms_key: config key of the IoU above which the worse of two masks of a class is dropped.
-        activation_maps_key: config key that has the model return activation maps.
-        lossless_targets_key: config key with which `target_check` loses no object.
+        activation_maps_key: config key that makes the model return activation maps.
+        lossless_targets_key: config key that makes the targets keep every object; see `target_check`.
     """
 
     num_classes_key: ClassVar[str | None] = None
@@ -125,20 +125,20 @@ class InstanceSegmenter(nn.Module, ABC):
 
     @classmethod
     def target_check(cls, cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
-        """Return a function that tells whether the targets keep an object, given at the training size.
+        """Return a function from an object's mask at the training size to whether the targets keep the object.
 
-        None, the default, where the targets keep every object.
+        Return None, the default, where the targets keep every object.
         """
         return None
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's tensors, to which images are moved."""
+        """Return the device of the model's tensors, to which images are moved."""
         return self.pixel_mean.device
 
     @property
     def output(self) -> OutputOptions:
-        """How predictions are returned."""
+        """Return the options of the predictions."""
         return self._output
 
     @contextlib.contextmanager
@@ -222,7 +222,7 @@ class InstanceSegmenter(nn.Module, ABC):
 
     @abstractmethod
     def loss_counts(self, targets: Any) -> dict[str, torch.Tensor]:
-        """Return scalars that the losses are divided by. They can be summed over parts; nothing is exchanged."""
+        """Return the divisors of the losses: scalars that can be summed over parts. Nothing is exchanged."""
 
     @abstractmethod
     def losses(
@@ -233,8 +233,8 @@ class InstanceSegmenter(nn.Module, ABC):
         Args:
             outputs: what `network` returned.
             targets: what `prepare_targets` returned.
-            counts: sums of `loss_counts` over the whole step of this process; by default those of ``targets``. An
-                exchange with other processes is this method's own, and every process calls it equally often.
+            counts: sums of `loss_counts` over the whole step of this process; by default those of ``targets``. Only
+                this method may exchange numbers with other processes, and every process calls it equally often.
         """
 
     @abstractmethod
@@ -258,7 +258,7 @@ class InstanceSegmenter(nn.Module, ABC):
             generator: draws the objects.
 
         Raises:
-            ValueError: the model cannot predict so many.
+            ValueError: the model cannot predict this number of instances.
         """
         return outputs
 

@@ -1,4 +1,4 @@
-"""Coordinates of pixels. Sizes enter as tensors, so that an exported graph holds no size of its example."""
+"""Coordinates of pixels. Sizes enter as tensors, so that an exported graph does not fix the example's size."""
 
 import torch
 

@@ -14,7 +14,7 @@ MASK_FORMATS = ("bitmask", "rle")
 
 
 class MaskMemoryError(ValueError):
-    """The boolean masks of an image would take more memory than allowed."""
+    """Raised where the boolean masks of an image would take more memory than allowed."""
 
 
 def output_masks(
@@ -77,10 +77,10 @@ def _boolean_masks(
 
     boxes = map_windows(draw, mask_probs, *sizes, mask_threshold)
     found = [index for index, box in enumerate(boxes) if box is not None]
-    for place, index in enumerate(found):
+    for position, index in enumerate(found):
         # In place, because a copy would double the memory.
-        if place < index:
-            masks[place] = masks[index]
+        if position < index:
+            masks[position] = masks[index]
     boxes = [boxes[index] for index in found]
     found_masks = torch.from_numpy(masks[: len(found)])
     return _boxes_tensor(boxes), found_masks, torch.tensor(found, dtype=torch.int64)

@@ -71,7 +71,7 @@ def resize_masks(
     Returns:
         (n, height, width) bool.
     """
-    chunk = plain_chunk(padded_size, output_size)
+    chunk = reference_chunk(padded_size, output_size)
     masks = torch.empty((len(mask_probs), *output_size), dtype=torch.bool, device=mask_probs.device)
     for start in range(0, len(mask_probs), chunk):
         probs = mask_probs[None, start : start + chunk]
@@ -83,7 +83,7 @@ def resize_masks(
     return masks
 
 
-def plain_chunk(padded_size: tuple[int, int], output_size: tuple[int, int]) -> int:
+def reference_chunk(padded_size: tuple[int, int], output_size: tuple[int, int]) -> int:
     """Return the number of masks that :func:`resize_masks` resizes at once; at least 1."""
     return max(1, MAX_PIXELS_AT_ONCE // (padded_size[0] * padded_size[1] + output_size[0] * output_size[1]))
 
@@ -124,7 +124,7 @@ def _windows_in_chunks(
     mask_threshold: float,
 ) -> Iterator[MaskWindow | None]:
     """Yield the windows of masks that are computed chunk by chunk."""
-    for probs in mask_probs.split(plain_chunk(padded_size, output_size)):
+    for probs in mask_probs.split(reference_chunk(padded_size, output_size)):
         masks = resize_masks(probs, padded_size, image_size, output_size, mask_threshold)
         boxes = masks_to_boxes(masks).int().tolist()
         found = masks.flatten(1).any(1).tolist()
@@ -160,8 +160,8 @@ def _window_function(
             return None
         pixels = _window_pixels(arrays[index], rows, columns, (top, bottom), (left, right), low, high)
         if pixels is None:
-            plain = resize_masks(mask_probs[index : index + 1], padded_size, image_size, output_size, mask_threshold)
-            pixels = plain[0, top:bottom, left:right].numpy()
+            whole = resize_masks(mask_probs[index : index + 1], padded_size, image_size, output_size, mask_threshold)
+            pixels = whole[0, top:bottom, left:right].numpy()
         return MaskWindow(pixels, top, left).shrink()
 
     return window
@@ -228,13 +228,13 @@ def _taps(input_size: int, output_size: int) -> tuple[torch.Tensor, torch.Tensor
     Returns:
         cells (output_size, 4) int64, weights (output_size, 4) float64, two of them at most not 0.
     """
-    # Resizing four patterns that are 1 at every fourth cell shows each cell's weight, since a pixel's cells are
-    # neighbours: from one before the pixel's centre to two after it, a margin for rounding.
+    # Resizing four patterns that are 1 at every fourth cell shows each cell's weight, because a pixel's cells are
+    # neighbors: from one before the pixel's center to two after it, with a margin for rounding.
     patterns = (torch.arange(input_size) % 4 == torch.arange(4)[:, None]).float()
     resized = F.interpolate(patterns[None, None], size=(4, output_size), mode="bilinear", align_corners=False)[0, 0]
     pixels = torch.arange(output_size)
-    centre_cells = ((2 * pixels + 1) * input_size - output_size) // (2 * output_size)
-    cells = centre_cells[:, None] + torch.arange(-1, 3)
+    center_cells = ((2 * pixels + 1) * input_size - output_size) // (2 * output_size)
+    cells = center_cells[:, None] + torch.arange(-1, 3)
     # Cells outside have weight 0.
     return cells.clamp(0, input_size - 1), resized[cells % 4, pixels[:, None]].double()
 

@@ -1,4 +1,4 @@
-"""Scores, overlaps and boxes of masks. The letters are those of sparseinst.structures."""
+"""Scores, overlaps and boxes of masks. Letters: sparseinst.structures."""
 
 import torch
 from torch.nn import functional as F
@@ -22,15 +22,15 @@ def maskness(mask_probs: torch.Tensor, mask_threshold: float) -> torch.Tensor:
 
 
 def mask_nms(masks: torch.Tensor, classes: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """Return which masks stay when each mask that overlaps a better one of its class is dropped.
+    """Return the masks that remain after each mask is dropped that overlaps a better remaining mask of its class.
 
     Args:
         masks: (n, Hm, Wm) bool, best first.
         classes: (n,).
-        iou_threshold: overlaps above this are dropped, in (0, 1].
+        iou_threshold: masks overlap where their IoU is above this, in (0, 1].
 
     Returns:
-        Indices of the masks that stay, ascending.
+        Indices of the remaining masks, ascending.
     """
     flat = masks.flatten(1).float()
     intersection = flat @ flat.T

@@ -1,4 +1,4 @@
-"""Where mixed precision ends: what sums over a whole map, and what takes powers and logarithms, runs in float32."""
+"""Turn mixed precision off: sums over a whole map, powers and logarithms need float32."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Switches autocast off inside a with statement; does nothing on devices that have none, such as "meta"."""
+    """Return a context without autocast; it has no effect on devices that lack autocast, such as "meta"."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

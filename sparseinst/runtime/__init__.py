@@ -1,1 +1,1 @@
-"""How a network runs where nothing is trained."""
+"""Optimization of networks for inference, and the engines that run them."""

@@ -21,7 +21,7 @@ def compiled(network: Network) -> Network:
         try:
             return current(images)
         except RuntimeError as error:
-            # An error of the network itself is raised here again.
+            # The network's own errors are raised here again.
             outputs = network(images)
             current = network
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

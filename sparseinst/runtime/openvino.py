@@ -31,11 +31,11 @@ class OpenVINONetwork:
             program = openvino.convert_model(
                 _Outputs(network, self._names),
                 example_input=example,
-                # With a dynamic batch, OpenVINO 2026.4 returned one image where the graph has Winograd's gathers.
-                input=[openvino.PartialShape([1, 3, -1, -1])],
+                # With a dynamic batch size, OpenVINO 2026.4 returned a single image for graphs with Winograd's gathers.
+                input=[openvino.PartialShape([1, example.shape[1], -1, -1])],
             )
         settings = {
-            # The default is bfloat16 on processors that have it.
+            # OpenVINO's default is bfloat16 on processors that have it.
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -1,8 +1,9 @@
-"""One function that makes a model faster for inference, for evaluation, demo, Predictor and benchmark.
+"""Make a model faster for inference: evaluation, demo, Predictor and benchmark call `optimize_for_inference`.
 
-It rewrites `network` alone, in this order: norms folded into convolutions; each module's own offer, a method
-``fuse() -> nn.Module`` that returns an equal, cheaper module; Winograd convolutions; layout and precision; the engine;
-a self-check on an example.
+Only `network` is rewritten, in this order: replace each module that has a method ``fuse() -> nn.Module`` by the equal,
+cheaper module that it returns; fold norms into convolutions, then ask the modules that norms prevented again; use
+Winograd convolutions; set layout and precision, or build another engine; compare the outputs for an example with the
+model's.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ _EXAMPLE_SIZE = (192, 256)
 
 
 class OptimizedSegmenter(nn.Module):
-    """An InstanceSegmenter in eval mode with another way to run its network.
+    """Wrap an InstanceSegmenter in eval mode, and run another callable in place of its network.
 
     Args:
         model: preprocesses and postprocesses.
@@ -47,16 +48,16 @@ class OptimizedSegmenter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's tensors."""
+        """Return the device of the model's tensors."""
         return self.model.device
 
     @property
     def output(self) -> OutputOptions:
-        """How predictions are returned."""
+        """Return the options of the model's predictions."""
         return self.model.output
 
     def output_as(self, **changes: Any) -> contextlib.AbstractContextManager:
-        """Change fields of `output` inside a with statement; activation maps only where the engine is torch."""
+        """Change fields of `output` inside a with statement; activation maps need the engine "torch"."""
         return self.model.output_as(**changes)
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
@@ -132,17 +133,11 @@ def optimize_for_inference(
             "PRECISION float32 and COMPILE False, or ENGINE torch"
         )
     original, model = model, _inference_copy(model)
-    example = torch.randn(1, len(model.pixel_mean), *_EXAMPLE_SIZE, generator=torch.Generator().manual_seed(0))
-    example = example.to(model.device)
+    example = _example(model)
     with torch.no_grad():
         expected = model.network(example)
         if fuse:
-            fold_norms(model, lambda: model.network(example))
-            _use_offers(model)
-            # A backbone may use a convolution's output next to its norm's, which no hook sees.
-            if not _is_close(model.network(example), expected, TOLERANCES["float32"]):
-                logger.warning("The network cannot be fused, because its outputs would change. It runs as it is")
-                model = _inference_copy(original)
+            model = _fuse(model, original, example, expected)
     is_plain_cpu = precision == "float32" and model.device.type == "cpu"
     if winograd and fuse and is_plain_cpu and (channels_last or engine != "torch"):
         use_winograd(model)
@@ -151,18 +146,20 @@ def optimize_for_inference(
 
         network: Network = OpenVINONetwork(model.network, example)
     else:
-        network = _torch_network(model, channels_last, PRECISIONS[precision], compile)
+        network = _torch_network(model, channels_last, PRECISIONS[precision])
     optimized = OptimizedSegmenter(model, network)
-    # Not of a network to be compiled: the example's size would be compiled too, which takes a minute.
-    if not compile and not _is_close(optimized.network(example), expected, TOLERANCES[precision]):
+    if not _is_close(optimized.network(example), expected, TOLERANCES[precision]):
         logger.warning(
-            "The optimized network (RUNTIME.ENGINE %s, PRECISION %s) returns other numbers than the model's, so the "
+            "The optimized network (RUNTIME.ENGINE %s, PRECISION %s) does not return the model's numbers, so the "
             "model runs as it is",
             engine,
             precision,
         )
         model = _inference_copy(original)
         return OptimizedSegmenter(model, model.network)
+    if compile:
+        # After the self-check, because a first run at the example's size would be compiled too, which takes a minute.
+        return OptimizedSegmenter(model, _torch_network(model, channels_last, PRECISIONS[precision], compile=True))
     return optimized
 
 
@@ -184,25 +181,60 @@ def _inference_copy(model: InstanceSegmenter) -> InstanceSegmenter:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def _use_offers(module: nn.Module) -> None:
-    """Replace modules inside by what their own ``fuse()`` returns, outermost first."""
+def _example(model: InstanceSegmenter) -> torch.Tensor:
+    """Return one image of normal noise, of a size that the model's `preprocess` makes and the network accepts."""
+    image = torch.zeros((len(model.pixel_mean), *_EXAMPLE_SIZE), dtype=torch.uint8)
+    size = model.preprocess([{"image": image}]).tensor.shape
+    return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+def _fuse(
+    model: InstanceSegmenter,
+    original: InstanceSegmenter,
+    example: torch.Tensor,
+    expected: dict[str, torch.Tensor],
+) -> InstanceSegmenter:
+    """Fuse the model in place and return it; where that fails, log one line and return another copy of the original."""
+    try:
+        # timm's modules offer a fusion of their own norms; other modules offer one when theirs are folded.
+        offers: set[nn.Module] = set()
+        _use_offers(model, offers)
+        fold_norms(model, lambda: model.network(example))
+        _use_offers(model, offers)
+        if _is_close(model.network(example), expected, TOLERANCES["float32"]):
+            return model
+        # A backbone may use a convolution's output next to its norm's, which no hook sees.
+        reason = "its outputs would change"
+    # The fuse() of a module is a user's code, which can raise anything.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    logger.warning("The network cannot be fused, and runs as it is: %s", reason)
+    return _inference_copy(original)
+
+
+def _use_offers(module: nn.Module, offers: set[nn.Module]) -> None:
+    """Replace modules inside by what their own ``fuse()`` returns, outermost first, and add these to ``offers``."""
     for name, child in list(module.named_children()):
+        if child in offers:
+            continue
         offer = child.fuse() if callable(getattr(child, "fuse", None)) else child
-        if offer is not child:
-            setattr(module, name, offer.eval())
+        # A fuse() that returns None fuses in place.
+        if offer is child or offer is None:
+            _use_offers(child, offers)
         else:
-            _use_offers(child)
+            setattr(module, name, offer.eval())
+            offers.add(offer)
 
 
 def _is_close(outputs: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> bool:
     return outputs.keys() == expected.keys() and all(
         outputs[name].shape == value.shape
-        and (outputs[name].float() - value).abs().max() <= tolerance * value.abs().max()
+        and (outputs[name].float() - value.float()).abs().max() <= tolerance * value.float().abs().max()
         for name, value in expected.items()
     )
 
 
-def _torch_network(model: InstanceSegmenter, channels_last: bool, dtype: torch.dtype, compile: bool) -> Network:
+def _torch_network(model: InstanceSegmenter, channels_last: bool, dtype: torch.dtype, compile: bool = False) -> Network:
     if channels_last:
         model.to(memory_format=torch.channels_last)
     network: Network = compiled(model.network) if compile else model.network

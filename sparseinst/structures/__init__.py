@@ -1,4 +1,4 @@
-"""Tuples and masks that pass between the rooms, and the letters that docstrings use for shapes.
+"""Define tuples and masks that all packages share, and the letters that docstrings use for shapes.
 
 Letters
     B   images in a batch

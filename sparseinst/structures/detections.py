@@ -1,4 +1,4 @@
-"""Predictions of one image. Letters: sparseinst.structures."""
+"""Hold the predictions of one image. Letters: sparseinst.structures."""
 
 from typing import NamedTuple
 

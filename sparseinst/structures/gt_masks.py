@@ -1,4 +1,4 @@
-"""Ground-truth masks of any of Detectron2's types as one tensor."""
+"""Convert ground-truth masks of any of Detectron2's types to one tensor."""
 
 import torch
 from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to_bitmask

@@ -1,4 +1,4 @@
-"""A mask without the empty rows and columns around it."""
+"""Hold a mask without the empty rows and columns around it."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Keep the masks of one image encoded, in place of Detectron2's BitMasks and PolygonMasks."""
+"""Hold the masks of one image encoded, in place of Detectron2's BitMasks and PolygonMasks."""
 
 import itertools
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Ground truth as matchers and criteria take it. Letters: sparseinst.structures."""
+"""Hold ground truth for matchers and criteria. Letters: sparseinst.structures."""
 
 from typing import NamedTuple
 

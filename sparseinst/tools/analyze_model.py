@@ -1,4 +1,4 @@
-"""Parameters, multiply-adds and activations of models: ``python -m sparseinst.tools.analyze_model --help``."""
+"""Print parameters, multiply-adds and activations of models: ``python -m sparseinst.tools.analyze_model --help``."""
 
 import argparse
 import json
@@ -18,11 +18,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sparseinst.tools.analyze_model", description=__doc__)
     parser.add_argument(
         "--config-file", required=True, nargs="+", metavar="NAME",
-        help="YAML file, or the name of one that comes with the package; several give a table with one line each",
+        help="YAML file, or the name of one that comes with the package; several give a table with a line each",
     )  # fmt: skip
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
-        help="of the image, before padding (default: a photograph of 480 x 640, resized as the config says)",
+        help="size of the image before padding (default: a photograph of 480 x 640, resized by INPUT.MIN_SIZE_TEST)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts to FILE: a list, a dict per model")
     parser.add_argument(
@@ -32,15 +32,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, without data, weights or GPU. Returns 0, or 1 where a config gives no model to analyze."""
+    """Run the command, without data, weights or GPU. Return 0, or 1 where a model cannot be built or analyzed."""
     args = build_parser().parse_args(argv)
-    # So that a missing GPU is not reported.
+    # Avoids the warning about a missing GPU.
     opts = [*args.opts, "MODEL.DEVICE", "cpu"]
     found = []
     for config_file in args.config_file:
         try:
             found.append((config_file, analyze_config(load_config(config_file, opts), args.size)))
-        # Detectron2's builders and registries raise any of these for wrong keys; ImportError: timm is missing.
+        # Detectron2's builders and registries raise any of these for wrong keys, and ImportError without timm.
         except (ValueError, KeyError, AssertionError, RuntimeError, ImportError, OSError, yaml.YAMLError) as error:
             message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
             print(f"error: {config_file}: {message or type(error).__name__}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""How fast a model is, stage by stage: ``python -m sparseinst.tools.benchmark --config-file sparse_inst_r50_giam``.
+"""Time a model stage by stage: ``python -m sparseinst.tools.benchmark --config-file sparse_inst_r50_giam``.
 
-No data set and no weights are needed: random weights take the same time. Images are random too, or given. The network
-runs on them; post-processing then gets drawn objects, --detections of them in each image, because random weights would
-let every prediction pass, with noise for masks. Each stage is timed after the device has finished: preprocessing (from
-a decoded image: resizing, normalising, padding), network, post-processing (to boolean masks of the image's size, or in
-the configured mask format), copy to the host. "As published" is network and post-processing, "end to end" all four.
-Reading and decoding files, and drawing, are not timed.
+The command needs neither a data set nor weights, because random weights take the same time. Images are random, or given
+by --input. The network runs on them; post-processing gets drawn objects instead, --detections in each image, because
+random weights would let every prediction pass, with noise for masks. The stages are preprocessing (resizing,
+normalizing and padding of a decoded image), network, post-processing (to masks of the image's size, in the configured
+format) and the copy to the host. "As published" is network and post-processing, "end to end" all four. Reading,
+decoding and drawing are not timed.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from sparseinst.data.images import read_image
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.runtime.optimize import optimize_as_configured
 
-# Names that --compare knows; each is KEY VALUE pairs below RUNTIME.
+# The named settings of --compare: KEY VALUE pairs below RUNTIME.
 NAMED_SETTINGS = {
     "configured": "",
     "eager": "FUSE False CHANNELS_LAST False",
@@ -64,26 +64,37 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", nargs="+", metavar="IMAGE", default=[], help="image files (default: a random image)")
-    add("--size", type=int, nargs=2, default=[480, 640], metavar=("HEIGHT", "WIDTH"), help="of random images, pixels")
+    add(
+        "--size",
+        type=int,
+        nargs=2,
+        default=[480, 640],
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of random images, pixels",
+    )
     add("--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help="images in a batch")
     add("--detections", type=int, default=20, metavar="N", help="objects in each image (default 20)")
     add("--area", type=float, default=0.05, metavar="SHARE",
-        help="median of the objects' areas over the image's area (default 0.05); 1: each fills the image")  # fmt: skip
-    add("--stock", action="store_true", help="also print what Detectron2's inference_on_dataset measures for the first")
+        help="median area of the objects, as a share of the image (default 0.05); 1: each fills the image")  # fmt: skip
+    add(
+        "--stock",
+        action="store_true",
+        help="also print the speed of the first setting in Detectron2's inference_on_dataset",
+    )
     add_common_arguments(parser, NAMED_SETTINGS, RUNTIME, repetitions=20, warmup=2)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0; 2 where the arguments or the config do not allow it."""
+    """Run the command. Return 0, or 2 where the arguments or the config are wrong."""
     return run_command(build_parser().parse_args(argv), run)
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure and print. Returns all figures, for a JSON file.
+    """Measure and print, and return all figures for a JSON file.
 
     Raises:
-        ValueError: the arguments or the config do not allow it.
+        ValueError: the arguments or the config are wrong.
         ImportError: a setting needs a package that is not installed.
     """
     least = {"--size": min(args.size), "--batch-sizes": min(args.batch_sizes), "--repetitions": args.repetitions}
@@ -113,7 +124,7 @@ def run(args: argparse.Namespace) -> dict:
         print(f"\nBatch of {batch_size}, {args.repetitions} repetitions after {args.warmup}, ms\n{table(figures)}")
         found["batches"].append({"batch_size": batch_size, "settings": figures})
     if args.stock:
-        # Detectron2's warm-up is 5 batches. Here post-processing gets what random weights find.
+        # Detectron2 warms up for 5 batches. Post-processing gets the output of random weights here.
         setup_logger(name="detectron2").setLevel(logging.INFO)
         inputs = [[x] for x in batched_inputs(images, T.AugmentationList(list(augmentations)))]
         loader = inputs * max(1, 12 // len(inputs))
@@ -122,10 +133,10 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def build_models(cfg: CfgNode, settings: Sequence[str]) -> dict[str, nn.Module]:
-    """Build one model and return it with each of the settings, by name; weights are random.
+    """Build a model with random weights, and return it with each of the settings, by name.
 
     Raises:
-        ValueError: an unknown setting, or a model that does not run in stages.
+        ValueError: a setting is unknown, or the model is not an InstanceSegmenter.
         ImportError: a setting needs a package that is not installed.
     """
     torch.manual_seed(0)
@@ -134,7 +145,7 @@ def build_models(cfg: CfgNode, settings: Sequence[str]) -> dict[str, nn.Module]:
     models: dict[str, nn.Module] = {}
     for setting in settings:
         name, own_cfg, keys = apply_setting(cfg, setting, NAMED_SETTINGS, RUNTIME)
-        # Other keys than those of RUNTIME shape the model itself.
+        # Keys outside RUNTIME change the model itself.
         is_other = any(not key.startswith(f"{RUNTIME}.") for key in keys)
         models[name] = optimize_as_configured(own_cfg, build_model(own_cfg).eval() if is_other else model)
     return models

@@ -1,12 +1,12 @@
-"""How long a training step takes: ``python -m sparseinst.tools.benchmark_training --config-file sparse_inst_r50_giam``.
+"""Time training steps: ``python -m sparseinst.tools.benchmark_training --config-file sparse_inst_r50_giam``.
 
-Times the trainer's own steps, with the real model (random weights), optimizer and guard. The stages come from further
-steps in PyTorch's profiler. By default images are noise and ground truth is ellipses, --instances of them in each image
-of --size, mapped beforehand, so that no step waits for data. --data shapes draws shapes, and --data config takes
-DATASETS.TRAIN (or TRAIN_JSON and TRAIN_IMAGES); both go through the real loader: raise DATALOADER.NUM_WORKERS as long
-as "waiting for data" falls. "All but the network" is every stage but the network's forward pass and the backward pass.
+The steps are the trainer's own, with the real model (random weights), optimizer and guard; the stages come from further
+steps in PyTorch's profiler. By default images are noise and ground truth is ellipses, --instances in each image of
+--size, mapped beforehand, so that no step waits for data. --data shapes draws shapes, and --data config uses
+DATASETS.TRAIN (or TRAIN_JSON and TRAIN_IMAGES); both use the real loader: raise DATALOADER.NUM_WORKERS as long as
+"waiting for data" falls. "All but the network" is every stage except the network's forward pass and the backward pass.
 Memory is measured in a process for each setting: on CUDA the peak of PyTorch's allocator, on the CPU the largest
-resident set above that before the model.
+resident set minus that before the model.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from sparseinst.benchmarks.settings import (
 from sparseinst.benchmarks.training import as_training, measure
 from sparseinst.config import load_config
 from sparseinst.data.coco_json import check_num_classes
-from sparseinst.engine.trainer import RUN_ERRORS
+from sparseinst.engine.errors import RUN_ERRORS
 from sparseinst.tools.make_shapes import write_ellipses, write_shapes_dataset
 
-# Names that --compare knows; each is KEY VALUE pairs below SOLVER.
+# The named settings of --compare: KEY VALUE pairs below SOLVER.
 NAMED_SETTINGS = {
     "configured": "",
     "plain": "CHANNELS_LAST False COMPILE False OPTIMIZER_IMPLEMENTATION auto RECOMPUTE []",
@@ -46,7 +46,6 @@ NAMED_SETTINGS = {
     "float16": "AMP.ENABLED True AMP.DTYPE float16",
 }
 PRECISIONS = ("float32", "bfloat16", "float16")
-# The key that drawn data takes its number of classes from.
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,19 +56,31 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", choices=["ellipses", "shapes", "config"], default="ellipses", help="see above")
-    add("--size", type=int, nargs=2, default=[640, 864], metavar=("HEIGHT", "WIDTH"), help="of drawn images, pixels")
+    add(
+        "--data",
+        choices=["ellipses", "shapes", "config"],
+        default="ellipses",
+        help="source of images and ground truth, see above",
+    )
+    add(
+        "--size",
+        type=int,
+        nargs=2,
+        default=[640, 864],
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of drawn images, pixels",
+    )
     add("--instances", type=int, default=7, metavar="N", help="ellipses in each image (default 7)")
     add("--batch-size", type=int, metavar="N", help="images in a step (default SOLVER.IMS_PER_BATCH)")
-    add("--precision", choices=PRECISIONS, help="default: as SOLVER.AMP says")
-    add("--device", help="default MODEL.DEVICE, or the CPU where that is missing")
-    add("--no-memory", action="store_true", help="leave memory out: no further process for each setting")
+    add("--precision", choices=PRECISIONS, help="default: that of SOLVER.AMP")
+    add("--device", help="default MODEL.DEVICE, or the CPU where CUDA is missing")
+    add("--no-memory", action="store_true", help="do not measure memory, which needs a process for each setting")
     add_common_arguments(parser, NAMED_SETTINGS, "SOLVER", repetitions=5, warmup=1)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0; 2 where the arguments, the config or the data do not allow it."""
+    """Run the command. Return 0, or 2 where the arguments, the config or the data are wrong."""
     return run_command(build_parser().parse_args(argv), run, RUN_ERRORS)
 
 
@@ -77,11 +88,11 @@ def build_configs(args: argparse.Namespace, folder: Path) -> dict[str, CfgNode]:
     """Return the config of each setting, with the data that --data names.
 
     Args:
-        args: of :func:`build_parser`.
-        folder: where data can be written.
+        args: of `build_parser`.
+        folder: for drawn data.
 
     Raises:
-        ValueError: the arguments, the config or the data cannot be used.
+        ValueError: the arguments, the config or the data are wrong.
     """
     least = {"--size": min(args.size), "--instances": args.instances, "--repetitions": args.repetitions}
     least["--batch-size"] = 1 if args.batch_size is None else args.batch_size
@@ -115,10 +126,10 @@ def build_configs(args: argparse.Namespace, folder: Path) -> dict[str, CfgNode]:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure and print. Returns all figures, for a JSON file.
+    """Measure and print, and return all figures for a JSON file.
 
     Raises:
-        ValueError: the arguments, the config or the data cannot be used.
+        ValueError: the arguments, the config or the data are wrong.
     """
     is_drawn = args.data == "ellipses"
     with tempfile.TemporaryDirectory() as folder:

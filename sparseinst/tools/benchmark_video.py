@@ -1,8 +1,8 @@
-"""How much of the model's speed the demo keeps on a video: ``python -m sparseinst.tools.benchmark_video --help``.
+"""Compare the speed of the demo on a video with the model's: ``python -m sparseinst.tools.benchmark_video --help``.
 
 The demo runs on the first frames of the video, in turn with the model alone on the same frames, from a decoded frame to
-masks on the host, as "end to end" in the benchmark. No weights are needed: the network runs, and post-processing gets
-drawn objects. Drawing alone is timed on a random image.
+masks on the host ("end to end" in tools.benchmark). Weights are not needed, because post-processing gets drawn objects.
+Drawing alone is timed on a random image.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from sparseinst.benchmarks.inference import example_outputs
 from sparseinst.benchmarks.settings import check_least, check_segmenter, machine
 from sparseinst.config import load_config
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.evaluation.stage_timer import now
+from sparseinst.evaluation.stage_timer import StageTimer
 from sparseinst.inference import Predictor, VideoReader, VideoWriter
 from sparseinst.runtime.optimize import optimize_as_configured
 from sparseinst.tools import demo
@@ -32,7 +32,7 @@ from sparseinst.visualization import draw_instances
 
 
 class DrawnObjects(nn.Module):
-    """A model that runs its network and then finds drawn objects, whatever the image shows.
+    """Run the network of a model, then postprocess drawn objects instead of its outputs.
 
     Args:
         model: in eval mode.
@@ -46,7 +46,7 @@ class DrawnObjects(nn.Module):
         self._examples: dict[tuple, dict[str, torch.Tensor]] = {}
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Return as many objects in each image, from images as the model takes them."""
+        """Return ``num_detections`` drawn objects for each image."""
         images = self.model.preprocess(batched_inputs)
         outputs = self.model.network(images.tensor)
         key = (self.num_detections, images.tensor.shape)
@@ -64,20 +64,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
-    add("--video", required=True, metavar="FILE", help="frames are taken from its start")
-    add("--frames", type=int, default=60, metavar="N", help="of the video (default 60)")
+    add("--video", required=True, metavar="FILE", help="its first frames are used")
+    add("--frames", type=int, default=60, metavar="N", help="frames of the video (default 60)")
     add("--detections", type=int, default=20, metavar="N", help="objects in each frame (default 20)")
-    add("--repetitions", type=int, default=3, metavar="N", help="of each, in turn (default 3)")
+    add("--repetitions", type=int, default=3, metavar="N", help="runs of demo and model, in turn (default 3)")
     add("--image", type=int, nargs=2, default=[1080, 1920], metavar=("HEIGHT", "WIDTH"),
-        help="size of the image that drawing alone is timed on (default 1080 1920)")  # fmt: skip
-    add("--objects", type=int, default=30, metavar="N", help="drawn on that image (default 30)")
-    add("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
+        help="size of the image for the time of drawing alone (default 1080 1920)")  # fmt: skip
+    add("--objects", type=int, default=30, metavar="N", help="objects drawn on that image (default 30)")
+    add("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU")
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0; 2 where the arguments, the config or the video do not allow it."""
+    """Run the command. Return 0, or 2 where the arguments, the config or the video are wrong."""
     args = build_parser().parse_args(argv)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     try:
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure and print.
 
     Raises:
-        ValueError: the arguments, the config or the video do not allow it.
+        ValueError: the arguments, the config or the video are wrong.
         ImportError: a package that the config needs is not installed.
     """
     counts = {"--frames": args.frames, "--repetitions": args.repetitions, "--objects": args.objects}
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     check_segmenter(model)
     drawn = DrawnObjects(optimize_as_configured(cfg, model), args.objects).eval()
     predictor = Predictor(cfg, model=drawn)
-    # First, so that more objects than the model can have stop the command at once.
+    # First, so that too many objects for the model stop the command at once.
     image = np.random.default_rng(0).integers(0, 256, (*args.image, 3), dtype=np.uint8)
     (instances,) = predictor([image], "RGB")
     drawn.num_detections = args.detections
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _cut(source: str, clip: Path, num_frames: int) -> list[np.ndarray]:
-    """Write the first frames of a video to another one, and return them as they are read from there."""
+    """Write the first frames of a video to a clip, and return them as they are read from the clip."""
     with VideoReader(source) as reader, VideoWriter(clip, reader.fps) as writer:
         for frame in itertools.islice(reader, num_frames):
             writer.write(frame)
@@ -145,16 +145,14 @@ def _cut(source: str, clip: Path, num_frames: int) -> list[np.ndarray]:
 
 
 def _time_in_turn(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, np.ndarray]:
-    """Return the seconds of each run, (repetitions,), after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    host = torch.device("cpu")
+    """Return the seconds of each run, (repetitions,), after one round of warm-up."""
+    timer = StageTimer()
     for _ in range(1 + repetitions):
         for name, run_once in runs.items():
-            start = now(host)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                run_once()
-            seconds[name].append(now(host) - start)
-    return {name: np.array(values[1:]) for name, values in seconds.items()}
+                with timer.stage(name):
+                    run_once()
+    return {name: np.array(values[1:]) for name, values in timer.seconds.items()}
 
 
 if __name__ == "__main__":

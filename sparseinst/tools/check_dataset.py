@@ -1,14 +1,15 @@
 """Report the problems and the content of a data set: ``python -m sparseinst.tools.check_dataset JSON IMAGES``.
 
-Reads a COCO json and every one of its images, reports all problems at once, and prints the numbers of classes and
-masks that a model for it needs. Exit code 0: a training runs, perhaps with warnings; 1: the data would stop a training;
+Reads a COCO json and all of its images, reports all problems at once, and prints the numbers of classes and masks that
+a model needs for the data. Exit code 0: a training runs, perhaps with warnings; 1: the data would stop a training;
 2: the arguments are wrong.
 """
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ DEFAULT_CONFIG = "sparse_inst_r50_giam"
 # Pixels: COCO's limits of small and medium objects.
 _SMALL, _MEDIUM = 32**2, 96**2
 
-ImageEntry = tuple[dict, list[dict]]
+ImageEntry = tuple[dict, list[dict]]  # an image and its valid annotations that are not crowds
 
 
 class ImageSurvey(NamedTuple):
@@ -43,31 +44,24 @@ class ImageSurvey(NamedTuple):
 
     Attributes:
         finding: the flaw of the file, or None.
-        areas: of its objects in pixels of the file; 0 where nothing is drawn.
-        num_vanished: number of drawn objects that the training targets lose.
+        areas: of its objects, pixels of the file; 0 where rasterization gives no pixel.
+        num_vanished: number of objects with pixels that the training targets lose.
     """
 
     finding: Finding | None
-    areas: list[int]
-    num_vanished: int
+    areas: list[int] = []
+    num_vanished: int = 0
 
 
-def model_class(cfg: CfgNode) -> type[InstanceSegmenter]:
-    """Return the class named by MODEL.META_ARCHITECTURE."""
-    return config.registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
-
-
-def check_files(content: Any, image_root: Path, cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
-    """Yield the findings of the json and of its file names, without reading an image."""
+def check_files(content: Any, absent: list[str], cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
+    """Yield the findings of the json and of its file names, some of them absent, without reading an image."""
     report = check_content(content, args.evaluation)
     yield from report.findings
     is_empty = isinstance(content, dict) and not content.get("annotations")
     if is_empty or not (report.problems() or report.num_instances.total()):
         yield Finding("no objects", NOTHING_TO_TRAIN_ON, stops=not args.evaluation)
-    names = [image["file_name"] for image in _entries(content, "images") if isinstance(image.get("file_name"), str)]
-    for file_name in missing_files(names, image_root):
-        yield Finding("missing file", f"{image_root} has no file {file_name!r}")
-    for file_name, count in Counter(names).items():
+    yield from (Finding("missing file", f"{args.images} has no file {file_name!r}") for file_name in absent)
+    for file_name, count in Counter(_file_names(content)).items():
         if count > 1:
             yield Finding("file named twice", f"{file_name!r} is named by {count} images", stops=False)
     num_categories = len(_entries(content, "categories"))
@@ -84,35 +78,37 @@ def _entries(content: Any, part: str) -> list[dict]:
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
-def present_images(content: Any, image_root: Path) -> list[ImageEntry]:
-    """Return the images whose files exist, each with its valid annotations that are no crowds."""
+def _file_names(content: Any) -> list[str]:
+    names = [image.get("file_name") for image in _entries(content, "images")]
+    return [name for name in names if isinstance(name, str)]
+
+
+def present_images(content: Any, absent: Container[str]) -> list[ImageEntry]:
+    """Return the valid images whose files are not absent."""
     images: dict[int, ImageEntry] = {}
     for image in _entries(content, "images"):
-        is_named = isinstance(image.get("file_name"), str) and is_whole(image.get("id"))
         has_size = all(is_whole(image.get(side)) and image[side] > 0 for side in ("height", "width"))
-        if is_named and has_size:
+        if has_size and isinstance(image.get("file_name"), str) and is_whole(image.get("id")):
             images.setdefault(image["id"], (image, []))
-    absent = set(missing_files([image["file_name"] for image, _ in images.values()], image_root))
     for annotation in _entries(content, "annotations"):
         image_id = annotation.get("image_id")
         if not is_whole(image_id) or image_id not in images or annotation.get("iscrowd", 0) not in (0, False):
             continue
         image, annotations = images[image_id]
-        try:
+        # check_files reports broken segmentations.
+        with contextlib.suppress(DataError):
             if check_segmentation(annotation.get("segmentation"), (image["height"], image["width"])) is None:
                 annotations.append(annotation)
-        except DataError:
-            pass  # check_files reports it.
     return [entry for entry in images.values() if entry[0]["file_name"] not in absent]
 
 
 def survey_image(
     entry: ImageEntry, image_root: Path, cfg: CfgNode, is_in_target: Callable[[MaskWindow], bool] | None, is_quick: bool
 ) -> ImageSurvey:
-    """Read one image of :func:`present_images`, and draw its objects.
+    """Read one image and rasterize its objects.
 
     Args:
-        entry: the image and its annotations.
+        entry: of :func:`present_images`.
         image_root: the folder of the files.
         cfg: INPUT is read.
         is_in_target: see `InstanceSegmenter.target_check`.
@@ -121,14 +117,11 @@ def survey_image(
     image, annotations = entry
     path, max_pixels = image_root / image["file_name"], cfg.INPUT.MAX_IMAGE_PIXELS
     try:
-        if is_quick:
-            size = read_image_size(path, max_pixels)
-        else:
-            size = read_image(path, max_pixels=max_pixels).shape[:2]
+        size = read_image_size(path, max_pixels) if is_quick else read_image(path, max_pixels=max_pixels).shape[:2]
         check_image_size({**image, "file_name": path}, size)
     except DataError as error:
         kind = "unreadable image" if isinstance(error, ImageReadError) else "another image size"
-        return ImageSurvey(Finding(kind, str(error)), [], 0)
+        return ImageSurvey(Finding(kind, str(error)))
     resize = ResizeShortestEdge([_train_size(cfg)], cfg.INPUT.MAX_SIZE_TRAIN, "choice")
     transform = resize.get_transform(np.broadcast_to(np.uint8(0), size))
     areas, num_vanished = [], 0
@@ -150,22 +143,20 @@ def _train_size(cfg: CfgNode) -> int:
 
 
 def broken_images(surveys: list[ImageSurvey], cfg: CfgNode) -> Iterator[Finding]:
-    """Yield the flaws of the files: warnings where a training passes over so few, else problems."""
+    """Yield the flaws of the files: warnings where a training skips so few images, else problems."""
     findings = [survey.finding for survey in surveys if survey.finding is not None]
     limit = cfg.DATALOADER.MAX_BROKEN_IMAGES
     stops = len(findings) > limit or 0 < len(findings) == len(surveys)
     yield from (finding._replace(stops=stops) for finding in findings)
     if findings:
-        yield Finding(
-            "images that cannot be used",
-            f"{len(findings)} of {len(surveys)}; a training passes over at most DATALOADER.MAX_BROKEN_IMAGES, which is "
-            f"{limit}: repair them",
-            stops,
-        )
+        message = f"{len(findings)} of {len(surveys)}; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is "
+        yield Finding("images that cannot be used", f"{message}{limit}: repair them", stops)
 
 
-def describe_content(content: Any, surveys: list[ImageSurvey], cfg: CfgNode, keeps_all: bool) -> Iterator[str]:
-    """Yield the lines about the content of a data set; ``keeps_all``: the targets lose no object."""
+def describe_content(
+    content: Any, surveys: list[ImageSurvey], cfg: CfgNode, remedy: str, keeps_all: bool
+) -> Iterator[str]:
+    """Yield lines about the content of a data set; with the remedy, or where keeps_all, the targets lose no object."""
     categories, annotations = _entries(content, "categories"), _entries(content, "annotations")
     num_crowds = sum(bool(annotation.get("iscrowd", 0)) for annotation in annotations)
     num_images = len(_entries(content, "images"))
@@ -190,28 +181,24 @@ def describe_content(content: Any, surveys: list[ImageSurvey], cfg: CfgNode, kee
         f"  objects by size: {small:.1%} small (below 32 x 32 pixels), {medium:.1%} medium, {large:.1%} large (from "
         f"96 x 96); without a pixel: {(areas == 0).sum()}"
     )
-    remedy = f"{model_class(cfg).lossless_targets_key} True"
     if keeps_all:
         yield f"  objects that the mask grid loses: none, with {remedy}"
     else:
         num_lost, num_drawn = sum(survey.num_vanished for survey in surveys), (areas > 0).sum()
+        keeps = f"; {remedy} keeps them" * bool(num_lost)
         yield (
             f"  objects that the mask grid loses at the training's largest size (short side {_train_size(cfg)}): "
-            f"{num_lost} of {num_drawn} ({num_lost / max(1, num_drawn):.1%})"
-            + f"; {remedy} keeps them"
-            * (num_lost > 0)
+            f"{num_lost} of {num_drawn} ({num_lost / max(1, num_drawn):.1%}){keeps}"
         )
     limits = [f"{key} {len(categories)}" for key, _ in filter(None, [config.num_classes(cfg)])]
-    limits += [
-        f"{key} {counts.max()} or more holds the objects of every image (it is {most})"
-        for key, most in filter(None, [config.max_instances(cfg)])
-    ]
+    for key, most in filter(None, [config.max_instances(cfg)]):
+        limits.append(f"{key} {counts.max()} or more holds the objects of every image (it is {most})")
     if limits:
-        yield f"To be set: {'; '.join(limits)}"
+        yield f"Set: {'; '.join(limits)}"
 
 
 def describe_findings(findings: Iterable[Finding], num_shown: int) -> Iterator[str]:
-    """Yield the lines about all problems and warnings: the number of each kind, and at most ``num_shown`` of each."""
+    """Yield lines about problems and warnings: the number of each kind, and at most ``num_shown`` of each."""
     for stops, title in ((True, "Problems, which stop a training"), (False, "Warnings")):
         by_kind: dict[str, list[str]] = {}
         for finding in findings:
@@ -237,7 +224,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("json", type=Path, help="COCO json")
     add("images", type=Path, help="folder of its images")
-    add("--config-file", default="", help=f"of the training; also checks its classes (default: {DEFAULT_CONFIG})")
+    add(
+        "--config-file",
+        default="",
+        help=f"config of the training; its number of classes is checked too (default: {DEFAULT_CONFIG})",
+    )
     add("--evaluation", action="store_true", help="also check the fields that only an evaluation reads")
     add("--quick", action="store_true", help="read only the headers of the image files")
     add("--workers", type=int, default=0, help="additional processes that read images (default: 0)")
@@ -247,10 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: the arguments after the program's name; ``sys.argv``'s where None.
+    """Run the command with argv (default ``sys.argv``).
 
     Returns:
         Exit code: 0, 1 where a training would stop, 2 where the arguments are wrong.
@@ -272,16 +260,19 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"{error}\nA training with these data would stop.")
         return 1
-    findings = list(check_files(content, args.images, cfg, args))
-    images = present_images(content, args.images)
-    is_in_target = model_class(cfg).target_check(cfg)
+    absent = missing_files(_file_names(content), args.images)
+    findings = list(check_files(content, absent, cfg, args))
+    images = present_images(content, set(absent))
+    model: type[InstanceSegmenter] = config.registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
+    is_in_target = model.target_check(cfg)
     survey = partial(survey_image, image_root=args.images, cfg=cfg, is_in_target=is_in_target, is_quick=args.quick)
     # Without batches, collate_fn is called in a worker with each element.
     loader = DataLoader(images, batch_size=None, num_workers=args.workers, collate_fn=survey)
     surveys = list(tqdm(loader, desc="Images", unit="image", disable=not images))
     findings += broken_images(surveys, cfg)
     print(args.json)
-    print("\n".join(describe_content(content, surveys, cfg, keeps_all=is_in_target is None)))
+    for line in describe_content(content, surveys, cfg, f"{model.lossless_targets_key} True", is_in_target is None):
+        print(line)
     for line in describe_findings(findings, args.show):
         print(line)
     stops = any(finding.stops for finding in findings)

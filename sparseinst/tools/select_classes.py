@@ -1,6 +1,6 @@
-"""A COCO json with some of its classes: ``python -m sparseinst.tools.select_classes JSON person --output person.json``.
+"""Select classes of a COCO json: ``python -m sparseinst.tools.select_classes JSON person --output person.json``.
 
-All images stay, also those without an object of these classes: they are what an evaluation is right or wrong about.
+All images stay, including those without an object of these classes, because an evaluation counts false positives there.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from sparseinst.data.coco_json import load_checked_json
 
 
 def select_classes(content: dict, names: list[str]) -> dict:
-    """The same data set with these classes only.
+    """Return the same data set with these classes only.
 
     Args:
         content: COCO's instances format; not changed.
@@ -22,7 +22,7 @@ def select_classes(content: dict, names: list[str]) -> dict:
         ``content`` with fewer ``categories`` and ``annotations``.
 
     Raises:
-        ValueError: a name that ``categories`` does not have.
+        ValueError: ``categories`` does not have a name.
     """
     present = [category["name"] for category in content["categories"]]
     unknown = [name for name in names if name not in present]
@@ -35,7 +35,7 @@ def select_classes(content: dict, names: list[str]) -> dict:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the command's argument parser."""
     parser = argparse.ArgumentParser(prog="python -m sparseinst.tools.select_classes", description=__doc__)
     parser.add_argument("json", type=Path, help="COCO json to read")
     parser.add_argument("classes", nargs="+", metavar="CLASS", help="names of the categories to keep")
@@ -44,19 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: the arguments after the program's name; ``sys.argv``'s where None.
-
-    Returns:
-        Exit code: 0, or 2 where the arguments or the files do not allow it.
-    """
+    """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or files."""
     args = build_parser().parse_args(argv)
     try:
         if args.output.exists():
-            raise ValueError(f"{args.output} is there already; remove it, or change --output")
-        selected = select_classes(load_checked_json(args.json), args.classes)
+            raise ValueError(f"{args.output} already exists; remove it, or change --output")
+        selected = select_classes(load_checked_json(args.json)[0], args.classes)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(selected), encoding="utf-8")
     except (ValueError, OSError) as error:

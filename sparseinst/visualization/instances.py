@@ -1,4 +1,4 @@
-"""Drawings of instances, and of the activation maps that they were pooled from."""
+"""Draw instances, and the activation maps that they were pooled from."""
 
 import colorsys
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,20 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_api
 from torch.nn import functional as F
 
+from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.structures.rle_masks import RLEMasks
-from sparseinst.visualization.paint import Color, Window, mask_window, paint_objects
+from sparseinst.visualization.paint import Color, mask_window, paint_objects
 
-# An image is enlarged until its short side has this many pixels, so that names can be read, ...
+# A small image is enlarged until its short side has this many pixels, so that names can be read, ...
 _MIN_SHORT_SIDE = 480
 # ... but not beyond this long side.
 _MAX_ENLARGED_SIDE = 1600
-# Of more instances than these, boxes and names would hide the image.
+# The boxes and names of more instances would hide the image.
 _MAX_BOXES = 40
-# Share of the colour inside a mask; factor from Detectron2's names and boxes to ours.
+# Share of the color inside a mask; scale of Detectron2's names and boxes.
 _ALPHA = 0.45
 _FONT_SCALE = 1.4
-# Of the grid of activation maps: long side of a cell, height of its caption, gap between cells.
+# Of the grid of activation maps: long side of a cell, height of its caption, gap between cells, in pixels.
 _CELL_SIDE = 256
 _CAPTION_HEIGHT = 22
 _GAP = 6
@@ -36,13 +37,12 @@ def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metada
 
     Args:
         image_rgb: (height, width, 3) uint8, RGB.
-        instances: all that is to be drawn, in the image's size, on the CPU; ``pred_masks`` boolean or RLEMasks. Without
-            ``scores`` (ground truth) only the names are written. Of more than 40 instances only the masks are drawn.
+        instances: in the image's size, on the CPU; ``pred_masks`` boolean or RLEMasks. Without ``scores`` (ground
+            truth) only the names are written. Of more than 40 instances only the masks are drawn.
         metadata: holds ``thing_classes``.
 
     Returns:
-        (height, width, 3) uint8, RGB; a small image is enlarged so that its short side has 480 pixels. The same for the
-        same arguments. Without instances a copy of the image, enlarged likewise.
+        (height, width, 3) uint8, RGB, a new array; a small image is enlarged so that its short side has 480 pixels.
     """
     height, width = image_rgb.shape[:2]
     scale = max(1.0, min(_MIN_SHORT_SIDE / min(height, width), _MAX_ENLARGED_SIDE / max(height, width)))
@@ -76,24 +76,24 @@ def draw_iams(
     max_instances: int = 8,
     normalization: str = "sigmoid",
 ) -> np.ndarray:
-    """Draw what each instance was pooled from: a row with its mask, then its activation maps as heat over the image.
+    """Draw a row for each instance: its mask, then the activation maps that it was pooled from as heat over the image.
 
     Args:
         image_rgb: (height, width, 3) uint8, RGB.
         instances: as the model returns them, with ``pred_iams`` (n, G, h, w): logits that cover the image.
         metadata: holds ``thing_classes``.
-        max_instances: rows, at most; the first instances are drawn.
-        normalization: what the model does to its logits, "sigmoid" or "softmax". A map is drawn over its maximum.
+        max_instances: most rows; the first instances are drawn.
+        normalization: of the model's logits, "sigmoid" or "softmax". Each map is divided by its maximum.
 
     Returns:
-        The grid of images, uint8, RGB.
+        The grid, (H, W, 3) uint8, RGB.
 
     Raises:
-        ValueError: the instances have no ``pred_iams``; an unknown normalisation.
+        ValueError: the instances have no ``pred_iams``, or the normalization is unknown.
     """
     if not instances.has("pred_iams"):
         raise ValueError(
-            "The instances have no activation maps (pred_iams): predict with OutputOptions.with_maps, or with the "
+            "The instances have no activation maps (pred_iams): predict with OutputOptions.with_maps, or set the "
             "model's key OUTPUT_IAM"
         )
     if normalization not in ("sigmoid", "softmax"):
@@ -124,7 +124,7 @@ def draw_beside(images: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
 
 
 def ground_truth_instances(instances: Instances) -> Instances:
-    """Return a training image's ground truth as :func:`draw_instances` takes it, on the CPU.
+    """Return the ground truth of a training image as `draw_instances` takes it, on the CPU.
 
     Args:
         instances: with ``gt_classes`` (M,) and ``gt_masks``: PolygonMasks, BitMasks or a tensor (M, h, w); the masks
@@ -133,9 +133,6 @@ def ground_truth_instances(instances: Instances) -> Instances:
     instances = instances.to("cpu")
     height, width = instances.image_size
     masks = instances.gt_masks if instances.has("gt_masks") else torch.zeros(0, height, width)
-    if hasattr(masks, "whole"):
-        # GridMasks, until they are deleted.
-        masks = masks.whole()
     if isinstance(masks, PolygonMasks):
         masks = BitMasks.from_polygon_masks(masks, height, width)
     masks = masks if isinstance(masks, BitMasks) else BitMasks(masks)
@@ -148,19 +145,19 @@ def ground_truth_instances(instances: Instances) -> Instances:
 
 
 def caption(instances: Instances, index: int, metadata: Metadata) -> str:
-    """Return an instance's name, and its score where it has one."""
+    """Return the name of an instance, and its score where it has one."""
     name = metadata.thing_classes[int(instances.pred_classes[index])]
     return f"{name} {float(instances.scores[index]):.0%}" if instances.has("scores") else name
 
 
 def rank_color(index: int) -> Color:
-    """Return the colour of the index-th object."""
-    # Steps of the golden ratio around the circle of hues: neighbours in rank are far apart.
+    """Return the color of the index-th object."""
+    # Steps of the golden ratio around the circle of hues separate neighbors.
     return colorsys.hsv_to_rgb((0.33 + index * 0.618034) % 1, 0.85, 1.0)
 
 
-def mask_windows(masks: torch.Tensor | RLEMasks, order: Sequence[int], size: tuple[int, int]) -> Iterator[Window]:
-    """Yield the masks of these indices, resized to ``size``, one by one, so that few are decoded at a time."""
+def mask_windows(masks: torch.Tensor | RLEMasks, order: Sequence[int], size: tuple[int, int]) -> Iterator[MaskWindow]:
+    """Yield the masks of these indices, resized to ``size``. One mask is decoded at a time."""
     for index in order:
         if isinstance(masks, RLEMasks) and masks.image_size == size:
             yield mask_window(next(iter(masks[index])), mask_api.toBbox(masks.rles[index]))
@@ -169,7 +166,7 @@ def mask_windows(masks: torch.Tensor | RLEMasks, order: Sequence[int], size: tup
 
 
 def mask_areas(masks: torch.Tensor | RLEMasks) -> np.ndarray:
-    """Return the pixels of each mask, (n,)."""
+    """Return the number of pixels of each mask, (n,)."""
     if isinstance(masks, RLEMasks):
         return masks.areas()
     return np.array([np.count_nonzero(mask) for mask in masks.numpy()], dtype=np.int64)
@@ -194,7 +191,7 @@ def _heat_maps(iam_logits: torch.Tensor, size: tuple[int, int], normalization: s
     """Return logits (G, h, w) as maps (G, *size) whose maximum is 1."""
     logits = iam_logits.float()
     peaks = logits.amax(dim=(1, 2), keepdim=True)
-    # The softmax's denominator cancels when a map is divided by its maximum.
+    # Dividing by the maximum cancels the denominator of the softmax.
     maps = (logits - peaks).exp() if normalization == "softmax" else logits.sigmoid() / peaks.sigmoid()
     return F.interpolate(maps[None], size=size, mode="bilinear")[0].clamp(0, 1).numpy()
 
@@ -206,7 +203,7 @@ def _overlay_heat(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def _grid(rows: Sequence[Sequence[tuple[np.ndarray, str]]]) -> np.ndarray:
-    """Draw rows of equally many captioned images of one size, as one image."""
+    """Draw rows of captioned images as one image; all rows are equally long, and all images have one size."""
     height, width = rows[0][0][0].shape[:2]
     cell_width = max(width, _CELL_SIDE // 2)
     step_y, step_x = height + _CAPTION_HEIGHT + _GAP, cell_width + _GAP

@@ -84,7 +84,7 @@ def test_the_report_of_a_pretrained_backbone(tmp_path, lines):
     assert report.splitlines() == [
         f"From {tmp_path / 'R-18.pth'} (ResNet of Detectron2):",
         f"  backbone: {total - 1} of {total} tensors",
-        "  nothing for encoder, decoder: as initialised",
+        "  nothing for encoder, decoder: initial values",
         "  not filled: 1 (backbone.res4.1.conv2.norm.bias)",
         "  left out, the classifier: 1 (stem.fc.weight)",
     ]
@@ -108,7 +108,7 @@ def test_names_that_do_not_match_are_an_error_unless_allowed(tmp_path, lines):
     assert "not taken: 75, the first: net.stem.conv1.weight, " in message
     assert message.endswith("set MODEL.MIN_BACKBONE_COVERAGE 0.0 to start from what fits")
     assert start(model, path, coverage=0.0).backbone_share == 0
-    assert any("starts all the same" in line and "fills 0 of" in line for line in lines())
+    assert any("The training starts because" in line and "fills 0 of" in line for line in lines())
     # The checkpointer can be used again after an error.
     checkpointer = SparseInstCheckpointer(model, min_backbone_coverage=0.9)
     for _ in range(2):
@@ -202,7 +202,7 @@ def test_frozen_norms_need_weights(tmp_path, lines):
     with pytest.raises(ValueError, match="frozen.*1 .backbone.res4.1.conv2.norm.running_var"):
         start(tiny_model(*frozen), path)
     start(tiny_model(*frozen), path, coverage=0.0)
-    assert any("starts all the same" in line for line in lines())
+    assert any("The training starts because" in line for line in lines())
     # A gap in what trains is only reported.
     state = backbone_model(*frozen).backbone.state_dict()
     del state["res4.1.conv2.weight"]

@@ -1,4 +1,4 @@
-"""A small COCO data set, and one flaw at a time with its effect."""
+"""Define a small COCO data set, and its flaws with their effects."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ CONTENT = {
 
 
 def write(folder: Path, content: object = CONTENT) -> tuple[Path, Path]:
-    """Write json and images; returns the paths of both."""
+    """Write json and images; return the paths of both."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def write(folder: Path, content: object = CONTENT) -> tuple[Path, Path]:
 
 
 class Flaw(NamedTuple):
-    """A change of CONTENT, and whether it stops a training and an evaluation, with what message."""
+    """A change of CONTENT, and the message that stops a training and an evaluation, or None."""
 
     change: Callable[[dict], object]
     training: str | None
@@ -56,7 +56,7 @@ class Flaw(NamedTuple):
 
 
 def _annotation(**values: object) -> Callable[[dict], object]:
-    """Sets fields of annotation 2."""
+    """Set fields of annotation 2."""
     return lambda content: content["annotations"][1].update(values)
 
 
@@ -186,7 +186,7 @@ FLAWS: dict[str, Flaw] = {
 
 
 def flawed(name: str) -> dict:
-    """CONTENT with a flaw."""
+    """Return CONTENT with a flaw."""
     content = copy.deepcopy(CONTENT)
     FLAWS[name].change(content)
     return content

@@ -1,4 +1,4 @@
-"""Resize and crop of pictures of one pixel, of strips, and of ordinary ones as Detectron2 does it."""
+"""Test resize and crop of images of one pixel and of strips, and of ordinary images as in Detectron2."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_ordinary_sizes_are_those_of_detectron2():
 
 
 @pytest.mark.parametrize("size", [(64, 90), (1, 90), (64, 1)])
-def test_a_picture_that_has_its_size_is_not_copied(size):
+def test_an_image_that_has_its_size_is_not_copied(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     augmentations = [kind([min(size)], max(size), "choice") for kind in (ResizeShortestEdge, T.ResizeShortestEdge)]
     ours, stock = (augmentation.get_transform(image) for augmentation in augmentations)
@@ -53,7 +53,7 @@ def test_a_picture_that_has_its_size_is_not_copied(size):
     assert np.array_equal(ours.apply_coords(points.copy()), stock.apply_coords(points.copy()))
 
 
-def test_a_size_of_zero_leaves_the_picture_alone():
+def test_a_size_of_zero_leaves_the_image_alone():
     (resize,) = build_test_augmentations(tiny_cfg("INPUT.MIN_SIZE_TEST", 0))
     assert size_after(resize, 1, 4000) == (1, 4000)
 
@@ -69,7 +69,7 @@ def test_a_crop_has_a_pixel(crop_type):
 @pytest.mark.parametrize(
     "crop", [("absolute_range", [384, 600]), ("relative", [0.1, 0.1]), ("relative_range", [0.1, 0.1])]
 )
-def test_the_training_recipe_on_pictures_of_any_size(size, crop):
+def test_the_training_recipe_on_images_of_any_size(size, crop):
     cfg = tiny_cfg("INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", crop[0], "INPUT.CROP.SIZE", crop[1])
     augmentations = T.AugmentationList(build_train_augmentations(cfg))
     np.random.seed(0)

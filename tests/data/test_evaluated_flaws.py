@@ -1,4 +1,4 @@
-"""Evaluation from end to end: of a set without annotations, which has no AP, and of all flaws that do not stop it."""
+"""Evaluate data sets without annotations, which have no AP, and with each flaw that does not stop an evaluation."""
 
 import json
 import math

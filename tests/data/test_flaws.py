@@ -1,4 +1,4 @@
-"""Every flaw of a json: what the start of a training, that of an evaluation, and the checker say; they agree."""
+"""Test that training, evaluation and checker report each flaw of a json with the same message."""
 
 import json
 import logging
@@ -10,21 +10,22 @@ from detectron2.data import DatasetCatalog
 
 from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
+from sparseinst.modeling.sparse_inst.target_check import is_on_grid
 from sparseinst.tools import check_dataset
-from sparseinst.tools.check_dataset import is_on_grid
 from tests.data.flawed_json import CONTENT, FLAWS, flawed, write
 from tests.tiny_model import tiny_cfg
 
 
 @pytest.fixture(autouse=True)
 def _no_backbone(monkeypatch):
-    """Building one takes most of the checker's time here."""
-    monkeypatch.setattr(check_dataset, "target_check", lambda cfg: partial(is_on_grid, pixels_per_cell=4.0))
+    """Skip building a backbone, which takes most of the checker's time."""
+    on_grid = partial(is_on_grid, pixels_per_cell=4.0)
+    monkeypatch.setattr("sparseinst.modeling.sparse_inst.model.target_check", lambda cfg: on_grid)
 
 
 @pytest.fixture(autouse=True)
 def _heard(monkeypatch):
-    """A command that another test ran may have kept the messages from pytest."""
+    """Propagate log messages to pytest; a command in another test may have turned it off."""
     monkeypatch.setattr(logging.getLogger("sparseinst"), "propagate", True)
 
 
@@ -33,7 +34,7 @@ def user_cfg(json_file, images, split, *opts):
 
 
 def start(cfg, split):
-    """What train_net.py does at its start, then every image once, as the loader does."""
+    """Start as train_net.py does, then map each image once, as the loader does."""
     register_user_datasets(cfg, (split,))
     check_num_classes(cfg, (split,))
     mapper = SparseInstDatasetMapper(cfg, is_train=split == "TRAIN")
@@ -72,7 +73,7 @@ def test_each_flaw_works_or_stops_and_the_checker_agrees(name, split, tmp_path, 
         ("", "is not valid JSON"),
         ("7", "holds int"),
         ("null", "holds NoneType"),
-        ("[" * 200_000, "is no COCO json: its lists lie too deep|is not valid JSON"),
+        ("[" * 200_000, "is not a COCO json: its lists are nested too deep|is not valid JSON"),
         ('{"images": "abc", "categories": "abc"}', "'images' is a str"),
     ],
 )
@@ -129,20 +130,11 @@ def test_more_objects_than_masks_is_one_warning_that_says_how_many_would_do(tmp_
     for split in ("TRAIN", "TEST"):
         cfg = user_cfg(json_file, images, split)  # NUM_MASKS 6
         (warning,) = warnings_of(cfg, split, caplog)
-        assert "1 of 2 images with objects have more of them than MODEL.SPARSE_INST.DECODER.NUM_MASKS, which is 6" in (
-            warning
-        )
-        assert "MODEL.SPARSE_INST.DECODER.NUM_MASKS 10 would hold all" in warning and f"DATASETS.{split}" in warning
-    assert (
-        warnings_of(user_cfg(json_file, images, "TRAIN", "MODEL.SPARSE_INST.DECODER.NUM_MASKS", 10), "TRAIN", caplog)
-        == []
-    )
-
-
-def test_nothing_to_say_of_good_data(tmp_path, caplog):
-    json_file, images = write(tmp_path)
-    for split in ("TRAIN", "TEST"):
-        assert warnings_of(user_cfg(json_file, images, split), split, caplog) == []
+        key = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
+        assert f"1 of 2 images with objects have more of them than {key}, which is 6" in warning
+        assert f"{key} 10 would hold all" in warning and f"DATASETS.{split}" in warning
+    cfg = user_cfg(json_file, images, "TRAIN", "MODEL.SPARSE_INST.DECODER.NUM_MASKS", 10)
+    assert warnings_of(cfg, "TRAIN", caplog) == []
 
 
 def test_paths_with_spaces_and_other_letters(tmp_path):

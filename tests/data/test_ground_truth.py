@@ -1,4 +1,4 @@
-"""Ground truth that is found by a picture's file name."""
+"""Test finding ground truth by an image's file name."""
 
 import json
 
@@ -12,7 +12,7 @@ from sparseinst.data.images import DataError
 
 @pytest.fixture
 def json_file(tmp_path):
-    """Two pictures of one name, in two folders; category ids with a gap, not in the classes' order of appearance."""
+    """Write two images of one name in two folders; category ids have a gap and are not in order."""
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / folder / "a.png")
@@ -34,7 +34,7 @@ def json_file(tmp_path):
     return tmp_path / "truth.json"
 
 
-def test_finds_a_pictures_own_instances_with_their_classes(json_file):
+def test_finds_an_images_own_instances_with_their_classes(json_file):
     truth = GroundTruth(json_file)
     assert truth.class_names == ["nut", "bolt"]  # by category id, as the model's classes are
     one, two = (truth.find(json_file.parent / folder / "a.png") for folder in ("one", "two"))
@@ -45,7 +45,7 @@ def test_finds_a_pictures_own_instances_with_their_classes(json_file):
     assert two.pred_masks[0, 10:15, 5:15].all() and not two.has("scores")
 
 
-def test_a_picture_that_the_json_does_not_have(json_file):
+def test_an_image_that_the_json_does_not_have(json_file):
     truth = GroundTruth(json_file)
     assert truth.find(json_file.parent / "three" / "a.png") is None
     assert truth.find(json_file.parent / "one" / "b.png") is None
@@ -57,7 +57,7 @@ def test_broken_data_are_named(json_file):
     Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(folder / "one" / "a.png")
     with pytest.raises(DataError, match=r"one/a.png has 30 x 20 pixels .*made for 20 x 30.*EXIF"):
         truth.find(folder / "one" / "a.png")
-    (folder / "two" / "a.png").write_text("no picture")
+    (folder / "two" / "a.png").write_text("no image")
     with pytest.raises(DataError, match="two/a.png: it is not an image"):
         truth.find(folder / "two" / "a.png")
     content = json.loads(json_file.read_text())

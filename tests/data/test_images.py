@@ -1,4 +1,4 @@
-"""The reader of pictures: every mode, EXIF, damaged files, limits; and Detectron2's own reader for comparison."""
+"""Test the image reader: modes, EXIF, damaged files, limits; compared with Detectron2's own reader."""
 
 import random
 import struct
@@ -22,7 +22,7 @@ def pixels(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def picture(mode: str) -> Image.Image:
+def example(mode: str) -> Image.Image:
     image = Image.fromarray(pixels(HEIGHT, WIDTH, 4), "RGBA")
     if mode in ("P", "1"):
         return image.convert("RGB").convert(mode)
@@ -40,9 +40,9 @@ def picture(mode: str) -> Image.Image:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("channel_order", ["RGB", "BGR"])
-def test_8_bit_pictures_are_those_of_detectron2(mode, suffix, channel_order, tmp_path):
+def test_8_bit_images_are_those_of_detectron2(mode, suffix, channel_order, tmp_path):
     path = tmp_path / f"a.{suffix}"
-    picture(mode).save(path)
+    example(mode).save(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = read_image(path, channel_order)
@@ -54,7 +54,7 @@ def test_8_bit_pictures_are_those_of_detectron2(mode, suffix, channel_order, tmp
 @pytest.mark.parametrize("transparency", [3, bytes(range(256))])
 def test_transparent_palettes_warn_of_nothing(transparency, tmp_path):
     path = tmp_path / "a.png"
-    picture("P").save(path, transparency=transparency)
+    example("P").save(path, transparency=transparency)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = read_image(path)
@@ -87,12 +87,14 @@ def test_exif_orientation(orientation, suffix, tmp_path):
     assert np.array_equal(ours, turned)
 
 
-@pytest.mark.parametrize("orientation", [0, 9, 2**16 - 1])
-def test_meaningless_orientations_are_none(orientation, tmp_path):
+@pytest.mark.parametrize(
+    ("orientation", "shape"), [(0, (16, 40, 3)), (9, (16, 40, 3)), (65535, (16, 40, 3)), (6, (40, 16, 3))]
+)
+def test_orientation_of_16_bits_and_meaningless_orientations(orientation, shape, tmp_path):
     exif = Image.Exif()
     exif[274] = orientation
-    Image.fromarray(pixels(16, 40, 3)).save(tmp_path / "a.png", exif=exif)
-    assert read_image(tmp_path / "a.png").shape == (16, 40, 3)
+    Image.fromarray(np.full((16, 40), 65535, np.uint16)).save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.png").shape == shape and (read_image(tmp_path / "a.png") == 255).all()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
@@ -107,13 +109,6 @@ def test_16_bits_are_rescaled_not_clipped(suffix, tmp_path):
     assert (detection_utils.read_image(str(path), "RGB")[values > 255] == 255).all()
 
 
-def test_16_bits_are_turned_too(tmp_path):
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.fromarray(np.full((3, 5), 65535, np.uint16)).save(tmp_path / "a.png", exif=exif)
-    assert read_image(tmp_path / "a.png").shape == (5, 3, 3) and (read_image(tmp_path / "a.png") == 255).all()
-
-
 @pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])
 def test_an_unknown_value_range_is_refused(dtype, kind, tmp_path):
     Image.fromarray(np.zeros((3, 5), dtype)).save(tmp_path / "a.tif")
@@ -122,11 +117,11 @@ def test_an_unknown_value_range_is_refused(dtype, kind, tmp_path):
             read(tmp_path / "a.tif")
 
 
-def test_files_that_are_no_pictures_are_refused_with_the_reason(tmp_path):
+def test_files_that_are_not_images_are_refused_with_the_reason(tmp_path):
     Image.fromarray(pixels(64, 64, 3)).save(tmp_path / "good.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:-500])
     (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("no picture at all")
+    (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 50)
     for name, reason in {
@@ -177,11 +172,10 @@ def test_sizes_are_limited_before_decoding(tmp_path):
         read_image(tmp_path / "a.png", max_pixels=199)
 
 
-def test_the_default_is_the_config_s_and_allows_8000_by_8000():
+def test_the_default_limit_is_the_config_s():
     cfg = get_cfg()
     add_sparse_inst_config(cfg)
-    assert cfg.INPUT.MAX_IMAGE_PIXELS == MAX_IMAGE_PIXELS
-    assert 8000 * 8000 < MAX_IMAGE_PIXELS < 60000 * 60000
+    assert cfg.INPUT.MAX_IMAGE_PIXELS == MAX_IMAGE_PIXELS > 8000 * 8000
 
 
 def test_pillows_own_limit_neither_warns_nor_interferes_and_is_restored(tmp_path, monkeypatch):
@@ -223,7 +217,7 @@ def test_whatever_a_plugin_raises_is_our_error(error, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "bmp", "webp", "pgm"])
-def test_damaged_files_end_in_our_error_or_in_a_picture(suffix, tmp_path):
+def test_damaged_files_end_in_our_error_or_in_an_image(suffix, tmp_path):
     path = tmp_path / f"a.{suffix}"
     exif = Image.Exif()
     exif[274] = 6

@@ -1,4 +1,4 @@
-"""The order of training batches is a function of the seed and their number; broken images are passed over."""
+"""Test that the order of batches is a function of seed and number, and that broken images are skipped."""
 
 import itertools
 import logging
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -28,7 +28,7 @@ IMAGES = [
 
 
 class RandomMapper:
-    """Adds what each source of random numbers gives; images whose index is in ``broken`` cannot be read."""
+    """Add a draw of each random number generator; refuse images whose index is in ``broken``."""
 
     def __init__(self, broken=()):
         self.broken = set(broken)
@@ -41,13 +41,12 @@ class RandomMapper:
 
 def make_loader(broken=(), images=IMAGES, **kwargs):
     options = {"batch_size": 3, "seed": 5, "max_broken_images": 4, **kwargs}
-    return TrainLoader(
-        images, RandomMapper(broken), lambda seed: TrainingSampler(len(images), seed=seed), **options
-    )  # fmt: skip
+    mapper = options.pop("mapper", None) or RandomMapper(broken)
+    return TrainLoader(images, mapper, lambda seed: TrainingSampler(len(images), seed=seed), **options)
 
 
 class ThreadsMapper(RandomMapper):
-    """Says how many threads the process that maps may use."""
+    """Add the numbers of threads of the process that maps."""
 
     def __call__(self, image):
         return {**super().__call__(image), "threads": (torch.get_num_threads(), cv2.getNumThreads())}
@@ -85,10 +84,7 @@ def test_workers_use_one_thread_each():
     handler = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(60)
     try:
-        loader = TrainLoader(
-            IMAGES, ThreadsMapper(), lambda seed: TrainingSampler(len(IMAGES), seed=seed), batch_size=2, seed=5,
-            num_workers=1,
-        )  # fmt: skip
+        loader = make_loader(mapper=ThreadsMapper(), num_workers=1)
         assert {sample["threads"] for batch in take(loader, 2) for sample in batch} == {(1, 1)}
         assert cv2.getNumThreads() == 3
     finally:
@@ -119,11 +115,8 @@ def test_what_a_gpu_fetches_is_pinned(monkeypatch):
     def is_pinned(tensor):
         return any(tensor is other for other in pinned)
 
-    loader = TrainLoader(
-        IMAGES, Mapper(broken=[2]), lambda seed: TrainingSampler(len(IMAGES), seed=seed), batch_size=2, seed=5,
-        max_broken_images=1, pin_memory=True,
-    )  # fmt: skip
-    for sample in itertools.chain.from_iterable(take(loader, 11)):
+    loader = make_loader(mapper=Mapper(broken=[2]), max_broken_images=1, pin_memory=True)
+    for sample in itertools.chain.from_iterable(take(loader, 8)):
         instances = sample["instances"]
         assert sample["file_name"] == f"{sample['index']}.jpg" and instances.image_size == (4, 5)
         assert isinstance(instances.gt_masks, BitMasks) and isinstance(instances.gt_boxes, Boxes)
@@ -133,20 +126,21 @@ def test_what_a_gpu_fetches_is_pinned(monkeypatch):
 
 
 def test_samples_differ_from_epoch_to_epoch_and_the_global_random_numbers_stay():
-    torch.manual_seed(1)
-    np.random.seed(1)
-    random.seed(1)
-    expected = (random.random(), float(np.random.rand()), float(torch.rand(())))
-    torch.manual_seed(1)
-    np.random.seed(1)
-    random.seed(1)
+    def global_draws():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(1)
+    expected = global_draws()
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(1)
     draws = [image["draws"] for batch in take(make_loader(), 20) for image in batch]
     assert len(set(draws)) == len(draws) == 60
-    assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == expected
+    assert global_draws() == expected
 
 
 def test_a_samples_random_numbers_depend_on_its_own_position_alone():
-    # Not on its neighbours, of which a batch of another size has others.
+    # Batches of another size have other neighbors.
     samples = [x for batch in take(make_loader(batch_size=2, group_by_aspect_ratio=False), 6) for x in batch]
     others = [x for batch in take(make_loader(batch_size=3, group_by_aspect_ratio=False), 4) for x in batch]
     assert samples == others
@@ -177,10 +171,10 @@ def test_too_many_broken_images_stop_with_all_of_them_named():
     with pytest.raises(DataError, match="MAX_BROKEN_IMAGES is 1") as caught:
         take(make_loader(broken=[2, 7], max_broken_images=1), 30)
     assert "2.jpg is cut off" in str(caught.value) and "7.jpg is cut off" in str(caught.value)
-    # None can be used, and the limit would let them pass.
+    # No image can be used, and the limit is not reached.
     with pytest.raises(DataError, match="in a row"):
         take(make_loader(broken=range(11), max_broken_images=100), 1)
-    # The errors of a worker process are told by this one.
+    # This process reports the errors of a worker process.
     with pytest.raises(DataError, match="^1 images cannot be used"):
         take(make_loader(broken=[2], max_broken_images=0, num_workers=1), 30)
 
@@ -193,9 +187,8 @@ def test_a_restored_run_takes_the_seed_and_says_what_changed(caplog):
     make_loader(batch_size=2).load_state_dict(first.state_dict())
     assert "batch_size 3 -> 2" in caplog.text
     caplog.clear()
-    make_loader(images=[{**image, "file_name": "x" + image["file_name"]} for image in IMAGES]).load_state_dict(
-        first.state_dict()
-    )
+    renamed = [{**image, "file_name": "x" + image["file_name"]} for image in IMAGES]
+    make_loader(images=renamed).load_state_dict(first.state_dict())
     assert "checksum" in caplog.text and "num_images" not in caplog.text
 
 
@@ -225,7 +218,7 @@ def test_every_sampler_of_detectron2s_config(shapes, sampler):
     assert names == [[x["file_name"] for x in batch] for batch in take(build_train_loader(cfg, 1), 12)]
     counts = Counter(name for batch in names for name in batch)
     assert len(counts) == 6
-    # Twice over by turns, or with images of rare classes more often.
+    # Each image twice, or images of rare classes more often.
     assert (set(counts.values()) == {4}) == (sampler == "TrainingSampler")
 
 
@@ -234,11 +227,17 @@ def test_unknown_names_and_empty_data_are_refused(shapes):
     with pytest.raises(ValueError, match="SAMPLER_TRAIN is 'Mine'"):
         build_train_loader(cfg, 0)
     DatasetCatalog.register("loader_empty", lambda: [{"file_name": "a.jpg", "annotations": []}])
+    DatasetCatalog.register("loader_other", lambda: DatasetCatalog.get(shapes))
+    MetadataCatalog.get("loader_other").thing_classes = ["dog"]
     try:
         with pytest.raises(ValueError, match="loader_empty.*FILTER_EMPTY_ANNOTATIONS"):
             build_train_loader(tiny_cfg("DATASETS.TRAIN", ("loader_empty",)), 0)
+        with pytest.raises(ValueError, match="loader_other.*different classes"):
+            build_train_loader(tiny_cfg("DATASETS.TRAIN", (shapes, "loader_other")), 0)
     finally:
         DatasetCatalog.remove("loader_empty")
+        DatasetCatalog.remove("loader_other")
+        MetadataCatalog.remove("loader_other")
 
 
 def test_an_evaluation_sees_what_detectron2s_mapper_gives(shapes):
@@ -252,7 +251,7 @@ def test_an_evaluation_sees_what_detectron2s_mapper_gives(shapes):
         assert x["image_id"] == image["image_id"] and torch.equal(x["image"], stock(image)["image"])
 
 
-def test_an_evaluation_passes_over_broken_images(caplog):
+def test_an_evaluation_skips_broken_images(caplog):
     safe = SafeMapper(RandomMapper([1, 2]))
     loader = EvaluationLoader([[safe(image)] for image in IMAGES[:4]], BrokenImages(2))
     assert [[x["index"] for x in batch] for batch in loader] == [[0], [3]]

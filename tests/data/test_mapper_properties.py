@@ -1,4 +1,4 @@
-"""The mapper on random annotations, good ones and garbage: a DataError, or instances whose parts agree."""
+"""Test the mapper on random valid and broken annotations: a DataError, or instances whose parts agree."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ AUGMENTATIONS = {
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
+def image_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("mapper") / "a.png"
     Image.new("RGB", (WIDTH, HEIGHT), (9, 90, 200)).save(path)
     return str(path)
@@ -95,13 +95,13 @@ def assert_agreement(instances, image):
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @given(given_annotations=st.lists(annotations | json_values, max_size=4) | json_values, seed=st.integers(0, 99))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_annotations(name, picture, given_annotations, seed):
+def test_any_annotations(name, image_path, given_annotations, seed):
     mapper = SparseInstDatasetMapper(True, augmentations=AUGMENTATIONS[name], image_format="RGB")
     np.random.seed(seed)
     try:
-        mapped = mapper({"file_name": picture, "annotations": given_annotations})
+        mapped = mapper({"file_name": image_path, "annotations": given_annotations})
     except DataError as error:
-        assert str(error).startswith(picture) and "annotation" in str(error)
+        assert str(error).startswith(image_path) and "annotation" in str(error)
         return
     assert_agreement(mapped["instances"], mapped["image"])
     assert len(mapped["instances"]) <= len(given_annotations)
@@ -109,8 +109,8 @@ def test_any_annotations(name, picture, given_annotations, seed):
 
 @given(segmentations_of_image=st.lists(st.lists(good_polygons, min_size=1, max_size=2) | rles(), max_size=5))
 @settings(max_examples=100, deadline=None)
-def test_the_json_s_check_and_the_mapper_agree(picture, segmentations_of_image):
-    """What the check lets through the mapper maps; what the mapper refuses the check has refused."""
+def test_the_json_s_check_and_the_mapper_agree(image_path, segmentations_of_image):
+    """The mapper maps what the check accepts, and refuses what the check refuses."""
     content = {
         "images": [{"id": 1, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}],
         "categories": [{"id": 7, "name": "disc"}],
@@ -123,12 +123,12 @@ def test_the_json_s_check_and_the_mapper_agree(picture, segmentations_of_image):
     report = check_content(content)
     mapper = SparseInstDatasetMapper(True, augmentations=[], image_format="RGB")
     if report.problems():
-        image = {"file_name": picture, "annotations": [{**a, "category_id": 0} for a in content["annotations"]]}
+        image = {"file_name": image_path, "annotations": [{**a, "category_id": 0} for a in content["annotations"]]}
         with pytest.raises(DataError):
             mapper(image)
         return
     (image,) = to_dataset_dicts(content, "")
-    mapped = mapper({**image, "file_name": picture})
+    mapped = mapper({**image, "file_name": image_path})
     assert_agreement(mapped["instances"], mapped["image"])
     assert len(mapped["instances"]) <= report.num_instances.total()
 
@@ -147,40 +147,35 @@ def test_any_dataset_dict(dataset_dict):
         mapper(dataset_dict)
 
 
-@given(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "images": st.lists(
-                st.fixed_dictionaries({}, optional={key: json_values for key in ("id", "file_name", "height", "width")})
-                | st.just({"id": 1, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}),
-                max_size=3,
+def optional(*keys):
+    return {key: json_values for key in keys}
+
+
+def entries(*valid_or_random):
+    return st.lists(st.one_of(*valid_or_random), max_size=3) | json_values
+
+
+jsons = st.fixed_dictionaries(
+    {},
+    optional={
+        "images": entries(
+            st.fixed_dictionaries({}, optional=optional("id", "file_name", "height", "width")),
+            st.just({"id": 1, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}),
+        ),
+        "categories": entries(
+            st.fixed_dictionaries({}, optional=optional("id", "name")), st.just({"id": 7, "name": "disc"})
+        ),
+        "annotations": entries(
+            st.fixed_dictionaries(
+                {"id": st.integers(), "image_id": st.just(1) | json_values, "category_id": st.just(7) | json_values},
+                optional=optional("bbox", "area", "iscrowd", "ignore") | {"segmentation": segmentations},
             )
-            | json_values,
-            "categories": st.lists(
-                st.fixed_dictionaries({}, optional={"id": json_values, "name": json_values})
-                | st.just({"id": 7, "name": "disc"}),
-                max_size=3,
-            )
-            | json_values,
-            "annotations": st.lists(
-                st.fixed_dictionaries(
-                    {
-                        "id": st.integers(),
-                        "image_id": st.just(1) | json_values,
-                        "category_id": st.just(7) | json_values,
-                    },
-                    optional={key: json_values for key in ("bbox", "area", "iscrowd", "ignore")}
-                    | {"segmentation": segmentations},
-                ),
-                max_size=3,
-            )
-            | json_values,
-        },
-    )
-    | json_values,
-    st.booleans(),
+        ),
+    },
 )
+
+
+@given(jsons | json_values, st.booleans())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_json_is_checked(content, for_evaluation):
     report = check_content(content, for_evaluation)

@@ -1,4 +1,4 @@
-"""Masks of single annotations: RLE against pycocotools, garbage against our error, polygons at the limits."""
+"""Test masks of single annotations: RLE against pycocotools, broken input, polygons at the limits."""
 
 import random
 
@@ -38,7 +38,7 @@ def test_compressed_rle_is_decoded_as_pycocotools_does(height, width, seed, shar
     assert np.array_equal(decode_rle(rle, (height, width)), mask)
     text = {"size": [height, width], "counts": rle["counts"].decode()}
     assert np.array_equal(decode_rle(text, (height, width)), mask)
-    # And back: the run lengths are what pycocotools makes the same text of.
+    # And back: pycocotools encodes the run lengths as the same text.
     runs = run_lengths(rle, (height, width)).tolist()
     again = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
     assert again["counts"] == rle["counts"]
@@ -67,7 +67,7 @@ def test_random_bytes_end_in_our_error_or_in_a_mask_of_the_right_size(whole):
         except DataError:
             continue
         num_decoded += 1
-        # What we take, pycocotools takes too, and makes the same of it.
+        # pycocotools accepts it, too, with the same mask.
         assert np.array_equal(mask, coco_mask.decode({"size": list(SIZE), "counts": bytes(counts)}))
     assert 200 < num_decoded < 1500 if whole else num_decoded == 0
 

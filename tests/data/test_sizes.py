@@ -1,4 +1,4 @@
-"""Pictures of one pixel, strips, and of 8000 x 8000 through mapper, a tiny model, and its predictor."""
+"""Test images of one pixel, strips and 8000 x 8000 pixels in mapper, tiny model and predictor."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_every_size_is_trained_on_evaluated_and_predicted(height, width, model, 
     num_mapped = 2 if height * width < 10**6 else 1
     batch = [SparseInstDatasetMapper(cfg, is_train=True)(dataset_dict) for _ in range(num_mapped)]
     for x in batch:
-        # The object is all of the picture.
+        # The object fills the image.
         assert len(x["instances"]) == 1 and x["instances"].gt_masks.tensor.all()
         assert x["instances"].image_size == tuple(x["image"].shape[1:])
     losses = model(batch)
@@ -48,7 +48,7 @@ def test_every_size_is_trained_on_evaluated_and_predicted(height, width, model, 
     assert max(mapped["image"].shape) <= 96 and "instances" not in mapped
     with torch.no_grad():
         found = model([{**mapped, "height": 50, "width": 50}])[0]["instances"]
-    if height * width < 10**6:  # Masks of 64 million pixels each are another test's.
+    if height * width < 10**6:  # Another test has masks of 64 million pixels.
         instances = Predictor(cfg, model=model)([path])[0]
         assert instances.image_size == (height, width)
         with torch.no_grad():
@@ -121,16 +121,8 @@ def test_a_crop_that_cuts_everything_away_is_trained_on(model, tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (64, 48), (90, 90, 90)).save(path)
     corner = {"segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]], "category_id": 0}
-    cfg = tiny_cfg(
-        "INPUT.MAX_SIZE_TRAIN",
-        96,
-        "INPUT.CROP.ENABLED",
-        True,
-        "INPUT.CROP.TYPE",
-        "relative",
-        "INPUT.CROP.SIZE",
-        [0.3, 0.3],
-    )
+    crop = ("INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative", "INPUT.CROP.SIZE", [0.3, 0.3])
+    cfg = tiny_cfg("INPUT.MAX_SIZE_TRAIN", 96, *crop)
     mapper = SparseInstDatasetMapper(cfg, is_train=True)
     np.random.seed(0)
     mapped = [mapper({"file_name": str(path), "annotations": [corner]}) for _ in range(40)]
@@ -154,7 +146,7 @@ def test_more_objects_than_masks_have_right_targets(model, tmp_path):
     model.train()
     images = model.preprocess([crowded, plain])
     outputs = model.network(images.tensor)
-    targets = model.prepare_targets([crowded, plain], images, outputs["pred_masks"].shape[-2:])
+    targets = model.prepare_targets([crowded, plain], images)
     matches = model.criterion.matcher(outputs, targets)
     for (prediction_idx, gt_idx), num_objects in zip(matches, (9, 2)):
         assert len(prediction_idx) == len(gt_idx) == min(6, num_objects)

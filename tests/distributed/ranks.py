@@ -1,4 +1,4 @@
-"""Runs a function as the ranks of one training: real processes that exchange through gloo."""
+"""Run a function as the ranks of one training: real processes that exchange through gloo."""
 
 import datetime
 import tempfile

@@ -169,5 +169,5 @@ def test_without_a_compiler_a_line_says_so(monkeypatch, caplog):
 
 
 def test_only_our_model_is_compiled():
-    with pytest.raises(ValueError, match="SOLVER.COMPILE is True, and MODEL.META_ARCHITECTURE Linear is not an InstanceSegmenter"):
+    with pytest.raises(ValueError, match="SOLVER.COMPILE is True, and MODEL.META_ARCHITECTURE Linear is not"):
         prepare_for_training(torch.nn.Linear(1, 1), compile=True)

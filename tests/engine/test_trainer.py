@@ -48,7 +48,7 @@ def test_trains_evaluates_and_keeps_a_bounded_number_of_checkpoints(shapes, tmp_
     trainer, results = run(cfg)
     assert {"bbox", "segm"} <= results.keys()
     assert results["segm"]["AP"] >= 0
-    # The best and the final checkpoint remain in addition to the newest periodic checkpoints.
+    # The best and the final one are kept beside the newest periodic ones.
     names = sorted(path.name for path in tmp_path.glob("model_*.pth"))
     assert set(names) - {"model_best.pth"} == {"model_0000002.pth", "model_0000003.pth", "model_final.pth"}
     metrics = read_metrics(tmp_path)
@@ -100,47 +100,39 @@ def test_a_step_draws_the_same_random_numbers_whatever_came_before_it(shapes, tm
         assert all(map(torch.equal, drawn[2, iteration][1], drawn[0, iteration][1]))
 
 
-def replace_scores(trainer, scores):
-    for hook in trainer._hooks:
-        if isinstance(hook, EvaluationHook):
-            hook._evaluate = lambda: {"segm": {"AP": next(scores)}}
-
-
-def test_a_longer_run_resumes_after_the_last_step_of_model_best(shapes, tmp_path):
-    opts = ("SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 2)
-    scores = iter([30.0, 20.0, 10.0])
-    first = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", 2))
-    replace_scores(first, scores)
-    first.train()
-    # The evaluation after the last step saves model_best last.
-    assert (tmp_path / "last_checkpoint").read_text() == "model_best.pth"
-    assert torch.load(tmp_path / "model_best.pth")["trainer"]["iteration"] == 1
-    second = Trainer(make_cfg(shapes, tmp_path, *opts))
-    replace_scores(second, scores)
-    second.resume_or_load(resume=True)
-    steps = []
-    second.before_step = lambda: steps.append(second.iter)
-    second.train()
-    assert steps == [2, 3]
-
-
 def test_a_resumed_run_keeps_the_best_score_and_the_number_of_checkpoints(shapes, tmp_path):
     opts = ("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_CHECKPOINTS", 2, "TEST.EVAL_PERIOD", 2)
-    scores = iter([30.0, 20.0, 25.0, 24.0, 40.0])
+    scores = iter([30.0, 20.0, 25.0, 25.0, 40.0])
 
     def train(max_iter, resume):
         trainer = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", max_iter))
-        replace_scores(trainer, scores)
+        for hook in trainer._hooks:
+            if isinstance(hook, EvaluationHook):
+                hook._evaluate = lambda: {"segm": {"AP": next(scores)}}
         trainer.resume_or_load(resume=resume)
         trainer.train()
         return torch.load(tmp_path / "model_best.pth")["iteration"]
 
     assert train(2, resume=False) == 1  # 30
-    # A resumed run repeats the evaluation of its first iteration, which may have been interrupted.
-    assert train(4, resume=True) == 1  # 20 repeats iteration 1, 25 follows iteration 3
-    assert train(5, resume=True) == 4  # 24 repeats iteration 3, 40 follows iteration 4
+    # A resumed run repeats the last evaluation, which may have been interrupted: 20. Then 25, at the end.
+    assert train(4, resume=True) == 1
+    # 25 again, then 40 at the end.
+    assert train(5, resume=True) == 4
     names = {path.name for path in tmp_path.glob("model_*.pth")}
     assert names == {"model_0000003.pth", "model_0000004.pth", "model_best.pth", "model_final.pth"}
+
+
+def test_the_best_checkpoint_of_the_last_step_resumes_at_the_next_step(shapes, tmp_path):
+    opts = ("TEST.EVAL_PERIOD", 2, "DATASETS.TEST", shapes[1:])
+    trainer = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", 2))
+    (hook,) = [hook for hook in trainer._hooks if isinstance(hook, EvaluationHook)]
+    hook._evaluate = lambda: {"segm": {"AP": 30.0}}
+    trainer.train()
+    assert torch.load(tmp_path / "model_best.pth")["trainer"]["iteration"] == 1
+    (tmp_path / "last_checkpoint").write_text("model_best.pth")
+    resumed = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", 4))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
 
 
 def test_resuming_with_other_classes_is_refused(shapes, tmp_path):
@@ -195,7 +187,7 @@ def test_channels_last_gives_the_same_gradients(shapes, tmp_path):
 
 RECOMPUTE = ("SOLVER.RECOMPUTE", ["backbone.*", "encoder", "decoder.*_branch"])
 FUSED = ("SOLVER.OPTIMIZER_IMPLEMENTATION", "fused")
-FLOAT16 = ("SOLVER.AMP.ENABLED", True)
+BFLOAT16 = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
 SGD = ("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 1e-5)
 
 
@@ -208,7 +200,7 @@ SGD = ("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 1e-5)
         (("SOLVER.ACCUMULATE_STEPS", 2), RECOMPUTE, 1e-6),
         ((), (*FUSED, *RECOMPUTE, "SOLVER.CHANNELS_LAST", True), 5e-2),
         (SGD, (*FUSED, *RECOMPUTE, "SOLVER.CHANNELS_LAST", True), 1e-3),
-        (FLOAT16, (*FUSED, *RECOMPUTE), 1e-5),
+        (BFLOAT16, RECOMPUTE, 1e-6),
     ],
 )
 def test_options_give_the_same_weights(shapes, tmp_path, plain, opts, tolerance):
@@ -241,6 +233,23 @@ def test_the_gradients_are_clipped_after_they_are_unscaled(shapes, tmp_path, amp
     factor = min(1, clip_value / norm.item())
     for name, gradient in gradients.items():
         assert torch.allclose(clipped[name], gradient * factor, rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("clip_type", ["value", "norm"])
+def test_detectron2s_clipping_by_parameter_works(shapes, tmp_path, clip_type):
+    clip = "SOLVER.CLIP_GRADIENTS"
+    cfg = make_cfg(
+        shapes, tmp_path, "DATASETS.TEST", (), *SGD, "SOLVER.BASE_LR", 1.0, "SOLVER.WEIGHT_DECAY", 0.0,
+        "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (),
+        f"{clip}.ENABLED", True, f"{clip}.CLIP_TYPE", clip_type, f"{clip}.CLIP_VALUE", 1e-3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = dict(build_model(cfg).named_parameters())
+    trainer, _ = run(cfg)
+    # With a learning rate of 1 a parameter moves by its clipped gradient.
+    order = torch.inf if clip_type == "value" else 2
+    moved = [(parameter - before[name]).detach().norm(order) for name, parameter in trainer.model.named_parameters()]
+    assert max(moved) == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_a_run_is_resumed_with_other_options(shapes, tmp_path):

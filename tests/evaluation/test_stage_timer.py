@@ -29,7 +29,6 @@ def test_every_second_belongs_to_one_stage(clock):
         clock[0] += 5
     assert timer.seconds == {"outer": [5, 5], "inner": [2, 5], "innermost": [3]}
     assert timer.totals() == {"outer": 10, "inner": 7, "innermost": 3}
-    assert timer.means() == {"outer": 5, "inner": 3.5, "innermost": 3}
     assert str(timer) == "20.0 s: outer 10.0 s (50.0 %), inner 7.0 s (35.0 %), innermost 3.0 s (15.0 %)"
     assert str(StageTimer()) == "0.0 s: "
 

@@ -1,4 +1,4 @@
-"""Runs a function in a process of its own, and tells how that process ended.
+"""Run a function in a process of its own, and report how that process ended.
 
 The processes are forked from one server that has imported what they need, so that each costs milliseconds. Fault tests
 come in two lengths: short in `make test`, full in `make test-faults`, which sets SPARSEINST_FAULTS=full.
@@ -27,12 +27,12 @@ _context.set_forkserver_preload(
 
 
 def is_full() -> bool:
-    """Whether the slow, full form of the fault tests is wanted."""
+    """Return whether SPARSEINST_FAULTS asks for the slow, full form of the fault tests."""
     return os.environ.get("SPARSEINST_FAULTS") == "full"
 
 
 def num_cases(short: int, full: int) -> int:
-    """How many cases of a fault to try."""
+    """Return the number of cases of a fault to try."""
     return full if is_full() else short
 
 

@@ -94,7 +94,7 @@ def test_pictures(workspace, tmp_path):
         codes.append(outcome.exit_code)
         assert outcome.exit_code in (0, 130), outcome.output
         files = sorted(output.iterdir()) if output.exists() else []
-        told = re.search(r"(\d+) of 300 pictures are in", outcome.output)
+        told = re.search(r"(\d+) of 300 images are in", outcome.output)
         assert len(files) == int(told[1]), outcome.output
         assert [path.name for path in files] == [f"{index:03}.png" for index in range(len(files))]
         assert all(cv2.imread(str(path)).shape == (480, 640, 3) for path in files)

@@ -1,10 +1,12 @@
 import contextlib
+import os
+import signal
 import threading
 import time
 
 import pytest
 
-from sparseinst.inference.pipeline import read_ahead, work_behind
+from sparseinst.inference.pipeline import Interruption, read_ahead, work_behind
 
 TIMEOUT = 10
 
@@ -175,3 +177,19 @@ def test_ctrl_c_while_an_item_is_made_ends_the_work():
     with pytest.raises(KeyboardInterrupt):
         list(work_behind(done.append, items()))
     assert not threads_named("work_behind")
+
+
+def test_the_first_ctrl_c_is_recorded_and_the_second_one_raises():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.requested
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with Interruption():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

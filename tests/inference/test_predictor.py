@@ -166,7 +166,7 @@ def test_unreadable_files_are_named(tmp_path, content):
     ],
 )
 def test_other_arrays_are_refused(array):
-    with pytest.raises(ImageReadError, match="picture"):
+    with pytest.raises(ImageReadError, match="image"):
         Predictor(red_segmenter_config())([array])
 
 

@@ -134,7 +134,7 @@ def test_windows_of_chunks_are_the_same(monkeypatch):
     probs = random_probs(7, (8, 16))
     probs[3] = 0.1
     monkeypatch.setattr(mask_resize, "MAX_PIXELS_AT_ONCE", 2 * (32 * 64 + 47 * 90))
-    assert mask_resize.plain_chunk((32, 64), (47, 90)) == 2
+    assert mask_resize.reference_chunk((32, 64), (47, 90)) == 2
     assert_windows_equal_plain(probs, (32, 64), (30, 41), (47, 90), 0.45, mask_resize._windows_in_chunks)
 
 

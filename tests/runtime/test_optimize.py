@@ -179,6 +179,102 @@ def test_a_network_that_would_change_stays_as_it_is(model, caplog):
     assert "cannot be fused" in caplog.text
 
 
+def with_offer(model, fuse):
+    """Return a copy of the model whose first convolution is in a module with this ``fuse()``."""
+
+    class Offering(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            return self.conv(x)
+
+    Offering.fuse = fuse
+    other = copy.deepcopy(model)
+    other.backbone.stem.conv1 = Offering(other.backbone.stem.conv1).eval()
+    return other
+
+
+def precise_offer(module):
+    return nn.Sequential(module.conv)
+
+
+def imprecise_offer(module):
+    return nn.Sequential(module.conv, nn.AvgPool2d(3, 1, 1))
+
+
+def failing_offer(module):
+    raise RuntimeError("no such\nfusion")
+
+
+def test_a_precise_offer_is_used(model, caplog):
+    other = with_offer(model, precise_offer)
+    images = torch.randn(1, 3, 64, 96)
+    logging.getLogger("sparseinst").propagate = True
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        optimized = optimize_for_inference(other)
+        assert_close(optimized.network(images), model.network(images))
+    assert isinstance(optimized.model.backbone.stem.conv1, nn.Sequential) and not caplog.messages
+    assert not any(module.training for module in optimized.modules())
+
+
+@pytest.mark.parametrize(
+    ("fuse", "reason"),
+    [
+        (imprecise_offer, "its outputs would change"),
+        (lambda module: nn.Conv2d(3, 7, 1), "RuntimeError"),
+        (failing_offer, "RuntimeError: no such fusion"),
+        (lambda module, needed: module, "TypeError"),
+        (lambda module: 3, "AttributeError"),
+    ],
+)
+def test_a_wrong_offer_is_refused_with_one_warning(model, caplog, fuse, reason):
+    other = with_offer(model, fuse)
+    images = torch.randn(1, 3, 64, 96)
+    logging.getLogger("sparseinst").propagate = True
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        found = optimize_for_inference(other, channels_last=False).network(images)
+        assert all(torch.equal(value, found[name]) for name, value in other.network(images).items())
+    assert len(caplog.messages) == 1 and f"cannot be fused, and runs as it is: {reason}" in caplog.messages[0]
+
+
+def test_a_module_that_fuses_in_place(model, caplog):
+    other = with_offer(model, lambda module: None)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        optimized = optimize_for_inference(other)
+        assert_close(optimized.network(images), model.network(images))
+    assert isinstance(optimized.model.decoder, FusedDecoder) and not caplog.messages
+
+
+def test_an_offer_that_needs_its_norm():
+    """Modules of timm offer to fold their own norm; an example is RepViT's ConvNorm."""
+    pytest.importorskip("timm", reason="the package timm (extra 'timm') is not installed")
+    model = give_character(
+        tiny_model(
+            "MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "repvit_m0_9",
+            "MODEL.TIMM.OUT_FEATURES", ["res3", "res4"],
+        )
+    )  # fmt: skip
+    optimized = optimize_for_inference(model)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert_close(optimized.network(images), model.network(images))
+    assert isinstance(optimized.model.decoder, FusedDecoder)
+    assert not [module for module in optimized.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_an_image_size_that_the_network_demands(model):
+    other = copy.deepcopy(model)
+    other.size_divisibility = 320
+    network = other.network
+    other.network = lambda images: network(images) if images.shape[-2:] == (320, 320) else None
+    optimized = optimize_for_inference(other)
+    assert isinstance(optimized.model.decoder, FusedDecoder)
+    assert len(optimized([random_input()])) == 1
+
+
 def test_other_parts_stay_as_they_are(model):
     class MyEncoder(type(model.encoder)):
         pass

@@ -1,4 +1,4 @@
-"""Windows of masks, worked by hand and against the whole mask."""
+"""Test windows of masks, by hand and against the whole mask."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""RLEMasks where Detectron2 expects masks: in Instances, in its evaluator's results, in its visualizers."""
+"""Test RLEMasks in Detectron2's Instances, evaluator results and visualizers."""
 
 import json
 

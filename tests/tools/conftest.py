@@ -1,23 +1,16 @@
-import logging
-
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from tests.loggers import loggers_restored
 from tests.red_segmenter import red_segmenter_config
 
 
 @pytest.fixture
 def loggers_as_before():
-    """The command sets up loggers for the process; the other tests need theirs as they were."""
-    loggers = [logging.getLogger(name) for name in ("fvcore", "detectron2", "sparseinst")]
-    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers[:] = handlers
-        logger.propagate = propagate
-        logger.setLevel(level)
+    with loggers_restored():
+        yield
 
 
 @pytest.fixture

@@ -126,12 +126,12 @@ def test_the_command(tmp_path, capsys):
     path = tmp_path / "out" / "speed.json"
     code = benchmark_training.main(
         ["--config-file", str(config), "--size", "64", "96", "--batch-size", "2", "--repetitions", "2",
-         "--precision", "float16", "--instances", "2", "--no-memory", "--threads", "1", "--json", str(path),
+         "--precision", "bfloat16", "--instances", "2", "--no-memory", "--threads", "1", "--json", str(path),
          "--compare", "plain", "fused", "mine=WEIGHT_DECAY 0.1 MODEL.SPARSE_INST.DECODER.NUM_MASKS 5"]
     )  # fmt: skip
     text = capsys.readouterr()
     assert code == 0, text.err
-    assert "batch of 2, float16" in text.out and "2 ellipses in each image of 64x96" in text.out
+    assert "batch of 2, bfloat16" in text.out and "2 ellipses in each image of 64x96" in text.out
     assert "times as fast as plain" in text.out and "all but the network" in text.out and "not measured" in text.out
     settings = json.loads(path.read_text())["settings"]
     assert settings.keys() == {"plain", "fused", "mine"}

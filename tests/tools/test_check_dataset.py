@@ -1,4 +1,4 @@
-"""The checker of data sets: counts, suggestions, exit codes. tests/data/test_flaws.py: that it agrees with training."""
+"""Test the counts, suggestions and exit codes of check_dataset; test_flaws.py compares it with training."""
 
 import json
 
@@ -57,32 +57,32 @@ def test_all_broken_images_are_told_in_one_pass(config_file, tmp_path, capsys):
     (images / "1.png").write_bytes((images / "1.png").read_bytes()[:-300])
     (images / "2.png").unlink()
     Image.new("RGB", (40, 60)).save(images / "3.png")
-    (images / "4.png").write_text("no picture")
+    (images / "4.png").write_text("not an image")
     strict = ["--config-file", config_file, "--opts", "DATALOADER.MAX_BROKEN_IMAGES"]
     for workers in (0, 2):
         code, output = check(capsys, json_file, images, *strict, 2, "--workers", workers)
         assert code == 1 and "Problems, which stop a training: 5" in output
-        assert "3 of 3; a training passes over at most DATALOADER.MAX_BROKEN_IMAGES, which is 2: repair" in output
+        assert "3 of 3; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is 2: repair" in output
         assert "unreadable image: 2" in output and "1.png: " in output and "4.png: it is not an image" in output
         assert "missing file: 1" in output and "'2.png'" in output
         assert "another image size: 1" in output and "EXIF" in output
         assert output.endswith("A training with these data would stop.\n")
-    # Headers alone do not tell of the first.
+    # Headers alone do not show the first.
     code, output = check(capsys, json_file, images, *strict, 1, "--quick")
     assert code == 1 and "Problems, which stop a training: 4" in output
 
 
-def test_a_training_passes_over_some_broken_images(config_file, tmp_path, capsys):
+def test_a_training_skips_some_broken_images(config_file, tmp_path, capsys):
     json_file, images = write(tmp_path)
     for number in (1, 2):
-        (images / f"{number}.png").write_text("no picture")
+        (images / f"{number}.png").write_text("not an image")
     for limit, expected in ((2, 0), (1, 1)):
         arguments = ["--config-file", config_file, "--opts", "DATALOADER.MAX_BROKEN_IMAGES", limit]
         code, output = check(capsys, json_file, images, *arguments)
         assert code == expected and "unreadable image: 2" in output
-        assert f"2 of 4; a training passes over at most DATALOADER.MAX_BROKEN_IMAGES, which is {limit}" in output
+        assert f"2 of 4; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is {limit}" in output
     for number in (3, 4):
-        (images / f"{number}.png").write_text("no picture")
+        (images / f"{number}.png").write_text("not an image")
     assert check(capsys, json_file, images, "--config-file", config_file)[0] == 1  # None is left.
 
 

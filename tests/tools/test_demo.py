@@ -32,7 +32,7 @@ def test_a_picture_is_drawn_in_its_colours(tmp_path, config_file, capsys):
     assert np.abs(picture[300, 200] - (90, 160, 90)).max() <= 1
     assert np.abs(picture[200, 300] - (250, 20, 20)).max() > 40
     assert np.abs(picture[350, 500] - (20, 20, 250)).max() <= 1
-    assert "1 of 1 pictures" in (printed := capsys.readouterr().out) and str(output) in printed
+    assert "1 of 1 images" in (printed := capsys.readouterr().out) and str(output) in printed
 
 
 def test_threshold(tmp_path, config_file):
@@ -84,7 +84,7 @@ def test_unreadable_files_are_passed_and_named(tmp_path, config_file, capsys):
     (tmp_path / "in" / "b.png").write_bytes(b"no picture")
     assert run(config_file, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
     captured = capsys.readouterr()
-    assert "b.png" in captured.err and "2 of 3 pictures" in captured.out
+    assert "b.png" in captured.err and "2 of 3 images" in captured.out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in good]
 
 
@@ -132,7 +132,7 @@ def test_pictures_whose_masks_are_too_large_are_passed_and_named(tmp_path, tiny_
     common = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--confidence-threshold", 0]
     assert run(tiny_config_file, *common, "--opts", "MODEL.OUTPUT.MAX_MASK_GIB", "0.001") == 1
     captured = capsys.readouterr()
-    assert "1 of 2 pictures" in captured.out and (tmp_path / "out" / "small.png").is_file()
+    assert "1 of 2 images" in captured.out and (tmp_path / "out" / "small.png").is_file()
     assert "large.png: 6 boolean masks of 1200x1000" in captured.err and "MAX_MASK_GIB" in captured.err
 
 
@@ -188,11 +188,11 @@ def test_masks_below_the_threshold_are_not_made_and_change_nothing(tmp_path, tin
             assert found(threshold, *options) == expected
     with pytest.MonkeyPatch.context() as patch:
         kept = []
-        patch.setattr(demo, "run_images", lambda args, cfg: kept.append(cfg.MODEL.SPARSE_INST.CLS_THRESHOLD) or 0)
+        patch.setattr(demo, "run_images", lambda args, cfg: kept.append(cfg.MODEL.OUTPUT.SCORE_THRESHOLD) or 0)
         for threshold in (0, 0.5):
             found_nothing = ["--input", "x", "--json", tmp_path / "x.json", "--confidence-threshold", threshold]
             assert run(tiny_config_file, *found_nothing) == 0
-        assert run(tiny_config_file, *found_nothing, "--opts", "MODEL.SPARSE_INST.CLS_THRESHOLD", "0.7") == 0
+        assert run(tiny_config_file, *found_nothing, "--opts", "MODEL.OUTPUT.SCORE_THRESHOLD", "0.7") == 0
         assert kept == [0, pytest.approx(0.4995), 0.7]
 
 

@@ -1,7 +1,9 @@
 """The demo's stages run beside one another: order, speed, Ctrl-C and errors."""
 
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -48,7 +50,7 @@ def test_frames_are_drawn_in_their_order(tmp_path, config_file, capsys):
 def test_speed_of_pictures(tmp_path, config_file, capsys):
     paths = [save_scene(tmp_path / "in" / f"{index}.png") for index in range(7)]
     assert run(config_file, "--input", *paths, "--output", tmp_path / "out") == 0
-    assert re.search(SPEED, capsys.readouterr().out).groups() == ("7", "pictures")
+    assert re.search(SPEED, capsys.readouterr().out).groups() == ("7", "images")
 
 
 @pytest.fixture
@@ -83,7 +85,29 @@ def test_after_ctrl_c_the_finished_pictures_are_kept(tmp_path, config_file, inte
     assert run(config_file, "--input", *paths, "--output", tmp_path / "out") == 130
     drawn = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert drawn == [path.name for path in paths[: len(drawn)]] and len(drawn) <= 4
-    assert f"{len(drawn)} of 8 pictures" in capsys.readouterr().out
+    assert f"{len(drawn)} of 8 images" in capsys.readouterr().out
+
+
+def test_a_signal_in_the_model_ends_after_its_image(tmp_path, config_file, monkeypatch, capsys):
+    calls = []
+
+    def predict(self, image):
+        calls.append(image)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, image)
+
+    original = demo.TimedPredictor.predict
+    monkeypatch.setattr(demo.TimedPredictor, "predict", predict)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        paths = [save_scene(tmp_path / "in" / f"{index}.png") for index in range(8)]
+        assert run(config_file, "--input", *paths, "--output", tmp_path / "out") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    captured = capsys.readouterr()
+    assert "5 of 8 images are in" in captured.out and "Interrupted" in captured.err
+    assert len(list((tmp_path / "out").iterdir())) == len(calls) == 5
 
 
 def test_an_error_while_frames_are_written_is_told_and_leaves_no_video(tmp_path, config_file, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The command that keeps some classes of a COCO json."""
+"""Test the command that selects classes of a COCO json."""
 
 import json
 

@@ -204,7 +204,7 @@ def test_activation_maps_need_the_key():
     with pytest.raises(ValueError, match="normalization is 'none'"):
         draw_iams(image, instances, METADATA, normalization="none")
     instances.remove("pred_iams")
-    with pytest.raises(ValueError, match="MODEL.SPARSE_INST.DECODER.OUTPUT_IAM"):
+    with pytest.raises(ValueError, match="OUTPUT_IAM"):
         draw_iams(image, instances, METADATA)
 
 

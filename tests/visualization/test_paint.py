@@ -2,9 +2,9 @@ import cv2
 import numpy as np
 import pytest
 
+from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.visualization.paint import (
     Label,
-    Window,
     mask_window,
     paint_box,
     paint_labels,
@@ -66,7 +66,7 @@ def test_an_empty_mask_leaves_the_picture():
     painted = picture.copy()
     paint_mask(painted, mask_window(np.zeros((15, 20), dtype=bool)), GREEN, 0.5, 1)
     assert np.array_equal(painted, picture)
-    paint_objects(painted, [Window(0, 0, np.zeros((0, 0), np.uint8))], [GREEN], captions=[""])
+    paint_objects(painted, [MaskWindow(np.zeros((0, 0), bool), 0, 0)], [GREEN], captions=[""])
 
 
 def test_a_box_is_blended_once_and_inside_it_nothing_changes():
@@ -154,7 +154,7 @@ def test_accents_are_not_cut():
 
 def test_larger_objects_lie_below_and_labels_above_all():
     picture = np.zeros((200, 200, 3), np.uint8)
-    square = Window(50, 50, np.ones((100, 100), np.uint8))
+    square = MaskWindow(np.ones((100, 100), bool), 50, 50)
     boxes = np.array([[50.0, 50, 150, 150]] * 2)
     colors = [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0)]
     paint_objects(picture, [square, square], colors, boxes=boxes, captions=["one", ""], alpha=0.5)
@@ -166,8 +166,8 @@ def test_larger_objects_lie_below_and_labels_above_all():
 def test_without_boxes_a_label_stands_in_the_middle_of_its_mask():
     picture = np.zeros((200, 200, 3), np.uint8)
     # Most of an L's pixels are in its foot.
-    pixels = np.zeros((100, 100), np.uint8)
+    pixels = np.zeros((100, 100), bool)
     pixels[:, :10] = pixels[80:] = 1
-    paint_objects(picture, [Window(50, 50, pixels)], [GREEN], captions=["L"], alpha=0.5)
+    paint_objects(picture, [MaskWindow(pixels, 50, 50)], [GREEN], captions=["L"], alpha=0.5)
     rows, columns = (picture.min(2) > 150).nonzero()
     assert rows.min() >= 130 and 70 < columns.mean() < 110

@@ -27,7 +27,7 @@ def numbers_of(frames):
     tracker = ObjectTracker()
     return [
         tracker.update(
-            np.array([[x, 0, x + 20, 10] for x, _ in frame], dtype=np.float32).reshape(-1, 4),
+            torch.tensor([[x, 0, x + 20, 10] for x, _ in frame], dtype=torch.float32).reshape(-1, 4),
             np.array([cls for _, cls in frame], dtype=np.int64),
         )
         for frame in frames
@@ -64,8 +64,8 @@ def test_empty_frames_and_empty_boxes():
     assert numbers_of([[], [(0, 0)], [], [(1, 0)]]) == [[], [0], [], [0]]
     tracker = ObjectTracker()
     for _ in range(2):
-        assert tracker.update(np.zeros((2, 4), np.float32), np.zeros(2, np.int64))
-    assert len(set(tracker.update(np.zeros((3, 4), np.float32), np.zeros(3, np.int64)))) == 3
+        assert tracker.update(torch.zeros(2, 4), np.zeros(2, np.int64))
+    assert len(set(tracker.update(torch.zeros(3, 4), np.zeros(3, np.int64)))) == 3
 
 
 def test_an_object_keeps_its_colour_and_the_frame_its_size():

@@ -30,7 +30,7 @@ def add_keys(cfg: CfgNode) -> None:
 
     sparse_inst.ENCODER = CfgNode()
     sparse_inst.ENCODER.NAME = "InstanceContextEncoder"
-    # Norm of the encoder's convolutions but for pyramid pooling: "", "BN", "GN", ... Published models have none.
+    # Norm of the encoder's convolutions except pyramid pooling: "", "BN", "GN", ... Published models have none.
     sparse_inst.ENCODER.NORM = ""
     # Backbone features, two to four, finest first; the first one's grid is the decoder's.
     sparse_inst.ENCODER.IN_FEATURES = ["res3", "res4", "res5"]
@@ -53,12 +53,12 @@ def add_keys(cfg: CfgNode) -> None:
     sparse_inst.DECODER.NORM = ""
     # Standard deviation of the initial weights of iam_conv.
     sparse_inst.DECODER.IAM_INIT_STD = 0.01
-    # Tie each instance's maps to a place: instances stand on a grid over the picture, and their logits fall by this
-    # times the squared distance, in grid cells. 0: no place preferred, as published.
+    # Tie each instance's maps to a location: instances stand on a grid over the image, and their logits fall by this
+    # times the squared distance, in grid cells. 0: no location is preferred, as published.
     sparse_inst.DECODER.LOCATION_PRIOR = 0.0
-    # Tie each mask to the place of its maps: mask logits fall by a sharpness, which is learned for each instance and
-    # starts with this, times the squared distance from the maps' centre of mass, in the same cells. 0: off, as
-    # published.
+    # Tie each mask to the location of its maps: mask logits fall by a sharpness times the squared distance from the
+    # maps' center of mass, in the same cells. The sharpness is learned for each instance, and starts with this. 0: off,
+    # as published.
     sparse_inst.DECODER.MASK_WINDOW = 0.0
     sparse_inst.DECODER.INST = CfgNode()
     sparse_inst.DECODER.INST.DIM = 256
@@ -77,7 +77,7 @@ def add_keys(cfg: CfgNode) -> None:
     sparse_inst.LOSS.OBJECTNESS_WEIGHT = 1.0
     # Weight of loss_iam, which draws each activation map into its instance. 0: no such loss, as published.
     sparse_inst.LOSS.IAM_WEIGHT = 0.0
-    # Several processes: divide by the instances and pairs of all of them, so that their gradients are those of one
+    # Several processes: divide by the instances and pairs of all of them, so that their gradients equal those of one
     # process with the whole batch. False: loss_mask and loss_objectness by each process's own pairs, as published.
     sparse_inst.LOSS.GLOBAL_NORMALIZATION = False
 

@@ -29,7 +29,7 @@ FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
 @SPARSE_INST_CRITERION_REGISTRY.register()
 class SparseInstCriterion(nn.Module):
-    """Matches predictions with ground truth and computes four losses, weighted (paper, equations 5 to 7).
+    """Match predictions with ground truth and compute four weighted losses (paper, equations 5 to 7).
 
     Everything runs in float32 under autocast too. ``loss_ce`` and ``loss_dice`` are sums divided by the number of
     instances; ``loss_mask`` and ``loss_objectness`` are means over the matched pairs.
@@ -201,11 +201,11 @@ def matched_predictions(predictions: torch.Tensor, pairs: list[MatchedPairs], nu
 def divisors_over_ranks(
     num_instances: int, num_matched: int, device: torch.device, global_normalization: bool = False
 ) -> tuple[float, float]:
-    """Return what the losses are divided by on this rank; called on all ranks together.
+    """Return the divisors of the losses on this rank; all ranks call it together.
 
     Gradients are averaged over the ranks. As published, the number of instances is averaged over the ranks and matched
     pairs are counted on each rank alone, so a pair on a rank with few pairs weighs more; means below 1 count as 1. With
-    ``global_normalization`` the averaged gradients are those of one process with all the images.
+    ``global_normalization`` the averaged gradients equal the gradients of one process with all the images.
 
     Args:
         num_instances: ground-truth instances of this rank.

@@ -231,7 +231,7 @@ class MaskBranch(nn.Module):
 
 @SPARSE_INST_DECODER_REGISTRY.register()
 class BaseIAMDecoder(nn.Module):
-    """One activation map per instance, sigmoid normalised (paper, section 3.2).
+    """Decode with one activation map per instance, normalized by a sigmoid and its sum (paper, section 3.2).
 
     Args:
         inst_branch: instance branch.
@@ -286,7 +286,7 @@ class BaseIAMDecoder(nn.Module):
 
     @property
     def num_masks(self) -> int:
-        """Predictions for each image, N."""
+        """Return N, the predictions for each image."""
         return self.inst_branch.num_masks
 
     def forward(self, features: torch.Tensor, with_iams: bool = False) -> dict[str, torch.Tensor]:
@@ -325,7 +325,7 @@ class BaseIAMDecoder(nn.Module):
 
 @SPARSE_INST_DECODER_REGISTRY.register()
 class GroupIAMDecoder(BaseIAMDecoder):
-    """DECODER.GROUPS activation maps per instance, whose vectors are concatenated (paper, section 3.2)."""
+    """Decode with DECODER.GROUPS activation maps per instance, and concatenate their vectors (paper, section 3.2)."""
 
     @staticmethod
     def instance_branch_variant(cfg: CfgNode) -> dict:
@@ -334,7 +334,7 @@ class GroupIAMDecoder(BaseIAMDecoder):
 
 @SPARSE_INST_DECODER_REGISTRY.register()
 class GroupIAMSoftDecoder(GroupIAMDecoder):
-    """A GroupIAMDecoder that normalizes each map by a softmax in place of a sigmoid and its sum."""
+    """Decode as a GroupIAMDecoder does, with each map normalized by a softmax."""
 
     @staticmethod
     def instance_branch_variant(cfg: CfgNode) -> dict:

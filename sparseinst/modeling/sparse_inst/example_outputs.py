@@ -14,19 +14,20 @@ MASK_LOGIT = 6.0
 def draw_outputs(
     outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Draw ellipses in place of what a network with random weights found.
+    """Draw ellipses in place of the instances that a network with random weights finds.
 
     With random weights every prediction passes the threshold and has noise for a mask, so the time of post-processing
     would say little about a trained model.
 
     Args:
-        outputs: of the network; give shapes, types and device. Other entries than logits, scores and masks are kept.
+        outputs: of the network; give shapes, types and device. Entries other than logits, scores and masks are
+            returned unchanged.
         num_objects: objects in each image; no other prediction passes the threshold.
         median_area: median of the objects' areas over the image's area; from 1 on every object fills the image.
         generator: of the CPU; determines positions and sizes.
 
     Raises:
-        ValueError: more objects than the network has masks, or fewer than none.
+        ValueError: a negative number of objects, or more objects than the network has masks.
     """
     logits, masks = outputs["pred_logits"], outputs["pred_masks"]
     num_images, num_masks, height, width = masks.shape

@@ -1,7 +1,7 @@
 """Encoder and decoder rewritten for inference: the same function with fewer multiplications.
 
 Results differ by float32 rounding only. In the encoder, the output convolution of each level and its share of the
-fusion have nothing but linear resizing between them, so they become one convolution. In the decoder, the first
+fusion have only linear resizing between them, so they become one convolution. In the decoder, the first
 convolutions of both branches become one. Letters: sparseinst.structures.
 """
 

@@ -46,7 +46,7 @@ def matching_scores(
 ) -> torch.Tensor:
     """Score every prediction against every instance of one image: p(class)^beta * DICE^alpha (paper, equation 4).
 
-    The paper ties the exponents (beta = 1 - alpha); the published code does not. An option of ours: with
+    The paper ties the exponents (beta = 1 - alpha); the published code does not. Not in the paper: with
     ``iam_weights`` the score is multiplied by the share of the prediction's activation maps inside the instance, to the
     power gamma.
 

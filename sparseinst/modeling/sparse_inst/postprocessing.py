@@ -62,7 +62,7 @@ def detect(
     scores, classes = class_scores(class_logits, objectness_logits)
     # Rescoring only lowers a score.
     prediction_idx = (scores > max(cls_threshold, score_threshold)).nonzero().squeeze(1)
-    # In place, because indexing has copied.
+    # In place, because indexing has copied the logits.
     mask_probs = mask_logits[prediction_idx].float().sigmoid_()
     scores = scores[prediction_idx] * maskness(mask_probs, mask_threshold)
 

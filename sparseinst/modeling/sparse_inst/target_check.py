@@ -17,7 +17,7 @@ _BLOCK = 32
 def target_check(cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
     """Return a function from an object at the training size to whether the targets have a pixel of it.
 
-    None where they have every object (MODEL.SPARSE_INST.ANTIALIASED_TARGETS).
+    Return None where they keep every object (MODEL.SPARSE_INST.ANTIALIASED_TARGETS).
     """
     sparse_inst = cfg.MODEL.SPARSE_INST
     if sparse_inst.ANTIALIASED_TARGETS:

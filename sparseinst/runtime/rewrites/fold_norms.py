@@ -15,13 +15,13 @@ def fold_norms(module: nn.Module, run: Callable[[], object]) -> int:
 
     Args:
         module: in eval mode.
-        run: runs it once, which shows which convolution feeds which norm.
+        run: runs the module once, to find which convolution feeds which norm.
 
     Returns:
-        How many norms were folded. A norm that reads something else stays, and so does the norm of a convolution whose
+        The number of folded norms. A norm that reads something else stays, and so does the norm of a convolution whose
         output several modules read.
     """
-    # Convolutions of Detectron2 hold their norm.
+    # Detectron2's convolutions hold their norm.
     count = 0
     for conv in module.modules():
         norm = getattr(conv, "norm", None)
@@ -32,7 +32,8 @@ def fold_norms(module: nn.Module, run: Callable[[], object]) -> int:
 
     producers: dict[int, nn.Module] = {}
     consumers: dict[nn.Module, list[nn.Module]] = {}
-    alive: list[torch.Tensor] = []  # so that no other tensor gets the same id
+    # Outputs stay referenced, so that no other tensor gets the same id.
+    alive: list[torch.Tensor] = []
 
     def note_input(consumer: nn.Module, inputs: tuple) -> None:
         for value in inputs:

@@ -1,9 +1,10 @@
 """3x3 convolutions with a quarter of the multiplications (Lavin and Gray, arXiv 1509.09308).
 
-In the letters of that paper: the output is cut into tiles of 4x4 pixels, F(4x4, 3x3). Each needs 6x6 pixels of the
-input. Transformed (B), they are multiplied by the transformed weights (G), 36 numbers in place of 16 * 9 per pair of
-channels, and transformed back (A). The polynomials are evaluated at 0, 3/4, -3/4, 3/2, -3/2 and infinity: of float32's
-rounding this leaves a quarter of what the paper's 0, 1, -1, 2, -2 do, and little more than the plain sum does.
+In the letters of that paper, F(4x4, 3x3): the output is cut into tiles of 4x4 pixels, and each tile needs a window of
+6x6 pixels of the input. B transforms the window, G the weights; they are multiplied (36 products for each pair of
+channels in place of 16 * 9), and A transforms the products back. The polynomials are evaluated at 0, 3/4, -3/4, 3/2,
+-3/2 and infinity, which has a quarter of the float32 rounding error of the paper's 0, 1, -1, 2, -2, and little more
+than direct summation.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import library, nn
 from torch.nn import functional as F
 
 TILE = 4
-# Of the input, for a tile and a kernel of 3 pixels.
+# Side of a tile's window in the input, for a kernel of 3 pixels.
 _WINDOW = TILE + 2
 # The points are 0, +-_P, +-2 _P and infinity.
 _P = 0.75
@@ -30,20 +31,20 @@ _G = tuple(
         (-_Q, 2 * _Q2 * (_Q2 - _P2)),
     )
 ) + ((0, 0, 1 / _P**3),)
-# With fewer channels the transforms cost more than the products save, ...
+# With fewer channels the transforms cost more than the products save.
 MIN_CHANNELS = 128
-# ... and with fewer tiles reading the transformed weights does.
+# With fewer tiles reading the transformed weights costs more than the products save.
 MIN_TILES = 24
-# Rows of tiles that are worked on at once: with few, the weights are read too often; with many, the shared cache does
-# not hold them.
+# Bytes of transformed windows, or products, that are worked on at once: with less, the weights are read too often; with
+# more, the shared cache does not hold them.
 _CHUNK_BYTES = 16 * 2**20
 
 
 class WinogradConv2d(nn.Module):
-    """What a convolution computes, on the CPU in float32, channels last.
+    """Compute what a convolution computes with fewer multiplications, on the CPU in float32, channels last.
 
     Args:
-        conv: one that :func:`can_be_winograd` says yes to. It is kept, for pictures of few tiles.
+        conv: one that :func:`can_be_winograd` accepts. It computes images of few tiles.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -59,14 +60,15 @@ class WinogradConv2d(nn.Module):
         self.matrices = [matrix.to(self.weight.dtype) for matrix in transform_matrices()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) to (B, O, H, W), in channels-last layout."""
+        """Convolve (B, C, H, W) to (B, O, H, W), in channels-last layout."""
         if torch.jit.is_tracing():
-            # A trace holds neither a loop nor a choice.
+            # A trace records neither loops nor branches.
             return winograd_convolution_of_products(x, self.weight, self.bias, *self.matrices)
         batch, _, height, width = x.shape
-        if batch * -(-height // TILE) * -(-width // TILE) < MIN_TILES:
+        # A compiled program would be compiled again for each side of this comparison.
+        if not torch.compiler.is_compiling() and batch * -(-height // TILE) * -(-width // TILE) < MIN_TILES:
             return self.conv(x)
-        # The compiler would take minutes over what is within, and win little.
+        # The compiler would take minutes for the loop and gain little.
         convolve = _opaque_convolution if torch.compiler.is_compiling() else winograd_convolution
         return convolve(x, self.weight, self.bias, self.pixel_scale)
 
@@ -74,13 +76,13 @@ class WinogradConv2d(nn.Module):
 def winograd_convolution(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pixel_scale: torch.Tensor
 ) -> torch.Tensor:
-    """The convolution of :class:`WinogradConv2d`.
+    """Compute the convolution of :class:`WinogradConv2d`, a few rows of tiles at a time.
 
     Args:
         x: (B, C, H, W).
         weight: (36, C, O), transformed.
         bias: (O,).
-        pixel_scale: (4, 1, 4, 1), what the pixels of a tile are still to be multiplied by.
+        pixel_scale: (4, 1, 4, 1), the remaining factor of each pixel of a tile.
 
     Returns:
         (B, O, H, W), dense, channels last.
@@ -99,7 +101,7 @@ def winograd_convolution(
         windows = _transform_windows(strip, chunk.shape[1], columns)
         products = torch.bmm(windows.view(_WINDOW**2, -1, channels), weight)
         products = products.view(*windows.shape[:-1], num_outputs)
-        # The tile's rows, then its columns.
+        # First the tile's rows, then its columns.
         half = products.new_empty(TILE, *products.shape[1:])
         _transform_back(half, products)
         _transform_back(chunk.permute(4, 2, 0, 1, 3, 5), half.transpose(0, 1))
@@ -115,13 +117,13 @@ def winograd_convolution_of_products(
     transform: torch.Tensor,
     transform_back: torch.Tensor,
 ) -> torch.Tensor:
-    """The same in a dozen operators, all windows at once and each transform one product: for an engine's graph.
+    """Compute the same in a dozen operators, for an engine's graph: all windows at once, each transform one product.
 
-    PyTorch's way above sums less, in more operators.
+    `winograd_convolution` sums less, in more operators.
 
     Args:
-        x, weight, bias: as there.
-        transform, transform_back: of :func:`transform_matrices`.
+        x, weight, bias: see `winograd_convolution`.
+        transform, transform_back: returned by :func:`transform_matrices`.
 
     Returns:
         (B, O, H, W).
@@ -130,13 +132,13 @@ def winograd_convolution_of_products(
     rows, columns = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
     padded_height, padded_width = TILE * rows + 2, TILE * columns + 2
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, padded_width - 1 - width, 1, padded_height - 1 - height))
-    # Where each window's pixels lie: (6, 6, B, rows, columns).
+    # Index of each pixel of each window: (6, 6, B, rows, columns).
     pixels = torch.arange(_WINDOW, device=x.device)
     pixel_rows = TILE * torch.arange(rows, device=x.device) + pixels[:, None]
     pixel_columns = TILE * torch.arange(columns, device=x.device) + pixels[:, None]
     images = padded_height * padded_width * torch.arange(batch, device=x.device)
-    places = images[:, None, None] + padded_width * pixel_rows[:, None, None, :, None] + pixel_columns[:, None, None, :]
-    windows = padded.reshape(-1, channels).index_select(0, places.flatten())
+    cells = images[:, None, None] + padded_width * pixel_rows[:, None, None, :, None] + pixel_columns[:, None, None, :]
+    windows = padded.reshape(-1, channels).index_select(0, cells.flatten())
 
     windows = torch.matmul(transform, windows.reshape(_WINDOW**2, -1)).reshape(_WINDOW**2, -1, channels)
     products = torch.matmul(windows, weight).reshape(_WINDOW**2, -1)
@@ -146,7 +148,7 @@ def winograd_convolution_of_products(
 
 
 def transform_matrices() -> tuple[torch.Tensor, torch.Tensor]:
-    """B and A for both directions at once, float64: (36, 36), of windows; (16, 36), of products to tiles."""
+    """Return B and A for both directions at once, float64: (36, 36) for windows, (16, 36) from products to tiles."""
     window = torch.eye(_WINDOW, dtype=torch.float64)
     transform, transform_back = torch.empty_like(window), window.new_empty(TILE, _WINDOW)
     _transform(transform, window)
@@ -167,7 +169,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pixel_scale: to
 
 
 def _transform_windows(strip: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Padded pixels (B, 4 * rows + 2, 4 * columns + 2, C) to transformed windows (6, 6, B, rows, columns, C)."""
+    """Transform padded pixels (B, 4 * rows + 2, 4 * columns + 2, C) to windows (6, 6, B, rows, columns, C)."""
     batch, _, width, channels = strip.shape
     half = strip.new_empty(_WINDOW, batch, rows, width, channels)
     _transform(half, [strip[:, i : i + TILE * (rows - 1) + 1 : TILE] for i in range(_WINDOW)])
@@ -178,7 +180,7 @@ def _transform_windows(strip: torch.Tensor, rows: int, columns: int) -> torch.Te
 
 
 def can_be_winograd(module: nn.Module) -> bool:
-    """Whether a module is a convolution of 3x3 pixels that is cheaper so."""
+    """Return whether a module is a 3x3 convolution that takes less time as a WinogradConv2d."""
     return (
         type(module) in (nn.Conv2d, layers.Conv2d)
         and getattr(module, "norm", None) is None
@@ -193,7 +195,7 @@ def can_be_winograd(module: nn.Module) -> bool:
 
 
 def use_winograd(module: nn.Module) -> int:
-    """Replace the convolutions inside a module, in place; returns how many."""
+    """Replace the convolutions inside a module that `can_be_winograd` accepts, in place; return their number."""
     count = 0
     for parent in list(module.modules()):
         if isinstance(parent, WinogradConv2d):
@@ -206,11 +208,11 @@ def use_winograd(module: nn.Module) -> int:
 
 
 def _transform(out: torch.Tensor, x: Sequence[torch.Tensor]) -> None:
-    """B: six pixels in a line to six numbers, the first axis of ``out``."""
+    """Apply B to six pixels in a line; write six numbers along the first axis of ``out``."""
     even, odd = torch.sub(x[4], x[2], alpha=_Q2), torch.sub(x[3], x[1], alpha=_Q2)
     torch.add(even, odd, alpha=_P, out=out[1])
     torch.sub(even, odd, alpha=_P, out=out[2])
-    # x4 - (P2 + Q2) x2 + P2 Q2 x0 and the same one pixel on, of the differences at hand.
+    # x4 - (P2 + Q2) x2 + P2 Q2 x0, and the same one pixel further, from these differences.
     torch.sub(x[2], x[0], alpha=_Q2, out=out[0])
     torch.sub(even, out[0], alpha=_P2, out=out[0])
     torch.sub(x[5], x[3], alpha=_Q2, out=out[5])
@@ -222,7 +224,7 @@ def _transform(out: torch.Tensor, x: Sequence[torch.Tensor]) -> None:
 
 
 def _transform_back(out: torch.Tensor, x: Sequence[torch.Tensor]) -> None:
-    """A: six numbers to the four pixels of a tile in a line, the first axis of ``out``; pixel i over P^i."""
+    """Apply A to six numbers; write four pixels of a tile in a line, pixel i over P^i, along axis 0 of ``out``."""
     near, far = x[1] + x[2], x[3] + x[4]
     torch.add(x[0], near, out=out[0])
     out[0].add_(far)

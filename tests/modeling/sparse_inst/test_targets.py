@@ -1,4 +1,4 @@
-"""Targets from every kind of ground truth against the plain way: whole masks in float32, padded, then reduced."""
+"""Targets from every kind of ground truth against a naive computation: whole masks in float32, padded, then reduced."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from tests.tiny_model import random_input, tiny_model
 IMAGES = [(37, 53, 3), (64, 96, 0), (50, 131, 40), (1, 1, 1), (33, 32, 2)]
 
 
-def plain_targets(batch, padded_size, mask_size, antialiased):
+def naive_targets(batch, padded_size, mask_size, antialiased):
     targets = []
     for x in batch:
         height, width = x["instances"].image_size
@@ -77,8 +77,8 @@ MODELS = {
 
 
 def check_targets(model, batch, images, mask_size):
-    targets = model.prepare_targets(batch, images, mask_size)
-    expected = plain_targets(batch, images.tensor.shape[-2:], mask_size, model.antialiased_targets)
+    targets = model.prepare_targets(batch, images)
+    expected = naive_targets(batch, images.tensor.shape[-2:], mask_size, model.antialiased_targets)
     for target, masks, x in zip(targets, expected, batch, strict=True):
         assert target.gt_masks.dtype == torch.float32 and torch.equal(target.gt_masks, masks)
         assert torch.equal(target.gt_classes, x["instances"].gt_classes)
@@ -87,7 +87,7 @@ def check_targets(model, batch, images, mask_size):
 @pytest.mark.parametrize("antialiased", [False, True])
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("mapper_name", MAPPERS)
-def test_equal_the_plain_way_bit_for_bit(mapper_name, model_name, antialiased, dataset_dicts, monkeypatch):
+def test_equal_the_naive_targets_bit_for_bit(mapper_name, model_name, antialiased, dataset_dicts, monkeypatch):
     # Two or three masks at once.
     monkeypatch.setattr(sparse_inst, "PIXELS_AT_ONCE", 25_000)
     model = tiny_model("MODEL.SPARSE_INST.ANTIALIASED_TARGETS", antialiased, *MODELS[model_name]).train()
@@ -103,8 +103,9 @@ def test_equal_the_plain_way_bit_for_bit(mapper_name, model_name, antialiased, d
 @pytest.mark.parametrize(
     ("divisibility", "mask_size", "antialiased"), [(96, (24, 48), True), (32, (32, 80), False), (32, (16, 43), False)]
 )
-def test_targets_of_other_mask_sizes(divisibility, mask_size, antialiased, dataset_dicts):
+def test_targets_of_other_mask_sizes(divisibility, mask_size, antialiased, dataset_dicts, monkeypatch):
     model = tiny_model("MODEL.SPARSE_INST.ANTIALIASED_TARGETS", antialiased).train()
+    monkeypatch.setattr(model, "_mask_size", lambda padded_size: mask_size)
     batch = map_images(dataset_dicts, MAPPERS["ours"])
     images = ImageList.from_tensors([x["image"].float() for x in batch], divisibility)
     check_targets(model, batch, images, mask_size)

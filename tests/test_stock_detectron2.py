@@ -13,12 +13,16 @@ from detectron2.engine import BestCheckpointer, DefaultPredictor, DefaultTrainer
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import COCOEvaluator, LVISEvaluator, inference_on_dataset
 from detectron2.modeling import build_model
+from detectron2.solver.build import GradientClipType
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
 from sparseinst import add_sparse_inst_config, get_config_file
+from sparseinst.config import load_config
 from tests.shapes_data import register_shapes
 from tests.tiny_model import tiny_cfg, tiny_model
+
+CONFIGS = Path(get_config_file("Base-SparseInst")).parent
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,37 @@ def make_cfg(shapes, output_dir, *opts) -> CfgNode:
 
 def shapes_model():
     return tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_default_trainer_reads_every_yaml(shapes, path):
+    cfg = get_cfg()
+    add_sparse_inst_config(cfg)
+    cfg.merge_from_file(str(path))
+    assert GradientClipType(cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE)
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATASETS.TRAIN", shapes[:1], "DATALOADER.NUM_WORKERS", 0]
+    cfg.merge_from_list(opts)
+    optimizer = DefaultTrainer.build_optimizer(cfg, build_model(cfg))
+    assert type(optimizer) is torch.optim.SGD and optimizer.param_groups[0]["lr"] == cfg.SOLVER.BASE_LR
+    scheduler = DefaultTrainer.build_lr_scheduler(cfg, optimizer)
+    assert 0 < scheduler.get_last_lr()[0] <= cfg.SOLVER.BASE_LR
+    loader = DefaultTrainer.build_train_loader(cfg)
+    sample = next(iter(loader.dataset))
+    assert sample["instances"].has("gt_masks") and sample["image"].shape[0] == 3
+
+
+def test_default_trainer_takes_a_step_with_the_quick_config(shapes, tmp_path):
+    cfg = load_config(
+        "quick/shapes",
+        ["DATASETS.TRAIN", shapes[:1], "DATASETS.TEST", (), "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", str(tmp_path)],
+    )
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    before = trainer.model.encoder.fusion.weight.detach().clone()
+    trainer.train()
+    assert torch.isfinite(torch.tensor(trainer.storage.history("total_loss").latest()))
+    assert not torch.equal(trainer.model.encoder.fusion.weight, before)
+    assert (tmp_path / "model_final.pth").is_file()
 
 
 @pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])

@@ -1,0 +1,85 @@
+"""`torch.export.export` of networks with dynamic batch, height and width gives the numbers of the model itself."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+from torch.export import Dim
+
+from sparseinst import get_config_file
+from sparseinst.config import load_config
+from tests.tiny_model import tiny_model
+
+EXAMPLE = (2, 3, 64, 96)
+# Other sizes and batches than the example's; the smallest side is two cells of the coarsest stride.
+SIZES = ((1, 3, 64, 64), (3, 3, 96, 160), (1, 3, 192, 64))
+TINY = "MODEL.SPARSE_INST.DECODER."
+
+
+class Network(nn.Module):
+    """A model's network, which is a method, as a module."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model.network(images)
+
+
+def check_export(model, sizes=SIZES):
+    network = Network(model.eval())
+    batch, rows, columns = Dim("batch"), Dim("rows", min=2), Dim("columns", min=2)
+    with torch.no_grad():
+        program = torch.export.export(
+            network, (torch.randn(EXAMPLE),), dynamic_shapes=({0: batch, 2: 32 * rows, 3: 32 * columns},)
+        ).module()
+        for size in sizes:
+            images = torch.randn(size, generator=torch.Generator().manual_seed(0))
+            found, expected = program(images), network(images)
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert found[name].shape == value.shape
+                assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), (size, name)
+
+
+def published(name, *opts):
+    torch.manual_seed(0)
+    return build_model(load_config(get_config_file(name), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts]))
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        (f"{TINY}NAME", "BaseIAMDecoder"),
+        (f"{TINY}NAME", "GroupIAMDecoder"),
+        (f"{TINY}NAME", "GroupIAMSoftDecoder"),
+        (f"{TINY}OUTPUT_IAM", True),
+        (f"{TINY}LOCATION_PRIOR", 1.0, f"{TINY}MASK_WINDOW", 0.5),
+        (f"{TINY}NORM", "GN", f"{TINY}INST.DIM", 32, f"{TINY}MASK.DIM", 32),
+    ],
+    ids=lambda opts: "-".join(str(value) for value in opts[1::2]),
+)
+def test_every_decoder(opts):
+    check_export(tiny_model(*opts))
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ("MODEL.BACKBONE.NAME", "build_pyramid_vision_transformer", "MODEL.PVT.NAME", "b0"),
+        ("MODEL.BACKBONE.NAME", "build_pyramid_vision_transformer", "MODEL.PVT.NAME", "b0", "MODEL.PVT.LINEAR", True),
+        ("MODEL.BACKBONE.NAME", "build_cspnet_backbone", "MODEL.CSPNET.NAME", "cspdarknet53"),
+        ("MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "mobilenetv3_small_100"),
+    ],
+    ids=["pvt", "pvt-linear", "cspdarknet53", "mobilenetv3"],
+)
+def test_backbones(opts):
+    pytest.importorskip("timm", reason="the package timm (extra 'timm') is not installed")
+    levels = {"pyramid": ["p2", "p3"], "cspnet": ["csp3", "csp4"], "timm": ["res4", "res5"]}
+    (features,) = (names for part, names in levels.items() if part in opts[1])
+    check_export(tiny_model(*opts, "MODEL.SPARSE_INST.ENCODER.IN_FEATURES", features))
+
+
+def test_r50_giam():
+    check_export(published("sparse_inst_r50_giam"))

@@ -1,0 +1,60 @@
+"""README, CONTRIBUTING and docs/: their example runs, and their links and images exist."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from detectron2.modeling import build_model
+
+from sparseinst import load_config
+from tests.tiny_model import random_input
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TARGET = re.compile(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_images_exist(page):
+    broken = []
+    for match in TARGET.finditer(page.read_text()):
+        link = match[1] or match[2]
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        is_missing = not target.exists() or (anchor and anchor not in anchors(target))
+        if is_missing and not link.startswith("https://"):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_config_files_in_commands_exist(page):
+    names = re.findall(r"--config-file (\S+)", page.read_text())
+    files = [name for name in names if name.startswith("configs/") and "my_config" not in name and "*" not in name]
+    assert not [name for name in files if not (ROOT / name.strip("`")).is_file()]
+
+
+def code_blocks(language):
+    section = (ROOT / "README.md").read_text().split("## Extend")[1].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+def test_readme_example_of_a_decoder_runs(tmp_path):
+    configs = tmp_path / "configs"
+    shutil.copytree(ROOT / "configs", configs)
+    (decoder,), (config,) = code_blocks("python"), code_blocks("yaml")
+    (configs / "my_decoder.py").write_text(decoder)
+    (configs / "my_config.yaml").write_text(config)
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+    model = build_model(load_config(str(configs / "my_config.yaml"), opts))
+    assert type(model.decoder).__name__ == "SharpDecoder"
+    losses = model.train()([random_input(64, 96, num_instances=2)])
+    assert set(losses) == {"loss_ce", "loss_mask", "loss_dice", "loss_objectness"}
+    (prediction,) = model.eval()([random_input(64, 96)])
+    assert prediction["instances"].image_size == (64, 96)
