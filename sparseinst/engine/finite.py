@@ -213,8 +213,8 @@ def any_rank(votes: torch.Tensor) -> torch.Tensor:
 def find_first_nonfinite(model: nn.Module, num_parts: int, repeat: Repeat, loss_scale: float = 1.0) -> str:
     """Repeat a step and name the first module whose output, or else whose gradient, is NaN or Inf.
 
-    All parts are computed, because other processes may take part in them. Compiled networks run
-    without their compiler, which ignores hooks. The parameters' ``grad`` does not change; running statistics do.
+    Computes all parts, because other processes may take part in them. Compiled networks run without their compiler,
+    which ignores hooks. The parameters' ``grad`` does not change; running statistics do.
 
     Args:
         model: whose modules ``repeat`` runs.
@@ -223,7 +223,7 @@ def find_first_nonfinite(model: nn.Module, num_parts: int, repeat: Repeat, loss_
         loss_scale: factor of the losses before the backward pass.
 
     Returns:
-        Such as "the output of encoder.fusion (Conv2d), whose input was finite"; "" where everything is finite.
+        A text such as "the output of encoder.fusion (Conv2d), whose input was finite"; "" where everything is finite.
     """
     found: dict[str, str] = {}
     place = ""
