@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from sparseinst.checkpoint import OutputError
 logger = logging.getLogger(__name__)
 
 Losses = dict[str, torch.Tensor]
-# The losses of one part of a step, computed again from its index.
+# Computes the losses of one part of a step again, from its index.
 Repeat = Callable[[int], Losses]
 
 ACTIONS = ("stop", "skip")
@@ -88,16 +88,12 @@ class FiniteGuard:
 
     def start_step(self) -> None:
         """Copy the running statistics; call it before the first forward pass of a step."""
-        # One joined copy is faster than one copy per buffer.
-        self._statistics = [torch.cat([buffer.flatten() for buffer in buffers]) for buffers in self._buffers()]
+        # Read anew at each step, because PreciseBN replaces the buffers.
+        buffers = [buffer for norm in self._norms for buffer in norm.buffers(recurse=False)]
+        self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
 
     def check(
-        self,
-        losses: Losses,
-        batches: Sequence[list[dict]],
-        repeat: Repeat,
-        iteration: int,
-        also: Sequence[bool] = (),
+        self, losses: Losses, batches: Sequence[list[dict]], repeat: Repeat, iteration: int, also: Sequence[bool] = ()
     ) -> Verdict:
         """Decide about a step; all processes call it after the last backward pass, before gradients are unscaled.
 
@@ -126,12 +122,11 @@ class FiniteGuard:
             # The squares of finite gradients can overflow. The maximum norm cannot, but takes longer.
             largest = nn.utils.get_total_norm(gradients, norm_type=math.inf)
             any_gradient = bool(any_rank((~torch.isfinite(largest)).to(values.dtype)))
-        take_step = not any_loss and not any_gradient
-        if take_step:
+        is_finite = not any_loss and not any_gradient
+        if is_finite:
             self.counts.update(in_row=0, scaler_in_row=0)
-        elif not any_loss and self._is_left_to_scaler(iteration):
-            take_step = True
-        else:
+        take_step = is_finite or (not any_loss and self._is_left_to_scaler(iteration))
+        if not take_step:
             self._stop_or_skip(losses, batches, repeat, iteration, "loss" if any_loss else "gradient")
         return Verdict(take_step, also, dict(zip(losses, host_values)), norm)
 
@@ -153,7 +148,7 @@ class FiniteGuard:
         self.counts["scaler_skipped"] += 1
         self.counts["scaler_in_row"] += scale <= UNSCALED
         get_event_storage().put_scalar("nonfinite/scaler_skips", self.counts["scaler_skipped"], smoothing_hint=False)
-        logger.info("Iteration %d: a gradient overflows at the loss scale %g; the scaler lowers it", iteration, scale)
+        logger.info(f"Iteration {iteration}: a gradient overflows at the loss scale {scale:g}; the scaler lowers it")
         return True
 
     def _stop_or_skip(
@@ -161,10 +156,15 @@ class FiniteGuard:
     ) -> None:
         stops = what == "gradient" and self.grad_scaler.is_enabled() or self.counts["in_row"] >= self.max_skips
         report = self._report(losses, batches, repeat, what)
-        for buffers, joint in zip(self._buffers(), self._statistics):
-            for buffer, value in zip(buffers, joint.split([buffer.numel() for buffer in buffers])):
-                buffer.copy_(value.view_as(buffer))
-        saved = self._save(iteration) if stops and comm.is_main_process() else ""
+        for buffer, value in self._statistics:
+            buffer.copy_(value)
+        saved = ""
+        if stops and comm.is_main_process():
+            saved = f"--resume repeats the step from {CHECKPOINT}.pth, the training before it"
+            try:
+                self.checkpointer.save(CHECKPOINT, iteration=iteration - 1)
+            except OutputError as error:
+                saved = f"The training before the step cannot be saved: {error}"
         # Synchronizes: an error on one process must not end another one that still writes.
         reports, saved = (list(filter(None, texts)) for texts in zip(*comm.all_gather((report, saved))))
         text = "\n".join([f"A {what} is NaN or Inf at iteration {iteration}.", *(reports or ["On no process alone."])])
@@ -178,7 +178,8 @@ class FiniteGuard:
         self.counts["skipped"] += 1
         self.counts["in_row"] += 1
         get_event_storage().put_scalar("nonfinite/skipped_steps", self.counts["skipped"], smoothing_hint=False)
-        logger.warning("%s\nThe step is skipped: %d in all, %d in a row", text, *list(self.counts.values())[:2])
+        counts = f"{self.counts['skipped']} in all, {self.counts['in_row']} in a row"
+        logger.warning(f"{text}\nThe step is skipped: {counts}")
 
     def _report(self, losses: Losses, batches: Sequence[list[dict]], repeat: Repeat, what: str) -> str:
         """Describe the step on this process; return "" where it is finite. All processes call it together."""
@@ -189,27 +190,17 @@ class FiniteGuard:
         if not bad_losses and not first and (what == "loss" or comm.get_world_size() > 1):
             return ""
         lines = [f"Process {comm.get_rank()} of {comm.get_world_size()}: " + (", ".join(bad_losses) or "finite losses")]
-        if what == "gradient":
-            names = [name for name, p in self.model.named_parameters() if p.grad is not None and not all_finite(p.grad)]
-            lines.append(f"  parameters whose gradient is NaN or Inf: {_first(names)}")
-        if names := [name for name, parameter in self.model.named_parameters() if not all_finite(parameter)]:
-            lines.append(f"  parameters that are NaN or Inf: {_first(names)}")
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        for text, tensors in (
+            ("parameters whose gradient is NaN or Inf", gradients if what == "gradient" else {}),
+            ("parameters that are NaN or Inf", dict(self.model.named_parameters())),
+        ):
+            if names := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
+                rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+                lines.append(f"  {text}: {', '.join(names[:MAX_NAMES])}{rest}")
         lines.append(f"  NaN or Inf first in: {first or 'nothing, when the step was repeated'}")
         files = [str(x.get("file_name", "an image without file_name")) for batch in batches for x in batch]
         return "\n".join([*lines, f"  images: {', '.join(files)}"])
-
-    def _save(self, iteration: int) -> str:
-        """Save the state before the step as the checkpoint that --resume loads; return a sentence about it."""
-        try:
-            self.checkpointer.save(CHECKPOINT, iteration=iteration - 1)
-        except OutputError as error:
-            return f"The training before the step cannot be saved: {error}"
-        return f"--resume repeats the step from {CHECKPOINT}.pth, the training before it"
-
-    def _buffers(self) -> list[list[torch.Tensor]]:
-        """Return the running statistics by type, read anew because PreciseBN replaces them."""
-        buffers = [buffer for norm in self._norms for buffer in norm.buffers(recurse=False)]
-        return [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in {b.dtype: None for b in buffers}]
 
 
 def any_rank(votes: torch.Tensor) -> torch.Tensor:
@@ -222,8 +213,8 @@ def any_rank(votes: torch.Tensor) -> torch.Tensor:
 def find_first_nonfinite(model: nn.Module, num_parts: int, repeat: Repeat, loss_scale: float = 1.0) -> str:
     """Repeat a step and name the first module whose output, or else whose gradient, is NaN or Inf.
 
-    All parts are computed, because other processes may take part in them. Compiled networks run
-    without their compiler, which ignores hooks. The parameters' ``grad`` does not change; running statistics do.
+    Computes all parts, because other processes may take part in them. Compiled networks run without their compiler,
+    which ignores hooks. The parameters' ``grad`` does not change; running statistics do.
 
     Args:
         model: whose modules ``repeat`` runs.
@@ -232,7 +223,7 @@ def find_first_nonfinite(model: nn.Module, num_parts: int, repeat: Repeat, loss_
         loss_scale: factor of the losses before the backward pass.
 
     Returns:
-        Such as "the output of encoder.fusion (Conv2d), whose input was finite"; "" where everything is finite.
+        A text such as "the output of encoder.fusion (Conv2d), whose input was finite"; "" where everything is finite.
     """
     found: dict[str, str] = {}
     place = ""
@@ -275,21 +266,15 @@ def find_first_nonfinite(model: nn.Module, num_parts: int, repeat: Repeat, loss_
     return found.get("value") or found.get("gradient", "")
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested dicts, lists and tuples; ignore other values."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested dicts, lists and tuples; ignore other values."""
+    if isinstance(value, dict | list | tuple):
+        items = value.values() if isinstance(value, dict) else value
+        return [tensor for item in items for tensor in tensors_in(item)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def all_finite(value: Any) -> bool:
     """Return whether no tensor in nested values has NaN or Inf."""
     # Detached: recomputed activations must save the same tensors with and without this call.
     return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors_in(value))
-
-
-def _first(names: list[str]) -> str:
-    rest = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -27,15 +27,14 @@ class EvaluationHook(HookBase):
     """Evaluate every ``period`` iterations and at the end, and save the best model as model_best.pth.
 
     Replaces Detectron2's EvalHook and BestCheckpointer, which forget the best score on --resume, so that a worse model
-    overwrites model_best.pth, and skip an evaluation during which the run was killed (43 of the 146 kills of
-    docs/reliability.md). Here checkpoints hold the best score, and a run resumed where an evaluation was due makes up
-    for it.
+    overwrites model_best.pth, and skip an evaluation during which the run was killed. Here checkpoints hold the best
+    score, and a resumed run repeats an interrupted evaluation.
 
     Args:
         period: iterations; 0: evaluate only at the end, and save no best model.
         evaluate: returns results as Detectron2's evaluators do; called on all ranks.
         checkpointer: saves the best model.
-        metric: the score to maximise, as "task/name".
+        metric: the score to maximize, as "task/name".
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class EvaluationHook(HookBase):
         self._best_iteration = -1
 
     def before_train(self) -> None:
-        """Make up for an evaluation that was due when the run was interrupted."""
+        """Repeat the evaluation of the last step, which may have been interrupted."""
         start = self.trainer.start_iter
         if self._period and 0 < start < self.trainer.max_iter and start % self._period == 0:
             self.trainer.storage.iter = start - 1
@@ -87,7 +86,7 @@ class EvaluationHook(HookBase):
     def _keep_best(self, score: float | None, iteration: int) -> None:
         if score is None:
             logger.warning("The evaluation has no %s, so no best model is saved", self._metric)
-        elif score > self._best:  # not where it is NaN
+        elif score > self._best:  # False for NaN
             logger.info("%s %.4f is the best so far: saving model_best", self._metric, score)
             self._best, self._best_iteration = float(score), iteration
             self._checkpointer.save("model_best", iteration=iteration)
@@ -98,16 +97,16 @@ class EvaluationHook(HookBase):
 
 
 class VisualizationHook(HookBase):
-    """Put drawings of a training image into the event storage, and so into TensorBoard, every ``period`` iterations.
+    """Draw a training image for TensorBoard every ``period`` iterations.
 
-    There are three: ground truth, predictions, and the activation maps of the best predictions.
+    Draws the ground truth, the predictions, and the activation maps of the best predictions into the event storage.
 
     Args:
         period: iterations.
-        model: the model that is trained, without DistributedDataParallel; any Detectron2 model. Where it has
-            ``output_as``, it is asked for its activation maps.
+        model: any Detectron2 model, without DistributedDataParallel. A model with ``output_as`` also returns its
+            activation maps.
         image_format: channel order of the batch's images, "RGB" or "BGR".
-        dataset_name: whose class names are drawn.
+        dataset_name: the data set with the class names.
     """
 
     def __init__(self, period: int, model: nn.Module, image_format: str, dataset_name: str) -> None:
@@ -126,7 +125,7 @@ class VisualizationHook(HookBase):
         """Draw one image of a training batch.
 
         Args:
-            x: as the mapper makes it, with ``image`` and ``instances``.
+            x: an image of the mapper, with ``image`` and ``instances``.
 
         Returns:
             "ground_truth", "predictions" and, where the predictions have ``pred_iams``, "activation_maps"; each

@@ -1,7 +1,7 @@
 """Keep freed CPU memory in the process.
 
-Feature maps and masks take tens of megabytes. glibc requests blocks of that size from the system each time and returns
-them at once, and the system fills every page with zeros again: a tenth or more of the time of a step or an image.
+Feature maps and masks take tens of megabytes. By default glibc requests such blocks from the system and returns them
+at once, and the system fills each page with zeros: 10% or more of the time of a step or an image.
 """
 
 import ctypes
@@ -41,9 +41,9 @@ def keep_freed_memory(all_sizes: bool = False) -> bool:
 
 
 def keep_freed_memory_for_inference(cfg: CfgNode) -> bool:
-    """Keep freed memory of all sizes with RUNTIME.KEEP_FREED_MEMORY; return whether it is kept.
+    """Keep freed memory of all sizes with RUNTIME.KEEP_FREED_MEMORY, and return whether that took effect.
 
-    Has no effect with a GPU, whose tensors are in other memory.
+    Has no effect with a GPU, because its tensors are not in host memory.
     """
     wanted = cfg.RUNTIME.KEEP_FREED_MEMORY
     return cfg.MODEL.DEVICE == "cpu" and wanted and keep_freed_memory(all_sizes=True)

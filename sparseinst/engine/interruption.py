@@ -12,14 +12,14 @@ from detectron2.engine import HookBase
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Clusters, terminals and the launching process all signal every process: within this time that is one request.
+# Clusters, terminals and the launcher each signal every process. Signals within this time are one request.
 SECONDS_OF_ONE_REQUEST = 2
 
 
 class TrainingInterrupted(BaseException):
-    """End a training after a signal, when its checkpoint is saved.
+    """Raised after a signal to end a training whose checkpoint is saved.
 
-    Not an Exception, so that error handlers do not swallow it.
+    Not an Exception, so that error handlers do not catch it.
 
     Attributes:
         signal: number of the signal.
@@ -37,8 +37,8 @@ class SignalWatch:
 
     Attributes:
         received: number of the first signal, or None.
-        raises_at_once: raise TrainingInterrupted on the signal, without waiting for the end of a step. For the time
-            between steps, when the weights are consistent and the next step may be far away.
+        raises_at_once: raise TrainingInterrupted on the signal, without waiting for the end of a step. Set it between
+            steps, for example during an evaluation.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class SignalWatch:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a worker that inherited this handler; its parent ends it
+            return  # the parent ends a worker that inherited this handler
         if self.received is not None:
             if time.monotonic() - self._received_at < SECONDS_OF_ONE_REQUEST:
                 return
@@ -83,11 +83,11 @@ class SignalWatch:
 class SaveOnSignal(HookBase):
     """Save a checkpoint and end the training on all ranks, after the step in which any rank received a signal.
 
-    Must be the last hook, so that the state of the others is that after a complete step.
+    Must be the last hook, so that the other hooks have completed the step.
 
     Args:
         watch: entered while the training runs.
-        checkpointer: as PeriodicCheckpointer's.
+        checkpointer: the one of PeriodicCheckpointer.
     """
 
     def __init__(self, watch: SignalWatch, checkpointer: DetectionCheckpointer) -> None:

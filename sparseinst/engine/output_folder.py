@@ -18,7 +18,7 @@ LOCK_NAME = ".running"
 
 @contextlib.contextmanager
 def claimed(folder: str | os.PathLike) -> Iterator[Path]:
-    """Make and lock a folder inside a ``with`` block. The lock of a process that dies is released.
+    """Create and lock a folder inside a ``with`` block. The system releases the lock of a killed process.
 
     Yields:
         The folder.
@@ -50,7 +50,7 @@ def check_no_earlier_run(folder: str | os.PathLike) -> None:
     if checkpoints:
         raise ValueError(
             f"OUTPUT_DIR {folder} holds checkpoints of an earlier run ({checkpoints[-1].name} is the newest), which a "
-            "new one would overwrite. Go on with it: --resume; or give another OUTPUT_DIR, or remove that folder"
+            "new run would overwrite. Continue it with --resume, give another OUTPUT_DIR, or remove that folder"
         )
 
 

@@ -78,7 +78,7 @@ def check_process_arguments(args: argparse.Namespace) -> None:
 
 
 def check_device(device: str) -> None:
-    """Refuse a MODEL.DEVICE that several processes cannot train on. Raises ValueError."""
+    """Raise ValueError for a MODEL.DEVICE that several processes cannot train on."""
     if comm.get_world_size() > 1 and torch.cuda.is_available() and device != "cuda":
         raise ValueError(
             f'MODEL.DEVICE is {device}; several processes on a machine with GPUs need "cuda", and take one each. To '
@@ -128,7 +128,7 @@ def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.N
             print(error.msg.strip(), file=sys.stderr)
             _exit_for(error, args, "stopped with the exception above")
         except ProcessExitedException as error:
-            # Without a signal the rank has printed the reason itself.
+            # A rank that was not ended by a signal has printed the reason.
             if error.signal_name is None:
                 sys.exit(error.exit_code)
             _exit_for(error, args, f"was ended by {error.signal_name}")
@@ -152,12 +152,12 @@ def _signals_for_all() -> Iterator[list[int]]:
     """Forward SIGTERM and Ctrl-C to the started processes; yield the list of received signals."""
     received: list[int] = []
 
-    def pass_on(number: int, frame: object) -> None:
+    def forward(number: int, frame: object) -> None:
         received.append(number)
         for child in multiprocessing.active_children():
             child.terminate()
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
@@ -166,9 +166,9 @@ def _signals_for_all() -> Iterator[list[int]]:
 
 
 def exit_with_error(message: object) -> NoReturn:
-    """End this process with ``error: message``, which one rank of each machine prints where all fail."""
+    """End this process with ``error: message``. Where all ranks fail, one rank of each machine prints it."""
     local_rank = comm.get_local_rank()
     if local_rank:
-        # The launcher ends the others as soon as one has ended, so that only the first one prints.
+        # The launcher ends the other ranks before they print.
         time.sleep(SECONDS_FOR_OTHERS + local_rank)
     sys.exit(f"error: {message}")

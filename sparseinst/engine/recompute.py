@@ -1,6 +1,6 @@
-"""How a training runs the network: layout, compilation, and recomputed activations.
+"""Set how a training runs the network: layout, compilation, and recomputed activations.
 
-Names of parameters do not change, so neither do checkpoints.
+Names of parameters and the format of checkpoints do not change.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.compile import compiled
 
-# Processes exchange numbers in the criterion; a recomputation would block.
+# Processes exchange counts in the criterion, so a recomputation would block.
 EXCLUDED = ("criterion",)
 
 
@@ -30,7 +30,7 @@ def prepare_for_training(
         model: an InstanceSegmenter, without DistributedDataParallel.
         channels_last: weights and feature maps in channels-last layout.
         compile: run the network through ``torch.compile``, which compiles for one size at the first step and for all
-            sizes at the second one. Without a C++ compiler one line in the log says so, and the network runs as it is.
+            sizes at the second step. Without a C++ compiler the network runs in eager mode, with one line in the log.
         recompute: see `recompute_activations`.
 
     Raises:
@@ -57,15 +57,15 @@ def prepare_as_configured(cfg: CfgNode, model: nn.Module) -> None:
 def recompute_activations(model: nn.Module, patterns: Sequence[str]) -> None:
     """Store only the inputs of some modules and compute the rest again in the backward pass (activation checkpointing).
 
-    Takes less memory and a longer step. Gradients are the same, and running statistics are updated once.
+    Saves memory and makes steps slower. Gradients are the same, and running statistics are updated once.
 
     Args:
         model: changed in place.
         patterns: names of modules as in ``named_modules``, except those of the criterion; ``*`` stands for any
-            characters. Of nested modules the outermost counts.
+            characters. Modules inside a chosen module are ignored.
 
     Raises:
-        ValueError: a pattern that matches no module, or only lists of modules, which have no forward pass.
+        ValueError: a pattern does not match any module with a forward pass.
     """
     candidates = {
         name: module for name, module in model.named_modules() if name and name.partition(".")[0] not in EXCLUDED
@@ -88,7 +88,7 @@ def recompute_activations(model: nn.Module, patterns: Sequence[str]) -> None:
         parents = {name[:index] for index, letter in enumerate(name) if letter == "."}
         if not parents & chosen:
             module = candidates[name]
-            # A partial, because deepcopy copies the module inside it.
+            # deepcopy copies the module inside a partial.
             module.forward = functools.partial(_forward_again, type(module).forward, module)
 
 
@@ -102,19 +102,19 @@ def _forward_again(forward: Callable, module: nn.Module, *args: Any, **kwargs: A
 
 def _contexts(module: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """Return the contexts of the first and the second forward pass."""
-    return contextlib.nullcontext(), _statistics_kept(module)
+    return contextlib.nullcontext(), _frozen_statistics(module)
 
 
 @contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Keep running statistics as they are while norms use those of the batch."""
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Freeze running statistics while norms use the statistics of the batch."""
     norms = [part for part in module.modules() if getattr(part, "track_running_stats", False)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
         norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for norm, (momentum, num_batches_tracked) in zip(norms, kept):
+        for norm, (momentum, num_batches_tracked) in zip(norms, saved):
             norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked

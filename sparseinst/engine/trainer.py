@@ -40,7 +40,7 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Trainer(SimpleTrainer):
-    """Train the model of a config, in one process or in each of several.
+    """Train the model of a config in one or several processes.
 
     Replaces Detectron2's DefaultTrainer, whose resumed runs differ: it draws the data anew, and saves neither the order
     of the data nor the random state. Here a step is a function of the config, the seed, the weights and the iteration.
@@ -204,9 +204,9 @@ class Trainer(SimpleTrainer):
         return self.results
 
     def _precise_bn_batches(self) -> Iterator[list[dict]]:
-        """Yield the batches of PreciseBN: other ones after each step, and the same ones in a resumed run."""
+        """Yield the batches of PreciseBN, which depend only on the seed and the number of steps done."""
         while True:
-            # Without workers, which would idle between two evaluations.
+            # Workers would idle between two evaluations.
             batches = self.data_loader.batches(self.steps_done, num_workers=0)
             yield from itertools.islice(batches, self.cfg.TEST.PRECISE_BN.NUM_ITER)
 
@@ -225,7 +225,7 @@ class Trainer(SimpleTrainer):
         segmenter = self.finite_guard.model
         parts = segmenter.prepare_parts(self.batches) if self.accumulate_steps > 1 else None
         for index in range(self.accumulate_steps):
-            # Ranks exchange gradients once a step.
+            # Ranks exchange gradients once per step.
             is_last = index + 1 == self.accumulate_steps
             distributed = isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if distributed and not is_last else contextlib.nullcontext():
@@ -256,7 +256,7 @@ class Trainer(SimpleTrainer):
     def _losses(self, model: torch.nn.Module, index: int, parts: list[TrainingPart] | None) -> dict[str, torch.Tensor]:
         """Return the losses of one part of the step; the first part sets the random numbers of the step."""
         if index == 0:
-            # Both draw the same numbers on a CPU; Detectron2's function also seeds GPUs, which takes far longer.
+            # Both draw the same numbers on a CPU. Detectron2's function also seeds GPUs, which is slow.
             seed_rng = seed_cpu if self.device.type == "cpu" else seed_all_rng
             seed_rng(derive_seed(self.data_loader.seed, self.iter, comm.get_rank()))
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
