@@ -14,6 +14,7 @@ from torch import nn
 
 from sparseinst.benchmarks.settings import check_segmenter
 from sparseinst.modeling.meta_arch import InstanceSegmenter
+from sparseinst.ops.pooling import AdaptiveAveragePool
 
 # Height and width of COCO's most frequent image size.
 PHOTOGRAPH_SIZE = (480, 640)
@@ -112,7 +113,16 @@ def analyze(model: InstanceSegmenter, size: Sequence[int]) -> Complexity:
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         names = ["model", *(f"model.{name}" for name, _ in model.named_modules() if name and name.count(".") < 2)]
         parameters = parameter_count(network)
-        costs = {name: Cost(parameters[name], int(flops.total(name)), int(activations.total(name))) for name in names}
+        # Pooling is free, also where it is a product.
+        poolings = [f"model.{name}" for name, part in model.named_modules() if isinstance(part, AdaptiveAveragePool)]
+        costs = {
+            name: Cost(
+                parameters[name],
+                int(flops.total(name) - sum(flops.total(part) for part in poolings if part.startswith(f"{name}."))),
+                int(activations.total(name)),
+            )
+            for name in names
+        }
     modules = {name[len("model.") :]: cost for name, cost in costs.items() if any(cost)}
     return Complexity(tuple(images.shape[-2:]), modules, tuple(sorted(flops.unsupported_ops())))
 
