@@ -143,7 +143,7 @@ def _exit_for(error: ProcessExitedException | ProcessRaisedException, args: argp
         "this machine were ended too. See log.txt and log.txt.rank* in OUTPUT_DIR"
     )
     if args.num_machines > 1:
-        message += ". After a lost connection, see the logs of the other machines"
+        message += ". If a connection was lost, the first failure is on another machine: see the logs there"
     sys.exit(message)
 
 

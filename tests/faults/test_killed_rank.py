@@ -120,7 +120,7 @@ def test_killed_on_one_of_two_machines(workspace, tmp_path, machine):
         run.check_that_all_end()
         assert f"error: rank {machine} of 2 (process {victim}) was ended by SIGKILL" in commands[machine].stderr
         (line,) = error_lines(commands[1 - machine])
-        assert f"rank {1 - machine} of 2" in line and "on another machine: see there" in line
+        assert f"rank {1 - machine} of 2" in line and "on another machine: see the logs there" in line
         assert commands[1 - machine].stderr.count("Traceback") == 1
 
 
