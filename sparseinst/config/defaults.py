@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 import sparseinst
 
 # Modules that add the keys of one model family each, by `add_keys(cfg)`.
-FAMILIES = ("sparseinst.modeling.sparse_inst.config",)
+FAMILIES = ("sparseinst.modeling.sparse_inst.config", "sparseinst.modeling.solo.config")
 _PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
 

@@ -1,10 +1,19 @@
-"""Functions that families of models share when they are built."""
+"""Functions that families of models share: building a backbone, drawing objects for benchmarks."""
 
+import math
+
+import torch
 from detectron2 import modeling
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from sparseinst.config import registered
+
+# Standard deviations of the logarithms of the areas and aspect ratios of drawn objects.
+AREA_SPREAD = 1.0
+ASPECT_SPREAD = 0.4
+# Mask logits are this inside a drawn object and minus this outside; they change sign over about a cell.
+MASK_LOGIT = 6.0
 
 
 def build_backbone(cfg: CfgNode) -> Backbone:
@@ -26,3 +35,28 @@ def build_backbone(cfg: CfgNode) -> Backbone:
             "MODEL.BACKBONE.NAME to build_resnet_dcn_backbone: the same ResNet and the same weights, with "
             "torchvision's operator"
         ) from error
+
+
+def draw_mask_logits(shape: tuple[int, int, int, int], median_area: float, generator: torch.Generator) -> torch.Tensor:
+    """Return mask logits of ellipses, for `InstanceSegmenter.example_outputs`.
+
+    Args:
+        shape: (B, n, Hm, Wm): n objects in each image.
+        median_area: median of the objects' areas over the image's area; from 1 on every object fills the image.
+        generator: of the CPU; determines positions and sizes.
+
+    Returns:
+        ``shape`` float32, in [-MASK_LOGIT, MASK_LOGIT].
+    """
+    *counts, height, width = shape
+    counts = (*counts, 1, 1)
+    area = height * width * median_area * (AREA_SPREAD * torch.randn(counts, generator=generator)).exp()
+    aspect = (ASPECT_SPREAD * torch.randn(counts, generator=generator)).exp()
+    half_y, half_x = (area / math.pi * aspect).sqrt(), (area / math.pi / aspect).sqrt()
+    y = torch.arange(height)[:, None] - height * torch.rand(counts, generator=generator)
+    x = torch.arange(width) - width * torch.rand(counts, generator=generator)
+    # In cells from the outline, positive inside.
+    distance = (1 - torch.hypot(y / half_y, x / half_x)) * torch.minimum(half_y, half_x)
+    if median_area >= 1:
+        distance = torch.ones_like(distance)
+    return distance.clamp(-1, 1) * MASK_LOGIT

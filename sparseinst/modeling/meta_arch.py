@@ -12,11 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from sparseinst.ops.mask_output import MASK_FORMATS
+from sparseinst.ops.mask_output import MASK_FORMATS, MaskMemoryError
+from sparseinst.structures.detections import Detections
 from sparseinst.structures.mask_window import MaskWindow
+from sparseinst.structures.rle_masks import RLEMasks
 
 Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
@@ -242,6 +244,39 @@ class InstanceSegmenter(nn.Module, ABC):
         self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
     ) -> list[dict]:
         """Turn the network's outputs into one dict with ``instances`` for each image."""
+
+    def detect_each(
+        self,
+        detect: Callable[[int, tuple[int, int], tuple[int, int]], Detections],
+        batched_inputs: list[dict],
+        images: ImageList,
+    ) -> Iterator[tuple[Instances, Detections]]:
+        """Yield the Instances of each image, with the detections that they were made from.
+
+        Args:
+            detect: called with the image's index in the batch, its size in the padded input, and the output's size.
+            batched_inputs, images: as in `postprocess`.
+
+        Raises:
+            MaskMemoryError: from ``detect``; the image's file is added to the message.
+        """
+        for index, (x, image_size) in enumerate(zip(batched_inputs, images.image_sizes)):
+            output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
+            try:
+                detections = detect(index, image_size, output_size)
+            except MaskMemoryError as error:
+                if "file_name" not in x:
+                    raise
+                raise MaskMemoryError(f"{x['file_name']}: {error}") from error
+            masks = detections.masks
+            instances = Instances(
+                output_size,
+                pred_boxes=Boxes(detections.boxes),
+                pred_masks=masks if isinstance(masks, torch.Tensor) else RLEMasks(masks, output_size),
+                scores=detections.scores,
+                pred_classes=detections.classes,
+            )
+            yield instances, detections
 
     def example_outputs(
         self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator

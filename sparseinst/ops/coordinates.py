@@ -15,6 +15,14 @@ def relative_centers(size: int, device: torch.device | None = None) -> torch.Ten
     return (steps + 0.5) / (steps[-1] + 1)
 
 
+def coordinate_channels(features: torch.Tensor) -> torch.Tensor:
+    """Return the coordinates of the pixels of feature maps (B, C, H, W): (B, 2, H, W), x then y, in [-1, 1]."""
+    batch, _, height, width = features.shape
+    x = linear_coordinates(width, features.device).to(features.dtype)
+    y = linear_coordinates(height, features.device).to(features.dtype)
+    return torch.cat([x.expand(batch, 1, height, width), y[:, None].expand(batch, 1, height, width)], dim=1)
+
+
 def append_coordinates(features: torch.Tensor) -> torch.Tensor:
     """Concatenate two coordinate channels, x then y, and the features.
 
@@ -24,9 +32,4 @@ def append_coordinates(features: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, 2 + C, H, W).
     """
-    batch, _, height, width = features.shape
-    x = linear_coordinates(width, features.device).to(features.dtype)
-    y = linear_coordinates(height, features.device).to(features.dtype)
-    x = x.expand(batch, 1, height, width)
-    y = y[:, None].expand(batch, 1, height, width)
-    return torch.cat([x, y, features], dim=1)
+    return torch.cat([coordinate_channels(features), features], dim=1)

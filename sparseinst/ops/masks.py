@@ -4,6 +4,9 @@ import torch
 from torch.nn import functional as F
 
 MASKNESS_EPS = 1e-6
+# Side of a tile of `mask_intersections`, and the number of masks from which tiles pay.
+TILE = 16
+TILED_FROM = 64
 
 
 def maskness(mask_probs: torch.Tensor, mask_threshold: float) -> torch.Tensor:
@@ -32,16 +35,77 @@ def mask_nms(masks: torch.Tensor, classes: torch.Tensor, iou_threshold: float) -
     Returns:
         Indices of the remaining masks, ascending.
     """
-    flat = masks.flatten(1).float()
-    intersection = flat @ flat.T
-    areas = flat.sum(1)
-    union = areas[:, None] + areas[None, :] - intersection
-    suppresses = ((intersection > iou_threshold * union) & (classes[:, None] == classes[None, :])).tolist()
+    return greedy_nms(classes, mask_intersections(masks), iou_threshold)
+
+
+def greedy_nms(classes: torch.Tensor, intersections: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Do `mask_nms` from the intersections (n, n) that `mask_intersections` returns."""
+    areas = intersections.diagonal()
+    union = areas[:, None] + areas[None, :] - intersections
+    suppresses = ((intersections > iou_threshold * union) & (classes[:, None] == classes[None, :])).tolist()
     kept: list[int] = []
-    for index in range(len(masks)):
+    for index in range(len(classes)):
         if not any(suppresses[better][index] for better in kept):
             kept.append(index)
-    return torch.tensor(kept, dtype=torch.int64, device=masks.device)
+    return torch.tensor(kept, dtype=torch.int64, device=classes.device)
+
+
+def matrix_nms(
+    scores: torch.Tensor,
+    classes: torch.Tensor,
+    intersections: torch.Tensor,
+    kernel: str = "gaussian",
+    sigma: float = 2.0,
+) -> torch.Tensor:
+    """Lower the score of each mask by its overlap with better masks of its class (SOLOv2, section 3.3, equation 5).
+
+    Args:
+        scores: (n,) in [0, 1], descending.
+        classes: (n,).
+        intersections: (n, n), see `mask_intersections`; no mask is empty.
+        kernel: "gaussian": exp(-sigma * IoU ** 2); "linear": 1 - IoU.
+        sigma: of the gaussian.
+
+    Returns:
+        (n,) scores, in the given order.
+    """
+    if len(scores) == 0:
+        return scores
+    areas = intersections.diagonal()
+    iou = intersections / (areas[:, None] + areas[None, :] - intersections)
+    iou = (iou * (classes[:, None] == classes[None, :])).triu(diagonal=1)
+    # How far each suppressor is suppressed itself.
+    compensation = iou.amax(0)[:, None]
+    if kernel == "gaussian":
+        decay = (-sigma * (iou.square() - compensation.square())).exp()
+    else:
+        # The third of equal masks would be 0 / 0.
+        decay = (1 - iou) / (1 - compensation).clamp(min=1e-6)
+    return scores * decay.amin(0)
+
+
+def mask_intersections(masks: torch.Tensor) -> torch.Tensor:
+    """Return the number of pixels that each two masks share.
+
+    On the CPU it is summed tile by tile over the masks that have pixels there, because most masks are small.
+
+    Args:
+        masks: (n, Hm, Wm) bool.
+
+    Returns:
+        (n, n) float32 whole numbers, exact below 2 ** 24; the areas are on the diagonal.
+    """
+    if masks.device.type != "cpu" or len(masks) < TILED_FROM:
+        flat = masks.flatten(1).float()
+        return flat @ flat.T
+    result = torch.zeros(len(masks), len(masks))
+    for rows in masks.split(TILE, dim=1):
+        for tile in rows.split(TILE, dim=2):
+            used = tile.flatten(1).any(1).nonzero().squeeze(1)
+            if len(used):
+                flat = tile[used].flatten(1).float()
+                result[used[:, None], used] += flat @ flat.T
+    return result
 
 
 def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,8 @@
 """Convert ground-truth masks of any of Detectron2's types to one tensor."""
 
+import math
+from collections.abc import Iterator
+
 import torch
 from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to_bitmask
 
@@ -33,3 +36,26 @@ def gt_masks_tensor(instances: Instances) -> torch.Tensor:
     if masks.shape[-2:] != (height, width):
         raise ValueError(f"gt_masks are {tuple(masks.shape[-2:])} in an image of {(height, width)} (height, width)")
     return masks.to(device)
+
+
+def padded_masks(
+    instances: Instances, padded_size: tuple[int, int], device: torch.device, max_pixels: int = 2**21
+) -> Iterator[torch.Tensor]:
+    """Yield ground-truth masks of any type on the canvas of the padded input, a few at a time to bound the memory.
+
+    Args:
+        instances: as in `gt_masks_tensor`.
+        padded_size: (height, width) of the canvas; the image is at its top left.
+        device: of the canvas.
+        max_pixels: most pixels of all masks that are yielded at once; at least one mask is.
+
+    Yields:
+        (m, *padded_size) bool.
+    """
+    height, width = instances.image_size
+    at_once = max(1, max_pixels // math.prod(padded_size))
+    for start in range(0, len(instances), at_once):
+        masks = gt_masks_tensor(instances[start : start + at_once]).to(device, non_blocking=True)
+        canvas = torch.zeros((len(masks), *padded_size), dtype=torch.bool, device=device)
+        canvas[:, :height, :width] = masks
+        yield canvas

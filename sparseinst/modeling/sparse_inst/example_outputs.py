@@ -1,14 +1,8 @@
 """Outputs that a trained SparseInst could return, for timing its post-processing without trained weights."""
 
-import math
-
 import torch
 
-# Standard deviations of the logarithms of the objects' areas and aspect ratios.
-AREA_SPREAD = 1.0
-ASPECT_SPREAD = 0.4
-# Mask logits are this inside an object and minus this outside; they change sign over about a cell.
-MASK_LOGIT = 6.0
+from sparseinst.modeling.auxiliary import MASK_LOGIT, draw_mask_logits
 
 
 def draw_outputs(
@@ -35,18 +29,8 @@ def draw_outputs(
         raise ValueError(
             f"{num_objects} objects in an image: MODEL.SPARSE_INST.DECODER.NUM_MASKS allows 0 to {num_masks}"
         )
-    shape = (num_images, num_objects, 1, 1)
-    area = height * width * median_area * (AREA_SPREAD * torch.randn(shape, generator=generator)).exp()
-    aspect = (ASPECT_SPREAD * torch.randn(shape, generator=generator)).exp()
-    half_y, half_x = (area / math.pi * aspect).sqrt(), (area / math.pi / aspect).sqrt()
-    y = torch.arange(height)[:, None] - height * torch.rand(shape, generator=generator)
-    x = torch.arange(width) - width * torch.rand(shape, generator=generator)
-    # In cells from the outline, positive inside.
-    distance = (1 - torch.hypot(y / half_y, x / half_x)) * torch.minimum(half_y, half_x)
-    if median_area >= 1:
-        distance = torch.ones_like(distance)
     drawn = torch.full(masks.shape, -MASK_LOGIT)
-    drawn[:, :num_objects] = distance.clamp(-1, 1) * MASK_LOGIT
+    drawn[:, :num_objects] = draw_mask_logits((num_images, num_objects, height, width), median_area, generator)
     class_logits = torch.full_like(logits, -20.0)
     class_logits[:, :num_objects, 0] = 5.0
     return {

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList, Instances
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,16 +21,13 @@ from sparseinst.modeling.sparse_inst.example_outputs import draw_outputs
 from sparseinst.modeling.sparse_inst.postprocessing import detect
 from sparseinst.modeling.sparse_inst.target_check import target_check
 from sparseinst.ops.losses import masks_on_grid
-from sparseinst.ops.mask_output import MaskMemoryError
-from sparseinst.structures.gt_masks import gt_masks_tensor
+from sparseinst.structures.detections import Detections
+from sparseinst.structures.gt_masks import padded_masks
 from sparseinst.structures.mask_window import MaskWindow
-from sparseinst.structures.rle_masks import RLEMasks
 from sparseinst.structures.targets import InstanceTargets
 
 # Published checkpoints were trained on input padded to a multiple of this, whatever the backbone.
 SIZE_DIVISIBILITY = 32
-# Pixels of whole masks that are reduced at once, four bytes each.
-PIXELS_AT_ONCE = 2**21
 
 
 @META_ARCH_REGISTRY.register()
@@ -171,43 +168,33 @@ class SparseInst(InstanceSegmenter):
         Where the dict has ``pred_iam``, the instances have ``pred_iams`` (n, G, ., .): raw logits over the image.
         """
         padded_size = tuple(images.tensor.shape[-2:])
-        results = []
-        for index, (x, image_size) in enumerate(zip(batched_inputs, images.image_sizes)):
-            output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
-            try:
-                detections = detect(
-                    outputs["pred_logits"][index],
-                    outputs["pred_scores"][index, :, 0],
-                    outputs["pred_masks"][index],
-                    padded_size=padded_size,
-                    image_size=image_size,
-                    output_size=output_size,
-                    cls_threshold=self.cls_threshold,
-                    mask_threshold=self.mask_threshold,
-                    max_detections=self.max_detections,
-                    mask_nms_threshold=self.mask_nms_threshold,
-                    score_threshold=self.output.score_threshold,
-                    mask_format=self.output.mask_format,
-                    max_mask_gib=self.output.max_mask_gib,
-                )
-            except MaskMemoryError as error:
-                if "file_name" not in x:
-                    raise
-                raise MaskMemoryError(f"{x['file_name']}: {error}") from error
-            masks = detections.masks
-            instances = Instances(
-                output_size,
-                pred_boxes=Boxes(detections.boxes),
-                pred_masks=masks if isinstance(masks, torch.Tensor) else RLEMasks(masks, output_size),
-                scores=detections.scores,
-                pred_classes=detections.classes,
+
+        def detect_image(index: int, image_size: tuple[int, int], output_size: tuple[int, int]) -> Detections:
+            return detect(
+                outputs["pred_logits"][index],
+                outputs["pred_scores"][index, :, 0],
+                outputs["pred_masks"][index],
+                padded_size=padded_size,
+                image_size=image_size,
+                output_size=output_size,
+                cls_threshold=self.cls_threshold,
+                mask_threshold=self.mask_threshold,
+                max_detections=self.max_detections,
+                mask_nms_threshold=self.mask_nms_threshold,
+                score_threshold=self.output.score_threshold,
+                mask_format=self.output.mask_format,
+                max_mask_gib=self.output.max_mask_gib,
             )
+
+        results = []
+        detected = self.detect_each(detect_image, batched_inputs, images)
+        for index, (instances, detections) in enumerate(detected):
             if "pred_iam" in outputs:
                 num_masks = outputs["pred_logits"].shape[1]
                 iams = outputs["pred_iam"][index].unflatten(0, (-1, num_masks))[:, detections.prediction_idx]
                 rows, columns = (
                     math.ceil(cells * size / padded)
-                    for cells, size, padded in zip(iams.shape[-2:], image_size, padded_size)
+                    for cells, size, padded in zip(iams.shape[-2:], images.image_sizes[index], padded_size)
                 )
                 instances.pred_iams = iams.transpose(0, 1)[..., :rows, :columns]
             results.append({"instances": instances})
@@ -232,18 +219,13 @@ class SparseInst(InstanceSegmenter):
     def _reduce_masks(
         self, instances: Instances, padded_size: tuple[int, int], mask_size: tuple[int, int]
     ) -> torch.Tensor:
-        """Reduce whole masks of any type to (M, *mask_size), a few at a time to bound the memory."""
-        height, width = instances.image_size
-        reduced = torch.empty((len(instances), *mask_size), device=self.device)
-        at_once = max(1, PIXELS_AT_ONCE // math.prod(padded_size))
-        for start in range(0, len(instances), at_once):
-            part = slice(start, start + at_once)
-            masks = gt_masks_tensor(instances[part]).to(self.device, non_blocking=True)
-            padded = torch.zeros((len(masks), *padded_size), device=self.device)
-            padded[:, :height, :width] = masks
+        """Reduce whole masks of any type to (M, *mask_size)."""
+        reduced = [torch.zeros((0, *mask_size), device=self.device)]
+        for masks in padded_masks(instances, padded_size, self.device):
+            masks = masks.float()
             if self.antialiased_targets:
-                reduced[part] = masks_on_grid(padded, mask_size)
+                reduced.append(masks_on_grid(masks, mask_size))
             else:
-                padded = padded[:, None]
-                reduced[part] = F.interpolate(padded, size=mask_size, mode="bilinear", align_corners=False)[:, 0]
-        return reduced
+                masks = F.interpolate(masks[:, None], size=mask_size, mode="bilinear", align_corners=False)
+                reduced.append(masks[:, 0])
+        return torch.cat(reduced)

@@ -1,0 +1,122 @@
+"""The keys of SOLO and SOLOv2 below MODEL.SOLO and MODEL.SOLOV2, with their defaults, units and meanings."""
+
+from detectron2.config import CfgNode
+
+SOLO_NODE = "MODEL.SOLO"
+SOLOV2_NODE = "MODEL.SOLOV2"
+NUM_CLASSES = "NUM_CLASSES"
+MAX_DETECTIONS = "MAX_DETECTIONS"
+
+
+def add_keys(cfg: CfgNode) -> None:
+    """Add the nodes MODEL.SOLO and MODEL.SOLOV2 to a config, in place."""
+    cfg.MODEL.SOLO = _shared_keys("SOLOHead", num_convs=7, channels=256)
+    solov2 = cfg.MODEL.SOLOV2 = _shared_keys("SOLOv2Head", num_convs=4, channels=512)
+    # Dimension D of kernels and mask features.
+    solov2.KERNEL_DIM = 256
+    solov2.MASK_FEATURES = CfgNode()
+    solov2.MASK_FEATURES.NAME = "MaskFeatureHead"
+    # Finest first; each has half the size of the one before it. The last one gets the coordinates.
+    solov2.MASK_FEATURES.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    solov2.MASK_FEATURES.CHANNELS = 128
+    # Which convolutions are deformable: "" or "all".
+    solov2.MASK_FEATURES.DEFORM = ""
+
+
+def _shared_keys(head: str, num_convs: int, channels: int) -> CfgNode:
+    node = CfgNode()
+    node.NUM_CLASSES = 80
+    # MODEL.SOLO: "SOLOHead", "DecoupledSOLOHead", "DecoupledSOLOLightHead"; MODEL.SOLOV2: "SOLOv2Head".
+    node.HEAD = head
+    # One backbone feature for each level, finest first. A feature is resized to the level's stride.
+    node.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    # Pixels of the input for each pixel of a level's feature map.
+    node.STRIDES = [8, 8, 16, 32, 32]
+    # Cells along each side of a level's grid (S).
+    node.NUM_GRIDS = [40, 36, 24, 16, 12]
+    # Objects that a level learns: smallest and largest sqrt(width * height) of the box, pixels of the resized image,
+    # both included. They belong to the input size: see docs/own_data.md.
+    node.SCALE_RANGES = [[1, 96], [48, 192], [96, 384], [192, 768], [384, 2048]]
+    # Share of a box around the object's center of mass whose cells are positive, in (0, 1].
+    node.SIGMA = 0.2
+    # Convolutions of each tower, and their width.
+    node.NUM_CONVS = num_convs
+    node.CHANNELS = channels
+    # Norm of the towers and mask features: any name of Detectron2; "GN" as published.
+    node.NORM = "GN"
+    # Deformable convolutions of the towers: "" for none, "last" of each tower, "all".
+    node.DEFORM = ""
+    # Deformable convolutions with modulation (v2).
+    node.DEFORM_MODULATED = False
+    # Score of every category before training, in (0, 1).
+    node.PRIOR_PROB = 0.01
+
+    node.LOSS = CfgNode()
+    node.LOSS.NAME = "SOLOCriterion"
+    node.LOSS.CATE_WEIGHT = 1.0
+    node.LOSS.MASK_WEIGHT = 3.0
+    node.LOSS.FOCAL_ALPHA = 0.25
+    node.LOSS.FOCAL_GAMMA = 2.0
+    # Several processes: divide by the cells and pairs of all of them, so that gradients equal those of one process with
+    # the whole batch. False: each process divides by its own, as published.
+    node.LOSS.GLOBAL_NORMALIZATION = False
+
+    # A cell is a candidate for each category whose score is above this, in [0, 1]; before rescoring.
+    node.SCORE_THRESHOLD = 0.1
+    # A pixel belongs to the mask where its probability is above this, in (0, 1).
+    node.MASK_THRESHOLD = 0.5
+    node.NMS = CfgNode()
+    # "matrix" (SOLOv2, and SOLO's released code); "mask": greedy NMS at IOU_THRESHOLD.
+    node.NMS.TYPE = "matrix"
+    # Decay of matrix NMS: "gaussian" or "linear".
+    node.NMS.KERNEL = "gaussian"
+    # The gaussian decay is exp(-SIGMA * IoU ** 2).
+    node.NMS.SIGMA = 2.0
+    # Candidates that enter NMS, best first.
+    node.NMS.PRE = 500
+    # Instances keep a score of at least this after matrix NMS, in [0, 1].
+    node.NMS.UPDATE_THRESHOLD = 0.05
+    node.NMS.IOU_THRESHOLD = 0.5
+    # Most instances returned for one image, best scores first.
+    node.MAX_DETECTIONS = 100
+    return node
+
+
+def check_keys(cfg: CfgNode, node_name: str) -> None:
+    """Refuse values outside their ranges.
+
+    Args:
+        cfg: the config.
+        node_name: SOLO_NODE or SOLOV2_NODE.
+
+    Raises:
+        ValueError: the message names the key, its value and the range.
+    """
+    node = cfg.MODEL[node_name.removeprefix("MODEL.")]
+    lists = ("IN_FEATURES", "STRIDES", "NUM_GRIDS", "SCALE_RANGES")
+    lengths = {name: len(node[name]) for name in lists}
+    if len(set(lengths.values())) != 1:
+        text = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"{node_name}: each level needs one value in each list; found {text}")
+    ranges_are_valid = all(len(each) == 2 and 0 <= each[0] <= each[1] for each in node.SCALE_RANGES)
+    for name, value, is_valid, expected in (
+        ("NUM_CLASSES", node.NUM_CLASSES, node.NUM_CLASSES >= 1, "at least 1"),
+        ("STRIDES", node.STRIDES, all(stride >= 1 for stride in node.STRIDES), "at least 1"),
+        ("NUM_GRIDS", node.NUM_GRIDS, all(size >= 1 for size in node.NUM_GRIDS), "at least 1"),
+        ("SCALE_RANGES", node.SCALE_RANGES, ranges_are_valid, "pairs of a smallest and a largest size"),
+        ("SIGMA", node.SIGMA, 0 < node.SIGMA <= 1, "in (0, 1]"),
+        ("NUM_CONVS", node.NUM_CONVS, node.NUM_CONVS >= 1, "at least 1"),
+        ("DEFORM", node.DEFORM, node.DEFORM in ("", "last", "all"), 'one of "", "last", "all"'),
+        ("PRIOR_PROB", node.PRIOR_PROB, 0 < node.PRIOR_PROB < 1, "in (0, 1)"),
+        ("SCORE_THRESHOLD", node.SCORE_THRESHOLD, 0 <= node.SCORE_THRESHOLD <= 1, "in [0, 1]"),
+        ("MASK_THRESHOLD", node.MASK_THRESHOLD, 0 < node.MASK_THRESHOLD < 1, "in (0, 1)"),
+        ("MAX_DETECTIONS", node.MAX_DETECTIONS, node.MAX_DETECTIONS >= 1, "at least 1"),
+        ("NMS.TYPE", node.NMS.TYPE, node.NMS.TYPE in ("matrix", "mask"), '"matrix" or "mask"'),
+        ("NMS.KERNEL", node.NMS.KERNEL, node.NMS.KERNEL in ("gaussian", "linear"), '"gaussian" or "linear"'),
+        ("NMS.SIGMA", node.NMS.SIGMA, node.NMS.SIGMA > 0, "above 0"),
+        ("NMS.PRE", node.NMS.PRE, node.NMS.PRE >= 1, "at least 1"),
+        ("NMS.UPDATE_THRESHOLD", node.NMS.UPDATE_THRESHOLD, 0 <= node.NMS.UPDATE_THRESHOLD <= 1, "in [0, 1]"),
+        ("NMS.IOU_THRESHOLD", node.NMS.IOU_THRESHOLD, 0 < node.NMS.IOU_THRESHOLD <= 1, "in (0, 1]"),
+    ):
+        if not is_valid:
+            raise ValueError(f"{node_name}.{name} is {value!r}; it must be {expected}")

@@ -1,0 +1,374 @@
+"""The heads of SOLO and Decoupled SOLO, and what SOLOv2's head shares with them. Letters: sparseinst.structures.
+
+A level l has a grid of S_l x S_l cells; the cells of a level are numbered by rows. A head returns dense outputs for all
+cells; masks of single cells are computed from them on demand, because few of the thousands are ever needed.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.utils.registry import Registry
+from torch import nn
+from torch.nn import functional as F
+
+from sparseinst.backbones.deform_conv import DeformConv2d
+from sparseinst.config import registered
+from sparseinst.ops.coordinates import coordinate_channels
+
+SOLO_HEAD_REGISTRY = Registry("SOLO_HEAD")
+SOLO_HEAD_REGISTRY.__doc__ = """
+Heads of SOLO and SOLOv2: subclasses of GridHead, built as ``Name(cfg, input_shape)`` with the ShapeSpecs of the
+backbone by feature name.
+"""
+
+INIT_STD = 0.01
+
+
+class Tower(nn.ModuleList):
+    """Convolutions 3x3, each with a norm and a ReLU.
+
+    Args:
+        in_channels: channels of the input.
+        channels: width of the convolutions.
+        num_convs: how many.
+        norm: a norm of Detectron2; with "" the convolutions have a bias.
+        deform: which convolutions are deformable: "", "last" or "all".
+        modulated: whether these are modulated (v2).
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, num_convs: int, norm: str, deform: str = "", modulated: bool = False
+    ) -> None:
+        first_deformable = {"": num_convs, "last": num_convs - 1, "all": 0}[deform]
+        super().__init__(
+            conv_norm(in_channels if index == 0 else channels, channels, 3, norm, index >= first_deformable, modulated)
+            for index in range(num_convs)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return a map of the input's size."""
+        for conv in self:
+            features = F.relu(conv(features))
+        return features
+
+
+def conv_norm(
+    in_channels: int, channels: int, kernel_size: int, norm: str, is_deformable: bool = False, modulated: bool = False
+) -> nn.Module:
+    """Return a convolution with a norm, initialized as published: weights of N(0, 0.01), offsets of zero."""
+    conv = Conv2d(
+        in_channels, channels, kernel_size, padding=kernel_size // 2, bias=not norm, norm=get_norm(norm, channels)
+    )
+    init_conv(conv)
+    return DeformConv2d(conv, modulated=modulated) if is_deformable else conv
+
+
+def init_conv(conv: nn.Conv2d, prior_prob: float | None = None) -> None:
+    """Draw weights of N(0, 0.01); set the bias to 0, or so that the sigmoid is ``prior_prob``."""
+    nn.init.normal_(conv.weight, std=INIT_STD)
+    if conv.bias is not None:
+        nn.init.constant_(conv.bias, 0.0 if prior_prob is None else -math.log((1 - prior_prob) / prior_prob))
+
+
+def resize(features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resize (B, C, h, w) bilinearly, without antialiasing."""
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+
+
+def upsample(features: torch.Tensor) -> torch.Tensor:
+    """Double the size of (B, C, h, w) bilinearly."""
+    return F.interpolate(features, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+class GridHead(nn.Module, ABC):
+    """Predict categories for every cell of every level, and masks for chosen cells.
+
+    A subclass adds the mask branch to `forward` and implements `mask_probs`.
+
+    Args:
+        input_shape: the backbone's ShapeSpecs by feature name.
+        in_features: one feature for each level.
+        strides: stride of each level's map; features of another stride are resized.
+        num_grids: S of each level.
+        num_classes: K.
+        num_convs: convolutions of the category tower.
+        channels: their width.
+        norm: their norm.
+        deform, modulated: see `Tower`.
+        prior_prob: score of every category before training.
+        category_in_channels: channels that the category tower reads; None: those of the features.
+
+    Attributes:
+        num_grids: S of each level.
+        strides: stride of each level's map.
+        mask_strides: pixels of the input for each pixel of the masks of `mask_probs`, by level.
+        keeps_every_pair: whether a cell that two objects share learns both masks; otherwise the later object's.
+
+    Raises:
+        ValueError: a feature that the backbone does not have, or features of several widths.
+    """
+
+    keeps_every_pair = False
+
+    def __init__(
+        self,
+        *,
+        input_shape: dict[str, ShapeSpec],
+        in_features: Sequence[str],
+        strides: Sequence[int],
+        num_grids: Sequence[int],
+        num_classes: int,
+        num_convs: int,
+        channels: int,
+        norm: str = "GN",
+        deform: str = "",
+        modulated: bool = False,
+        prior_prob: float = 0.01,
+    ) -> None:
+        super().__init__()
+        missing = [name for name in in_features if name not in input_shape]
+        if missing:
+            raise ValueError(f"IN_FEATURES has {missing}; the backbone has {', '.join(input_shape)}")
+        widths = {input_shape[name].channels for name in in_features}
+        if len(widths) != 1:
+            raise ValueError(f"The features of IN_FEATURES have {sorted(widths)} channels; the levels share one head")
+        self.in_features = tuple(in_features)
+        self.feature_strides = tuple(input_shape[name].stride for name in in_features)
+        self.strides, self.num_grids, self.num_classes = tuple(strides), tuple(num_grids), num_classes
+        self.mask_strides = tuple(max(1, stride // 2) for stride in strides)
+        self.in_channels = widths.pop()
+        self.cate_tower = Tower(self.in_channels, channels, num_convs, norm, deform, modulated)
+        self.cate_pred = Conv2d(channels, num_classes, 3, padding=1)
+        init_conv(self.cate_pred, prior_prob)
+
+    @classmethod
+    def _config_arguments(cls, node: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Read the keys that all heads share from MODEL.SOLO or MODEL.SOLOV2."""
+        return {
+            "input_shape": input_shape,
+            "in_features": node.IN_FEATURES,
+            "strides": node.STRIDES,
+            "num_grids": node.NUM_GRIDS,
+            "num_classes": node.NUM_CLASSES,
+            "num_convs": node.NUM_CONVS,
+            "channels": node.CHANNELS,
+            "norm": node.NORM,
+            "deform": node.DEFORM,
+            "modulated": node.DEFORM_MODULATED,
+            "prior_prob": node.PRIOR_PROB,
+        }
+
+    @property
+    def level_sizes(self) -> list[int]:
+        """Return the number of cells of each level."""
+        return [size * size for size in self.num_grids]
+
+    def level_features(self, features: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return one map (B, C, Hp / stride, Wp / stride) for each level.
+
+        Args:
+            features: of the backbone, of an input whose sides are multiples of the strides.
+        """
+        levels = [features[name] for name in self.in_features]
+        resized = []
+        for level, feature_stride, stride in zip(levels, self.feature_strides, self.strides):
+            if feature_stride != stride:
+                # The size of a level that has this stride, so that odd sizes agree too.
+                index = self.feature_strides.index(stride) if stride in self.feature_strides else None
+                size = levels[index].shape[-2:] if index is not None else _scaled(level, feature_stride, stride)
+                level = resize(level, size)
+            resized.append(level)
+        return resized
+
+    def category_logits(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return (B, K, all cells), level after level.
+
+        Args:
+            maps: (B, C, S, S) of each level.
+        """
+        return torch.cat([self.cate_pred(self.cate_tower(level)).flatten(2) for level in maps], dim=2)
+
+    @abstractmethod
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return ``cate_logits`` (B, K, all cells) and what `mask_probs` reads, from the backbone's features."""
+
+    @abstractmethod
+    def mask_probs(
+        self,
+        outputs: dict[str, torch.Tensor],
+        image: int,
+        level: int,
+        cells: torch.Tensor,
+        size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Compute the masks of cells in float32.
+
+        Args:
+            outputs: of `forward`, and of the mask-feature head where there is one.
+            image: index in the batch.
+            level: of the cells.
+            cells: (n,) int64, indices in the level's grid.
+            size: resize to this (height, width) as published; None: the level's own size.
+
+        Returns:
+            (n, h, w) in [0, 1], over the padded input.
+        """
+
+    @abstractmethod
+    def mask_outputs(self, outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return the outputs through which gradients reach the mask branch."""
+
+
+def _scaled(level: torch.Tensor, feature_stride: int, stride: int) -> tuple[int, int]:
+    return tuple(side * feature_stride // stride for side in level.shape[-2:])
+
+
+@SOLO_HEAD_REGISTRY.register()
+class SOLOHead(GridHead):
+    """Predict one mask for each cell by a 1x1 convolution with a row of weights for each (SOLO, section 3).
+
+    `forward` returns ``mask_features_l`` (B, C, h, w), at the level's own stride, and the rows ``mask_weights_l``
+    (S * S, C) and ``mask_biases_l`` (S * S,). As published the features are enlarged twofold before the convolution;
+    the two commute, so the rows of the wanted cells alone are applied first, which is the same function.
+    """
+
+    @configurable
+    def __init__(self, *, num_convs: int, channels: int, norm: str = "GN", **shared) -> None:
+        super().__init__(num_convs=num_convs, channels=channels, norm=norm, **shared)
+        deform, modulated = shared.get("deform", ""), shared.get("modulated", False)
+        self.mask_tower = Tower(self.in_channels + 2, channels, num_convs, norm, deform, modulated)
+        self.mask_pred = nn.ModuleList(Conv2d(channels, cells, 1) for cells in self.level_sizes)
+        for conv in self.mask_pred:
+            init_conv(conv, shared.get("prior_prob", 0.01))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        return cls._config_arguments(cfg.MODEL.SOLO, input_shape)
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the outputs; see the class."""
+        levels = self.level_features(features)
+        outputs = {"cate_logits": self.category_logits([resize(x, (s, s)) for x, s in zip(levels, self.num_grids)])}
+        for index, (level, conv) in enumerate(zip(levels, self.mask_pred)):
+            outputs[f"mask_features_{index}"] = self.mask_tower(torch.cat([level, coordinate_channels(level)], dim=1))
+            outputs[f"mask_weights_{index}"] = conv.weight.flatten(1)
+            outputs[f"mask_biases_{index}"] = conv.bias
+        return outputs
+
+    def mask_logits(
+        self, outputs: dict[str, torch.Tensor], image: int, level: int, cells: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the mask logits (n, 2h, 2w) of cells, float32; see `mask_probs`."""
+        features = outputs[f"mask_features_{level}"][image].float()
+        rows = outputs[f"mask_weights_{level}"].index_select(0, cells).float()
+        biases = outputs[f"mask_biases_{level}"].index_select(0, cells).float()
+        logits = torch.addmm(biases[:, None], rows, features.flatten(1))
+        return upsample(logits.unflatten(1, features.shape[1:])[:, None])[:, 0]
+
+    def mask_probs(
+        self,
+        outputs: dict[str, torch.Tensor],
+        image: int,
+        level: int,
+        cells: torch.Tensor,
+        size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Return the sigmoids of the mask logits, then resize them; see the base class."""
+        return resized_probs(self.mask_logits(outputs, image, level, cells).sigmoid(), size)
+
+    def mask_outputs(self, outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return features and rows of all levels."""
+        return [outputs[name] for name in outputs if name.startswith("mask_")]
+
+
+def resized_probs(probs: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    """Resize probabilities (n, h, w) bilinearly where a size is given."""
+    if size is None or tuple(probs.shape[-2:]) == tuple(size):
+        return probs
+    return resize(probs[:, None], size)[:, 0]
+
+
+@SOLO_HEAD_REGISTRY.register()
+class DecoupledSOLOHead(GridHead):
+    """Predict masks as products of a map for the column and a map for the row (SOLO, section 3.4).
+
+    `forward` returns ``mask_logits_x_l`` and ``mask_logits_y_l`` (B, S, h, w), at half the level's stride. The mask of
+    cell (row i, column j) is sigmoid(x_j) * sigmoid(y_i).
+    """
+
+    @configurable
+    def __init__(self, *, num_convs: int, channels: int, norm: str = "GN", **shared) -> None:
+        super().__init__(num_convs=num_convs, channels=channels, norm=norm, **shared)
+        deform, modulated = shared.get("deform", ""), shared.get("modulated", False)
+        self._add_towers(channels, num_convs, norm, deform, modulated)
+        self.mask_pred_x = nn.ModuleList(Conv2d(channels, size, 3, padding=1) for size in self.num_grids)
+        self.mask_pred_y = nn.ModuleList(Conv2d(channels, size, 3, padding=1) for size in self.num_grids)
+        for conv in (*self.mask_pred_x, *self.mask_pred_y):
+            init_conv(conv, shared.get("prior_prob", 0.01))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        return cls._config_arguments(cfg.MODEL.SOLO, input_shape)
+
+    def _add_towers(self, channels: int, num_convs: int, norm: str, deform: str, modulated: bool) -> None:
+        self.mask_tower_x = Tower(self.in_channels + 1, channels, num_convs, norm, deform, modulated)
+        self.mask_tower_y = Tower(self.in_channels + 1, channels, num_convs, norm, deform, modulated)
+
+    def _tower_maps(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        coordinates = coordinate_channels(level)
+        return (
+            self.mask_tower_x(torch.cat([level, coordinates[:, :1]], dim=1)),
+            self.mask_tower_y(torch.cat([level, coordinates[:, 1:]], dim=1)),
+        )
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the outputs; see the class."""
+        levels = self.level_features(features)
+        outputs = {"cate_logits": self.category_logits([resize(x, (s, s)) for x, s in zip(levels, self.num_grids)])}
+        for index, level in enumerate(levels):
+            for axis, maps, convs in zip("xy", self._tower_maps(level), (self.mask_pred_x, self.mask_pred_y)):
+                outputs[f"mask_logits_{axis}_{index}"] = convs[index](upsample(maps))
+        return outputs
+
+    def mask_probs(
+        self,
+        outputs: dict[str, torch.Tensor],
+        image: int,
+        level: int,
+        cells: torch.Tensor,
+        size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Resize both factors, then multiply them; see the base class."""
+        num_columns = self.num_grids[level]
+        factors = []
+        for axis, indices in (("x", cells % num_columns), ("y", cells // num_columns)):
+            # Cells share rows and columns, so that each is resized once.
+            used, position = indices.unique(return_inverse=True)
+            logits = outputs[f"mask_logits_{axis}_{level}"][image].index_select(0, used).float()
+            factors.append(resized_probs(logits.sigmoid(), size).index_select(0, position))
+        return factors[0] * factors[1]
+
+    def mask_outputs(self, outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return both kinds of maps of all levels."""
+        return [outputs[name] for name in outputs if name.startswith("mask_logits_")]
+
+
+@SOLO_HEAD_REGISTRY.register()
+class DecoupledSOLOLightHead(DecoupledSOLOHead):
+    """Feed both kinds of maps by one tower with both coordinates."""
+
+    def _add_towers(self, channels: int, num_convs: int, norm: str, deform: str, modulated: bool) -> None:
+        self.mask_tower = Tower(self.in_channels + 2, channels, num_convs, norm, deform, modulated)
+
+    def _tower_maps(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = self.mask_tower(torch.cat([level, coordinate_channels(level)], dim=1))
+        return maps, maps
+
+
+def build_solo_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec], node_name: str) -> GridHead:
+    """Build the head named by MODEL.SOLO.HEAD or MODEL.SOLOV2.HEAD."""
+    return registered(SOLO_HEAD_REGISTRY, cfg, f"{node_name}.HEAD")(cfg, input_shape)

@@ -1,0 +1,195 @@
+"""The meta-architectures SOLO and SOLOv2. Letters: sparseinst.structures."""
+
+import logging
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone
+from detectron2.structures import ImageList
+from torch import nn
+
+from sparseinst.modeling.auxiliary import build_backbone
+from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions
+from sparseinst.modeling.solo import config
+from sparseinst.modeling.solo.criterion import build_solo_criterion, count_targets
+from sparseinst.modeling.solo.dynamic_head import build_mask_feature_head
+from sparseinst.modeling.solo.example_outputs import draw_outputs
+from sparseinst.modeling.solo.heads import GridHead, build_solo_head
+from sparseinst.modeling.solo.postprocessing import DetectionOptions, detect
+from sparseinst.modeling.solo.targets import GridSpec, GridTargets, grid_targets
+from sparseinst.structures.detections import Detections
+
+logger = logging.getLogger(__name__)
+
+# Images are padded to a multiple of this, as the released models were trained.
+SIZE_DIVISIBILITY = 32
+
+
+@META_ARCH_REGISTRY.register()
+class SOLO(InstanceSegmenter):
+    """Segment objects by locations: each cell of a grid predicts a category and a mask (ECCV 2020, arXiv 1912.04488).
+
+    Args:
+        backbone: computes the feature pyramid.
+        head: predicts categories and masks for cells.
+        criterion: computes the losses.
+        pixel_mean: per channel, subtracted from the image, in [0, 255].
+        pixel_std: per channel, divides the image.
+        scale_ranges: smallest and largest sqrt(width * height) of the objects of each level, pixels of the input.
+        sigma: share of an object's box around its center of mass whose cells learn it.
+        detection: thresholds and limits of the detections.
+        mask_feature_head: computes the features that kernels are applied to (SOLOv2).
+        output: how predictions are returned.
+    """
+
+    node_name: ClassVar[str] = config.SOLO_NODE
+    num_classes_key: ClassVar[str] = f"{config.SOLO_NODE}.{config.NUM_CLASSES}"
+    max_detections_key: ClassVar[str] = f"{config.SOLO_NODE}.{config.MAX_DETECTIONS}"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: GridHead,
+        criterion: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        scale_ranges: Sequence[Sequence[float]],
+        sigma: float = 0.2,
+        detection: DetectionOptions | None = None,
+        mask_feature_head: nn.Module | None = None,
+        output: OutputOptions | None = None,
+    ) -> None:
+        super().__init__(pixel_mean=pixel_mean, pixel_std=pixel_std, size_divisibility=SIZE_DIVISIBILITY, output=output)
+        self.backbone = backbone
+        self.head = head
+        self.mask_feature_head = mask_feature_head
+        self.criterion = criterion
+        self.detection = detection or DetectionOptions()
+        self.grid = GridSpec(
+            num_grids=head.num_grids,
+            scale_ranges=tuple((low, high) for low, high in scale_ranges),
+            mask_strides=head.mask_strides,
+            sigma=sigma,
+            keeps_every_pair=head.keeps_every_pair,
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        config.check_keys(cfg, cls.node_name)
+        node = cfg.MODEL[cls.node_name.removeprefix("MODEL.")]
+        backbone = build_backbone(cfg)
+        input_shape = backbone.output_shape()
+        return {
+            "backbone": backbone,
+            "head": build_solo_head(cfg, input_shape, cls.node_name),
+            "criterion": build_solo_criterion(cfg, cls.node_name),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "scale_ranges": node.SCALE_RANGES,
+            "sigma": node.SIGMA,
+            "detection": DetectionOptions(
+                score_threshold=node.SCORE_THRESHOLD,
+                mask_threshold=node.MASK_THRESHOLD,
+                nms_type=node.NMS.TYPE,
+                nms_kernel=node.NMS.KERNEL,
+                nms_sigma=node.NMS.SIGMA,
+                nms_pre=node.NMS.PRE,
+                update_threshold=node.NMS.UPDATE_THRESHOLD,
+                iou_threshold=node.NMS.IOU_THRESHOLD,
+                max_detections=node.MAX_DETECTIONS,
+            ),
+            "output": OutputOptions.from_config(cfg),
+        }
+
+    def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run backbone and heads.
+
+        Args:
+            images: (B, 3, h, w), normalized and padded.
+
+        Returns:
+            ``cate_logits`` (B, K, all cells), level after level, and what the head's masks are computed from; see the
+            head's class.
+        """
+        features = self.backbone(images)
+        outputs = self.head(features)
+        if self.mask_feature_head is not None:
+            outputs["mask_features"] = self.mask_feature_head(features)
+        return outputs
+
+    def prepare_targets(self, batched_inputs: list[dict], images: ImageList) -> list[GridTargets]:
+        """Assign the objects of each image to the cells of the grids, which cover the padded input as published."""
+        padded_size = tuple(images.tensor.shape[-2:])
+        return [grid_targets(x["instances"], padded_size, self.grid, self.device) for x in batched_inputs]
+
+    def loss_counts(self, targets: list[GridTargets]) -> dict[str, torch.Tensor]:
+        """Count positive cells, and pairs of a cell and an object."""
+        return count_targets(targets)
+
+    def losses(
+        self,
+        outputs: dict[str, torch.Tensor],
+        targets: list[GridTargets],
+        counts: dict[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Compute the criterion's weighted losses."""
+        return self.criterion(self.head, outputs, targets, counts)
+
+    def postprocess(
+        self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
+    ) -> list[dict]:
+        """Turn the network's dict into Instances, image by image."""
+        padded_size = tuple(images.tensor.shape[-2:])
+
+        def detect_image(index: int, image_size: tuple[int, int], output_size: tuple[int, int]) -> Detections:
+            return detect(
+                self.head,
+                outputs,
+                index,
+                self.detection,
+                padded_size=padded_size,
+                image_size=image_size,
+                output_size=output_size,
+                score_threshold=self.output.score_threshold,
+                mask_format=self.output.mask_format,
+                max_mask_gib=self.output.max_mask_gib,
+            )
+
+        return [{"instances": found} for found, _ in self.detect_each(detect_image, batched_inputs, images)]
+
+    def example_outputs(
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Return outputs with drawn objects and as many candidates as enter NMS; see the base class."""
+        return draw_outputs(self.head, outputs, num_objects, self.detection.nms_pre, median_area, generator)
+
+
+class SOLOv2(SOLO):
+    """Apply a kernel predicted for each cell to shared mask features (NeurIPS 2020, arXiv 2003.10152).
+
+    Its arguments are those of `SOLO`; ``mask_feature_head`` is needed.
+    """
+
+    node_name: ClassVar[str] = config.SOLOV2_NODE
+    num_classes_key: ClassVar[str] = f"{config.SOLOV2_NODE}.{config.NUM_CLASSES}"
+    max_detections_key: ClassVar[str] = f"{config.SOLOV2_NODE}.{config.MAX_DETECTIONS}"
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        arguments = super().from_config(cfg)
+        return {**arguments, "mask_feature_head": build_mask_feature_head(cfg, arguments["backbone"].output_shape())}
+
+
+def _register_solov2() -> None:
+    """Register SOLOv2, under another name where AdelaiDet's class of this name is registered already."""
+    if "SOLOv2" in META_ARCH_REGISTRY:
+        logger.warning("Another SOLOv2 is registered; this one is MODEL.META_ARCHITECTURE SOLOv2Segmenter")
+        SOLOv2.__name__ = "SOLOv2Segmenter"
+    META_ARCH_REGISTRY.register(SOLOv2)
+
+
+_register_solov2()

@@ -1,0 +1,185 @@
+"""From the network's outputs to the detections of one image. Letters: sparseinst.structures."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from sparseinst.modeling.solo.heads import GridHead
+from sparseinst.ops.mask_output import output_masks
+from sparseinst.ops.masks import greedy_nms, mask_intersections, matrix_nms
+from sparseinst.structures.detections import Detections
+
+# Float pixels of soft masks that exist at once before NMS.
+MAX_PIXELS_AT_ONCE = 2**25
+
+
+class DetectionOptions(NamedTuple):
+    """Thresholds and limits; see the keys of MODEL.SOLO.
+
+    Attributes:
+        score_threshold: scores of candidates are above this, in [0, 1].
+        mask_threshold: a pixel belongs to the mask where its probability is above this, in (0, 1).
+        nms_type: "matrix" or "mask".
+        nms_kernel: "gaussian" or "linear".
+        nms_sigma: of the gaussian kernel.
+        nms_pre: candidates that enter NMS.
+        update_threshold: least score after matrix NMS, in [0, 1].
+        iou_threshold: of greedy NMS, in (0, 1].
+        max_detections: most detections.
+    """
+
+    score_threshold: float = 0.1
+    mask_threshold: float = 0.5
+    nms_type: str = "matrix"
+    nms_kernel: str = "gaussian"
+    nms_sigma: float = 2.0
+    nms_pre: int = 500
+    update_threshold: float = 0.05
+    iou_threshold: float = 0.5
+    max_detections: int = 100
+
+
+def points_nms(scores: torch.Tensor) -> torch.Tensor:
+    """Keep a cell's score where it equals the largest of itself and its neighbors above, left and above left; else 0.
+
+    In no paper; the released models use it. Ties keep both.
+
+    Args:
+        scores: (K, S, S).
+    """
+    largest = F.max_pool2d(scores[None], kernel_size=2, stride=1, padding=1)[0, :, :-1, :-1]
+    return scores * (scores == largest)
+
+
+def candidate_cells(
+    cate_logits: torch.Tensor, num_grids: Sequence[int], score_threshold: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return every cell and class whose score is above the threshold after points NMS.
+
+    Args:
+        cate_logits: (K, all cells).
+        num_grids: S of each level.
+        score_threshold: in [0, 1].
+
+    Returns:
+        cells (n,) int64, ascending, numbered through all levels; classes (n,) int64; scores (n,) float32.
+    """
+    probs = cate_logits.float().sigmoid()
+    levels = probs.split([size * size for size in num_grids], dim=1)
+    kept = [points_nms(level.unflatten(1, (size, size))).flatten(1) for level, size in zip(levels, num_grids)]
+    scores = torch.cat(kept, dim=1).T
+    cells, classes = (scores > score_threshold).nonzero(as_tuple=True)
+    return cells, classes, scores[cells, classes]
+
+
+def detect(
+    head: GridHead,
+    outputs: dict[str, torch.Tensor],
+    image: int,
+    options: DetectionOptions,
+    *,
+    padded_size: tuple[int, int],
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    score_threshold: float = 0.0,
+    mask_format: str = "bitmask",
+    max_mask_gib: float = float("inf"),
+) -> Detections:
+    """Select candidates, rescore them by their masks, apply NMS and resize (SOLOv2, section 3.3).
+
+    Soft masks are computed in blocks of cells, each cell once whatever its number of classes, so that the memory does
+    not depend on the number of candidates.
+
+    Args:
+        head: computes the masks of cells.
+        outputs: of the network.
+        image: index in the batch.
+        options: thresholds and limits.
+        padded_size: size of the padded network input.
+        image_size: size of the image in it, at the top left.
+        output_size: size of the masks that are returned.
+        score_threshold: detections with a final score above this are kept.
+        mask_format, max_mask_gib: as in `output_masks`.
+
+    Returns:
+        Detections, best first, without masks that are empty at the output size. ``prediction_idx`` numbers cells
+        through all levels.
+
+    Raises:
+        MaskMemoryError: the boolean masks would take more than ``max_mask_gib``.
+    """
+    cells, classes, scores = candidate_cells(outputs["cate_logits"][image], head.num_grids, options.score_threshold)
+    # Positions of the candidates in `used`, the cells of all candidates.
+    used, position = cells.unique(return_inverse=True)
+    size = tuple(side // min(head.mask_strides) for side in padded_size)
+    block = max(1, MAX_PIXELS_AT_ONCE // max(1, size[0] * size[1]))
+
+    maskness, masks = _score_masks(head, outputs, image, used, size, options.mask_threshold, block)
+    is_large = maskness[position] > 0
+    cells, classes, position = cells[is_large], classes[is_large], position[is_large]
+    scores, order = (scores[is_large] * maskness[position]).sort(descending=True, stable=True)
+    scores, order = scores[: options.nms_pre], order[: options.nms_pre]
+    cells, classes, position = cells[order], classes[order], position[order]
+
+    kept_cells, position_kept = position.unique(return_inverse=True)
+    if masks is None:
+        masks = _soft_masks(head, outputs, image, used[kept_cells], size)
+    else:
+        masks = masks[kept_cells]
+    intersections = mask_intersections(masks > options.mask_threshold)[position_kept][:, position_kept]
+    if options.nms_type == "matrix":
+        scores = matrix_nms(scores, classes, intersections, options.nms_kernel, options.nms_sigma)
+        kept = (scores >= options.update_threshold).nonzero().squeeze(1)
+    else:
+        kept = greedy_nms(classes, intersections, options.iou_threshold)
+    scores, order = scores[kept].sort(descending=True, stable=True)
+    kept = kept[order]
+    if score_threshold > 0:
+        scores = scores[scores > score_threshold]
+    scores, kept = scores[: options.max_detections], kept[: min(len(scores), options.max_detections)]
+    boxes, found_masks, found = output_masks(
+        masks[position_kept[kept]], padded_size, image_size, output_size, options.mask_threshold, mask_format,
+        max_mask_gib,
+    )  # fmt: skip
+    scores, kept = scores[found], kept[found]
+    return Detections(boxes, scores, classes[kept], found_masks, cells[kept])
+
+
+def _score_masks(
+    head: GridHead,
+    outputs: dict[str, torch.Tensor],
+    image: int,
+    cells: torch.Tensor,
+    size: tuple[int, int],
+    mask_threshold: float,
+    block: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the maskness of each cell, 0 where its mask is too small, and the soft masks if one block holds them."""
+    maskness, masks = [torch.zeros(0, device=cells.device)], None
+    strides = cells.new_tensor(head.strides).repeat_interleave(cells.new_tensor(head.level_sizes))
+    for part in cells.split(block) if len(cells) else ():
+        masks = _soft_masks(head, outputs, image, part, size)
+        above = F.threshold(masks, mask_threshold, 0.0)
+        # Ceilings of the probabilities are 1; summing them is faster than summing booleans.
+        areas = above.ceil().sum((1, 2))
+        is_large = areas > strides[part]
+        maskness.append(torch.where(is_large, above.sum((1, 2)) / areas.clamp(min=1), 0.0))
+    if masks is None:
+        masks = torch.zeros((0, *size), device=cells.device)
+    return torch.cat(maskness), masks if len(cells) <= block else None
+
+
+def _soft_masks(
+    head: GridHead, outputs: dict[str, torch.Tensor], image: int, cells: torch.Tensor, size: tuple[int, int]
+) -> torch.Tensor:
+    """Return the probabilities (n, *size) of cells that are numbered through all levels, ascending."""
+    masks = []
+    start = 0
+    for level, count in enumerate(head.level_sizes):
+        in_level = cells[(cells >= start) & (cells < start + count)] - start
+        if len(in_level):
+            masks.append(head.mask_probs(outputs, image, level, in_level, size))
+        start += count
+    return torch.cat(masks) if masks else torch.zeros((0, *size), device=cells.device)
