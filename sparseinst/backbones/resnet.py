@@ -8,9 +8,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_resnet_bac
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
-from sparseinst.backbones.deform_conv import make_deformable, own_name, published_name
 from sparseinst.backbones.state_dict_names import rename_state_dict
 from sparseinst.backbones.timm_backbone import TimmBackbone, select_strides
+from sparseinst.ops.deform_conv import make_deformable, own_name, published_name
 
 VD_DEPTHS = (18, 34, 50, 101, 152)
 VD_STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}

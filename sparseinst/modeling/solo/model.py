@@ -165,7 +165,7 @@ class SOLO(InstanceSegmenter):
         self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
         """Return outputs with drawn objects and as many candidates as enter NMS; see the base class."""
-        return draw_outputs(self.head, outputs, num_objects, self.detection.nms_pre, median_area, generator)
+        return draw_outputs(self.head, outputs, num_objects, self.detection, median_area, generator)
 
 
 class SOLOv2(SOLO):
