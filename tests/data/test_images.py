@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import detection_utils
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sparseinst.config import add_sparse_inst_config
 from sparseinst.data.image_formats import FORMATS, IMAGE_SUFFIXES, UNREAD_SUFFIXES
@@ -286,10 +286,8 @@ def test_every_suffix_is_one_that_pillow_knows_for_its_format():
 def test_a_thread_that_reads_leaves_pillows_limit_alone(tmp_path, monkeypatch):
     Image.fromarray(pixels(10, 20, 3)).save(tmp_path / "a.png")
     limits = []
-    load = Image.Image.load
-    monkeypatch.setattr(
-        "PIL.ImageFile.ImageFile.load", lambda image: limits.append(Image.MAX_IMAGE_PIXELS) or load(image)
-    )
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda im: limits.append(Image.MAX_IMAGE_PIXELS) or load(im))
     read_image(tmp_path / "a.png")
     assert limits and None not in limits
 
