@@ -15,10 +15,11 @@
 | objects without a pixel | left out, one warning; stops where all are such | as in training |
 | polygon coordinates from 0 to 1 (normalised) | one warning; stops where all are such | as in training |
 | crowds | left out; a warning where all objects of a class or of an image are crowds | COCO's rules, same warning |
-| the same object twice; a `bbox` that disagrees with its mask; `area` 0; two categories of one name | one warning each | |
-| a category without annotations, such as Roboflow's root | one warning | |
-| an image listed twice, also by two spellings; file names in the manner of Windows or of URLs | one warning each | |
-| images that EXIF turns without changing their size; 16-bit images that use few levels | one warning each | |
+| the same object twice; a `bbox` that disagrees with its mask; `area` 0 | one warning each | as in training |
+| two categories of one name | one warning | one warning |
+| a category without annotations, such as Roboflow's root | one warning | not reported |
+| an image listed twice, also by two spellings; file names of Windows or URLs | a warning each | a warning each |
+| images that EXIF turns, of unchanged size; 16-bit images that use few levels | a warning each | a warning each |
 | missing files | one warning, skipped up to DATALOADER.MAX_BROKEN_IMAGES | as in training |
 | images without annotations | DATALOADER.FILTER_EMPTY_ANNOTATIONS decides | evaluated |
 | `annotations` missing or empty | stops | predicts and writes the results, no AP |
@@ -139,9 +140,11 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
             "COCO's evaluation reads annotation id 0 as 'not matched', so this object counts as missed; number the "
         )
         report.add("annotation id 0", message + "annotations from 1", stops=False)
-    report.findings += class_findings(categories, list(annotations.values()), for_evaluation)
-    report.findings += crowd_findings(categories, images, usable)
-    report.findings += mask_findings(images, [annotation for annotation in usable if not annotation.get("iscrowd")])
+    objects = [annotation for annotation in usable if not annotation.get("iscrowd")]
+    with_class = [annotation for annotation in annotations.values() if is_whole(annotation["category_id"])]
+    report.findings.extend(class_findings(categories, with_class, for_evaluation))
+    report.findings.extend(crowd_findings(categories, images, usable))
+    report.findings.extend(mask_findings(images, objects))
     return report
 
 

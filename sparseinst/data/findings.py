@@ -1,5 +1,6 @@
 """Find what is valid in a COCO json but probably wrong: each finding is one warning with counts and the first file."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -15,6 +16,8 @@ from sparseinst.data.mask_decoding import read_mask
 _USUAL_CROWD_IMAGES = 0.01
 # Pixels by which a box may differ from its mask without a warning; larger differences count below this IoU.
 _BOX_TOLERANCE, _BOX_IOU = 2, 0.5
+# A json may declare any size.
+_LARGEST_SIDE = 2**31
 
 
 class Finding(NamedTuple):
@@ -131,7 +134,7 @@ def mask_findings(images: dict[int, dict], annotations: Sequence[dict]) -> Itera
     )
     yield from found("same object twice", _are_repeated(shapes, annotations), "are the same mask of the same class as "
                      "another one of their image; remove the duplicates")  # fmt: skip
-    areas = np.array([_number(annotation.get("area", 1)) for annotation in annotations])
+    areas = _numbers([annotation.get("area", 1) for annotation in annotations])
     yield from found(
         "area of 0",
         (areas == 0) & ~are_empty & ~are_normalised,
@@ -144,8 +147,8 @@ def mask_findings(images: dict[int, dict], annotations: Sequence[dict]) -> Itera
 def measure(images: dict[int, dict], annotations: Sequence[dict]) -> Shapes:
     """Return the geometry of valid masks; polygons are not drawn."""
     segmentations = [annotation["segmentation"] for annotation in annotations]
-    sizes = [(images[annotation["image_id"]]["height"], images[annotation["image_id"]]["width"])
-             for annotation in annotations]  # fmt: skip
+    sizes = [(images[a["image_id"]]["height"], images[a["image_id"]]["width"]) for a in annotations]
+    sizes = np.minimum(np.array(sizes, dtype=object), _LARGEST_SIDE).astype(np.float64)
     are_polygons = np.array([not isinstance(segmentation, dict) for segmentation in segmentations])
     bounds, areas = np.zeros((len(segmentations), 4)), np.zeros(len(segmentations))
     outlines = [[polygon for polygon in s if len(polygon) >= 6] for s in segmentations if not isinstance(s, dict)]
@@ -163,13 +166,13 @@ def measure(images: dict[int, dict], annotations: Sequence[dict]) -> Shapes:
         areas[are_polygons] = np.add.reduceat(polygon_areas, first_polygons)
         bounds[are_polygons, :2] = np.minimum.reduceat(points, first_points)
         bounds[are_polygons, 2:] = np.maximum.reduceat(points, first_points)
-    rles = [s if isinstance(s["counts"], bytes | str) else coco_mask.frPyObjects(s, *s["size"])
-            for s in segmentations if isinstance(s, dict)]  # fmt: skip
-    if rles:
-        bounds[~are_polygons] = coco_mask.toBbox(rles)
-        bounds[~are_polygons, 2:] += bounds[~are_polygons, :2]
-        areas[~are_polygons] = coco_mask.area(rles)
-    return Shapes(bounds, areas, np.array(sizes, dtype=np.float64), are_polygons)
+    # pycocotools fails on more than 255 masks at once.
+    for index in np.flatnonzero(~are_polygons):
+        rle = segmentations[index]
+        rle = rle if isinstance(rle["counts"], bytes | str) else coco_mask.frPyObjects(rle, *rle["size"])
+        left, top, width, height = coco_mask.toBbox(rle)
+        bounds[index], areas[index] = (left, top, left + width, top + height), coco_mask.area(rle)
+    return Shapes(bounds, areas, sizes, are_polygons)
 
 
 def _are_empty(shapes: Shapes, images: dict[int, dict], annotations: Sequence[dict]) -> np.ndarray:
@@ -187,10 +190,14 @@ def _are_empty(shapes: Shapes, images: dict[int, dict], annotations: Sequence[di
 
 def _are_repeated(shapes: Shapes, annotations: Sequence[dict]) -> np.ndarray:
     """Return which masks equal an earlier one of their image and class, bool (N,), within a tenth of a pixel."""
-    owners = [(annotation["image_id"], annotation["category_id"]) for annotation in annotations]
-    keys = np.column_stack([np.array(owners, dtype=np.float64), shapes.bounds.round(1), shapes.areas.round()])
-    repeated = np.ones(len(keys), dtype=bool)
-    repeated[np.unique(keys, axis=0, return_index=True)[1]] = False
+    owners: dict[tuple[int, int], int] = {}
+    keys = [owners.setdefault((a["image_id"], a["category_id"]), len(owners)) for a in annotations]
+    hashes = np.array(keys, dtype=np.int64)
+    for column in (*(10 * shapes.bounds).T, shapes.areas):
+        # Overflow is part of the hash; np.unique of whole rows takes ten times as long.
+        hashes = hashes * 1_000_003 + np.round(column).astype(np.int64)
+    repeated = np.ones(len(hashes), dtype=bool)
+    repeated[np.unique(hashes, return_index=True)[1]] = False
     return repeated
 
 
@@ -200,8 +207,8 @@ def _box_findings(
     """Yield a finding where boxes differ from their masks, with the convention that most of them follow."""
     nothing = [np.nan] * 4
     boxes = [annotation.get("bbox") for annotation in annotations]
-    boxes = [list(map(_number, box)) if isinstance(box, list) and len(box) == 4 else nothing for box in boxes]
-    boxes = np.array(boxes, dtype=np.float64)
+    boxes = [box if isinstance(box, list) and len(box) == 4 else nothing for box in boxes]
+    boxes = _numbers(list(chain.from_iterable(boxes))).reshape(-1, 4)
     left, top, right, bottom = shapes.bounds.T
     height, width = shapes.sizes.T
     expected = np.stack([left, top, right - left, bottom - top], axis=1)
@@ -246,8 +253,12 @@ def _agree(boxes: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return (deviations <= _BOX_TOLERANCE) | (overlap > _BOX_IOU * union)
 
 
-def _number(value: object) -> float:
-    return float(value) if type(value) in (int, float) and abs(value) < 1e15 else np.nan
+def _numbers(values: list) -> np.ndarray:
+    """Return values as float64; NaN where a value is not a number."""
+    if set(map(type, values)) <= {int, float}:
+        with contextlib.suppress(OverflowError):
+            return np.array(values, dtype=np.float64)
+    return np.array([float(v) if type(v) in (int, float) and abs(v) < 1e15 else np.nan for v in values])
 
 
 def _name(annotation: dict, images: dict[int, dict]) -> str:

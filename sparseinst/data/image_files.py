@@ -123,7 +123,7 @@ def absent_findings(absent: Sequence[str], num_images: int, image_root: Path, li
     shown = ", ".join(map(repr, absent[:3])) + ", ..." * (len(absent) > 3)
     stops = len(absent) > limit or len(absent) >= num_images
     effect = (
-        f"and at most {limit} are skipped, DATALOADER.MAX_BROKEN_IMAGES: correct the folder, or remove them from the json"
+        f"and DATALOADER.MAX_BROKEN_IMAGES is {limit}: correct the folder, or remove them from the json"
         if stops
         else f"and are skipped; more than {limit} (DATALOADER.MAX_BROKEN_IMAGES) would stop"
     )
@@ -160,10 +160,10 @@ def trait_findings(traits: Sequence[ImageTraits]) -> Iterator[Finding]:
     if turned:
         yield Finding(
             "turned by EXIF",
-            f"{len(turned)} of {len(traits)} images that were looked at are turned or mirrored by their EXIF orientation "
-            f"without a change of height and width (the first: {turned[0]!r}). The reader applies EXIF; if the "
-            "annotation tool does not, the masks lie elsewhere: look at them with demo --ground-truth, or remove the "
-            "EXIF entry",
+            f"{len(turned)} of {len(traits)} images that were looked at are turned or mirrored by their EXIF "
+            f"orientation without a change of height and width (the first: {turned[0]!r}). The reader applies EXIF; "
+            "if the annotation tool does not, the masks lie elsewhere: look at them with demo --ground-truth, or "
+            "remove the EXIF entry",
             stops=False,
         )
     levels = [trait for trait in traits if trait.num_levels is not None]

@@ -62,7 +62,7 @@ def test_all_broken_images_are_told_in_one_pass(config_file, tmp_path, capsys):
     for workers in (0, 2):
         code, output = check(capsys, json_file, images, *strict, 2, "--workers", workers)
         assert code == 1 and "Problems, which stop a training: 5" in output
-        assert "3 of 3; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is 2: repair" in output
+        assert "4 of 4; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is 2: repair" in output
         assert "unreadable image: 2" in output and "1.png: " in output and "4.png: it is not an image" in output
         assert "missing file: 1" in output and "'2.png'" in output
         assert "another image size: 1" in output and "EXIF" in output
@@ -95,7 +95,7 @@ def test_kinds_are_capped_and_counted(config_file, tmp_path, capsys):
     code, output = check(capsys, *files, "--config-file", config_file, "--show", 2)
     assert code == 1
     assert "segmentation: 30\n" in output and output.count("a polygon of 3 numbers") == 2 and "and 28 more" in output
-    assert "Warnings: 1\n  polygons of fewer than three points: 1\n    annotation 77 ('1.png')" in output
+    assert "Warnings: 2\n  polygons of fewer than three points: 1\n    annotation 77 ('1.png')" in output
 
 
 def test_what_only_warns(config_file, tmp_path, capsys):
