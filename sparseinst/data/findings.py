@@ -141,7 +141,7 @@ def mask_findings(images: dict[int, dict], annotations: Sequence[dict]) -> Itera
         "have 'area' 0 and a mask with pixels; an evaluation sorts objects into small, medium and large by 'area': "
         "write the mask's number of pixels",
     )
-    yield from _box_findings(shapes, annotations, found)
+    yield from _box_findings(shapes, ~are_normalised, annotations, found)
 
 
 def measure(images: dict[int, dict], annotations: Sequence[dict]) -> Shapes:
@@ -202,9 +202,9 @@ def _are_repeated(shapes: Shapes, annotations: Sequence[dict]) -> np.ndarray:
 
 
 def _box_findings(
-    shapes: Shapes, annotations: Sequence[dict], found: Callable[..., Iterator[Finding]]
+    shapes: Shapes, are_valid: np.ndarray, annotations: Sequence[dict], found: Callable[..., Iterator[Finding]]
 ) -> Iterator[Finding]:
-    """Yield a finding where boxes differ from their masks, with the convention that most of them follow."""
+    """Yield a finding where boxes differ from valid masks, with the convention that most of them follow."""
     nothing = [np.nan] * 4
     boxes = [annotation.get("bbox") for annotation in annotations]
     boxes = [box if isinstance(box, list) and len(box) == 4 else nothing for box in boxes]
@@ -212,7 +212,7 @@ def _box_findings(
     left, top, right, bottom = shapes.bounds.T
     height, width = shapes.sizes.T
     expected = np.stack([left, top, right - left, bottom - top], axis=1)
-    is_wrong = np.isfinite(boxes).all(axis=1) & ~_agree(boxes, expected)
+    is_wrong = are_valid & np.isfinite(boxes).all(axis=1) & ~_agree(boxes, expected)
     if not is_wrong.any():
         return
     x, y, w, h = expected.T
