@@ -170,9 +170,10 @@ def _identified(file: BinaryIO, name: str) -> Image.Image:
 
     Replaces `Image.open`, whose pixel limit is a global of the process, and lower than MAX_IMAGE_PIXELS.
     """
-    Image.init()
     prefix = file.read(16)
     for kind in FORMATS:
+        if kind not in Image.OPEN:
+            Image.init()
         # Pillow may have been built without a format; a text says what it lacks.
         build, accepts = Image.OPEN.get(kind, (None, lambda prefix: False))
         with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):

@@ -74,7 +74,7 @@ def read_via(source: Path, find: Callable[[str], Path], args: argparse.Namespace
 
 
 def read_yolo(source: Path, find: Callable[[str], Path], args: argparse.Namespace) -> Iterator[Object]:
-    """Yield the lines of YOLO's segmentation labels; class names are those of a data.yaml next to labels or images."""
+    """Yield the lines of YOLO segmentation labels; a data.yaml next to labels or images names the classes."""
     folders = [source, *source.resolve().parents[:2], args.images, *args.images.resolve().parents[:2]]
     for file in [] if args.classes else (file for folder in folders for file in sorted(folder.glob("*.y*ml"))):
         names = (yaml.safe_load(file.read_text(encoding="utf-8-sig")) or {}).get("names", [])
