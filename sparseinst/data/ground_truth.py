@@ -29,8 +29,8 @@ class GroundTruth:
         self.class_names = [category["name"] for category in categories]
         self._images_of_name: dict[str, list[dict]] = {}
         for image in to_dataset_dicts(content, ""):
-            # The last spelling is the name without folders.
-            self._images_of_name.setdefault([*spellings(image["file_name"])][-1], []).append(image)
+            for name in {PurePath(name).name for name in spellings(image["file_name"])}:
+                self._images_of_name.setdefault(name, []).append(image)
         self._mapper = SparseInstDatasetMapper(is_train=True, augmentations=[], image_format="RGB")
 
     def find(self, path: str | os.PathLike) -> Instances | None:
