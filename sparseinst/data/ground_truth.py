@@ -47,7 +47,7 @@ class GroundTruth:
         """
         parts = PurePath(os.path.abspath(path)).parts
         for image in self._images_of_name.get(parts[-1], []):
-            names = [PurePath(name).parts for name in list(spellings(image["file_name"]))[:5]][:4]
+            names = [PurePath(name).parts for name in list(spellings(image["file_name"]))[:5]]
             if any(parts[-len(name) :] == name for name in names):
                 instances = self._mapper({**image, "file_name": os.fspath(path)})["instances"]
                 return Instances(
