@@ -140,7 +140,8 @@ def survey_image(
         window = read_mask(segmentation, T.TransformList([]), size, size)
         areas.append(0 if window is None else int(window.mask.sum()))
         if window is not None and is_in_target is not None:
-            new_size = (transform.new_h, transform.new_w)
+            # Detectron2 returns no ResizeTransform where the size stays.
+            new_size = size if isinstance(transform, T.NoOpTransform) else (transform.new_h, transform.new_w)
             resized = read_mask(segmentation, T.TransformList([transform]), size, new_size)
             num_vanished += resized is None or not is_in_target(resized)
     return ImageSurvey(None, traits, areas, num_vanished)

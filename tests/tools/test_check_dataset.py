@@ -176,3 +176,12 @@ def test_a_json_that_is_garbage_ends_in_a_verdict(config_file, tmp_path, capsys)
         json_file, images = write(tmp_path, damaged.decode())
         codes.append(check(capsys, json_file, images)[0])
     assert set(codes) <= {0, 1} and 1 in codes
+
+
+def test_an_image_of_the_training_s_size(config_file, tmp_path, capsys):
+    content = {**CONTENT, "images": [{**CONTENT["images"][0], "height": 64, "width": 96}]}
+    content["annotations"] = [annotation(1, 1, 3, 5, 5, 20)]
+    json_file, images = write(tmp_path, content)
+    Image.new("RGB", (96, 64)).save(images / "1.png")
+    code, output = check(capsys, json_file, images, "--config-file", config_file)
+    assert code == 0 and "0 of 1 (0.0%)" in output
