@@ -16,7 +16,10 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
 
 from sparseinst import config
-from sparseinst.data.coco_checks import Finding, JsonReport, check_content
+from sparseinst.data.coco_checks import LEFT_OUT, Finding, JsonReport, check_content
+from sparseinst.data.image_files import absent_findings, find_files, name_findings, sample_findings, with_found_names
+from sparseinst.data.json_file import read_json
+from sparseinst.data.other_formats import describe_path
 
 _logger = logging.getLogger(__name__)
 
@@ -112,9 +115,11 @@ def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
         json_file, image_root = (Path(value).expanduser().resolve() for value in values)
         digest = hashlib.sha1(f"{json_file}\n{image_root}".encode()).hexdigest()[:8]
         name = f"user_{re.sub(r'[^A-Za-z0-9_-]+', '_', json_file.stem)}_{digest}"
-        report = _register(name, json_file, image_root, split == "TEST", *(f"DATASETS.{key}" for key in keys))
+        limit = cfg.DATALOADER.MAX_BROKEN_IMAGES
+        report = _register(name, json_file, image_root, split == "TEST", *(f"DATASETS.{key}" for key in keys), limit)
         if split == "TRAIN" and not report.num_instances.total():
-            raise ValueError(f"DATASETS.TRAIN_JSON: {json_file} {NOTHING_TO_TRAIN_ON}")
+            causes = "; ".join([NOTHING_TO_TRAIN_ON, *describe_warnings(report.findings, for_evaluation=False)])
+            raise ValueError(f"DATASETS.TRAIN_JSON: {json_file} {causes}")
         cfg.DATASETS[split] = (name,)
 
 
@@ -216,9 +221,17 @@ def crowded_warning(num_instances: Counter[int], cfg: CfgNode) -> str | None:
 
 
 def _register(
-    name: str, json_file: Path, image_root: Path, for_evaluation: bool, json_key: str, images_key: str
+    name: str,
+    json_file: Path,
+    image_root: Path,
+    for_evaluation: bool,
+    json_key: str,
+    images_key: str,
+    max_missing: int = 0,
 ) -> JsonReport:
     """Register as :func:`register_coco_json`; errors name the two keys, and the metadata gets the warnings."""
+    if other_format := describe_path(json_file):
+        raise ValueError(f"{json_key}: {other_format}")
     if not json_file.is_file():
         raise ValueError(f"{json_key}: there is no file {json_file}")
     if not image_root.is_dir():
@@ -228,12 +241,15 @@ def _register(
         raise ValueError(f"The name {name!r} is already that of another data set ({known_as}); use another name")
 
     content, report = load_checked_json(json_file, for_evaluation)
-    absent = missing_files([image["file_name"] for image in content["images"]], image_root)
-    if absent:
-        raise ValueError(
-            f"{images_key}: {image_root} has no file {absent[0]!r} ({len(absent)} of the {len(content['images'])} "
-            f"images of {json_file} are not there); correct the folder, or remove them from the json"
-        )
+    file_names = [image["file_name"] for image in content["images"]]
+    files = find_files(file_names, image_root)
+    report.findings.extend(name_findings(file_names, files, image_root))
+    for finding in absent_findings(files.absent, len(file_names), image_root, max_missing):
+        if finding.stops:
+            raise ValueError(f"{images_key}: {finding.message} (json: {json_file})")
+        report.findings.append(finding)
+    content = with_found_names(content, files.found)
+    report.findings.extend(sample_findings(content["images"], image_root))
 
     # Metadata cannot be changed once set.
     DatasetCatalog.pop(name, None)
@@ -245,10 +261,12 @@ def _register(
         evaluator_type="coco",
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={category["id"]: index for index, category in enumerate(categories)},
-        data_warnings=_describe_warnings(report.findings, json_file, for_evaluation),
+        data_warnings=[f"{json_file}: {line}" for line in describe_warnings(report.findings, for_evaluation)],
         num_instances=report.num_instances,
     )
-    DatasetCatalog.register(name, lambda: to_dataset_dicts(read_json(json_file), image_root))
+    DatasetCatalog.register(
+        name, lambda: to_dataset_dicts(with_found_names(read_json(json_file), files.found), image_root)
+    )
     return report
 
 
@@ -273,32 +291,15 @@ def load_checked_json(json_file: Path, for_evaluation: bool = False) -> tuple[di
     return content, report
 
 
-def _describe_warnings(findings: list[Finding], json_file: Path, for_evaluation: bool) -> list[str]:
-    """Return one line for all annotations that are left out, and one for annotation id 0."""
-    by_kind: dict[str, list[str]] = {}
-    for finding in findings:
-        by_kind.setdefault(finding.kind, []).append(finding.message)
-    lines = by_kind.pop("annotation id 0", [])
-    if by_kind:
-        parts = [f"{len(names)} with {kind} (the first: {names[0]})" for kind, names in by_kind.items()]
+def describe_warnings(findings: list[Finding], for_evaluation: bool) -> list[str]:
+    """Return one line for all annotations that are left out, and one for each other warning."""
+    lines = [finding.message for finding in findings if finding.kind not in LEFT_OUT and not finding.stops]
+    names = {kind: [f.message for f in findings if f.kind == kind] for kind in dict.fromkeys(f.kind for f in findings)}
+    parts = [f"{len(names[k])} with {k} (the first: {names[k][0]})" for k in names if k in LEFT_OUT]
+    if parts:
         effect = "annotations that nothing can match" if for_evaluation else "annotations that are left out"
         lines.append(f"{effect}: {', '.join(parts)}")
-    return [f"{json_file}: {line}" for line in lines]
-
-
-def missing_files(file_names: list[str], image_root: Path) -> list[str]:
-    """Return the file names that do not exist. Listing each folder once is fast on network drives."""
-    present: dict[str, set[str]] = {}
-    absent = []
-    for file_name in file_names:
-        folder, base = os.path.split(file_name)
-        if folder not in present:
-            path = image_root / folder
-            present[folder] = set(os.listdir(path)) if path.is_dir() else set()
-        # is_file also works on file systems that ignore the case of letters.
-        if base not in present[folder] and not (image_root / file_name).is_file():
-            absent.append(file_name)
-    return absent
+    return lines
 
 
 def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
@@ -336,17 +337,3 @@ def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
         }
         for image in sorted(content["images"], key=lambda image: image["id"])
     ]
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raise ValueError where it does not exist or cannot be read."""
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is not a COCO json: its lists are nested too deep") from error
-    except ValueError as error:  # of the encoding or of the JSON
-        raise ValueError(f"{path} is not valid JSON (cut off?): {error}") from error

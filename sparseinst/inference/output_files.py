@@ -4,6 +4,7 @@ import contextlib
 import glob
 import io
 import json
+import logging
 import os
 import secrets
 import unicodedata
@@ -16,17 +17,18 @@ from PIL import Image
 
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.coco_results import to_coco_results
+from sparseinst.data.image_formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
-# Suffixes that folders and globs are searched for; a file that is named itself is always tried.
-IMAGE_SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 IAM_FOLDER = "iams"
+
+_logger = logging.getLogger(__name__)
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
     """Return the image files that the names match, each file once, in the order of the names.
+
+    One warning names the images of other formats.
 
     Args:
         inputs: files, folders (the images directly in them) and glob patterns (``**`` for any depth).
@@ -40,7 +42,11 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         if path.is_file():
             found = [path]
         else:
-            candidates = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+            candidates = list(path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True)))
+            unread = sorted(p.name for p in candidates if p.suffix.lower() in UNREAD_SUFFIXES)
+            if unread:
+                message = "--input %s: %d files of formats that are not read are left out (the first: %s)"
+                _logger.warning(message, name, len(unread), unread[0])
             found = sorted(p for p in candidates if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not found:
             kind = "The folder" if path.is_dir() else "The file or pattern"

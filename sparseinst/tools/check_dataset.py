@@ -25,10 +25,20 @@ from sparseinst import config
 from sparseinst.config import load_config
 from sparseinst.data.augmentations import ResizeShortestEdge
 from sparseinst.data.coco_checks import Finding, check_content
-from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning, missing_files, read_json
+from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning
 from sparseinst.data.dataset_mapper import check_image_size
+from sparseinst.data.image_files import (
+    FileNames,
+    ImageTraits,
+    find_files,
+    image_traits,
+    name_findings,
+    trait_findings,
+)
 from sparseinst.data.images import DataError, ImageReadError, read_image, read_image_size
+from sparseinst.data.json_file import read_json
 from sparseinst.data.mask_decoding import check_segmentation, is_whole, read_mask
+from sparseinst.data.other_formats import describe_path
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.structures.mask_window import MaskWindow
 
@@ -44,26 +54,25 @@ class ImageSurvey(NamedTuple):
 
     Attributes:
         finding: the flaw of the file, or None.
+        traits: of the file; None where it has a flaw.
         areas: of its objects, pixels of the file; 0 where rasterization gives no pixel.
         num_vanished: number of objects with pixels that the training targets lose.
     """
 
     finding: Finding | None
+    traits: ImageTraits | None = None
     areas: list[int] = []
     num_vanished: int = 0
 
 
-def check_files(content: Any, absent: list[str], cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
-    """Yield the findings of the json and of its file names, some of them absent, without reading an image."""
+def check_files(content: Any, files: FileNames, cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
+    """Yield the findings of the json and of its file names without reading an image; `broken_images` has the absent."""
     report = check_content(content, args.evaluation)
     yield from report.findings
     is_empty = isinstance(content, dict) and not content.get("annotations")
     if is_empty or not (report.problems() or report.num_instances.total()):
         yield Finding("no objects", NOTHING_TO_TRAIN_ON, stops=not args.evaluation)
-    yield from (Finding("missing file", f"{args.images} has no file {file_name!r}") for file_name in absent)
-    for file_name, count in Counter(_file_names(content)).items():
-        if count > 1:
-            yield Finding("file named twice", f"{file_name!r} is named by {count} images", stops=False)
+    yield from name_findings(_file_names(content), files, args.images)
     num_categories = len(_entries(content, "categories"))
     key, num_classes = config.num_classes(cfg) or (None, num_categories)
     if args.config_file and num_categories != num_classes:
@@ -119,6 +128,7 @@ def survey_image(
     try:
         size = read_image_size(path, max_pixels) if is_quick else read_image(path, max_pixels=max_pixels).shape[:2]
         check_image_size({**image, "file_name": path}, size)
+        traits = image_traits(image, image_root, max_pixels, decode=not is_quick)
     except DataError as error:
         kind = "unreadable image" if isinstance(error, ImageReadError) else "another image size"
         return ImageSurvey(Finding(kind, str(error)))
@@ -130,10 +140,11 @@ def survey_image(
         window = read_mask(segmentation, T.TransformList([]), size, size)
         areas.append(0 if window is None else int(window.mask.sum()))
         if window is not None and is_in_target is not None:
-            new_size = (transform.new_h, transform.new_w)
+            # Detectron2 returns no ResizeTransform where the size stays.
+            new_size = size if isinstance(transform, T.NoOpTransform) else (transform.new_h, transform.new_w)
             resized = read_mask(segmentation, T.TransformList([transform]), size, new_size)
             num_vanished += resized is None or not is_in_target(resized)
-    return ImageSurvey(None, areas, num_vanished)
+    return ImageSurvey(None, traits, areas, num_vanished)
 
 
 def _train_size(cfg: CfgNode) -> int:
@@ -142,14 +153,15 @@ def _train_size(cfg: CfgNode) -> int:
     return sizes if isinstance(sizes, int) else max(sizes)
 
 
-def broken_images(surveys: list[ImageSurvey], cfg: CfgNode) -> Iterator[Finding]:
-    """Yield the flaws of the files: warnings where a training skips so few images, else problems."""
-    findings = [survey.finding for survey in surveys if survey.finding is not None]
-    limit = cfg.DATALOADER.MAX_BROKEN_IMAGES
-    stops = len(findings) > limit or 0 < len(findings) == len(surveys)
+def broken_images(surveys: list[ImageSurvey], absent: list[str], cfg: CfgNode) -> Iterator[Finding]:
+    """Yield the missing and the broken files: warnings where a training skips so few images, else problems."""
+    findings = [Finding("missing file", f"there is no file {file_name!r}") for file_name in absent]
+    findings += [survey.finding for survey in surveys if survey.finding is not None]
+    limit, num_images = cfg.DATALOADER.MAX_BROKEN_IMAGES, len(surveys) + len(absent)
+    stops = len(findings) > limit or 0 < len(findings) == num_images
     yield from (finding._replace(stops=stops) for finding in findings)
     if findings:
-        message = f"{len(findings)} of {len(surveys)}; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is "
+        message = f"{len(findings)} of {num_images}; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is "
         yield Finding("images that cannot be used", f"{message}{limit}: repair them", stops)
 
 
@@ -246,6 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts)
+        if other_format := describe_path(args.json):
+            raise ValueError(other_format)
         if not args.json.is_file():
             raise ValueError(f"There is no file {args.json}")
         if not args.images.is_dir():
@@ -260,16 +274,20 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"{error}\nA training with these data would stop.")
         return 1
-    absent = missing_files(_file_names(content), args.images)
-    findings = list(check_files(content, absent, cfg, args))
-    images = present_images(content, set(absent))
+    file_names = _file_names(content)
+    files = find_files(file_names, args.images)
+    findings = list(check_files(content, files, cfg, args))
+    images = present_images(content, set(files.absent))
+    images = [({**image, "file_name": files.found.get(image["file_name"], image["file_name"])}, annotations)
+              for image, annotations in images]  # fmt: skip
     model: type[InstanceSegmenter] = config.registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
     is_in_target = model.target_check(cfg)
     survey = partial(survey_image, image_root=args.images, cfg=cfg, is_in_target=is_in_target, is_quick=args.quick)
     # Without batches, collate_fn is called in a worker with each element.
     loader = DataLoader(images, batch_size=None, num_workers=args.workers, collate_fn=survey)
     surveys = list(tqdm(loader, desc="Images", unit="image", disable=not images))
-    findings += broken_images(surveys, cfg)
+    findings += broken_images(surveys, files.absent, cfg)
+    findings += trait_findings([survey.traits for survey in surveys if survey.traits is not None])
     print(args.json)
     for line in describe_content(content, surveys, cfg, f"{model.lossless_targets_key} True", is_in_target is None):
         print(line)

@@ -26,6 +26,7 @@ from sparseinst import config
 from sparseinst.config import load_config
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
+from sparseinst.data.image_formats import FORMATS
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.inference import ImageReadError, Predictor, VideoReader, VideoWriter, read_image
 from sparseinst.inference.output_files import (
@@ -62,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="NAME", help="images: files, folders, glob patterns")
+    source.add_argument("--input", nargs="+", metavar="NAME",
+                        help=f"images: files, folders, glob patterns; formats: {', '.join(FORMATS)}")  # fmt: skip
     source.add_argument("--video-input", metavar="FILE", help="a video")
     source.add_argument("--webcam", type=int, nargs="?", const=0, metavar="INDEX", help="a camera (default 0)")
     add("--output", type=Path,

@@ -1,10 +1,11 @@
 """Where the demo writes: names that differ, and files that are the same by another name."""
 
+import logging
 from pathlib import Path
 
 import pytest
 
-from sparseinst.inference.output_files import check_image_folder, check_not_read, output_names, write_file
+from sparseinst.inference.output_files import check_image_folder, check_not_read, find_images, output_names, write_file
 
 
 def test_output_names_are_unlike_whatever_the_case():
@@ -51,3 +52,14 @@ def test_writing_replaces_the_whole_file(tmp_path):
     write_file(file, b"longer content")
     write_file(file, b"short")
     assert file.read_bytes() == b"short" and [path.name for path in file.parent.iterdir()] == ["a.bin"]
+
+
+def test_folders_name_the_formats_that_are_not_read(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sparseinst"), "propagate", True)
+    names = ["a.jpg", "b.jfif", "c.avif", "d.gif", "e.mpo", "f.jp2", "g.JPE", "h.dib"]
+    for name in [*names, "x.eps", "y.ICO", "notes.txt"]:
+        (tmp_path / name).touch()
+    with caplog.at_level(logging.WARNING, logger="sparseinst"):
+        assert [path.name for path in find_images([str(tmp_path)])] == names
+    (record,) = caplog.records
+    assert "2 files of formats that are not read are left out (the first: x.eps)" in record.getMessage()
