@@ -72,7 +72,7 @@ def _report(cfg: CfgNode, dataset_name: str, outcome: Outcome) -> None:
     suffix = f"_{dataset_name.replace('/', '_')}" if len(cfg.DATASETS.TEST) > 1 else ""
     folder = Path(cfg.OUTPUT_DIR)
     try:
-        score = 0.5 if outcome.evaluation is None else best_score(outcome.evaluation)
+        score = best_score(outcome)
         matches = match_masks(outcome, score)
     # A defect of the plots must not end a training.
     except Exception as error:

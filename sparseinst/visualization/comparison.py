@@ -66,7 +66,7 @@ def draw_comparisons(
         num_objects, num_predictions = len(comparison.objects), len(comparison.predictions)
         cells += [
             (_fit(truth, size), f"{_ending(comparison.name)}: truth, {found} of {num_objects} right"),
-            (_fit(predicted, size), f"prediction: {num_predictions} masks, {wrong} wrong"),
+            (_fit(predicted, size), f"prediction: {wrong} of {num_predictions} wrong"),
         ]
     white = (np.full((*size, 3), 255, np.uint8), "")
     length = 2 * num_columns

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -43,7 +44,7 @@ def draw_curves(metrics: Sequence[Mapping[str, float]], iterations_per_epoch: fl
         name for name in ("lr",) if name in curves
     ]
     scores = [name for name in curves if name.endswith(("segm/AP", "segm/AP50", "bbox/AP"))]
-    figure = Figure(figsize=(9, 10), layout="constrained")
+    figure = Figure(figsize=(10, 10), layout="constrained")
     loss_axes, ap_axes, rate_axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1))
 
     for name in losses:
@@ -52,9 +53,7 @@ def draw_curves(metrics: Sequence[Mapping[str, float]], iterations_per_epoch: fl
         loss_axes.plot(
             x, y, label=name, color="black" if is_total else None, linewidth=2 if is_total else 1.2, alpha=0.85
         )
-    loss_axes.set(
-        ylabel="loss, median of 20 iterations", yscale="log", title="Losses: falling is learning, flat is the end of it"
-    )
+    loss_axes.set(ylabel="loss, median of 20 iterations", yscale="log", title="Losses fall while the model learns")
     for name in sorted(scores, reverse=True):
         x, y = np.array(curves[name]).T
         task, _, figure_name = name.rpartition("/")
@@ -62,7 +61,7 @@ def draw_curves(metrics: Sequence[Mapping[str, float]], iterations_per_epoch: fl
         defined = ~np.isnan(y)
         label += f": {y[-1]:.1f}" + (f", best {y[defined].max():.1f}" if defined.sum() > 1 else "")
         ap_axes.plot(x, y, "o-", markersize=4, label=label)
-    ap_axes.set(ylim=(0, 100), ylabel="AP, percent", title="AP on the validation images: higher is better")
+    ap_axes.set(ylim=(0, 100), ylabel="AP, percent", title="AP of the validation images: higher is better")
     if not scores:
         ap_axes.text(0.5, 0.5, "not evaluated", transform=ap_axes.transAxes, ha="center")
     for name in rates:
@@ -77,7 +76,7 @@ def draw_curves(metrics: Sequence[Mapping[str, float]], iterations_per_epoch: fl
     for axes in (loss_axes, ap_axes, rate_axes):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, loc="best")
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     rate_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if iterations_per_epoch:
         epochs = loss_axes.secondary_xaxis(
@@ -90,7 +89,7 @@ def draw_curves(metrics: Sequence[Mapping[str, float]], iterations_per_epoch: fl
 def draw_precision_recall(
     precision: Mapping[float, np.ndarray], class_names: Sequence[str], score: float, best: tuple[float, float]
 ) -> bytes:
-    """Plot precision over recall: averaged over the classes for each IoU, and of each class for the smallest IoU.
+    """Plot precision over recall: the mean of the classes for each IoU, and each class for the smallest IoU.
 
     Args:
         precision: IoU to COCO's precision (101, K) at recalls 0, 0.01, ..., 1; NaN for absent classes.
@@ -110,6 +109,8 @@ def draw_precision_recall(
         named = len(present) <= _MAX_NAMED_CURVES
         for index in sorted(present, key=lambda index: -first[:, index].mean()):
             label = f"AP50 {100 * first[:, index].mean():.1f}: {_short(class_names[index])}" if named else None
+            if not named and index == present[0]:
+                label = f"each class, IoU {min(precision):g}"
             axes.plot(
                 recall,
                 first[:, index],
@@ -120,7 +121,7 @@ def draw_precision_recall(
             )
     for iou, style in zip(sorted(precision), ("-", "--", ":")):
         mean = precision[iou][:, present].mean(1) if present else np.zeros(101)
-        label = f"all {len(present)} classes, IoU {iou:g}" if len(present) > 1 else f"IoU {iou:g}"
+        label = f"mean of {len(present)} classes, IoU {iou:g}" if len(present) > 1 else f"IoU {iou:g}"
         axes.plot(
             recall,
             mean,
@@ -129,7 +130,14 @@ def draw_precision_recall(
             linewidth=2.5,
             label=f"AP{round(100 * iou)} {100 * mean.mean():.1f}: {label}",
         )
-    axes.plot(*best, "o", color="tab:red", markersize=9, label=f"score {score:.2f}: the best F1 (IoU 0.5)", zorder=5)
+    axes.plot(
+        *best,
+        "o",
+        color="tab:red",
+        markersize=9,
+        label=f"all objects, score {score:.2f}: the best F1 (IoU 0.5)",
+        zorder=5,
+    )
     axes.set(
         xlim=(0, 1),
         ylim=(0, 1.02),
@@ -143,7 +151,9 @@ def draw_precision_recall(
 
 
 def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], score: float) -> bytes:
-    """Plot a confusion matrix; colors are shares of a row, and small matrices have the counts.
+    """Plot a confusion matrix; small matrices have the counts.
+
+    Colors are shares of the objects of a class; in the last row, of the predictions of a class.
 
     Args:
         matrix: (K + 1, K + 1) counts, rows: objects, columns: predictions, background last.
@@ -153,55 +163,60 @@ def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], score:
     Returns:
         A PNG file.
     """
-    num_classes = len(class_names)
-    objects = matrix[:-1].sum()
-    found, missed = np.trace(matrix[:-1, :-1]), matrix[:-1, -1].sum()
-    # Classes without objects and predictions say nothing; of many, the most frequent are shown.
-    counts = matrix[:num_classes].sum(1) + matrix[:, :num_classes].sum(0)
-    shown = np.sort(np.argsort(-counts, kind="stable")[:_MAX_CLASSES])
-    shown = [int(index) for index in shown if counts[index]] or list(range(min(num_classes, _MAX_CLASSES)))
-    part = matrix[np.ix_([*shown, num_classes], [*shown, num_classes])]
+    # Of many classes the most frequent are shown, and none that does not occur.
+    counts = matrix[:-1].sum(1) + matrix[:, :-1].sum(0)
+    shown = [int(index) for index in np.sort(np.argsort(-counts, kind="stable")[:_MAX_CLASSES]) if counts[index]]
+    part = matrix[np.ix_([*shown, -1], [*shown, -1])]
     names = [_short(class_names[index]) for index in shown]
     side = len(part)
-    cell = 0.55 if side <= 12 else 0.42 if side <= _MAX_COUNTED else 0.19
-    margin = 2.6 if side <= _MAX_COUNTED else 2.2
-    size = max(6.0, side * cell + margin)
-    figure = Figure(figsize=(size + 0.6, size), layout="constrained")
+    is_small = side <= _MAX_COUNTED
+    size = max(6.0, side * (0.45 if is_small else 0.18) + 2.5)
+    figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     shares = part / np.maximum(part.sum(1, keepdims=True), 1)
-    image = axes.imshow(np.where(part > 0, shares, np.nan), cmap="Blues", vmin=0, vmax=1, aspect="equal")
-    font = 9 if side <= _MAX_COUNTED else 7
-    axes.set_xticks(
-        range(side),
-        [*names, "(missed)"],
-        rotation=90 if side > 6 else 30,
-        ha="center" if side > 6 else "right",
-        fontsize=font,
-    )
+    shares[-1] = part[-1] / np.maximum(part.sum(0), 1)
+    # The root makes small shares visible.
+    image = axes.imshow(np.where(part > 0, shares, np.nan), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    font = 9 if is_small else 8
+    axes.set_xticks(range(side), [*names, "(missed)"], rotation=90, fontsize=font)
     axes.set_yticks(range(side), [*names, "(no object)"], fontsize=font)
-    axes.set_xticks(np.arange(-0.5, side), minor=True)
-    axes.set_yticks(np.arange(-0.5, side), minor=True)
+    for set_ticks in (axes.set_xticks, axes.set_yticks):
+        set_ticks(np.arange(-0.5, side), minor=True)
     axes.grid(which="minor", color="0.88", linewidth=0.5)
     axes.tick_params(which="minor", length=0)
-    for edge in (axes.axhline, axes.axvline):
-        edge(side - 1.5, color="black", linewidth=1)
-    if side <= _MAX_COUNTED:
-        for (row, column), count in np.ndenumerate(part):
-            if count:
-                color = "white" if shares[row, column] > 0.55 else "black"
-                axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)
+    axes.axhline(side - 1.5, color="black", linewidth=1)
+    axes.axvline(side - 1.5, color="black", linewidth=1)
+    for (row, column), count in np.ndenumerate(part) if is_small else ():
+        if count:
+            color = "white" if shares[row, column] > 0.3 else "black"
+            axes.text(column, row, f"{count}", ha="center", va="center", fontsize=font, color=color)
     axes.set(xlabel="predicted class", ylabel="class of the object")
-    title = (
-        f"{objects} objects: {found} found with the right class, {objects - found - missed} with another, "
-        f"{missed} missed\n{matrix[-1].sum()} predictions without an object (score at least {score:.2f}, mask IoU at "
-        "least 0.5)"
-    )
-    if len(shown) < num_classes:
-        reason = "with the fewest objects" if len(shown) == _MAX_CLASSES else "that do not occur"
-        title += f"\n{num_classes - len(shown)} classes {reason} are not shown"
-    axes.set_title(title, fontsize=9 if side <= _MAX_COUNTED else 11)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the row")
+    axes.set_title(_summary(matrix, class_names, score, shown), fontsize=10 if is_small else 12)
+    figure.colorbar(image, ax=axes, shrink=0.5, aspect=30, label="share of the row; last row: share of the column")
     return _png(figure)
+
+
+def _summary(matrix: np.ndarray, class_names: Sequence[str], score: float, shown: Sequence[int]) -> str:
+    """Return the figures of a confusion matrix and its three most frequent confusions in lines of text."""
+    confused = matrix[:-1, :-1] * (1 - np.eye(len(class_names), dtype=np.int64))
+    objects, found, missed = matrix[:-1].sum(), np.trace(matrix[:-1, :-1]), matrix[:-1, -1].sum()
+    lines = [
+        f"{objects} objects: {found} right, {confused.sum()} with another class, {missed} missed",
+        f"{matrix[-1].sum()} predictions without an object",
+        f"(mask IoU at least 0.5, score at least {score:.2f}: the best F1)",
+    ]
+    worst = [np.unravel_index(index, confused.shape) for index in np.argsort(-confused, axis=None, kind="stable")[:3]]
+    pairs = [
+        f"{_short(class_names[row])} as {_short(class_names[column])} {confused[row, column]}"
+        for row, column in worst
+        if confused[row, column]
+    ]
+    if pairs:
+        lines.append(f"Most often confused: {', '.join(pairs)}")
+    if len(shown) < len(class_names):
+        reason = "with the fewest objects" if len(shown) == _MAX_CLASSES else "that do not occur"
+        lines.append(f"{len(class_names) - len(shown)} classes {reason} are not shown")
+    return "\n".join(lines)
 
 
 def _short(name: str, length: int = 22) -> str:
