@@ -32,7 +32,7 @@ from sparseinst.engine.optimizer import clip_total_norm
 from sparseinst.engine.output_folder import check_no_earlier_run, claimed
 from sparseinst.engine.processes import check_device
 from sparseinst.engine.progress import Progress
-from sparseinst.engine.run_setup import set_up_loggers, set_up_run
+from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
 from sparseinst.evaluation import figures_table
 
 logger = logging.getLogger(__name__)
@@ -72,9 +72,11 @@ def main(args: argparse.Namespace) -> dict:
                 stack.enter_context(claimed(cfg.train.output_dir))
             if not args.eval_only and not args.resume:
                 check_no_earlier_run(cfg.train.output_dir)
+            config_text = _as_yaml(cfg)
+            save_config(cfg.train.output_dir, config_text)
             set_up_loggers(cfg.train.output_dir)
             benchmark = cfg.train.get("cudnn_benchmark", False) and not args.eval_only
-            set_up_run(args, cfg.train.output_dir, _as_yaml(cfg), seed=cfg.train.seed, cudnn_benchmark=benchmark)
+            set_up_run(args, config_text, seed=cfg.train.seed, cudnn_benchmark=benchmark)
             run = (prepare_evaluation if args.eval_only else prepare_training)(cfg, args.resume)
         with run_errors(cfg.train.output_dir):
             results = run()

@@ -21,6 +21,19 @@ logger = logging.getLogger(__name__)
 LOGGERS = ("sparseinst", "detectron2", "fvcore")
 
 
+def save_config(output_dir: str, config_text: str) -> None:
+    """Write OUTPUT_DIR/config.yaml in rank 0, before the log, so that a full disk gives one line.
+
+    Together with `set_up_loggers` and `set_up_run` it replaces Detectron2's default_setup, which empties config.yaml
+    before it writes: a full disk leaves 0 bytes of the earlier file.
+
+    Raises:
+        OutputError: the file cannot be written; an earlier one is unchanged.
+    """
+    if comm.is_main_process():
+        write_text_atomically(Path(output_dir) / "config.yaml", config_text)
+
+
 def set_up_loggers(output_dir: str) -> None:
     """Log to stdout (rank 0) and to OUTPUT_DIR/log.txt; a full disk costs lines of the log and one line on stderr.
 
@@ -35,33 +48,20 @@ def set_up_loggers(output_dir: str) -> None:
                 atexit.register(_close, stream)
 
 
-def set_up_run(
-    args: argparse.Namespace, output_dir: str, config_text: str, *, seed: int, cudnn_benchmark: bool
-) -> None:
-    """Save the config, log the environment, and seed this process.
-
-    Replaces Detectron2's default_setup, which empties config.yaml before it writes: a full disk leaves no config of the
-    earlier run.
+def set_up_run(args: argparse.Namespace, config_text: str, *, seed: int, cudnn_benchmark: bool) -> None:
+    """Log the environment and the config, and seed this process.
 
     Args:
-        args: of the command line; logged.
-        output_dir: exists.
+        args: of the command line.
         config_text: content of config.yaml.
         seed: of all random numbers; negative: a random one.
         cudnn_benchmark: of torch.
-
-    Raises:
-        OutputError: config.yaml cannot be written; an earlier file is unchanged.
     """
     rank = comm.get_rank()
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
     logger.info("Environment info:\n%s", collect_env_info())
     logger.info("Command line arguments: %s", args)
-    if comm.is_main_process():
-        path = Path(output_dir) / "config.yaml"
-        write_text_atomically(path, config_text)
-        logger.info("Running with full config:\n%s", config_text)
-        logger.info("Full config saved to %s", path)
+    logger.info("Running with full config:\n%s", config_text)
     # Each process has its own random numbers.
     seed_all_rng(None if seed < 0 else seed + rank)
     torch.backends.cudnn.benchmark = cudnn_benchmark

@@ -21,7 +21,7 @@ from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.output_folder import check_no_earlier_run, claimed
 from sparseinst.engine.processes import add_process_arguments, check_device, run_processes
 from sparseinst.engine.report import evaluation_report
-from sparseinst.engine.run_setup import set_up_loggers, set_up_run
+from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
 from sparseinst.engine.trainer import Trainer, check_test_config
 from sparseinst.evaluation import evaluate
 from sparseinst.runtime.optimize import optimize_as_configured
@@ -97,10 +97,11 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> CfgNode:
         stack.enter_context(claimed(cfg.OUTPUT_DIR))
     if not args.eval_only and not args.resume:
         check_no_earlier_run(cfg.OUTPUT_DIR)
+    save_config(cfg.OUTPUT_DIR, cfg.dump())
     set_up_loggers(cfg.OUTPUT_DIR)
     log_data_warnings(cfg, splits)
     cudnn_benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
-    set_up_run(args, cfg.OUTPUT_DIR, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cudnn_benchmark)
+    set_up_run(args, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cudnn_benchmark)
     return cfg
 
 
