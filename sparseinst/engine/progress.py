@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 PERIOD = 20
 # Most seconds without a line, also inside a step.
 MAX_SILENCE = 12.0
+# Seconds between two looks of the thread.
+POLL = 1.0
 
 
 class Progress(HookBase):
@@ -94,7 +96,7 @@ class Progress(HookBase):
     def _watch(self) -> None:
         """Log a line where a step takes long; the time between two of them doubles."""
         logged_step, silence = None, MAX_SILENCE
-        while not self._ended.wait(1.0):
+        while not self._ended.wait(POLL):
             start = self._step_start
             if start is None:
                 continue

@@ -145,7 +145,8 @@ def best_score(outcome: Outcome) -> float:
     scores = np.asarray(outcome.evaluation.eval["scores"])[0, :, :, 0, -1]
     num_objects = Counter(a["category_id"] for a in outcome.truth.anns.values() if not a.get("iscrowd"))
     objects = np.array([num_objects[category_id] for category_id in outcome.evaluation.params.catIds])
-    candidates = np.arange(0.01, 1, 0.01)
+    # Highest first: the curves count wrong predictions down to the last right one only, so the first maximum is right.
+    candidates = np.arange(1, 100)[::-1] / 100
     # (recalls, K, candidates): scores fall with the recall, and are 0 beyond the largest recall.
     reached = (scores[:, :, None] >= candidates).sum(0) - 1
     found = np.maximum(reached, 0) / (len(precision) - 1) * objects[:, None]

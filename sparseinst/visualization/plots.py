@@ -176,23 +176,24 @@ def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], score:
     shares = part / np.maximum(part.sum(1, keepdims=True), 1)
     shares[-1] = part[-1] / np.maximum(part.sum(0), 1)
     # The root makes small shares visible.
-    image = axes.imshow(np.where(part > 0, shares, np.nan), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    cells = axes.pcolormesh(
+        np.ma.masked_equal(shares, 0), cmap="Blues", norm=PowerNorm(0.5, 0, 1), edgecolors="0.88", linewidth=0.5
+    )
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
     font = 9 if is_small else 8
-    axes.set_xticks(range(side), [*names, "(missed)"], rotation=90, fontsize=font)
-    axes.set_yticks(range(side), [*names, "(no object)"], fontsize=font)
-    for set_ticks in (axes.set_xticks, axes.set_yticks):
-        set_ticks(np.arange(-0.5, side), minor=True)
-    axes.grid(which="minor", color="0.88", linewidth=0.5)
-    axes.tick_params(which="minor", length=0)
-    axes.axhline(side - 1.5, color="black", linewidth=1)
-    axes.axvline(side - 1.5, color="black", linewidth=1)
+    middles = np.arange(side) + 0.5
+    axes.set_xticks(middles, [*names, "(missed)"], rotation=90, fontsize=font)
+    axes.set_yticks(middles, [*names, "(no object)"], fontsize=font)
+    axes.axhline(side - 1, color="black", linewidth=1)
+    axes.axvline(side - 1, color="black", linewidth=1)
     for (row, column), count in np.ndenumerate(part) if is_small else ():
         if count:
             color = "white" if shares[row, column] > 0.3 else "black"
-            axes.text(column, row, f"{count}", ha="center", va="center", fontsize=font, color=color)
+            axes.text(column + 0.5, row + 0.5, f"{count}", ha="center", va="center", fontsize=font, color=color)
     axes.set(xlabel="predicted class", ylabel="class of the object")
     axes.set_title(_summary(matrix, class_names, score, shown), fontsize=10 if is_small else 12)
-    figure.colorbar(image, ax=axes, shrink=0.5, aspect=30, label="share of the row; last row: share of the column")
+    figure.colorbar(cells, ax=axes, shrink=0.5, aspect=30, label="share of the row; last row: share of the column")
     return _png(figure)
 
 
