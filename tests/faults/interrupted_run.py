@@ -69,5 +69,5 @@ def phase(output: Path, log: str) -> str:
     start = max(log.rfind("Starting training"), log.rfind("precise-BN"))
     if start < 0:
         return "starting"
-    begun, done = log.rfind("Start inference"), log.rfind("copypaste")
+    begun, done = log.rfind("Start inference"), log.rfind("Results and speed are in")
     return "evaluating" if begun > max(done, log.rfind("eta:")) else "training"
