@@ -18,7 +18,8 @@ METRICS_FILE = "metrics.json"
 
 
 def build_writers(output_dir: str) -> list[EventWriter]:
-    """Return the writers of metrics.json and TensorBoard."""
+    """Create the folder, and return the writers of metrics.json and TensorBoard."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
     metrics = MetricsFile(Path(output_dir) / METRICS_FILE)
     return [OptionalWriter(metrics, METRICS_FILE), OptionalWriter(TensorboardXWriter(output_dir), "TensorBoard")]
 
