@@ -29,7 +29,7 @@ def test_confusion_matrix(num_classes):
 
 
 def test_names_that_matplotlib_would_read_as_formulas():
-    names = ["$", "a$b$^", "_hidden", "\\frac"]
+    names = ["$", "a$^{$", "_hidden", "\\frac"]
     opened(draw_confusion_matrix(np.ones((5, 5), int), names, 0.4))
     opened(draw_precision_recall({0.5: np.ones((101, 4))}, names, 0.4, (1.0, 1.0)))
 
