@@ -199,6 +199,10 @@ class Trainer(SimpleTrainer):
                     self.run_step()
                     self.steps_done = self.iter + 1
                     self.after_step()
+                resumed_from = Path(self.checkpointer.get_checkpoint_file()).name
+                if self.start_iter == self.max_iter > 0 and resumed_from != "model_final.pth":
+                    # The run was killed between its last checkpoint and the final one.
+                    self.checkpointer.save("model_final", iteration=self.max_iter - 1)
                 # Hooks read this as the end of the training.
                 self.iter = self.max_iter
             except RUN_ERRORS as error:

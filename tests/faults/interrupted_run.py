@@ -64,7 +64,7 @@ def write_slowly(path, write) -> None:
 
 def phase(output: Path, log: str) -> str:
     """What a run is doing: starting, training, saving or evaluating."""
-    if any(output.glob(".*.partial")):
+    if any(output.glob(".model_*.partial")):
         return "saving"
     start = max(log.rfind("Starting training"), log.rfind("precise-BN"))
     if start < 0:
