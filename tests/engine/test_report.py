@@ -29,7 +29,7 @@ def make_cfg(shapes, output_dir, *opts):
     return tiny_cfg(
         "DATASETS.TRAIN", shapes[:1], "DATASETS.TEST", shapes[1:], "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4,
         "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "OUTPUT_DIR", str(output_dir),
-        "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0, "TEST.PLOTS", True, *opts,
+        "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0, "MODEL.SPARSE_INST.MASK_THRESHOLD", 0.001, "TEST.PLOTS", True, *opts,
     )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def run(cfg):
 
 
 def test_a_training_ends_with_all_plots(shapes, tmp_path):
+    torch.manual_seed(0)
     trainer = Trainer(make_cfg(shapes, tmp_path, "SEED", 1))
     trainer.resume_or_load(resume=False)
     assert "segm" in trainer.train()
