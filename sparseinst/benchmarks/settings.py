@@ -17,6 +17,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import nn
 
+from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import OptimizedSegmenter
 
@@ -166,10 +167,10 @@ def run_command(
         check_least({"--threads": (1 if args.threads is None else args.threads, 1)})
         torch.set_num_threads(args.threads or torch.get_num_threads())
         figures = run(args)
-    except (ValueError, ImportError, *errors) as error:
+        if args.json is not None:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(args.json, json.dumps(figures, indent=1) + "\n")
+    except (ValueError, ImportError, OSError, *errors) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -16,6 +16,7 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
 
 from sparseinst import config
+from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.data.coco_checks import LEFT_OUT, Finding, JsonReport, check_content
 from sparseinst.data.image_files import absent_findings, find_files, name_findings, sample_findings, with_found_names
 from sparseinst.data.json_file import read_json
@@ -44,7 +45,7 @@ class ClassInfo(NamedTuple):
 
     def save(self, path: str | Path) -> None:
         """Write the classes as JSON."""
-        Path(path).write_text(json.dumps(self._asdict(), indent=1) + "\n", encoding="utf-8")
+        write_text_atomically(path, json.dumps(self._asdict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "ClassInfo":

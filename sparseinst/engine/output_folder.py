@@ -36,10 +36,12 @@ def claimed(folder: str | os.PathLike) -> Iterator[Path]:
         ) from error
     with lock:
         _lock(lock, folder)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        # The number only helps to find the run, so a full disk does not matter here.
+        with contextlib.suppress(OSError):
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())
         remove_partial_files(folder)
+        remove_partial_files(folder / "inference")
         yield folder
 
 

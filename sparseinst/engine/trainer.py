@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
+from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
@@ -28,9 +28,12 @@ from sparseinst.engine.finite import FiniteGuard
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.host_memory import keep_freed_memory
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
+from sparseinst.engine.metrics_file import build_writers
 from sparseinst.engine.optimizer import build_optimizer, clip_total_norm
 from sparseinst.engine.output_folder import check_free_space
+from sparseinst.engine.progress import Progress
 from sparseinst.engine.recompute import prepare_as_configured
+from sparseinst.engine.report import CurvesHook, evaluation_report
 from sparseinst.evaluation import check_coco_eval, evaluate
 from sparseinst.modeling.meta_arch import InstanceSegmenter, TrainingPart
 
@@ -105,10 +108,13 @@ class Trainer(SimpleTrainer):
     def build_hooks(self, model: torch.nn.Module) -> list:
         """Return Detectron2's hooks in Detectron2's order, and the hooks for evaluation and VIS_PERIOD."""
         cfg = self.cfg
+        iterations_per_epoch = self.data_loader.num_images / cfg.SOLVER.IMS_PER_BATCH
         result = [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=build_lr_scheduler(cfg, self.optimizer)),
         ]
+        if comm.is_main_process():
+            result.append(Progress(model, iterations_per_epoch))
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
             # Before the checkpointer, so that it saves the statistics.
             batches = self._precise_bn_batches()
@@ -126,7 +132,9 @@ class Trainer(SimpleTrainer):
             if cfg.VIS_PERIOD:
                 result.append(VisualizationHook(cfg.VIS_PERIOD, model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN[0]))
             # Last, so that it writes what the other hooks store.
-            result.append(hooks.PeriodicWriter(default_writers(cfg.OUTPUT_DIR, self.max_iter), period=20))
+            result.append(hooks.PeriodicWriter(build_writers(cfg.OUTPUT_DIR), period=20))
+            if cfg.TEST.PLOTS:
+                result.append(CurvesHook(cfg.OUTPUT_DIR, iterations_per_epoch))
         return result
 
     def evaluate(self, model: torch.nn.Module) -> dict:
@@ -134,7 +142,7 @@ class Trainer(SimpleTrainer):
         # The weights do not change, so a signal may stop a long evaluation at once.
         self._signals.raises_at_once = True
         try:
-            self.results = evaluate(self.cfg, model)
+            self.results = evaluate(self.cfg, model, evaluation_report(self.cfg))
         except TrainingInterrupted:
             # After the last step the final checkpoint exists; before the first one, the resumed checkpoint.
             if self.start_iter < self.steps_done < self.max_iter:
@@ -191,6 +199,10 @@ class Trainer(SimpleTrainer):
                     self.run_step()
                     self.steps_done = self.iter + 1
                     self.after_step()
+                resumed_from = Path(self.checkpointer.get_checkpoint_file()).name
+                if self.start_iter == self.max_iter > 0 and resumed_from != "model_final.pth":
+                    # The run was killed between its last checkpoint and the final one.
+                    self.checkpointer.save("model_final", iteration=self.max_iter - 1)
                 # Hooks read this as the end of the training.
                 self.iter = self.max_iter
             except RUN_ERRORS as error:

@@ -10,6 +10,7 @@ import yaml
 from tabulate import tabulate
 
 from sparseinst.benchmarks.complexity import Cost, analyze_config
+from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.config import load_config
 
 
@@ -63,8 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             | {"uncounted": complexity.uncounted}
             for name, complexity in found
         ]
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(args.json, json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            print(f"error: --json: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.data.shapes import CLASS_NAMES, Annotations, draw_ellipses_image, draw_shapes_image
 
 SETTINGS_FILE = "shapes_settings.json"
@@ -39,7 +40,7 @@ def _write_coco(
         content["annotations"] += [{"id": number, "image_id": image_id, **entry} for number, entry in numbered]
     content["categories"] = [{"id": n, "name": name, "supercategory": "shape"} for n, name in enumerate(class_names, 1)]
     json_path = folder / f"{split}.json"
-    json_path.write_text(json.dumps(content))
+    write_text_atomically(json_path, json.dumps(content))
     return json_path
 
 

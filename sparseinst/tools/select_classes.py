@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.data.coco_json import load_checked_json
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{args.output} already exists; remove it, or change --output")
         selected = select_classes(load_checked_json(args.json)[0], args.classes)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(selected), encoding="utf-8")
+        write_text_atomically(args.output, json.dumps(selected))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

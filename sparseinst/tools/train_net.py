@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
@@ -21,6 +20,8 @@ from sparseinst.engine.errors import run_errors, setup_errors
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.engine.output_folder import check_no_earlier_run, claimed
 from sparseinst.engine.processes import add_process_arguments, check_device, run_processes
+from sparseinst.engine.report import evaluation_report
+from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
 from sparseinst.engine.trainer import Trainer, check_test_config
 from sparseinst.evaluation import evaluate
 from sparseinst.runtime.optimize import optimize_as_configured
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> dict:
         with setup_errors():
             cfg = setup(args, stack)
             if args.eval_only:
-                run = partial(evaluate, cfg, load_model(cfg, args.resume))
+                run = partial(evaluate, cfg, load_model(cfg, args.resume), evaluation_report(cfg))
             else:
                 trainer = Trainer(cfg)
                 trainer.resume_or_load(args.resume)
@@ -96,9 +97,11 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> CfgNode:
         stack.enter_context(claimed(cfg.OUTPUT_DIR))
     if not args.eval_only and not args.resume:
         check_no_earlier_run(cfg.OUTPUT_DIR)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sparseinst")
+    save_config(cfg.OUTPUT_DIR, cfg.dump())
+    set_up_loggers(cfg.OUTPUT_DIR)
     log_data_warnings(cfg, splits)
-    default_setup(cfg, args)
+    cudnn_benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
+    set_up_run(args, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cudnn_benchmark)
     return cfg
 
 

@@ -78,6 +78,20 @@ def test_resumes_from_the_last_checkpoint(shapes, tmp_path):
     assert set(steps) == {4}
 
 
+def test_a_run_that_was_killed_before_its_final_checkpoint_gets_one(shapes, tmp_path):
+    cfg = make_cfg(shapes, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ())
+    run(cfg)
+    final = tmp_path / "model_final.pth"
+    first = torch.load(final)
+    final.write_bytes(b"of a shorter training")
+    (tmp_path / "last_checkpoint").write_text("model_0000000.pth")
+    trainer, _ = run(cfg, resume=True)
+    assert trainer.start_iter == 1
+    second = torch.load(final)
+    assert second["iteration"] == first["iteration"] == 0
+    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+
+
 def test_a_step_draws_the_same_random_numbers_whatever_came_before_it(shapes, tmp_path):
     drawn = {}
 

@@ -64,10 +64,10 @@ def write_slowly(path, write) -> None:
 
 def phase(output: Path, log: str) -> str:
     """What a run is doing: starting, training, saving or evaluating."""
-    if any(output.glob(".*.partial")):
+    if any(output.glob(".model_*.partial")):
         return "saving"
     start = max(log.rfind("Starting training"), log.rfind("precise-BN"))
     if start < 0:
         return "starting"
-    begun, done = log.rfind("Start inference"), log.rfind("copypaste")
+    begun, done = log.rfind("Start inference"), log.rfind("Results and speed are in")
     return "evaluating" if begun > max(done, log.rfind("eta:")) else "training"
