@@ -19,7 +19,6 @@ from detectron2.engine import (
     HookBase,
     SimpleTrainer,
     create_ddp_model,
-    default_setup,
     default_writers,
     hooks,
 )
@@ -32,6 +31,7 @@ from torch import nn
 from sparseinst.checkpoint import SparseInstCheckpointer
 from sparseinst.checkpoint.atomic_write import write_atomically
 from sparseinst.config import resolve_config_file
+from sparseinst.engine.console import default_setup_quietly
 from sparseinst.engine.errors import run_errors, setup_errors
 from sparseinst.engine.hooks import EvaluationHook
 from sparseinst.engine.optimizer import clip_total_norm
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> dict:
             if not args.eval_only and not args.resume:
                 check_no_earlier_run(cfg.train.output_dir)
             setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="sparseinst")
-            default_setup(cfg, args)
+            default_setup_quietly(cfg, cfg.train.output_dir, args)
             run = (prepare_evaluation if args.eval_only else prepare_training)(cfg, args.resume)
         with run_errors(cfg.train.output_dir):
             results = run()

@@ -5,6 +5,8 @@ a model needs for the data. Exit code 0: a training runs, perhaps with warnings;
 2: the arguments are wrong.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import sys
@@ -12,25 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from detectron2.config import CfgNode
-from detectron2.data import transforms as T
-from detectron2.modeling import META_ARCH_REGISTRY
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from sparseinst import config
-from sparseinst.config import load_config
-from sparseinst.data.augmentations import ResizeShortestEdge
-from sparseinst.data.coco_checks import Finding, check_content
-from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning, missing_files, read_json
-from sparseinst.data.dataset_mapper import check_image_size
-from sparseinst.data.images import DataError, ImageReadError, read_image, read_image_size
-from sparseinst.data.mask_decoding import check_segmentation, is_whole, read_mask
-from sparseinst.modeling.meta_arch import InstanceSegmenter
-from sparseinst.structures.mask_window import MaskWindow
+from sparseinst.engine.console import prepare_console
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+    from sparseinst.data.coco_checks import Finding
+    from sparseinst.modeling.meta_arch import InstanceSegmenter
+    from sparseinst.structures.mask_window import MaskWindow
 
 DEFAULT_CONFIG = "sparse_inst_r50_giam"
 # Pixels: COCO's limits of small and medium objects.
@@ -55,6 +51,10 @@ class ImageSurvey(NamedTuple):
 
 def check_files(content: Any, absent: list[str], cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
     """Yield the findings of the json and of its file names, some of them absent, without reading an image."""
+    from sparseinst import config
+    from sparseinst.data.coco_checks import Finding, check_content
+    from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning
+
     report = check_content(content, args.evaluation)
     yield from report.findings
     is_empty = isinstance(content, dict) and not content.get("annotations")
@@ -85,6 +85,9 @@ def _file_names(content: Any) -> list[str]:
 
 def present_images(content: Any, absent: Container[str]) -> list[ImageEntry]:
     """Return the valid images whose files are not absent."""
+    from sparseinst.data.images import DataError
+    from sparseinst.data.mask_decoding import check_segmentation, is_whole
+
     images: dict[int, ImageEntry] = {}
     for image in _entries(content, "images"):
         has_size = all(is_whole(image.get(side)) and image[side] > 0 for side in ("height", "width"))
@@ -114,6 +117,14 @@ def survey_image(
         is_in_target: see `InstanceSegmenter.target_check`.
         is_quick: read the header only.
     """
+    from detectron2.data import transforms as T
+
+    from sparseinst.data.augmentations import ResizeShortestEdge
+    from sparseinst.data.coco_checks import Finding
+    from sparseinst.data.dataset_mapper import check_image_size
+    from sparseinst.data.images import DataError, ImageReadError, read_image, read_image_size
+    from sparseinst.data.mask_decoding import read_mask
+
     image, annotations = entry
     path, max_pixels = image_root / image["file_name"], cfg.INPUT.MAX_IMAGE_PIXELS
     try:
@@ -144,6 +155,8 @@ def _train_size(cfg: CfgNode) -> int:
 
 def broken_images(surveys: list[ImageSurvey], cfg: CfgNode) -> Iterator[Finding]:
     """Yield the flaws of the files: warnings where a training skips so few images, else problems."""
+    from sparseinst.data.coco_checks import Finding
+
     findings = [survey.finding for survey in surveys if survey.finding is not None]
     limit = cfg.DATALOADER.MAX_BROKEN_IMAGES
     stops = len(findings) > limit or 0 < len(findings) == len(surveys)
@@ -157,6 +170,8 @@ def describe_content(
     content: Any, surveys: list[ImageSurvey], cfg: CfgNode, remedy: str, keeps_all: bool
 ) -> Iterator[str]:
     """Yield lines about the content of a data set; with the remedy, or where keeps_all, the targets lose no object."""
+    from sparseinst import config
+
     categories, annotations = _entries(content, "categories"), _entries(content, "annotations")
     num_crowds = sum(bool(annotation.get("iscrowd", 0)) for annotation in annotations)
     num_images = len(_entries(content, "images"))
@@ -216,7 +231,6 @@ def describe_findings(findings: Iterable[Finding], num_shown: int) -> Iterator[s
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = argparse.ArgumentParser(
-        prog="python -m sparseinst.tools.check_dataset",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="The table at the top of sparseinst/data/coco_checks.py lists all problems and warnings.",
@@ -244,6 +258,14 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0, 1 where a training would stop, 2 where the arguments are wrong.
     """
     args = build_parser().parse_args(argv)
+    prepare_console()
+    from detectron2.modeling import META_ARCH_REGISTRY
+    from torch.utils.data import DataLoader
+
+    from sparseinst import config
+    from sparseinst.config import load_config
+    from sparseinst.data.coco_json import missing_files, read_json
+
     try:
         cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts)
         if not args.json.is_file():

@@ -1,0 +1,116 @@
+"""Control what a command writes to the terminal, and keep it running where nobody reads it."""
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TextIO
+
+# Starts of warnings of other packages that a user cannot act on, with their categories.
+FOREIGN_WARNINGS = (
+    ("`torch.jit.script` is deprecated", FutureWarning),
+    ("`torch.jit.script_method` is deprecated", FutureWarning),
+    ("`torch.jit.trace` is deprecated", FutureWarning),
+    ("__array__ implementation", DeprecationWarning),
+    ("pkg_resources is deprecated", UserWarning),
+)
+
+
+def prepare_console() -> None:
+    """Survive closed streams and hide warnings of other packages, in this process and in those that it starts.
+
+    Every command calls it before it imports PyTorch.
+    """
+    survive_closed_streams()
+    hide_foreign_warnings()
+
+
+def hide_foreign_warnings() -> None:
+    """Ignore FOREIGN_WARNINGS in this process and, through PYTHONWARNINGS, in ranks and data workers."""
+    for start, category in FOREIGN_WARNINGS:
+        warnings.filterwarnings("ignore", re.escape(start), category)
+    wanted = [f"ignore:{start}:{category.__name__}" for start, category in FOREIGN_WARNINGS]
+    present = os.environ.get("PYTHONWARNINGS", "")
+    missing = [text for text in wanted if text not in present]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [present, *missing]))
+
+
+def survive_closed_streams() -> None:
+    """Replace a closed standard stream by the null device, and drop text that a stream does not take any more.
+
+    Services and cron may close a stream, ``| head`` closes a pipe, and a terminal can vanish. A run goes on.
+    """
+    # A file that took the number of a closed stream would receive the messages of C libraries.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, _LastingStream(stream))
+    logging.raiseExceptions = False
+
+
+class _LastingStream(io.TextIOWrapper):
+    """Write to a standard stream until it fails, then to the null device."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+
+
+@contextlib.contextmanager
+def only_in_log_file(*names: str) -> Iterator[None]:
+    """Keep the records of loggers from the terminal inside a ``with`` block; log.txt gets them."""
+    handlers = [handler for name in names for handler in logging.getLogger(name).handlers]
+    levels = {handler: handler.level for handler in handlers if getattr(handler, "stream", None) is sys.stdout}
+    for handler in levels:
+        handler.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)
+
+
+def default_setup_quietly(cfg: object, output_dir: str, args: argparse.Namespace) -> None:
+    """Call Detectron2's default_setup, whose dump of environment and config goes to log.txt only."""
+    from detectron2.engine import default_setup
+    from detectron2.utils import comm
+    from detectron2.utils.logger import setup_logger
+
+    # The calls of default_setup, whose handlers are cached by these arguments.
+    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="fvcore")
+    setup_logger(output_dir, distributed_rank=comm.get_rank())
+    with only_in_log_file("detectron2"):
+        default_setup(cfg, args)
