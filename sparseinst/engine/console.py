@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterator
 from typing import TextIO
 
+logger = logging.getLogger(__name__)
+
 # Starts of warnings of other packages that a user cannot act on, with their categories.
 FOREIGN_WARNINGS = (
     ("`torch.jit.script` is deprecated", FutureWarning),
@@ -32,12 +34,18 @@ def prepare_console() -> None:
 
 def hide_foreign_warnings() -> None:
     """Ignore FOREIGN_WARNINGS in this process and, through PYTHONWARNINGS, in ranks and data workers."""
+    # A log record about a compiler that nothing here uses.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_about_something_else)
     for start, category in FOREIGN_WARNINGS:
         warnings.filterwarnings("ignore", re.escape(start), category)
     wanted = [f"ignore:{start}:{category.__name__}" for start, category in FOREIGN_WARNINGS]
     present = os.environ.get("PYTHONWARNINGS", "")
     missing = [text for text in wanted if text not in present]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [present, *missing]))
+
+
+def _is_about_something_else(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 def survive_closed_streams() -> None:
@@ -114,3 +122,4 @@ def default_setup_quietly(cfg: object, output_dir: str, args: argparse.Namespace
     setup_logger(output_dir, distributed_rank=comm.get_rank())
     with only_in_log_file("detectron2"):
         default_setup(cfg, args)
+    logger.info("Environment, config and model are in %s", os.path.join(output_dir, "log.txt"))

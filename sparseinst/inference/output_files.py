@@ -35,7 +35,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: a name matches no image.
     """
-    paths: dict[Path, Path] = {}
+    paths: dict[object, Path] = {}
     for name in inputs:
         path = Path(name)
         if path.is_file():
@@ -47,7 +47,11 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             kind = "The folder" if path.is_dir() else "The file or pattern"
             raise ValueError(f"--input: {kind} {name!r} matches no image ({', '.join(IMAGE_SUFFIXES)})")
         for path in found:
-            paths.setdefault(path.resolve(), path)
+            # Resolving every path of 50,000 takes 10 s, so only hard links are.
+            file = _identity(path)
+            if file in paths and paths[file].resolve() != path.resolve():
+                file = path.resolve()
+            paths.setdefault(file, path)
     return list(paths.values())
 
 
@@ -94,7 +98,7 @@ def check_image_folder(folder: Path, paths: Sequence[Path]) -> None:
         raise ValueError(f"{iams} is a link to {iams.resolve()}, outside of --output {folder}: remove the link")
     written = {_identity(folder), _identity(iams)}
     for path in paths:
-        # Links are rare, and resolving every path of 50,000 takes most of a minute.
+        # Links are rare, and resolving takes long.
         parents = (path.parent, path.resolve().parent) if path.is_symlink() else (path.parent,)
         for parent in parents:
             if _identity(parent) in written:
