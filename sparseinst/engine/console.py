@@ -13,13 +13,14 @@ from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
-# Starts of warnings of other packages that a user cannot act on, with their categories.
+# Starts of warnings of other packages that a user cannot act on.
 FOREIGN_WARNINGS = (
-    ("`torch.jit.script` is deprecated", FutureWarning),
-    ("`torch.jit.script_method` is deprecated", FutureWarning),
-    ("`torch.jit.trace` is deprecated", FutureWarning),
-    ("__array__ implementation", DeprecationWarning),
-    ("pkg_resources is deprecated", UserWarning),
+    "`torch.jit.",
+    "`broadcast_buffers` is deprecated",
+    "__array__ implementation",
+    "pkg_resources is deprecated",
+    # OpenVINO traces the network; the optimized network is compared with the model afterwards.
+    "Output nr ",
 )
 
 
@@ -36,9 +37,9 @@ def hide_foreign_warnings() -> None:
     """Ignore FOREIGN_WARNINGS in this process and, through PYTHONWARNINGS, in ranks and data workers."""
     # A log record about a compiler that nothing here uses.
     logging.getLogger("torch.utils.cpp_extension").addFilter(_is_about_something_else)
-    for start, category in FOREIGN_WARNINGS:
-        warnings.filterwarnings("ignore", re.escape(start), category)
-    wanted = [f"ignore:{start}:{category.__name__}" for start, category in FOREIGN_WARNINGS]
+    for start in FOREIGN_WARNINGS:
+        warnings.filterwarnings("ignore", re.escape(start))
+    wanted = [f"ignore:{start}" for start in FOREIGN_WARNINGS]
     present = os.environ.get("PYTHONWARNINGS", "")
     missing = [text for text in wanted if text not in present]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [present, *missing]))

@@ -65,7 +65,7 @@ def test_records_for_the_log_file_only(capsys):
 def training(tmp_path_factory):
     folder = tmp_path_factory.mktemp("console")
     opts = ("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2)
-    cfg = tiny_cfg(*opts, "SOLVER.STEPS", (), "SOLVER.WARMUP_ITERS", 0, "DATALOADER.NUM_WORKERS", 2)
+    cfg = tiny_cfg(*opts, "SOLVER.STEPS", (), "SOLVER.WARMUP_ITERS", 0, "DATALOADER.NUM_WORKERS", 0)
     (folder / "tiny.yaml").write_text(cfg.dump())
     train_json, train_images = write_shapes(folder, 6)
     test_json, test_images = write_shapes(folder, 3, seed=1, split="test")
