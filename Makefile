@@ -12,6 +12,8 @@ TEST_WORKERS ?= 2
 # The redistribution of Detectron2 that is installed where none can be imported. Its wheel is tagged cp310, but its
 # Python code runs on 3.11 to 3.13 too, and nothing here needs its compiled operators.
 DETECTRON2 := sal-detectron2==0.7.2
+# Where torch and torchvision come from; empty: from the same index as all else, with 3 GB of libraries for GPUs.
+TORCH_INDEX ?=
 # For a test of Detectron2's LVISEvaluator. Without what it names as needed: opencv-python, which needs libGL.
 LVIS := lvis==0.5.3
 # Free space that a first installation takes at its peak, in GB: $(VENV) ends up with 6, the rest are downloads.
@@ -48,6 +50,7 @@ help:
 	@echo
 	@echo 'Settings: VENV=FOLDER     virtual environment, created where it is missing; keeps the Detectron2 that it has'
 	@echo '          PYTHON=COMMAND  Python, 3.11 to 3.13, that creates it'
+	@echo '          TORCH_INDEX=https://download.pytorch.org/whl/cpu  PyTorch without the libraries for GPUs'
 
 quickstart: install
 	@echo '== 1 of 4: drawing the data set'
@@ -131,7 +134,10 @@ install-pinned:
 		$(call STOP,The installation takes $(DISK_GB) GB in $(VENV)$(,) where $(FREE_GB) GB are free. \
 		Name a folder with more: make VENV=FOLDER)
 	@echo 'Installing the versions of requirements.txt in $(VENV): 3 GB to download, 6 GB on disk, 3 to 15 minutes'
+	@[ -n "$(TORCH_INDEX)" ] || echo 'Less without GPUs: make TORCH_INDEX=https://download.pytorch.org/whl/cpu'
 	@$(PIP_INSTALL) --constraint requirements.txt setuptools wheel
+	@[ -z "$(TORCH_INDEX)" ] || $(PIP_INSTALL) --no-deps --constraint requirements.txt --index-url "$(TORCH_INDEX)" \
+		torch torchvision
 	@$(PIP_INSTALL) --no-build-isolation --requirement requirements.txt
 	@echo 'Installing $(DETECTRON2)'
 	@$(PIP_INSTALL) --no-deps --upgrade --only-binary=:all: --python-version 3.10 $(DETECTRON2) \
