@@ -4,8 +4,8 @@ VENV ?= .venv
 # `make VENV=~/envs/d2`: not every shell expands the ~ there.
 override VENV := $(patsubst ~/%,$(HOME)/%,$(VENV))
 # What makes $(VENV), where there is none yet: the first Python that SparseInst runs on.
-IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
-PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+IS_SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.10; do \
 	"$$python" -c '$(IS_SUPPORTED)' 2>/dev/null && echo "$$python" && break; done)
 # Worker processes of the test suite.
 TEST_WORKERS ?= 2
@@ -49,7 +49,7 @@ help:
 	@echo 'make clean        remove everything that these commands made, except $(VENV)'
 	@echo
 	@echo 'Settings: VENV=FOLDER     virtual environment, created where it is missing; keeps the Detectron2 that it has'
-	@echo '          PYTHON=COMMAND  Python, 3.11 to 3.13, that creates it'
+	@echo '          PYTHON=COMMAND  Python, 3.10 to 3.13, that creates it'
 	@echo '          TORCH_INDEX=https://download.pytorch.org/whl/cpu  PyTorch without the libraries for GPUs'
 
 quickstart: install
@@ -103,7 +103,7 @@ STOP = { echo "$(1)" >&2; exit 1; }
 
 $(INSTALLED):
 	@$(PIP) --version >/dev/null 2>&1 || $(MAKE) --no-print-directory environment
-	@"$(VENV_PYTHON)" -c '$(IS_SUPPORTED)' || $(call STOP,SparseInst needs Python 3.11 to 3.13; \
+	@"$(VENV_PYTHON)" -c '$(IS_SUPPORTED)' || $(call STOP,SparseInst needs Python 3.10 to 3.13; \
 		$(VENV) has $$("$(VENV_PYTHON)" --version). Name another: make VENV=FOLDER)
 	@rm -f "$(VENV)"/.sparseinst-installed-*
 	@if [ ! -e "$(OURS)" ] && "$(VENV_PYTHON)" -c 'import detectron2' 2>/dev/null; \
@@ -116,9 +116,9 @@ $(INSTALLED):
 environment:
 	@[ ! -e "$(VENV)" ] || [ -e "$(OURS)" ] || $(call STOP,$(VENV) is there$(,) but has no bin/python with pip in it: \
 		remove it$(,) repair it$(,) or name another: make VENV=FOLDER)
-	@[ -n "$(PYTHON)" ] || $(call STOP,SparseInst needs Python 3.11 to 3.13$(,) and there is none on the PATH. \
+	@[ -n "$(PYTHON)" ] || $(call STOP,SparseInst needs Python 3.10 to 3.13$(,) and there is none on the PATH. \
 		Install one$(,) or name it: make PYTHON=COMMAND)
-	@"$(PYTHON)" -c '$(IS_SUPPORTED)' || $(call STOP,SparseInst needs Python 3.11 to 3.13; \
+	@"$(PYTHON)" -c '$(IS_SUPPORTED)' || $(call STOP,SparseInst needs Python 3.10 to 3.13; \
 		$(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=COMMAND)
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || $(call STOP,$(PYTHON) has no module venv. \
 		Install it; on Debian and Ubuntu: apt install $$("$(PYTHON)" -c \

@@ -21,7 +21,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     packages=[*find_packages(include=["sparseinst", "sparseinst.*"]), "sparseinst.configs"],
     package_dir={"sparseinst.configs": "configs"},
     package_data={"sparseinst.configs": ["**/*.yaml", "**/*.py"]},

@@ -19,6 +19,8 @@ FOREIGN_WARNINGS = (
     "`broadcast_buffers` is deprecated",
     "__array__ implementation",
     "pkg_resources is deprecated",
+    # Detectron2's own mapper.
+    "The given NumPy array is not writable",
     # OpenVINO traces the network; the optimized network is compared with the model afterwards.
     "Output nr ",
 )
