@@ -95,6 +95,12 @@ def test_wheel_has_the_version_and_the_licence(wheel: Path, metadata: Message) -
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
 
 
+def test_wheel_has_the_command(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+        assert "[console_scripts]\nsparseinst = sparseinst.__main__:main" in archive.read(name).decode()
+
+
 def test_version_is_written_in_one_place() -> None:
     files = [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "sparseinst").rglob("*.py")]
     assigned = [path for path in files if re.search(r"""version_*\s*=\s*["']\d""", path.read_text())]
