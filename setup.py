@@ -21,10 +21,11 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     packages=[*find_packages(include=["sparseinst", "sparseinst.*"]), "sparseinst.configs"],
     package_dir={"sparseinst.configs": "configs"},
     package_data={"sparseinst.configs": ["**/*.yaml", "**/*.py"]},
+    entry_points={"console_scripts": ["sparseinst = sparseinst.__main__:main"]},
     # Detectron2 is missing on purpose: no package index has it under its own name, so sparseinst/__init__.py looks for
     # it and says how to get it. OpenCV is missing because any of its distributions will do: see the extras.
     install_requires=[

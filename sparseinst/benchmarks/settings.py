@@ -21,9 +21,6 @@ from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import OptimizedSegmenter
 
-# The config node of inference: how a network runs outside training.
-RUNTIME = "RUNTIME"
-
 
 def check_segmenter(model: nn.Module) -> None:
     """Raise ValueError where a model is neither an InstanceSegmenter nor an optimized copy of one."""
@@ -137,24 +134,6 @@ def _cell(value: Any) -> str:
         median, low, high = (f"{figure:.{digits}f}" for figure in value.values())
         return f"{median} ({low}, {high})"
     return ", ".join(f"{name} {figure:.1f}" for name, figure in value.items())
-
-
-def add_common_arguments(
-    parser: argparse.ArgumentParser, named: Mapping[str, str], section: str, repetitions: int, warmup: int
-) -> None:
-    """Add the arguments of all commands with ``--compare``; the numbers are defaults."""
-    add = parser.add_argument
-    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
-    add(
-        "--repetitions", type=int, default=repetitions, metavar="N", help=f"counted repetitions (default {repetitions})"
-    )
-    add("--warmup", type=int, default=warmup, metavar="N", help=f"repetitions before them (default {warmup})")
-    add("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU")
-    add("--compare", nargs="+", metavar="SETTING", default=["configured"],
-        help=f"settings to run in turn in one process: {', '.join(named)}, or NAME='KEY VALUE ...' with full keys or "
-        f"keys below {section}. Ratios are relative to the first")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
 
 
 def run_command(

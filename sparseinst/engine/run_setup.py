@@ -15,6 +15,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from sparseinst.checkpoint.atomic_write import write_text_atomically
+from sparseinst.engine.console import only_in_log_file
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def set_up_loggers(output_dir: str) -> None:
 
 
 def set_up_run(args: argparse.Namespace, config_text: str, *, seed: int, cudnn_benchmark: bool) -> None:
-    """Log the environment and the config, and seed this process.
+    """Log the environment and the config to log.txt alone, and seed this process.
 
     Args:
         args: of the command line.
@@ -59,9 +60,10 @@ def set_up_run(args: argparse.Namespace, config_text: str, *, seed: int, cudnn_b
     """
     rank = comm.get_rank()
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
-    logger.info("Environment info:\n%s", collect_env_info())
-    logger.info("Command line arguments: %s", args)
-    logger.info("Running with full config:\n%s", config_text)
+    with only_in_log_file("sparseinst"):
+        logger.info("Environment info:\n%s", collect_env_info())
+        logger.info("Command line arguments: %s", args)
+        logger.info("Running with full config:\n%s", config_text)
     # Each process has its own random numbers.
     seed_all_rng(None if seed < 0 else seed + rank)
     torch.backends.cudnn.benchmark = cudnn_benchmark

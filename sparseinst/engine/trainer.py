@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.loader import build_train_loader, derive_seed, seed_cpu
+from sparseinst.engine.console import only_in_log_file
 from sparseinst.engine.errors import RUN_ERRORS
 from sparseinst.engine.finite import FiniteGuard
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
@@ -68,7 +69,8 @@ class Trainer(SimpleTrainer):
                 "divided by the counts of all: set it to 1"
             )
         prepare_as_configured(cfg, model)
-        logger.info("Model:\n%s", model)
+        with only_in_log_file("sparseinst"):
+            logger.info("Model:\n%s", model)
         self.device = torch.device(cfg.MODEL.DEVICE)
         if self.device.type == "cpu":
             keep_freed_memory()

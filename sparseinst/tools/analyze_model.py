@@ -5,18 +5,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
-from tabulate import tabulate
+from sparseinst.engine.console import prepare_console
 
-from sparseinst.benchmarks.complexity import Cost, analyze_config
-from sparseinst.checkpoint.atomic_write import write_text_atomically
-from sparseinst.config import load_config
+if TYPE_CHECKING:
+    from sparseinst.benchmarks.complexity import Cost
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m sparseinst.tools.analyze_model", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--config-file", required=True, nargs="+", metavar="NAME",
         help="YAML file, or the name of one that comes with the package; several give a table with a line each",
@@ -34,7 +33,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, without data, weights or GPU. Return 0, or 1 where a model cannot be built or analyzed."""
+    from sparseinst.checkpoint.atomic_write import write_text_atomically
+
     args = build_parser().parse_args(argv)
+    prepare_console()
+    import yaml
+
+    from sparseinst.benchmarks.complexity import analyze_config
+    from sparseinst.config import load_config
+
     # Avoids the warning about a missing GPU.
     opts = [*args.opts, "MODEL.DEVICE", "cpu"]
     found = []
@@ -73,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _table(heading: str, costs: dict[str, Cost]) -> str:
+def _table(heading: str, costs: dict[str, "Cost"]) -> str:
+    from tabulate import tabulate
+
     rows = [[name, *(count / unit for count, unit in zip(cost, (1e6, 1e9, 1e6)))] for name, cost in costs.items()]
     headers = [heading, "parameters, M", "multiply-adds, G", "activations, M"]
     return tabulate(rows, headers=headers, floatfmt=("", ".2f", ".1f", ".1f"), tablefmt="github")

@@ -13,52 +13,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from detectron2.modeling import build_model
-from tabulate import tabulate
-from torch import nn
+from sparseinst.engine.console import prepare_console
 
-from sparseinst.benchmarks.inference import example_outputs
-from sparseinst.benchmarks.settings import check_least, check_segmenter, machine
-from sparseinst.config import load_config
-from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.evaluation.stage_timer import StageTimer
-from sparseinst.inference import Predictor, VideoReader, VideoWriter
-from sparseinst.runtime.optimize import optimize_as_configured
-from sparseinst.tools import demo
-from sparseinst.visualization import draw_instances
-
-
-class DrawnObjects(nn.Module):
-    """Run the network of a model, then postprocess drawn objects instead of its outputs.
-
-    Args:
-        model: in eval mode.
-        num_detections: objects in each image.
-    """
-
-    def __init__(self, model: nn.Module, num_detections: int) -> None:
-        super().__init__()
-        self.model = model
-        self.num_detections = num_detections
-        self._examples: dict[tuple, dict[str, torch.Tensor]] = {}
-
-    def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Return ``num_detections`` drawn objects for each image."""
-        images = self.model.preprocess(batched_inputs)
-        outputs = self.model.network(images.tensor)
-        key = (self.num_detections, images.tensor.shape)
-        if key not in self._examples:
-            self._examples[key] = example_outputs(self.model, outputs, self.num_detections)
-        return self.model.postprocess(self._examples[key], batched_inputs, images)
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m sparseinst.tools.benchmark_video",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -79,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 2 where the arguments, the config or the video are wrong."""
     args = build_parser().parse_args(argv)
+    prepare_console()
+    import torch
+
     torch.set_num_threads(args.threads or torch.get_num_threads())
     try:
         run(args)
@@ -95,6 +63,20 @@ def run(args: argparse.Namespace) -> None:
         ValueError: the arguments, the config or the video are wrong.
         ImportError: a package that the config needs is not installed.
     """
+    import numpy as np
+    import torch
+    from detectron2.modeling import build_model
+    from tabulate import tabulate
+
+    from sparseinst.benchmarks.inference import DrawnObjects
+    from sparseinst.benchmarks.settings import check_least, check_segmenter, machine
+    from sparseinst.config import load_config
+    from sparseinst.engine.host_memory import keep_freed_memory_for_inference
+    from sparseinst.inference import Predictor
+    from sparseinst.runtime.optimize import optimize_as_configured
+    from sparseinst.tools import demo, demo_run
+    from sparseinst.visualization import draw_instances
+
     counts = {"--frames": args.frames, "--repetitions": args.repetitions, "--objects": args.objects}
     check_least({flag: (value, 1) for flag, value in counts.items()})
     cfg = load_config(args.config_file, args.opts)
@@ -116,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         seconds = _time_in_turn(
             {
                 "model alone": lambda: predictor(frames, "RGB"),
-                "demo": lambda: demo.run_video(arguments, cfg, predictor),
+                "demo": lambda: demo_run.run_video(arguments, cfg, predictor),
             },
             args.repetitions,
         )
@@ -133,8 +115,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"{1e3 * np.median(drawing['']):.1f} ms")
 
 
-def _cut(source: str, clip: Path, num_frames: int) -> list[np.ndarray]:
+def _cut(source: str, clip: Path, num_frames: int) -> "list[np.ndarray]":
     """Write the first frames of a video to a clip, and return them as they are read from the clip."""
+    from sparseinst.inference import VideoReader, VideoWriter
+
     with VideoReader(source) as reader, VideoWriter(clip, reader.fps) as writer:
         for frame in itertools.islice(reader, num_frames):
             writer.write(frame)
@@ -144,8 +128,12 @@ def _cut(source: str, clip: Path, num_frames: int) -> list[np.ndarray]:
         return list(reader)
 
 
-def _time_in_turn(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, np.ndarray]:
+def _time_in_turn(runs: dict[str, Callable[[], object]], repetitions: int) -> "dict[str, np.ndarray]":
     """Return the seconds of each run, (repetitions,), after one round of warm-up."""
+    import numpy as np
+
+    from sparseinst.evaluation.stage_timer import StageTimer
+
     timer = StageTimer()
     for _ in range(1 + repetitions):
         for name, run_once in runs.items():

@@ -10,21 +10,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from sparseinst.engine.console import prepare_console
 
-from sparseinst.checkpoint import (
-    WeightsFileError,
-    checkpointer_from_config,
-    extract_tensors,
-    family_of,
-    find_weights,
-    read_weights_file,
-    write_atomically,
-)
-from sparseinst.config import load_config
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 TENSORS_LISTED = 5
 
@@ -51,6 +42,8 @@ def describe(weights: str, trusted: bool = False) -> str:
     Raises:
         ValueError: the file cannot be read, or holds no tensors.
     """
+    from sparseinst.checkpoint import WeightsFileError, extract_tensors, family_of, find_weights, read_weights_file
+
     path = find_weights(weights)
     kind, content = read_weights_file(path, trusted)
     try:
@@ -72,7 +65,7 @@ def describe(weights: str, trusted: bool = False) -> str:
     return "\n".join(lines)
 
 
-def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -> str:
+def convert_file(cfg: "CfgNode", weights: str, output: str, force: bool = False) -> str:
     """Write the tensors that a config's model takes from a file as a Detectron2 checkpoint.
 
     Args:
@@ -87,6 +80,11 @@ def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -
     Raises:
         ValueError: the file cannot be read, or does not fit the model; ``output`` exists, or is the file itself.
     """
+    import torch
+    from detectron2.modeling import build_model
+
+    from sparseinst.checkpoint import checkpointer_from_config, find_weights, write_atomically
+
     target = Path(output)
     if target.suffix != ".pth":
         raise ValueError(f"--output is {output}; its name must end in .pth, by which Detectron2 detects the format")
@@ -114,6 +112,9 @@ def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exit with code 1 and one line on an error."""
     args = build_parser().parse_args(argv)
+    prepare_console()
+    from sparseinst.config import load_config
+
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         if bool(args.config_file) != bool(args.output):
