@@ -150,7 +150,7 @@ def _import_timm() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"This backbone comes from the package timm, which cannot be imported ({error}). "
-            "Install it: pip install 'sparseinst[timm]', or pip install 'timm>=1.0,<2'"
+            "Install it: pip install 'sparseinst[timm]', or pip install 'timm>=1.0.26,<2'"
         ) from error
     return timm
 

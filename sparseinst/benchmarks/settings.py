@@ -17,6 +17,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import nn
 
+from sparseinst.config.arguments import add_config_arguments, add_opts_argument
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import OptimizedSegmenter
 
@@ -143,7 +144,7 @@ def add_common_arguments(
 ) -> None:
     """Add the arguments of all commands with ``--compare``; the numbers are defaults."""
     add = parser.add_argument
-    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
+    add_config_arguments(parser)
     add(
         "--repetitions", type=int, default=repetitions, metavar="N", help=f"counted repetitions (default {repetitions})"
     )
@@ -153,7 +154,7 @@ def add_common_arguments(
         help=f"settings to run in turn in one process: {', '.join(named)}, or NAME='KEY VALUE ...' with full keys or "
         f"keys below {section}. Ratios are relative to the first")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
+    add_opts_argument(parser)
 
 
 def run_command(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from sparseinst import config
 from sparseinst.config import load_config
+from sparseinst.config.arguments import add_config_arguments
 from sparseinst.data.augmentations import ResizeShortestEdge
 from sparseinst.data.coco_checks import Finding, check_content
 from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning, missing_files, read_json
@@ -224,11 +225,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("json", type=Path, help="COCO json")
     add("images", type=Path, help="folder of its images")
-    add(
-        "--config-file",
-        default="",
-        help=f"config of the training; its number of classes is checked too (default: {DEFAULT_CONFIG})",
-    )
+    checked = f"config of the training; its number of classes is checked too (default: {DEFAULT_CONFIG})"
+    add_config_arguments(parser, required=False, default="", help=checked)
     add("--evaluation", action="store_true", help="also check the fields that only an evaluation reads")
     add("--quick", action="store_true", help="read only the headers of the image files")
     add("--workers", type=int, default=0, help="additional processes that read images (default: 0)")
@@ -245,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts)
+        cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts, imports=args.imports)
         if not args.json.is_file():
             raise ValueError(f"There is no file {args.json}")
         if not args.images.is_dir():

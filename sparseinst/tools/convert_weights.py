@@ -25,6 +25,7 @@ from sparseinst.checkpoint import (
     write_atomically,
 )
 from sparseinst.config import load_config
+from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
 
 TENSORS_LISTED = 5
 
@@ -35,13 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input", required=True, metavar="FILE", help="weights as in MODEL.WEIGHTS: a file, a URL, package://, timm://"
     )
-    parser.add_argument("--config-file", metavar="CONFIG", help="YAML file, or name of a config, of the model")
+    add_config_arguments(parser, required=False, metavar="CONFIG", help=f"{CONFIG_HELP}: of the model")
     parser.add_argument("--output", metavar="FILE.pth", help="the checkpoint to write")
     parser.add_argument("--force", action="store_true", help="replace --output where it exists")
     parser.add_argument("--trusted", action="store_true", help="as MODEL.TRUSTED_WEIGHTS True")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="override the config file; last"
-    )
+    add_opts_argument(parser)
     return parser
 
 
@@ -121,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.config_file:
             print(describe(args.input, args.trusted))
             return
-        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts], imports=args.imports)
         cfg.MODEL.TRUSTED_WEIGHTS |= args.trusted
         print(convert_file(cfg, args.input, args.output, args.force))
         print(f"Written: {args.output}")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from sparseinst import config
 from sparseinst.config import load_config
+from sparseinst.config.arguments import add_config_arguments, add_opts_argument
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
+    add_config_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="NAME", help="images: files, folders, glob patterns")
     source.add_argument("--video-input", metavar="FILE", help="a video")
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--show-iams", action="store_true", help="draw the activation maps of the instances too")
     add("--mask-nms", type=float, metavar="IOU",
         help="drop the worse of two masks of a class that overlap more than this (default: as configured)")  # fmt: skip
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
+    add_opts_argument(parser)
     return parser
 
 
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         setup_logger(name=name).setLevel(logging.INFO)
     try:
         check_arguments(args)
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, imports=args.imports)
         set_model_keys(cfg, args)
         keep_freed_memory_for_inference(cfg)
         return run_video(args, cfg) if args.input is None else run_images(args, cfg)

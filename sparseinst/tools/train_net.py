@@ -15,6 +15,7 @@ from torch import nn
 
 from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
 from sparseinst.config import load_config, resolve_config_file
+from sparseinst.config.arguments import add_import_argument
 from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
 from sparseinst.engine import lazy
 from sparseinst.engine.errors import run_errors, setup_errors
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, meaning in DATA_FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default="", metavar="PATH", help=meaning)
+    add_import_argument(parser)
     add_process_arguments(parser)
     return parser
 
@@ -79,7 +81,7 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> CfgNode:
     if not args.config_file:
         raise ValueError("--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam")
     args.config_file = resolve_config_file(args.config_file)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, imports=args.imports)
     check_device(cfg.MODEL.DEVICE)
     for name in DATA_FLAGS:
         cfg.DATASETS[name.upper()] = getattr(args, name) or cfg.DATASETS[name.upper()]
