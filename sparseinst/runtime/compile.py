@@ -1,8 +1,9 @@
 """torch.compile with a fallback."""
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -40,12 +41,24 @@ def compiled_for_inference(network: Network, example: torch.Tensor) -> Network:
             if images.shape != first_shape and not is_compiled_for_all:
                 # For small maps PyTorch chooses another convolution than oneDNN's, and the compiler would add each of
                 # these limits as a condition of the graph. The compiled graph has the choice of every call.
-                with _ONEDNN_LOCK, torch.backends.mkldnn.flags(enabled=False):
+                with _without_onednn():
                     all_sizes(_example_like(images, example))
                 is_compiled_for_all = True
         return (one_size if images.shape == first_shape else all_sizes)(images)
 
     return _or_uncompiled(run, network)
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    # torch.backends.mkldnn.flags() would set other flags too, and warn.
+    with _ONEDNN_LOCK:
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.enabled = before
 
 
 def _example_like(images: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
