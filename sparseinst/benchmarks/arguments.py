@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from sparseinst.config.arguments import add_config_arguments, add_opts_argument
+
 # The config node of inference: how a network runs outside training.
 RUNTIME = "RUNTIME"
 
@@ -13,7 +15,7 @@ def add_common_arguments(
 ) -> None:
     """Add the arguments of all commands with ``--compare``; the numbers are defaults."""
     add = parser.add_argument
-    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
+    add_config_arguments(parser)
     add(
         "--repetitions", type=int, default=repetitions, metavar="N", help=f"counted repetitions (default {repetitions})"
     )
@@ -23,4 +25,4 @@ def add_common_arguments(
         help=f"settings to run in turn in one process: {', '.join(named)}, or NAME='KEY VALUE ...' with full keys or "
         f"keys below {section}. Ratios are relative to the first")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
+    add_opts_argument(parser)

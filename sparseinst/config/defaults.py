@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 
 import sparseinst
 
-# Modules that add the keys of one model family each, by `add_keys(cfg)`.
+# Modules that add the keys of one model family each by `add_keys(cfg)`; RANGES has the values that the keys accept.
 FAMILIES = ("sparseinst.modeling.sparse_inst.config",)
 _PACKAGE_DIR = Path(__file__).resolve().parents[1]
 

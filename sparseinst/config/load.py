@@ -1,22 +1,21 @@
 """Load a config file and KEY VALUE overrides into a config."""
 
+import ast
+import contextlib
 import copy
 import logging
 import os
-import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import yaml
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
 import sparseinst
 from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
+from sparseinst.config.imports import import_module, resolve_imports, run_imports
+from sparseinst.config.values import check_values
 
 logger = logging.getLogger(__name__)
 
@@ -56,22 +55,27 @@ def resolve_config_file(config_file: str) -> str:
         raise ValueError(f"No config file can be named {config_file[:100]!r}: {error.strerror}") from error
 
 
-def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    config_file: str, opts: Sequence[str] = (), *, imports: Sequence[str] = (), allow_imports: bool = True
+) -> CfgNode:
     """Merge a config file and overrides into the defaults of Detectron2 and SparseInst.
 
     YAML that names Python objects and LazyConfigs are refused: a config runs only the code of the modules in IMPORTS,
-    with a line in the log. Renamed keys in files are translated, with one warning per file. A ``MODEL.DEVICE`` of CUDA
-    becomes "cpu" on a machine without CUDA, with one line in the log.
+    which one line of the log names first. Renamed keys in files are translated, with one warning per file. A
+    ``MODEL.DEVICE`` of CUDA becomes "cpu" on a machine without CUDA, with one line in the log.
 
     Args:
         config_file: path of a YAML file, or the name of one that comes with the package.
-        opts: KEY VALUE KEY VALUE ...
+        opts: KEY VALUE KEY VALUE ... The value of a group of keys is a dict.
+        imports: modules to import besides those of IMPORTS, as there; files relative to the working directory.
+        allow_imports: False refuses a config with modules to import, for files from strangers.
 
     Returns:
         The config, not frozen.
 
     Raises:
-        ValueError: the file does not exist or is not a config, a key is unknown, or a value has the wrong type.
+        ValueError: the file does not exist or is not a config, a key is unknown, a value has the wrong type or is out
+            of range, or a module cannot be imported.
     """
     cfg = get_cfg()
     add_sparse_inst_config(cfg)
@@ -81,7 +85,12 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     except RecursionError as error:
         raise ValueError(f"The config file {path} inherits through too many files by _BASE_") from error
     opts = list(opts)
-    _import_modules(cfg, content, opts, path)
+    modules = _imported(content, opts, imports)
+    if modules and not allow_imports:
+        raise ValueError(
+            f"The config of {path} imports {', '.join(modules)[:300]} (IMPORTS), which is not allowed here"
+        )
+    run_imports(modules, cfg, path)
     for old, new in RENAMED_KEYS.items():
         if old not in PUBLISHED_KEYS:
             note = None if new else "CUDA graphs were removed; torch.compile replaces them"
@@ -92,9 +101,11 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             "SOLVER.CLIP_TOTAL_NORM to the largest norm"
         )
     _merge(lambda: _merge_file(cfg, content), f"In the config file {path}")
-    _merge(lambda: cfg.merge_from_list(opts), "In the KEY VALUE overrides")
+    _merge(lambda: _merge_overrides(cfg, opts), "In the KEY VALUE overrides")
+    cfg.IMPORTS = modules
     # A training writes its config, and YAML cannot represent every Python value.
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
+    check_values(cfg)
     if not isinstance(cfg.MODEL.DEVICE, str):
         raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected a device's name, such as cpu or cuda")
     if cfg.MODEL.DEVICE.startswith("cuda"):
@@ -110,7 +121,7 @@ def register_models(cfg: CfgNode) -> None:
     """Register the plugin's models and import the modules of IMPORTS, in a process that got a loaded config."""
     sparseinst.register()
     for name in cfg.IMPORTS:
-        _import(name)
+        import_module(name)
 
 
 def _merge(merge: Callable[[], object], where: str) -> None:
@@ -140,6 +151,22 @@ def _merge_file(cfg: CfgNode, content: dict) -> None:
         old = downgrade_config(cfg, to_version=version)
         old.merge_from_other_cfg(CfgNode(content))
         cfg.update(upgrade_config(old))
+
+
+def _merge_overrides(cfg: CfgNode, opts: list[str]) -> None:
+    """Merge KEY VALUE pairs in place as ``CfgNode.merge_from_list`` does, and dicts into groups of keys."""
+    cfg.merge_from_list(opts[len(opts) // 2 * 2 :])
+    for key, value in zip(opts[::2], opts[1::2]):
+        *groups, name = key.split(".")
+        node = reduce(lambda inner, group: inner.get(group, {}) if isinstance(inner, dict) else {}, groups, cfg)
+        if isinstance(node, dict) and isinstance(node.get(name), CfgNode):
+            with contextlib.suppress(SyntaxError, ValueError):
+                value = ast.literal_eval(value) if isinstance(value, str) else value
+            if isinstance(value, dict):
+                nested = reduce(lambda inner, group: {group: inner}, reversed(groups), {name: value})
+                cfg.merge_from_other_cfg(CfgNode(nested))
+                continue
+        cfg.merge_from_list([key, value])
 
 
 def _read_with_bases(path: str, chain: tuple[str, ...] = (), known: dict[str, dict] | None = None) -> dict:
@@ -306,51 +333,15 @@ def _resolve_imports(content: dict, path: str) -> None:
     if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
         raise ValueError(f"In the config file {path}: IMPORTS is {str(imports)[:100]!r}; expected a list of modules")
     if imports:
-        folder = os.path.dirname(os.path.abspath(path))
-        content["IMPORTS"] = [os.path.join(folder, name) if name.endswith(".py") else name for name in imports]
+        content["IMPORTS"] = resolve_imports(imports, os.path.dirname(path))
 
 
-def _import_modules(cfg: CfgNode, content: dict, opts: list[str], path: str) -> None:
-    """Import the modules of IMPORTS, and let each add its keys by ``add_config(cfg)`` where it has that function."""
+def _imported(content: dict, opts: list[str], imports: Sequence[str]) -> list[str]:
+    """Return the modules of IMPORTS in the file or, where they have it, the overrides; then ``imports``."""
     # Only IMPORTS: the modules may add the other keys.
-    first = get_cfg()
-    first.IMPORTS = []
+    node = CfgNode({"IMPORTS": content.get("IMPORTS", [])})
     overrides = [part for key, value in zip(opts[::2], opts[1::2]) if key == "IMPORTS" for part in (key, value)]
-    _merge(
-        lambda: first.merge_from_list(["IMPORTS", content.get("IMPORTS", []), *overrides]), "In the KEY VALUE overrides"
-    )
-    for name in first.IMPORTS:
-        logger.warning("IMPORTS of the config runs the code of %s", name)
-        try:
-            getattr(_import(name), "add_config", lambda cfg: None)(cfg)
-        # A module can raise any exception.
-        except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"In the config file {path} or the KEY VALUE overrides: IMPORTS names {str(name)[:200]!r}, which "
-                f"cannot be imported: {type(error).__name__}: {text}"
-            ) from error
-    # Relative to the working directory on a command line, and absolute in the saved config.
-    for index in range(0, len(opts) - 1, 2):
-        if opts[index] == "IMPORTS":
-            names = [os.path.abspath(name) if name.endswith(".py") else name for name in first.IMPORTS]
-            opts[index + 1] = repr(names)
-
-
-def _import(name: str) -> ModuleType:
-    return _import_file(os.path.abspath(name)) if str(name).endswith(".py") else import_module(name)
-
-
-def _import_file(path: str) -> ModuleType:
-    name = "config_import_" + re.sub(r"\W", "_", path)
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = spec_from_file_location(name, path)
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    _merge(lambda: node.merge_from_list(overrides), "In the KEY VALUE overrides")
+    if not all(isinstance(name, str) for name in node.IMPORTS):
+        raise ValueError(f"In the KEY VALUE overrides: IMPORTS is {node.IMPORTS}; expected a list of modules")
+    return resolve_imports([*node.IMPORTS, *imports])

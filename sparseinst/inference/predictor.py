@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import transforms as T
 from detectron2.data.catalog import Metadata
-from detectron2.evaluation import inference_context
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
@@ -24,7 +24,7 @@ from sparseinst.runtime.optimize import optimize_as_configured
 
 
 class Predictor:
-    """Predict the instances of images, given as paths or as arrays.
+    """Predict the instances of images, given as paths or as arrays. Several threads may share one Predictor.
 
     ``Predictor(cfg)`` builds the model and loads ``MODEL.WEIGHTS``; ``Predictor(cfg, model=model)`` uses that model
     unchanged. Images are read, resized and run one by one (results depend on padding) as by
@@ -68,6 +68,9 @@ class Predictor:
         self._augmentations = T.AugmentationList(list(augmentations))
         self._input_format = input_format
         self._max_image_pixels = max_image_pixels
+        self._lock = threading.Lock()
+        self._num_running = 0
+        self._was_training = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module | None = None) -> dict:
@@ -134,9 +137,25 @@ class Predictor:
         augmentation_input = T.AugInput(pixels)
         self._augmentations(augmentation_input)
         image = torch.as_tensor(np.ascontiguousarray(augmentation_input.image.transpose(2, 0, 1)))
-        with torch.no_grad(), inference_context(self.model):
+        with torch.no_grad(), self._evaluation_mode():
             output = self.model([{"image": image, "height": height, "width": width}])[0]
         return output["instances"].to("cpu")
+
+    @contextlib.contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """Keep the model in evaluation mode until the last thread is done, then restore its mode."""
+        with self._lock:
+            if self._num_running == 0:
+                self._was_training = self.model.training
+                self.model.eval()
+            self._num_running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                if self._num_running == 0:
+                    self.model.train(self._was_training)
 
 
 def _check_array(image: np.ndarray) -> None:

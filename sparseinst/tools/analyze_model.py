@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
 from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
@@ -16,18 +17,14 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--config-file", required=True, nargs="+", metavar="NAME",
-        help="YAML file, or the name of one that comes with the package; several give a table with a line each",
-    )  # fmt: skip
+    several = f"{CONFIG_HELP}; several give a table with a line each"
+    add_config_arguments(parser, nargs="+", metavar="NAME", help=several)
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
         help="size of the image before padding (default: a photograph of 480 x 640, resized by INPUT.MIN_SIZE_TEST)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts to FILE: a list, a dict per model")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last"
-    )
+    add_opts_argument(parser)
     return parser
 
 
@@ -47,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     for config_file in args.config_file:
         try:
-            found.append((config_file, analyze_config(load_config(config_file, opts), args.size)))
+            cfg = load_config(config_file, opts, imports=args.imports)
+            found.append((config_file, analyze_config(cfg, args.size)))
         # Detectron2's builders and registries raise any of these for wrong keys, and ImportError without timm.
         except (ValueError, KeyError, AssertionError, RuntimeError, ImportError, OSError, yaml.YAMLError) as error:
             message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict:
     check_least({flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0)})
     if args.area <= 0:
         raise ValueError(f"--area is {args.area}; it must be above 0")
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, imports=args.imports)
     images = [read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS) for path in args.input]
     images = images or [np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)]
     keep_freed_memory_for_inference(cfg)

@@ -105,7 +105,7 @@ def build_configs(args: argparse.Namespace, folder: Path) -> "dict[str, CfgNode]
     if args.precision is not None:
         opts += ["SOLVER.AMP.ENABLED", str(args.precision != "float32")]
         opts += ["SOLVER.AMP.DTYPE", args.precision] if args.precision != "float32" else []
-    cfg = load_config(args.config_file, opts)
+    cfg = load_config(args.config_file, opts, imports=args.imports)
     cfg.defrost()
     datasets = cfg.DATASETS
     if args.data == "ellipses":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparseinst.config.arguments import add_config_arguments, add_opts_argument
 from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
+    add_config_arguments(parser)
     add("--video", required=True, metavar="FILE", help="its first frames are used")
     add("--frames", type=int, default=60, metavar="N", help="frames of the video (default 60)")
     add("--detections", type=int, default=20, metavar="N", help="objects in each frame (default 20)")
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="size of the image for the time of drawing alone (default 1080 1920)")  # fmt: skip
     add("--objects", type=int, default=30, metavar="N", help="objects drawn on that image (default 30)")
     add("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
+    add_opts_argument(parser)
     return parser
 
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
     counts = {"--frames": args.frames, "--repetitions": args.repetitions, "--objects": args.objects}
     check_least({flag: (value, 1) for flag, value in counts.items()})
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, imports=args.imports)
     keep_freed_memory_for_inference(cfg)
     torch.manual_seed(0)
     model = build_model(cfg).eval()

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from sparseinst.config.arguments import add_config_arguments
 from sparseinst.engine.console import prepare_console
 
 DEFAULT_CONFIG = "sparse_inst_r50_giam"
@@ -24,11 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("json", type=Path, help="COCO json")
     add("images", type=Path, help="folder of its images")
-    add(
-        "--config-file",
-        default="",
-        help=f"config of the training; its number of classes is checked too (default: {DEFAULT_CONFIG})",
-    )
+    meaning = f"config of the training; its number of classes is checked too (default: {DEFAULT_CONFIG})"
+    add_config_arguments(parser, required=False, default="", help=meaning)
     add("--evaluation", action="store_true", help="also check the fields that only an evaluation reads")
     add("--quick", action="store_true", help="read only the headers of the image files")
     add("--workers", type=int, default=0, help="additional processes that read images (default: 0)")
@@ -45,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     prepare_console()
-    from sparseinst.tools.check_run import run
+    from sparseinst.tools.check_dataset_run import run
 
     return run(args)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
 from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
@@ -26,13 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input", required=True, metavar="FILE", help="weights as in MODEL.WEIGHTS: a file, a URL, package://, timm://"
     )
-    parser.add_argument("--config-file", metavar="CONFIG", help="YAML file, or name of a config, of the model")
+    add_config_arguments(parser, required=False, metavar="CONFIG", help=f"{CONFIG_HELP}: of the model")
     parser.add_argument("--output", metavar="FILE.pth", help="the checkpoint to write")
     parser.add_argument("--force", action="store_true", help="replace --output where it exists")
     parser.add_argument("--trusted", action="store_true", help="as MODEL.TRUSTED_WEIGHTS True")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="override the config file; last"
-    )
+    add_opts_argument(parser)
     return parser
 
 
@@ -122,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.config_file:
             print(describe(args.input, args.trusted))
             return
-        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts], imports=args.imports)
         cfg.MODEL.TRUSTED_WEIGHTS |= args.trusted
         print(convert_file(cfg, args.input, args.output, args.force))
         print(f"Written: {args.output}")

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from sparseinst.config.arguments import add_config_arguments, add_opts_argument
 from sparseinst.data.image_formats import FORMATS
 from sparseinst.engine.console import prepare_console
 
@@ -21,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
+    add_config_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="NAME",
                         help=f"images: files, folders, glob patterns; formats: {', '.join(FORMATS)}")  # fmt: skip
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--show-iams", action="store_true", help="draw the activation maps of the instances too")
     add("--mask-nms", type=float, metavar="IOU",
         help="drop the worse of two masks of a class that overlap more than this (default: as configured)")  # fmt: skip
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
+    add_opts_argument(parser)
     return parser
 
 

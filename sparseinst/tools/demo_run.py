@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         setup_logger(name=name).setLevel(logging.INFO)
     try:
         check_arguments(args)
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, imports=args.imports)
         set_model_keys(cfg, args)
         keep_freed_memory_for_inference(cfg)
         return run_video(args, cfg) if args.input is None else run_images(args, cfg)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from sparseinst.config.arguments import add_import_argument
 from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config-file", default="", metavar="FILE", help="YAML file, or the name of one that comes with the package")
     add("--resume", action="store_true", help="continue from the last checkpoint of OUTPUT_DIR, where it has one")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, without a training")
+    add_import_argument(parser)
     for name, meaning in DATA_FLAGS.items():
         add(f"--{name.replace('_', '-')}", default="", metavar="PATH", help=meaning)
     add("--num-gpus", type=int, default=1, metavar="N", help="processes on each machine, one for each GPU (default: 1)")
@@ -114,7 +116,7 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     if not args.config_file:
         raise ValueError("--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam")
     args.config_file = resolve_config_file(args.config_file)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, imports=args.imports)
     check_device(cfg.MODEL.DEVICE)
     for name in DATA_FLAGS:
         cfg.DATASETS[name.upper()] = getattr(args, name) or cfg.DATASETS[name.upper()]

@@ -168,7 +168,7 @@ def test_each_base_is_read_once(tmp_path):
         (["", "1"], "Non-existent key"),
         (["_BASE_", "a.yaml"], "can only be used in files"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch"),
-        (["SOLVER", "{}"], "Type mismatch"),
+        (["SOLVER", "[]"], "Type mismatch"),
         pytest.param(
             ["OUTPUT_DIR", "-" * 5000 + "1"],
             "KEY VALUE overrides: a value that is nested too deeply",

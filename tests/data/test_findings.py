@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from sparseinst.data.coco_checks import check_content
 from sparseinst.data.coco_json import log_data_warnings, register_user_datasets
 from sparseinst.data.image_files import find_files, spellings
-from sparseinst.tools import check_dataset, check_run
+from sparseinst.tools import check_dataset, check_dataset_run
 from tests.data.flawed_json import CONTENT, HEIGHT, WIDTH, annotation, write
 from tests.tiny_model import tiny_cfg
 
@@ -181,8 +181,8 @@ def warnings_of_checker(json_file, images):
     content = json.loads(json_file.read_text())
     files = find_files([image["file_name"] for image in content["images"]], images)
     args = argparse.Namespace(images=images, evaluation=False, config_file="")
-    findings = [*check_run.check_files(content, files, default_cfg(), args)]
-    findings += check_run.broken_images([], files.absent, default_cfg())
+    findings = [*check_dataset_run.check_files(content, files, default_cfg(), args)]
+    findings += check_dataset_run.broken_images([], files.absent, default_cfg())
     return [finding.message for finding in findings if finding.kind != "number of classes"]
 
 

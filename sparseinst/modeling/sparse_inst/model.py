@@ -11,8 +11,9 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.config import check_values
 from sparseinst.modeling.auxiliary import build_backbone
-from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions
+from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions, check_not_traced
 from sparseinst.modeling.sparse_inst import config
 from sparseinst.modeling.sparse_inst.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.sparse_inst.decoder import build_sparse_inst_decoder
@@ -91,7 +92,7 @@ class SparseInst(InstanceSegmenter):
     def from_config(cls, cfg: CfgNode) -> dict:
         if not cfg.MODEL.MASK_ON:
             raise ValueError("MODEL.MASK_ON is False: SparseInst predicts masks and nothing else; set it to True")
-        config.check_sparse_inst_keys(cfg)
+        check_values(cfg)
         backbone = build_backbone(cfg)
         encoder = build_sparse_inst_encoder(cfg, backbone.output_shape())
         sparse_inst = cfg.MODEL.SPARSE_INST
@@ -170,6 +171,7 @@ class SparseInst(InstanceSegmenter):
 
         Where the dict has ``pred_iam``, the instances have ``pred_iams`` (n, G, ., .): raw logits over the image.
         """
+        check_not_traced()
         padded_size = tuple(images.tensor.shape[-2:])
         results = []
         for index, (x, image_size) in enumerate(zip(batched_inputs, images.image_sizes)):

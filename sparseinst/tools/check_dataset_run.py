@@ -223,7 +223,7 @@ def describe_findings(findings: Iterable[Finding], num_shown: int) -> Iterator[s
 def run(args: argparse.Namespace) -> int:
     """Check the data set, print the report, and return the exit code; see `check_dataset.main`."""
     try:
-        cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts)
+        cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts, imports=args.imports)
         if other_format := describe_path(args.json):
             raise ValueError(other_format)
         if not args.json.is_file():
