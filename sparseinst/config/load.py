@@ -17,6 +17,8 @@ from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
 import sparseinst
 from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
+from sparseinst.config.explicit import is_explicit, is_shipped, keys_of, mark_explicit
+from sparseinst.config.model_keys import max_detections
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ RENAMED_KEYS = {
 }
 # Published keys are accepted everywhere, and translated where they differ from their default.
 PUBLISHED_KEYS = {"MODEL.SPARSE_INST.DATASET_MAPPER": "SparseInstDatasetMapper"}
+# Detectron2's default.
+_DETECTIONS_PER_IMAGE = 100
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 
@@ -61,7 +65,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
     YAML that names Python objects and LazyConfigs are refused: a config runs only the code of the modules in IMPORTS,
     with a line in the log. Renamed keys in files are translated, with one warning per file. A ``MODEL.DEVICE`` of CUDA
-    becomes "cpu" on a machine without CUDA, with one line in the log.
+    becomes "cpu" on a machine without CUDA, with one line in the log. The config remembers which keys the user set, see
+    :func:`~sparseinst.config.is_explicit`.
 
     Args:
         config_file: path of a YAML file, or the name of one that comes with the package.
@@ -76,8 +81,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_sparse_inst_config(cfg)
     path = resolve_config_file(config_file)
+    explicit = set(opts[::2])
     try:
-        content = _read_with_bases(path)
+        content = _read_with_bases(path, explicit=explicit)
     except RecursionError as error:
         raise ValueError(f"The config file {path} inherits through too many files by _BASE_") from error
     opts = list(opts)
@@ -93,6 +99,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         )
     _merge(lambda: _merge_file(cfg, content), f"In the config file {path}")
     _merge(lambda: cfg.merge_from_list(opts), "In the KEY VALUE overrides")
+    mark_explicit(cfg, explicit)
+    _limit_detections(cfg)
     # A training writes its config, and YAML cannot represent every Python value.
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
     if not isinstance(cfg.MODEL.DEVICE, str):
@@ -142,15 +150,30 @@ def _merge_file(cfg: CfgNode, content: dict) -> None:
         cfg.update(upgrade_config(old))
 
 
-def _read_with_bases(path: str, chain: tuple[str, ...] = (), known: dict[str, dict] | None = None) -> dict:
+def _limit_detections(cfg: CfgNode) -> None:
+    """Let Detectron2's TEST.DETECTIONS_PER_IMAGE set the model's own key, unless the user set that one."""
+    most = cfg.TEST.DETECTIONS_PER_IMAGE
+    if not is_explicit(cfg, "TEST.DETECTIONS_PER_IMAGE") or most == _DETECTIONS_PER_IMAGE:
+        return
+    declared = max_detections(cfg)
+    if declared is not None and not is_explicit(cfg, declared[0]):
+        cfg.merge_from_list([declared[0], most])
+        mark_explicit(cfg, [declared[0]])
+
+
+def _read_with_bases(
+    path: str, chain: tuple[str, ...] = (), known: dict[str, dict] | None = None, explicit: set[str] | None = None
+) -> dict:
     """Return the content of a YAML file, merged into that of the files that its ``_BASE_`` names.
 
     Args:
         path: of the file.
         chain: the files that inherit from it.
         known: contents by real path, so that each file is read once.
+        explicit: receives the keys of all files that do not come with the package.
     """
     known = {} if known is None else known
+    explicit = set() if explicit is None else explicit
     chain = (*chain, os.path.realpath(path))
     if chain[-1] in known:
         return known[chain[-1]]
@@ -171,10 +194,12 @@ def _read_with_bases(path: str, chain: tuple[str, ...] = (), known: dict[str, di
             )
         if os.path.realpath(file) in chain:
             raise ValueError(f"The config file {path} inherits from itself: _BASE_ names {base!r}")
-        _update(merged, copy.deepcopy(_read_with_bases(file, chain, known)))
+        _update(merged, copy.deepcopy(_read_with_bases(file, chain, known, explicit)))
     renamed = [*_rename(content), *_translate_clipping(content, merged)]
     if renamed:
         logger.warning("The config file %s uses keys that were renamed: %s", path, "; ".join(renamed))
+    if not is_shipped(path):
+        explicit.update(keys_of(content))
     _update(merged, content)
     known[chain[-1]] = merged
     return merged
