@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,14 +17,18 @@ from torch import nn
 from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
 from sparseinst.config import load_config, resolve_config_file
 from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
+from sparseinst.data.evaluation_data import choose_evaluation_data
 from sparseinst.engine import lazy
 from sparseinst.engine.errors import run_errors, setup_errors
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
+from sparseinst.engine.model_keys import set_model_keys
 from sparseinst.engine.output_folder import check_no_earlier_run, claimed
 from sparseinst.engine.processes import add_process_arguments, check_device, run_processes
-from sparseinst.engine.trainer import Trainer, check_test_config
-from sparseinst.evaluation import evaluate
+from sparseinst.engine.trainer import Trainer
+from sparseinst.evaluation import check_evaluation, check_test_config, evaluate
 from sparseinst.runtime.optimize import optimize_as_configured
+
+logger = logging.getLogger(__name__)
 
 DATA_FLAGS = {
     "train_json": "COCO json to train on, in place of DATASETS.TRAIN",
@@ -41,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, meaning in DATA_FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default="", metavar="PATH", help=meaning)
+    parser.add_argument(
+        "--val-share", type=float, metavar="SHARE", help="evaluate on this share of --train-json, such as 0.2"
+    )
     add_process_arguments(parser)
     return parser
 
@@ -54,7 +62,10 @@ def main(args: argparse.Namespace) -> dict:
         with setup_errors():
             cfg = setup(args, stack)
             if args.eval_only:
-                run = partial(evaluate, cfg, load_model(cfg, args.resume))
+                model = load_model(cfg, args.resume)
+                check_evaluation(cfg, getattr(model, "class_names", None))
+                check_num_classes(cfg, ("TEST",))
+                run = partial(evaluate, cfg, model)
             else:
                 trainer = Trainer(cfg)
                 trainer.resume_or_load(args.resume)
@@ -79,24 +90,33 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> CfgNode:
     if not args.config_file:
         raise ValueError("--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam")
     args.config_file = resolve_config_file(args.config_file)
-    cfg = load_config(args.config_file, args.opts)
+    flags = {name: repr(getattr(args, name)) for name in DATA_FLAGS if getattr(args, name)}
+    flags |= {} if args.val_share is None else {"val_share": repr(args.val_share)}
+    opts = [part for name, value in flags.items() for part in (f"DATASETS.{name.upper()}", value)]
+    cfg = load_config(args.config_file, [*args.opts, *opts])
     check_device(cfg.MODEL.DEVICE)
-    for name in DATA_FLAGS:
-        cfg.DATASETS[name.upper()] = getattr(args, name) or cfg.DATASETS[name.upper()]
+    warnings = choose_evaluation_data(cfg)
     # In every process, because the processes that launch() spawns do not inherit registered data sets.
     splits = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     register_user_datasets(cfg, splits)
-    check_num_classes(cfg, splits)
     if args.eval_only:
         check_test_config(cfg)
+        if not cfg.DATASETS.TEST:
+            raise ValueError("--eval-only has no data to evaluate on: give --test-json and --test-images")
     if not args.resume:
         check_weights_file(cfg.MODEL.WEIGHTS)
+    notes = set_model_keys(cfg, eval_only=args.eval_only, resume=args.resume)
+    if not args.eval_only:
+        check_num_classes(cfg, splits)
     cfg.freeze()
     if comm.is_main_process():
         stack.enter_context(claimed(cfg.OUTPUT_DIR))
     if not args.eval_only and not args.resume:
         check_no_earlier_run(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sparseinst")
+    for level, lines in ((logging.WARNING, warnings), (logging.INFO, notes)):
+        for line in lines:
+            logger.log(level, line)
     log_data_warnings(cfg, splits)
     default_setup(cfg, args)
     return cfg
