@@ -7,14 +7,17 @@ import importlib
 
 _MODULES = {
     "defaults": ("add_sparse_inst_config", "get_config_file"),
+    "explicit": ("is_explicit", "mark_explicit"),
     "load": ("load_config", "register_models", "resolve_config_file"),
     "model_keys": (
         "dataset_mapper",
+        "declared_values",
         "max_detections",
         "max_instances",
         "num_classes",
         "registered",
         "set_declared",
+        "value",
     ),
     "values": ("check_value", "check_values"),
 }

@@ -14,7 +14,9 @@ from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
 import sparseinst
 from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
+from sparseinst.config.explicit import is_explicit, is_shipped, keys_of, mark_explicit
 from sparseinst.config.imports import import_module, resolve_imports, run_imports
+from sparseinst.config.model_keys import max_detections
 from sparseinst.config.values import check_values
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ RENAMED_KEYS = {
 }
 # Published keys are accepted everywhere, and translated where they differ from their default.
 PUBLISHED_KEYS = {"MODEL.SPARSE_INST.DATASET_MAPPER": "SparseInstDatasetMapper"}
+# Detectron2's default.
+_DETECTIONS_PER_IMAGE = 100
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 
@@ -62,7 +66,8 @@ def load_config(
 
     YAML that names Python objects and LazyConfigs are refused: a config runs only the code of the modules in IMPORTS,
     which one line of the log names first. Renamed keys in files are translated, with one warning per file. A
-    ``MODEL.DEVICE`` of CUDA becomes "cpu" on a machine without CUDA, with one line in the log.
+    ``MODEL.DEVICE`` of CUDA becomes "cpu" on a machine without CUDA, with one line in the log. The config remembers
+    which keys the user set, see :func:`~sparseinst.config.is_explicit`.
 
     Args:
         config_file: path of a YAML file, or the name of one that comes with the package.
@@ -80,8 +85,9 @@ def load_config(
     cfg = get_cfg()
     add_sparse_inst_config(cfg)
     path = resolve_config_file(config_file)
+    explicit = set(opts[::2])
     try:
-        content = _read_with_bases(path)
+        content = _read_with_bases(path, explicit=explicit)
     except RecursionError as error:
         raise ValueError(f"The config file {path} inherits through too many files by _BASE_") from error
     opts = list(opts)
@@ -103,6 +109,8 @@ def load_config(
     _merge(lambda: _merge_file(cfg, content), f"In the config file {path}")
     _merge(lambda: _merge_overrides(cfg, opts), "In the KEY VALUE overrides")
     cfg.IMPORTS = modules
+    mark_explicit(cfg, explicit)
+    _limit_detections(cfg)
     # A training writes its config, and YAML cannot represent every Python value.
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
     check_values(cfg)
@@ -169,15 +177,30 @@ def _merge_overrides(cfg: CfgNode, opts: list[str]) -> None:
         cfg.merge_from_list([key, value])
 
 
-def _read_with_bases(path: str, chain: tuple[str, ...] = (), known: dict[str, dict] | None = None) -> dict:
+def _limit_detections(cfg: CfgNode) -> None:
+    """Let Detectron2's TEST.DETECTIONS_PER_IMAGE set the model's own key, unless the user set that one."""
+    most = cfg.TEST.DETECTIONS_PER_IMAGE
+    if not is_explicit(cfg, "TEST.DETECTIONS_PER_IMAGE") or most == _DETECTIONS_PER_IMAGE:
+        return
+    declared = max_detections(cfg)
+    if declared is not None and not is_explicit(cfg, declared[0]):
+        cfg.merge_from_list([declared[0], most])
+        mark_explicit(cfg, [declared[0]])
+
+
+def _read_with_bases(
+    path: str, chain: tuple[str, ...] = (), known: dict[str, dict] | None = None, explicit: set[str] | None = None
+) -> dict:
     """Return the content of a YAML file, merged into that of the files that its ``_BASE_`` names.
 
     Args:
         path: of the file.
         chain: the files that inherit from it.
         known: contents by real path, so that each file is read once.
+        explicit: receives the keys of all files that do not come with the package.
     """
     known = {} if known is None else known
+    explicit = set() if explicit is None else explicit
     chain = (*chain, os.path.realpath(path))
     if chain[-1] in known:
         return known[chain[-1]]
@@ -198,10 +221,12 @@ def _read_with_bases(path: str, chain: tuple[str, ...] = (), known: dict[str, di
             )
         if os.path.realpath(file) in chain:
             raise ValueError(f"The config file {path} inherits from itself: _BASE_ names {base!r}")
-        _update(merged, copy.deepcopy(_read_with_bases(file, chain, known)))
+        _update(merged, copy.deepcopy(_read_with_bases(file, chain, known, explicit)))
     renamed = [*_rename(content), *_translate_clipping(content, merged)]
     if renamed:
         logger.warning("The config file %s uses keys that were renamed: %s", path, "; ".join(renamed))
+    if not is_shipped(path):
+        explicit.update(keys_of(content))
     _update(merged, content)
     known[chain[-1]] = merged
     return merged

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +17,19 @@ from pycocotools import mask as coco_mask
 from sparseinst import config
 from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.data.coco_checks import LEFT_OUT, Finding, JsonReport, check_content
+from sparseinst.data.crowded_images import crowded_warning, instances_of_images
 from sparseinst.data.image_files import absent_findings, find_files, name_findings, sample_findings, with_found_names
 from sparseinst.data.json_file import read_json
 from sparseinst.data.other_formats import describe_path
+from sparseinst.data.val_split import register_parts
 
 _logger = logging.getLogger(__name__)
 
 NOTHING_TO_TRAIN_ON = "has no annotations to train on: no object that is not a crowd and has a mask"
 
-# Most problems in one error message.
+# Most problems, and most class names, in one error message.
 _NUM_SHOWN = 3
+_NAMES_SHOWN = 30
 
 
 class ClassInfo(NamedTuple):
@@ -42,6 +44,26 @@ class ClassInfo(NamedTuple):
 
     names: list[str]
     category_ids: list[int]
+
+    def category_ids_of(self, names: Sequence[str], source: str) -> list[int]:
+        """Return the category id of each of a model's classes, matched by name.
+
+        Args:
+            names: of the model's classes, in the model's order.
+            source: the data set of these classes, for the error.
+
+        Raises:
+            ValueError: the names are others, or several classes have one name and the order differs.
+        """
+        if list(names) == self.names:
+            return self.category_ids
+        if sorted(names) != sorted(self.names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"The model was trained on the {_all_names(names)}, but the data set {source!r} has the "
+                f"{_all_names(self.names)}: evaluate on data with the classes of the model, or train on these data"
+            )
+        id_of = dict(zip(self.names, self.category_ids))
+        return [id_of[name] for name in names]
 
     def save(self, path: str | Path) -> None:
         """Write the classes as JSON."""
@@ -95,7 +117,7 @@ def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
     """Register the data of DATASETS.TRAIN_JSON, TRAIN_IMAGES, TEST_JSON, TEST_IMAGES; set DATASETS.TRAIN and TEST.
 
     The names are derived from the paths, so all processes of a run agree on them. A split without these keys is not
-    changed. :func:`log_data_warnings` logs the warnings.
+    changed. With DATASETS.VAL_SHARE both splits are parts of TRAIN_JSON. :func:`log_data_warnings` logs the warnings.
 
     Args:
         cfg: not frozen; changed in place.
@@ -105,7 +127,8 @@ def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
         ValueError: only one of a split's two keys is set, the training data has no object to learn, or
             :func:`register_coco_json` refuses the data.
     """
-    for split in splits:
+    share = cfg.DATASETS.VAL_SHARE
+    for split in ("TRAIN",) if share else splits:
         keys = [f"{split}_JSON", f"{split}_IMAGES"]
         values = [cfg.DATASETS[key] for key in keys]
         if not any(values):
@@ -117,11 +140,15 @@ def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
         digest = hashlib.sha1(f"{json_file}\n{image_root}".encode()).hexdigest()[:8]
         name = f"user_{re.sub(r'[^A-Za-z0-9_-]+', '_', json_file.stem)}_{digest}"
         limit = cfg.DATALOADER.MAX_BROKEN_IMAGES
-        report = _register(name, json_file, image_root, split == "TEST", *(f"DATASETS.{key}" for key in keys), limit)
+        sources = [f"DATASETS.{key}" for key in keys]
+        report = _register(name, json_file, image_root, split == "TEST" or share > 0, *sources, limit)
         if split == "TRAIN" and not report.num_instances.total():
             causes = "; ".join([NOTHING_TO_TRAIN_ON, *describe_warnings(report.findings, for_evaluation=False)])
             raise ValueError(f"DATASETS.TRAIN_JSON: {json_file} {causes}")
         cfg.DATASETS[split] = (name,)
+        if share:
+            train_name, val_name = register_parts(name, share)
+            cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train_name,), (val_name,)
 
 
 def class_info(dataset_name: str) -> ClassInfo:
@@ -142,7 +169,11 @@ def class_info(dataset_name: str) -> ClassInfo:
         try:
             DatasetCatalog.get(dataset_name)
         except OSError as error:
-            raise ValueError(f"The data set {dataset_name!r} cannot be read: {error}") from error
+            raise ValueError(
+                f"The data set {dataset_name!r} cannot be read: {error}. If it is one of Detectron2's, set the "
+                "environment variable DETECTRON2_DATASETS to the folder that holds it (coco/annotations, "
+                "coco/train2017, ...); for your own data, give --train-json and --train-images"
+            ) from error
     names = metadata.get("thing_classes")
     if not names:
         raise ValueError(f"The data set {dataset_name!r} has no class names (thing_classes of its metadata)")
@@ -170,7 +201,9 @@ def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
         return
     first_key, first_name, first_names = infos[0]
     for key, name, names in infos:
-        if names != first_names:
+        # The evaluation matches classes by name.
+        is_matched = (first_key, key) == ("DATASETS.TRAIN", "DATASETS.TEST") and len(set(names)) == len(names)
+        if names != first_names and not (is_matched and sorted(names) == sorted(first_names)):
             raise ValueError(
                 f"{key} {name!r} has {_count(names)}, but {first_key} {first_name!r} has {_count(first_names)}: "
                 f"one model needs the same classes in the same order (set {key}, or {key}_JSON and {key}_IMAGES)"
@@ -181,6 +214,11 @@ def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
             f"{first_key} {first_name!r} has {_count(first_names)}, but {key} is {num_classes}: set "
             f"{key} {len(first_names)}"
         )
+
+
+def _all_names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN]) + ", ..." * (len(names) > _NAMES_SHOWN)
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} [{shown}]"
 
 
 def _count(names: list[str]) -> str:
@@ -198,27 +236,12 @@ def log_data_warnings(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
     for split in splits:
         for name in cfg.DATASETS[split]:
             metadata = MetadataCatalog.get(name)
-            crowded = crowded_warning(metadata.get("num_instances", Counter()), cfg)
-            crowded = [f"{metadata.json_file}: {crowded}"] if crowded else []
-            for warning in [*metadata.get("data_warnings", ()), *crowded]:
+            for note in metadata.get("data_notes", ()):
+                _logger.info(note)
+            for warning in metadata.get("data_warnings", ()):
                 _logger.warning("DATASETS.%s: %s", split, warning)
-
-
-def crowded_warning(num_instances: Counter[int], cfg: CfgNode) -> str | None:
-    """Return a warning where images have more objects than the model finds, else None.
-
-    Args:
-        num_instances: objects of each image, by image id.
-        cfg: the model's config.
-    """
-    key, most = config.max_instances(cfg) or (None, float("inf"))
-    crowded = [count for count in num_instances.values() if count > most]
-    if not crowded:
-        return None
-    return (
-        f"{len(crowded)} of {len(num_instances)} images with objects have more of them than {key}, which is {most}: "
-        f"the model neither learns nor finds the others. {key} {max(crowded)} would hold all"
-    )
+    if crowded := crowded_warning(instances_of_images(cfg, splits), cfg):
+        _logger.warning("DATASETS.%s: %s", " and ".join(splits), crowded)
 
 
 def _register(

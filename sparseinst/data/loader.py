@@ -299,7 +299,7 @@ def _sampler_builder(cfg: CfgNode, images: Sequence[dict]) -> Callable[[int], It
         return lambda seed: TrainingSampler(len(images), seed=seed)
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            images, cfg.DATALOADER.REPEAT_THRESHOLD
+            images, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
         return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
     raise ValueError(

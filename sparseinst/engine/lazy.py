@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> dict:
     results = {}
     with contextlib.ExitStack() as stack:
         with setup_errors():
-            if any((args.train_json, args.train_images, args.test_json, args.test_images)):
+            if any((args.train_json, args.train_images, args.test_json, args.test_images, args.val_share is not None)):
                 raise ValueError(
                     "--train-json, --test-json: a LazyConfig registers its data and names it in dataloader"
                 )

@@ -48,10 +48,10 @@ def claimed(folder: str | os.PathLike) -> Iterator[Path]:
 def check_no_earlier_run(folder: str | os.PathLike) -> None:
     """Raise ValueError where a folder holds checkpoints, which a new training would overwrite."""
     folder = Path(folder)
-    checkpoints = sorted(folder.glob("model_*.pth"), key=lambda path: path.stat().st_mtime_ns)
+    checkpoints = sorted(path.name for path in folder.glob("model_*.pth"))
     if checkpoints:
         raise ValueError(
-            f"OUTPUT_DIR {folder} holds checkpoints of an earlier run ({checkpoints[-1].name} is the newest), which a "
+            f"OUTPUT_DIR {folder} holds checkpoints of an earlier run ({checkpoints[-1]} is the last), which a "
             "new run would overwrite. Continue it with --resume, give another OUTPUT_DIR, or remove that folder"
         )
 

@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sparseinst.checkpoint.atomic_write import write_text_atomically
+from sparseinst.data.coco_json import class_info
 from sparseinst.data.coco_results import to_coco_results
 from sparseinst.evaluation.mask_matches import Outcome
 from sparseinst.evaluation.stage_timer import StageTimer
@@ -64,12 +65,13 @@ class EncodedMaskEvaluator(COCOEvaluator):
         coco_eval: "pycocotools" or "faster-coco-eval".
         num_classes_key: the config key that the error about an unknown class names.
         timer: counts the stages of `evaluate`.
+        class_names: of the model's classes; matched with those of the data set by name. None: the same, in order.
 
     Attributes:
         outcome: what the figures of the masks were computed from, after `evaluate` on rank 0; None without figures.
 
     Raises:
-        ValueError: ``coco_eval`` is unknown or not installed.
+        ValueError: ``coco_eval`` is unknown or not installed, or the data set has other classes.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class EncodedMaskEvaluator(COCOEvaluator):
         coco_eval: str = "pycocotools",
         num_classes_key: str = "NUM_CLASSES",
         timer: StageTimer | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         check_coco_eval(coco_eval)
         super().__init__(dataset_name, TASKS, output_dir=str(output_dir), use_fast_impl=False, allow_cached_coco=False)
@@ -91,6 +94,8 @@ class EncodedMaskEvaluator(COCOEvaluator):
         classes = self._metadata.get("thing_dataset_id_to_contiguous_id")
         self.outcome: Outcome | None = None
         self._category_ids = None if classes is None else sorted(classes, key=classes.get)
+        if class_names is not None:
+            self._category_ids = class_info(dataset_name).category_ids_of(class_names, dataset_name)
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         """Collect the predictions of a batch.
@@ -100,8 +105,13 @@ class EncodedMaskEvaluator(COCOEvaluator):
             outputs: ``instances`` of each image, with boxes, scores, classes and masks, boolean or RLEMasks.
 
         Raises:
-            ValueError: a class that the data set does not have.
+            ValueError: a class that the data set does not have, or an image without ``image_id``.
         """
+        if any("image_id" not in x for x in inputs):
+            raise ValueError(
+                f"The images of the data set {self._metadata.name!r} have no 'image_id', by which predictions are "
+                "matched: add it to the dicts that the registered function returns"
+            )
         with self._timer.stage("results"):
             self._predictions += [
                 to_coco_results(
@@ -114,7 +124,7 @@ class EncodedMaskEvaluator(COCOEvaluator):
         """Write the results of all processes, and compute the figures.
 
         Args:
-            img_ids: the images to evaluate on; None: all.
+            img_ids: the images to evaluate on; None: those of the data set.
 
         Returns:
             For "bbox" and "segm": AP in percent, over all classes and of each; NaN where it is undefined. Empty where
@@ -141,7 +151,9 @@ class EncodedMaskEvaluator(COCOEvaluator):
             logger.info("The data set has no annotations, so AP is not computed")
             return {}
         figures = {}
-        names = self._metadata.get("thing_classes") or []
+        names = self._distinct_names() or []
+        # A data set can be a part of its json.
+        img_ids = self._metadata.get("image_ids") if img_ids is None else img_ids
         for task in TASKS:
             with self._timer.stage(f"AP of {task}"):
                 evaluated = None
@@ -154,6 +166,14 @@ class EncodedMaskEvaluator(COCOEvaluator):
         ids = self._coco_api.getCatIds() if self._category_ids is None else self._category_ids
         self.outcome = Outcome(self._coco_api, results, evaluated, ids, list(names or map(str, ids)))
         return figures
+
+    def _distinct_names(self) -> list[str] | None:
+        """Return the names of the data set's classes; names that several classes have get the category id."""
+        names = self._metadata.get("thing_classes")
+        if names is None or len(set(names)) == len(names):
+            return names
+        ids = class_info(self._metadata.name).category_ids
+        return [f"{name} (category {i})" if names.count(name) > 1 else name for name, i in zip(names, ids)]
 
 
 def coco_figures(evaluation: COCOeval | None, class_names: Sequence[str]) -> dict[str, float]:

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import nn
 
 from sparseinst import config
 from sparseinst.checkpoint.atomic_write import write_text_atomically
+from sparseinst.data.coco_json import class_info
 from sparseinst.data.loader import build_test_loader
 from sparseinst.evaluation.coco_evaluation import MAX_DETECTIONS, EncodedMaskEvaluator
 from sparseinst.evaluation.mask_matches import Outcome
@@ -54,7 +55,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, report: Callable[[str, Outcome], ob
     for dataset_name in cfg.DATASETS.TEST:
         with timer.stage("preparing"):
             loader = _TimedLoader(build_test_loader(cfg, dataset_name), timer)
-            evaluator = build_evaluator(cfg, dataset_name, timer)
+            evaluator = build_evaluator(cfg, dataset_name, timer, getattr(model, "class_names", None))
         with timer.stage("the rest"), _encoded_masks(model, evaluator):
             results[dataset_name] = inference_on_dataset(timed_model, loader, evaluator) or {}
         if comm.is_main_process():
@@ -79,7 +80,9 @@ def evaluate(cfg: CfgNode, model: nn.Module, report: Callable[[str, Outcome], ob
     return results
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = None) -> DatasetEvaluator:
+def build_evaluator(
+    cfg: CfgNode, dataset_name: str, timer: StageTimer | None = None, class_names: Sequence[str] | None = None
+) -> DatasetEvaluator:
     """Return the evaluator for a data set's ``evaluator_type``: `EncodedMaskEvaluator` for COCO, Detectron2's for LVIS.
 
     The code of LVIS fails at its AP step on numpy 1.24 and newer, after it has written the results file.
@@ -88,9 +91,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = 
         cfg: OUTPUT_DIR, TEST.COCO_EVAL and the most detections are read.
         dataset_name: a registered data set.
         timer: counts the stages of `EncodedMaskEvaluator`.
+        class_names: of the model, in the order of its class logits; None where they are unknown. Where the data set has
+            the same classes in another order, predictions are matched by name.
 
     Raises:
-        ValueError: another type.
+        ValueError: another type, or other classes.
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     output_dir = str(Path(cfg.OUTPUT_DIR) / "inference")
@@ -105,13 +110,19 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = 
             coco_eval=cfg.TEST.COCO_EVAL,
             num_classes_key=(config.num_classes(cfg) or ("NUM_CLASSES", None))[0],
             timer=timer,
+            class_names=class_names,
         )
     if evaluator_type == "lvis":
+        if class_names is not None and list(class_names) != class_info(dataset_name).names:
+            raise ValueError(
+                f"The classes of {dataset_name!r} are not those of the model in the model's order, which LVIS needs"
+            )
         limit = max_detections if max_detections > MAX_DETECTIONS else None
         return LVISEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=limit)
     raise ValueError(
         f'The data set {dataset_name!r} has evaluator_type {evaluator_type!r}; "coco" and "lvis" are known. '
-        "Set it in MetadataCatalog, or evaluate with Detectron2's inference_on_dataset and an evaluator of your own"
+        f'Set it by MetadataCatalog.get({dataset_name!r}).evaluator_type = "coco", set DATASETS.TEST () to train '
+        "without an evaluation, or evaluate with Detectron2's inference_on_dataset and an evaluator of your own"
     )
 
 

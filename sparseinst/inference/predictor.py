@@ -1,6 +1,7 @@
 """Predict instances from the same pixels that the evaluation gives the model."""
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +18,13 @@ from torch import nn
 
 from sparseinst import config
 from sparseinst.checkpoint import checkpointer_from_config
+from sparseinst.checkpoint.trained_keys import follow_checkpoint
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
 from sparseinst.runtime.optimize import optimize_as_configured
+
+logger = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -31,7 +35,8 @@ class Predictor:
     ``DatasetMapper(cfg, is_train=False)`` and Detectron2's test loader, so predictions equal the evaluation's.
 
     The class names come from the checkpoint's entry "classes", else from ``classes.json`` in its folder, else from the
-    metadata of ``DATASETS.TEST[0]`` or ``DATASETS.TRAIN[0]``, else they are "class 0", "class 1", ...
+    metadata of ``DATASETS.TEST[0]`` or ``DATASETS.TRAIN[0]``, else they are "class 0", "class 1", ... The numbers of
+    classes and of instances come from the checkpoint, unless the user set them.
 
     Args:
         model: any Detectron2 model whose output has ``instances``. It runs in evaluation mode, on its own device; its
@@ -76,11 +81,16 @@ class Predictor:
     def from_config(cls, cfg: CfgNode, model: nn.Module | None = None) -> dict:
         checkpoint: dict = {}
         if model is None:
+            # The user's config stays as it is.
+            cfg = cfg.clone()
+            cfg.defrost()
+            for note in follow_checkpoint(cfg, cfg.MODEL.WEIGHTS):
+                logger.info("%s", note)
             model = build_model(cfg)
             model.eval()
             checkpoint = checkpointer_from_config(cfg, model).load(cfg.MODEL.WEIGHTS)
             model = optimize_as_configured(cfg, model)
-        classes = _find_classes(cfg, checkpoint.get("classes"))
+        classes = _find_classes(cfg, checkpoint.get("classes"), getattr(model, "class_names", None))
         return {
             "model": model,
             "augmentations": build_test_augmentations(cfg),
@@ -168,7 +178,8 @@ def _check_array(image: np.ndarray) -> None:
         )
 
 
-def _find_classes(cfg: CfgNode, saved: object) -> ClassInfo:
+def _find_classes(cfg: CfgNode, saved: object, names: Sequence[str] | None) -> ClassInfo:
+    """Find the classes in a checkpoint's entry, else by the names that the model has, else in the data's metadata."""
     key, num_classes = config.num_classes(cfg) or (None, None)
     weights = cfg.MODEL.WEIGHTS
     classes_file = Path(weights).parent / "classes.json"
@@ -189,8 +200,12 @@ def _find_classes(cfg: CfgNode, saved: object) -> ClassInfo:
         # The data may be missing on this machine, and its metadata unknown.
         with contextlib.suppress(ValueError):
             classes = class_info(dataset_name)
+            if names is not None:
+                return ClassInfo(list(names), classes.category_ids_of(names, dataset_name))
             if num_classes in (None, len(classes.names)):
                 return classes
+    if names is not None:
+        return ClassInfo(list(names), list(range(1, len(names) + 1)))
     # Without a key there are names for more classes than any data set has.
     num_classes = 10_000 if num_classes is None else num_classes
     return ClassInfo([f"class {index}" for index in range(num_classes)], list(range(num_classes)))

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -104,6 +104,8 @@ class InstanceSegmenter(nn.Module, ABC):
         mask_nms_key: config key of the IoU above which the worse of two masks of a class is dropped.
         activation_maps_key: config key that makes the model return activation maps.
         lossless_targets_key: config key that makes the targets keep every object; see `target_check`.
+        class_names: of the classes that the weights were trained on, in the order of the class logits; None where they
+            are unknown. The trainer and the checkpointer set them.
     """
 
     num_classes_key: ClassVar[str | None] = None
@@ -112,6 +114,7 @@ class InstanceSegmenter(nn.Module, ABC):
     mask_nms_key: ClassVar[str | None] = None
     activation_maps_key: ClassVar[str | None] = None
     lossless_targets_key: ClassVar[str | None] = None
+    class_names: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -143,6 +146,18 @@ class InstanceSegmenter(nn.Module, ABC):
         Return None, the default, where the targets keep every object.
         """
         return None
+
+    @classmethod
+    def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Return the config keys that the shapes of a weights file determine, with their values.
+
+        Commands use them to build the model of a checkpoint. An empty dict, the default, says nothing about the file; a
+        subclass returns one as well where the tensors are a backbone's.
+
+        Args:
+            tensors: of the file, by the model's names.
+        """
+        return {}
 
     @property
     def device(self) -> torch.device:

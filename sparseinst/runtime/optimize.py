@@ -9,6 +9,7 @@ model's.
 import contextlib
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class OptimizedSegmenter(nn.Module):
     def device(self) -> torch.device:
         """Return the device of the model's tensors."""
         return self.model.device
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Return the names of the classes that the weights were trained on."""
+        return self.model.class_names
 
     @property
     def output(self) -> OutputOptions:

@@ -20,7 +20,8 @@ from sparseinst import config
 from sparseinst.config import load_config
 from sparseinst.data.augmentations import ResizeShortestEdge
 from sparseinst.data.coco_checks import Finding, check_content
-from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning
+from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON
+from sparseinst.data.crowded_images import crowded_warning
 from sparseinst.data.dataset_mapper import check_image_size
 from sparseinst.data.image_files import (
     FileNames,
@@ -70,7 +71,7 @@ def check_files(content: Any, files: FileNames, cfg: CfgNode, args: argparse.Nam
     yield from name_findings(_file_names(content), files, args.images)
     num_categories = len(_entries(content, "categories"))
     key, num_classes = config.num_classes(cfg) or (None, num_categories)
-    if args.config_file and num_categories != num_classes:
+    if num_categories != num_classes and key and config.is_explicit(cfg, key):
         message = f"there are {num_categories} categories, but {key} is {num_classes}: set {key} {num_categories}"
         yield Finding("number of classes", message)
     if crowded := crowded_warning(report.num_instances, cfg):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from sparseinst.engine.console import prepare_console
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 DATA_FLAGS = {
     "train_json": "COCO json to train on, in place of DATASETS.TRAIN",
@@ -40,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_import_argument(parser)
     for name, meaning in DATA_FLAGS.items():
         add(f"--{name.replace('_', '-')}", default="", metavar="PATH", help=meaning)
+    add("--val-share", type=float, metavar="SHARE", help="evaluate on this share of --train-json, such as 0.2")
     add("--num-gpus", type=int, default=1, metavar="N", help="processes on each machine, one for each GPU (default: 1)")
     add("--num-machines", type=int, default=1, metavar="N", help="number of machines (default: 1)")
     add("--machine-rank", type=int, default=0, metavar="N", help="number of this machine, from 0 (default: 0)")
@@ -68,11 +72,12 @@ def main(args: argparse.Namespace) -> dict:
     from detectron2.evaluation import verify_results
     from detectron2.utils import comm
 
+    from sparseinst.data.coco_json import check_num_classes
     from sparseinst.engine import lazy
     from sparseinst.engine.errors import run_errors, setup_errors
     from sparseinst.engine.report import evaluation_report
     from sparseinst.engine.trainer import Trainer
-    from sparseinst.evaluation import evaluate
+    from sparseinst.evaluation import check_evaluation, evaluate
 
     if args.config_file.endswith(".py"):
         return lazy.main(args)
@@ -81,7 +86,10 @@ def main(args: argparse.Namespace) -> dict:
         with setup_errors():
             cfg = setup(args, stack)
             if args.eval_only:
-                run = partial(evaluate, cfg, load_model(cfg, args.resume), evaluation_report(cfg))
+                model = load_model(cfg, args.resume)
+                check_evaluation(cfg, getattr(model, "class_names", None))
+                check_num_classes(cfg, ("TEST",))
+                run = partial(evaluate, cfg, model, evaluation_report(cfg))
             else:
                 trainer = Trainer(cfg)
                 trainer.resume_or_load(args.resume)
@@ -108,26 +116,34 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     from sparseinst.checkpoint import check_weights_file
     from sparseinst.config import load_config, resolve_config_file
     from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
+    from sparseinst.data.evaluation_data import choose_evaluation_data
+    from sparseinst.engine.model_keys import set_model_keys
     from sparseinst.engine.output_folder import check_no_earlier_run, claimed
     from sparseinst.engine.processes import check_device
     from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
-    from sparseinst.engine.trainer import check_test_config
+    from sparseinst.evaluation import check_test_config
 
     if not args.config_file:
         raise ValueError("--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam")
     args.config_file = resolve_config_file(args.config_file)
-    cfg = load_config(args.config_file, args.opts, imports=args.imports)
+    flags = {name: repr(getattr(args, name)) for name in DATA_FLAGS if getattr(args, name)}
+    flags |= {} if args.val_share is None else {"val_share": repr(args.val_share)}
+    opts = [part for name, value in flags.items() for part in (f"DATASETS.{name.upper()}", value)]
+    cfg = load_config(args.config_file, [*args.opts, *opts], imports=args.imports)
     check_device(cfg.MODEL.DEVICE)
-    for name in DATA_FLAGS:
-        cfg.DATASETS[name.upper()] = getattr(args, name) or cfg.DATASETS[name.upper()]
+    warnings = choose_evaluation_data(cfg)
     # In every process, because the processes that launch() spawns do not inherit registered data sets.
     splits = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     register_user_datasets(cfg, splits)
-    check_num_classes(cfg, splits)
     if args.eval_only:
         check_test_config(cfg)
+        if not cfg.DATASETS.TEST:
+            raise ValueError("--eval-only has no data to evaluate on: give --test-json and --test-images")
     if not args.resume:
         check_weights_file(cfg.MODEL.WEIGHTS)
+    notes = set_model_keys(cfg, eval_only=args.eval_only, resume=args.resume)
+    if not args.eval_only:
+        check_num_classes(cfg, splits)
     cfg.freeze()
     if comm.is_main_process():
         stack.enter_context(claimed(cfg.OUTPUT_DIR))
@@ -135,6 +151,9 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
         check_no_earlier_run(cfg.OUTPUT_DIR)
     save_config(cfg.OUTPUT_DIR, cfg.dump())
     set_up_loggers(cfg.OUTPUT_DIR)
+    for level, lines in ((logging.WARNING, warnings), (logging.INFO, notes)):
+        for line in lines:
+            logger.log(level, line)
     log_data_warnings(cfg, splits)
     cudnn_benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     set_up_run(args, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cudnn_benchmark)

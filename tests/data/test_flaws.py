@@ -133,7 +133,8 @@ def test_more_objects_than_masks_is_one_warning_that_says_how_many_would_do(tmp_
         (warning,) = warnings_of(cfg, split, caplog)
         key = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
         assert f"1 of 2 images with objects have more of them than {key}, which is 6" in warning
-        assert f"{key} 10 would hold all" in warning and f"DATASETS.{split}" in warning
+        assert f"{key} 10 and MODEL.SPARSE_INST.MAX_DETECTIONS 100 would hold all" in warning
+        assert f"DATASETS.{split}" in warning
     cfg = user_cfg(json_file, images, "TRAIN", "MODEL.SPARSE_INST.DECODER.NUM_MASKS", 10)
     assert warnings_of(cfg, "TRAIN", caplog) == []
 

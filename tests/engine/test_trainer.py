@@ -92,6 +92,20 @@ def test_a_run_that_was_killed_before_its_final_checkpoint_gets_one(shapes, tmp_
     assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
 
 
+def test_a_changed_learning_rate_is_taken_on_resume(shapes, tmp_path):
+    opts = ("SOLVER.STEPS", (), "DATASETS.TEST", (), "SOLVER.CHECKPOINT_PERIOD", 2)
+    run(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", 2))
+    cfg = make_cfg(shapes, tmp_path, *opts, "SOLVER.BASE_LR", 1e-5, "SOLVER.WEIGHT_DECAY", 0.0, "SOLVER.MAX_ITER", 4)
+    trainer, _ = run(cfg, resume=True)
+    assert trainer.start_iter == 2
+    assert {(group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups} == {(1e-5, 0.0)}
+    assert read_metrics(tmp_path)[-1]["lr"] == 1e-5
+    steps = [state["step"].item() for state in trainer.optimizer.state.values()]
+    assert set(steps) == {4}
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is SGD, but the checkpoint has the state of ADAMW"):
+        run(make_cfg(shapes, tmp_path, *opts, "SOLVER.OPTIMIZER", "SGD"), resume=True)
+
+
 def test_a_step_draws_the_same_random_numbers_whatever_came_before_it(shapes, tmp_path):
     drawn = {}
 

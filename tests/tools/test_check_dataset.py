@@ -104,7 +104,10 @@ def test_what_only_warns(config_file, tmp_path, capsys):
     content["annotations"] += [annotation(number, 1, 3, 1, 1, 9) for number in range(10, 20)]
     code, output = check(capsys, *write(tmp_path, content), "--config-file", config_file)
     assert code == 0
-    assert "'1.png' is named by 2 images" in output and "NUM_MASKS 12 would hold all" in output
+    assert (
+        "'1.png' is named by 2 images" in output
+        and "NUM_MASKS 12 and MODEL.SPARSE_INST.MAX_DETECTIONS 100 would hold all" in output
+    )
 
 
 def test_the_number_of_classes_counts_where_a_config_is_given(config_file, tmp_path, capsys):

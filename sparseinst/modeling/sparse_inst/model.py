@@ -1,7 +1,7 @@
 """The meta-architecture SparseInst. Letters: sparseinst.structures."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -110,6 +110,20 @@ class SparseInst(InstanceSegmenter):
             "antialiased_targets": sparse_inst.ANTIALIASED_TARGETS,
             "output": OutputOptions.from_config(cfg, with_maps=sparse_inst.DECODER.OUTPUT_IAM),
         }
+
+    @classmethod
+    def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Return the numbers of classes and of masks; see the base class."""
+        branch = "decoder.inst_branch."
+        names = [f"{branch}{name}.weight" for name in ("cls_score", "iam_conv")]
+        if any(name not in tensors for name in names):
+            return {}
+        class_weight, iam_weight = (tensors[name] for name in names)
+        if class_weight.dim() != 2 or iam_weight.dim() != 4 or 0 in (*class_weight.shape, *iam_weight.shape):
+            return {}
+        # The class layer reads G * dim channels, and a group of iam_conv dim / G: the quotient is G ** 2.
+        num_groups = math.isqrt(class_weight.shape[1] // iam_weight.shape[1]) or 1
+        return {cls.num_classes_key: len(class_weight), cls.max_instances_key: len(iam_weight) // num_groups}
 
     @classmethod
     def target_check(cls, cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
