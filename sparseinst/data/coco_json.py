@@ -151,6 +151,23 @@ def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
             cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train_name,), (val_name,)
 
 
+def registered_images(dataset_name: str) -> list[dict]:
+    """Return the images of a registered data set. Raise ValueError where its files cannot be read."""
+    try:
+        return DatasetCatalog.get(dataset_name)
+    except OSError as error:
+        raise unreadable_data(repr(dataset_name), error) from error
+
+
+def unreadable_data(names: str, error: OSError) -> ValueError:
+    """Return the error for registered data sets whose files cannot be read."""
+    return ValueError(
+        f"The data set {names} cannot be read: {error}. If it is one of Detectron2's, set the environment variable "
+        "DETECTRON2_DATASETS to the folder that holds it (coco/annotations, coco/train2017, ...); for your own data, "
+        "give --train-json and --train-images"
+    )
+
+
 def class_info(dataset_name: str) -> ClassInfo:
     """Return the classes of a registered data set; load it where its metadata does not have them yet.
 
@@ -166,14 +183,7 @@ def class_info(dataset_name: str) -> ClassInfo:
     # register_coco_instances sets both only when the json is read; data sets of other formats may have no ids.
     has_ids = metadata.get("thing_dataset_id_to_contiguous_id") is not None or metadata.get("evaluator_type") != "coco"
     if metadata.get("thing_classes") is None or not has_ids:
-        try:
-            DatasetCatalog.get(dataset_name)
-        except OSError as error:
-            raise ValueError(
-                f"The data set {dataset_name!r} cannot be read: {error}. If it is one of Detectron2's, set the "
-                "environment variable DETECTRON2_DATASETS to the folder that holds it (coco/annotations, "
-                "coco/train2017, ...); for your own data, give --train-json and --train-images"
-            ) from error
+        registered_images(dataset_name)
     names = metadata.get("thing_classes")
     if not names:
         raise ValueError(f"The data set {dataset_name!r} has no class names (thing_classes of its metadata)")

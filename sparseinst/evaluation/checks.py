@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
-from sparseinst.data.coco_json import class_info
+from sparseinst.data.coco_json import class_info, registered_images
 from sparseinst.evaluation.coco_evaluation import TASKS, check_coco_eval
 from sparseinst.evaluation.evaluate import build_evaluator
 
@@ -43,7 +43,7 @@ def _check_images(name: str) -> None:
     # Data sets that this project registers have been checked, and say so by this entry.
     if MetadataCatalog.get(name).get("num_instances") is not None:
         return
-    images = DatasetCatalog.get(name)
+    images = registered_images(name)
     if not images:
         raise ValueError(f"The data set {name!r} of DATASETS.TEST has no images")
     for key in _IMAGE_KEYS:

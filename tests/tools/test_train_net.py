@@ -96,7 +96,11 @@ def test_a_builtin_data_set_that_is_not_there(tmp_path):
     failed = run("--config-file", "sparse_inst_r50_giam", "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path, cwd=tmp_path)
     assert failed.exit_code == 1
     assert "Traceback" not in failed.output
-    assert "error: " in failed.output and "instances_train2017.json" in failed.output
+    (error,) = (line for line in failed.output.splitlines() if line.startswith("error: "))
+    assert "annotations/instances_" in error and "DETECTRON2_DATASETS" in error
+    no_test = run("--config-file", "sparse_inst_r50_giam", "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path, cwd=tmp_path)
+    assert no_test.exit_code == 1
+    assert "instances_train2017.json" in no_test.output and "DETECTRON2_DATASETS" in no_test.output
 
 
 @pytest.mark.parametrize(
