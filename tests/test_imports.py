@@ -41,6 +41,8 @@ CONFIG_NODES = tuple(f"MODEL.{family.upper()}" for family in FAMILIES)
 
 def room_of(module):
     parts = module.split(".")[1:]
+    if parts == ["__main__"]:
+        return "tools"
     if parts[:1] == ["modeling"]:
         return ".".join(parts[:2])
     return parts[0] if parts else ""

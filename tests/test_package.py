@@ -59,8 +59,9 @@ def run_elsewhere(python: Path | str, *arguments: str, folder: Path) -> subproce
 
 def pinned_versions() -> dict[str, str]:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(name): version for name, version in pins}
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]
+    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
 
 
 def pinned_detectron2() -> str:
@@ -92,6 +93,12 @@ def test_wheel_has_the_version_and_the_licence(wheel: Path, metadata: Message) -
     assert metadata["Version"] == sparseinst.__version__
     with zipfile.ZipFile(wheel) as archive:
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
+
+
+def test_wheel_has_the_command(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+        assert "[console_scripts]\nsparseinst = sparseinst.__main__:main" in archive.read(name).decode()
 
 
 def test_version_is_written_in_one_place() -> None:
@@ -212,12 +219,12 @@ def python_that_fails(folder: Path, word: str) -> Path:
 @needs_make
 def test_make_names_an_unsupported_python(tmp_path: Path) -> None:
     line = make_install(VENV=tmp_path / "venv", PYTHON=python_that_fails(tmp_path, "version_info"))
-    assert "needs Python 3.11 to 3.13" in line and sys.version.split()[0] in line
+    assert "needs Python 3.10 to 3.13" in line and sys.version.split()[0] in line
 
 
 @needs_make
 def test_make_says_that_no_python_is_there(tmp_path: Path) -> None:
-    assert "needs Python 3.11 to 3.13, and there is none" in make_install(VENV=tmp_path / "venv", PYTHON="")
+    assert "needs Python 3.10 to 3.13, and there is none" in make_install(VENV=tmp_path / "venv", PYTHON="")
 
 
 @needs_make

@@ -5,9 +5,6 @@ The model is that of toy_segmenter.py: another loss and another divisor of it th
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -23,6 +20,7 @@ from sparseinst.inference import Predictor
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import OptimizedSegmenter, optimize_for_inference
 from sparseinst.tools import analyze_model, benchmark, benchmark_training, demo, train_net
+from tests.faults.child import run_in_child
 from tests.loggers import loggers_restored
 from tests.red_segmenter import red_segmenter_config
 
@@ -184,11 +182,9 @@ def test_another_number_of_classes_is_refused_with_the_toys_key(workspace, tmp_p
 
 
 def test_two_ranks(workspace, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(REPO)}
     args = command(workspace, "--num-gpus", 2, "--dist-url", "auto", "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 2)
-    run = [sys.executable, str(REPO / "train_net.py"), *args]
-    ended = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr
+    ended = run_in_child(train_net.cli, args, timeout=240)
+    assert ended.exit_code == 0, ended.output
     saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert saved["iteration"] == 1 and "convs.0.weight" in saved["model"]
     assert json.loads((tmp_path / "results.json").read_text())["speed"]["num_processes"] == 2

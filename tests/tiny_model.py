@@ -39,6 +39,7 @@ def tiny_cfg(*opts) -> CfgNode:
             "MODEL.SPARSE_INST.DECODER.MASK.DIM", 16,
             "MODEL.SPARSE_INST.DECODER.MASK.CONVS", 1,
             "DATALOADER.NUM_WORKERS", 0,
+            "TEST.PLOTS", False,
             *opts,
         ]
     )  # fmt: skip

@@ -13,6 +13,16 @@ from torch import nn
 from sparseinst.backbones.state_dict_names import rename_state_dict
 
 NORMS = ("", "BN", "FrozenBN", "SyncBN")
+# Arguments of timm.create_model that a config may give. Others read files or download (checkpoint_path, pretrained,
+# pretrained_cfg), or belong to this module (features_only, out_indices).
+MODEL_ARGS = (
+    "act_layer", "aa_layer", "attn_drop_rate", "avg_down", "base_width", "bn_eps", "bn_momentum", "cardinality",
+    "class_token", "conv_mlp", "depth", "depths", "dims", "drop_block_rate", "drop_path_rate", "drop_rate",
+    "dynamic_img_pad", "dynamic_img_size", "embed_dim", "embed_dims", "global_pool", "img_size", "init_values",
+    "kernel_sizes", "ls_init_value", "mlp_ratio", "mlp_ratios", "norm_layer", "num_heads", "output_stride", "pad_type",
+    "patch_drop_rate", "patch_size", "pos_drop_rate", "proj_drop_rate", "qkv_bias", "reg_tokens", "stem_type",
+    "stem_width", "strict_img_size", "window_size", "zero_init_last",
+)  # fmt: skip
 # Names of the features of `build_timm_backbone`, as Detectron2's ResNet has them, and their strides.
 STRIDES = {"res1": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
@@ -123,8 +133,22 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         in_channels=input_shape.channels,
         norm=timm_cfg.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        model_args=timm_cfg.ARGS,
+        model_args=_checked_args(timm_cfg.ARGS),
     )
+
+
+def _checked_args(model_args: Mapping) -> dict:
+    """Return the arguments. Raise ValueError for a name outside MODEL_ARGS, or a value that is not plain."""
+    for name, value in model_args.items():
+        if name not in MODEL_ARGS:
+            raise ValueError(
+                f"MODEL.TIMM.ARGS has {str(name)[:100]!r}; it must be one of {', '.join(MODEL_ARGS)}. To load "
+                "weights set MODEL.WEIGHTS"
+            )
+        values = value if isinstance(value, list | tuple) else [value]
+        if not all(part is None or isinstance(part, int | float | str) for part in values):
+            raise ValueError(f"MODEL.TIMM.ARGS.{name} is {value!r}; it must be a number, a text or a list of them")
+    return dict(model_args)
 
 
 def select_strides(key: str, names: Sequence[str], strides: Mapping[str, int]) -> dict[str, int]:
@@ -150,7 +174,7 @@ def _import_timm() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"This backbone comes from the package timm, which cannot be imported ({error}). "
-            "Install it: pip install 'sparseinst[timm]', or pip install 'timm>=1.0,<2'"
+            "Install it: pip install 'sparseinst[timm]', or pip install 'timm>=1.0.26,<2'"
         ) from error
     return timm
 

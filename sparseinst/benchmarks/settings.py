@@ -17,11 +17,9 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import nn
 
+from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import OptimizedSegmenter
-
-# The config node of inference: how a network runs outside training.
-RUNTIME = "RUNTIME"
 
 
 def check_segmenter(model: nn.Module) -> None:
@@ -138,24 +136,6 @@ def _cell(value: Any) -> str:
     return ", ".join(f"{name} {figure:.1f}" for name, figure in value.items())
 
 
-def add_common_arguments(
-    parser: argparse.ArgumentParser, named: Mapping[str, str], section: str, repetitions: int, warmup: int
-) -> None:
-    """Add the arguments of all commands with ``--compare``; the numbers are defaults."""
-    add = parser.add_argument
-    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
-    add(
-        "--repetitions", type=int, default=repetitions, metavar="N", help=f"counted repetitions (default {repetitions})"
-    )
-    add("--warmup", type=int, default=warmup, metavar="N", help=f"repetitions before them (default {warmup})")
-    add("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU")
-    add("--compare", nargs="+", metavar="SETTING", default=["configured"],
-        help=f"settings to run in turn in one process: {', '.join(named)}, or NAME='KEY VALUE ...' with full keys or "
-        f"keys below {section}. Ratios are relative to the first")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
-
-
 def run_command(
     args: argparse.Namespace, run: Callable[[argparse.Namespace], dict], errors: tuple[type[Exception], ...] = ()
 ) -> int:
@@ -166,10 +146,10 @@ def run_command(
         check_least({"--threads": (1 if args.threads is None else args.threads, 1)})
         torch.set_num_threads(args.threads or torch.get_num_threads())
         figures = run(args)
-    except (ValueError, ImportError, *errors) as error:
+        if args.json is not None:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(args.json, json.dumps(figures, indent=1) + "\n")
+    except (ValueError, ImportError, OSError, *errors) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0

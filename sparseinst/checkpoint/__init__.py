@@ -1,6 +1,6 @@
 """Read weights files safely, rename their tensors for the model, load them and report the coverage."""
 
-from sparseinst.checkpoint.atomic_write import OutputError, write_atomically
+from sparseinst.checkpoint.atomic_write import OutputError, write_atomically, write_text_atomically
 from sparseinst.checkpoint.checkpointer import SparseInstCheckpointer, checkpointer_from_config
 from sparseinst.checkpoint.coverage import Coverage, measure
 from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
@@ -21,4 +21,5 @@ __all__ = [
     "measure",
     "read_weights_file",
     "write_atomically",
+    "write_text_atomically",
 ]

@@ -48,6 +48,11 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
         raise _output_error(path, error.__context__) from error
 
 
+def write_text_atomically(path: str | os.PathLike, text: str) -> None:
+    """Write a text file in UTF-8 as :func:`write_atomically` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def remove_partial_files(folder: str | os.PathLike) -> None:
     """Remove the temporary files of interrupted :func:`write_atomically` calls from a folder without other writers."""
     for path in Path(folder).glob(f".*{PARTIAL_SUFFIX}"):

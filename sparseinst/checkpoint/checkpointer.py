@@ -14,6 +14,8 @@ from sparseinst.checkpoint.coverage import Coverage, first_names, frozen_tensors
 from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
 from sparseinst.checkpoint.locations import find_weights
 from sparseinst.checkpoint.names import BACKBONE, Converted, convert, explain_mismatch
+from sparseinst.checkpoint.resumption import find_checkpoint
+from sparseinst.checkpoint.trained_keys import class_names
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +100,11 @@ class SparseInstCheckpointer(DetectionCheckpointer):
 
     def has_checkpoint(self) -> bool:
         """Return whether the folder has a checkpoint."""
-        return bool(self._checkpoints())
+        return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
         """Return the path of the folder's last checkpoint, "" where it has none."""
-        return str(next(iter(self._checkpoints()), ""))
+        return str(find_checkpoint(self.save_dir)[0] or "")
 
     def periodic_checkpoints(self) -> list[str]:
         """Return the paths of the checkpoints that are named by their iteration, oldest first."""
@@ -110,7 +112,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         return sorted(str(path) for path in Path(self.save_dir).glob(numbered))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
-        """Load the folder's newest readable checkpoint if ``resume`` and it has any, else the weights.
+        """Load the folder's last readable checkpoint if ``resume`` and it has any, else the weights.
 
         Args:
             path: weights to start a training from, see :meth:`load`.
@@ -119,42 +121,25 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         Raises:
             ValueError: as :meth:`load`; or none of the folder's checkpoints can be read.
         """
-        checkpoints = self._checkpoints() if resume else []
-        errors = []
-        for checkpoint in checkpoints:
+        checkpoint, reason = find_checkpoint(self.save_dir) if resume else (None, "")
+        if reason:
+            logger.warning("%s", reason)
+        errors: dict[Path, str] = {}
+        while checkpoint is not None:
             try:
-                return self.load(str(checkpoint))
+                return self._load(str(checkpoint), None, needs_trainer="trainer" in self.checkpointables)
             except WeightsFileError as error:
-                logger.warning("Cannot resume from %s, trying an older checkpoint: %s", checkpoint, error)
-                errors.append(str(error))
+                logger.warning("Cannot resume from %s, trying another checkpoint: %s", checkpoint, error)
+                errors[checkpoint] = str(error)
+                checkpoint, _ = find_checkpoint(self.save_dir, errors)
         if errors:
             raise ValueError(
-                f"--resume: no checkpoint of {self.save_dir} can be read: {'; '.join(errors)}. Give a new OUTPUT_DIR, "
-                "or remove them to start from the beginning"
+                f"--resume: no checkpoint of {self.save_dir} can be used: {'; '.join(errors.values())}. Give a new "
+                "OUTPUT_DIR, or remove them to start from the beginning"
             )
         if resume:
             logger.warning("There is no checkpoint in %s to resume from: starting from the beginning", self.save_dir)
         return self.load(path, checkpointables=[])
-
-    def _checkpoints(self) -> list[Path]:
-        """Return the folder's checkpoints, the last one first."""
-        folder = Path(self.save_dir)
-        # By time: the highest iteration is wrong where a folder also holds an older, longer run.
-        found = sorted(folder.glob("model_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        try:
-            last = folder / (folder / "last_checkpoint").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            last = folder
-        if last.is_file():
-            return [last, *(path for path in found if path != last)]
-        if len(found) > 1:
-            logger.warning(
-                "%s names no checkpoint of its folder: the newest by time is taken, %s. It may be older than others; "
-                "check the iteration, and write the right file name into last_checkpoint",
-                folder / "last_checkpoint",
-                found[0].name,
-            )
-        return found
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """Load a model and the checkpointables that were saved with it.
@@ -169,6 +154,9 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         Raises:
             ValueError: the file cannot be read, or does not fill the model or the backbone as required.
         """
+        return self._load(path, checkpointables)
+
+    def _load(self, path: str, checkpointables: list[str] | None, needs_trainer: bool = False) -> dict:
         is_start = checkpointables == [] and self.min_backbone_coverage is not None
         if not path:
             self._warn_of_random_weights(is_start)
@@ -176,6 +164,14 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         filename = find_weights(path)
         # First, because after an error in DetectionCheckpointer.load no second load is possible.
         self._content = self._read(path, filename, is_start)
+        if needs_trainer and "trainer" not in self._content:
+            raise WeightsFileError(
+                f"{filename} holds weights without the state of a training (optimizer, iteration), so a training "
+                "cannot be resumed from it. To start from these weights, give them as MODEL.WEIGHTS with another "
+                "OUTPUT_DIR, without --resume"
+            )
+        # Heads that start a training are of other classes.
+        self.model.class_names = None if is_start else class_names(self._content)
         # Detectron2 only logs what a model did not take.
         handle = self.model.register_load_state_dict_post_hook(_check_taken)
         try:

@@ -120,7 +120,7 @@ class TimmHandler(PathHandler):
         except ImportError as error:
             raise ImportError(
                 f"MODEL.WEIGHTS {path} comes from the package timm, which cannot be imported ({error}). "
-                "Install it: pip install 'sparseinst[timm]', or pip install 'timm>=1.0,<2'"
+                "Install it: pip install 'sparseinst[timm]', or pip install 'timm>=1.0.26,<2'"
             ) from error
         name = path.removeprefix(self.PREFIX)
         # Another timm may have other weights of this name.

@@ -7,9 +7,11 @@ from detectron2.config import CfgNode
 
 import sparseinst
 
-# Modules that add the keys of one model family each, by `add_keys(cfg)`.
+# Modules that add the keys of one model family each by `add_keys(cfg)`; RANGES has the values that the keys accept.
 FAMILIES = ("sparseinst.modeling.sparse_inst.config", "sparseinst.modeling.solo.config")
 _PACKAGE_DIR = Path(__file__).resolve().parents[1]
+# Of an installed package and of a checkout.
+CONFIG_FOLDERS = (_PACKAGE_DIR / "configs", _PACKAGE_DIR.parent / "configs")
 
 
 def add_sparse_inst_config(cfg: CfgNode) -> None:
@@ -128,6 +130,8 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.INPUT.MAX_IMAGE_PIXELS = 200_000_000
     # Library that computes AP: "pycocotools", or "faster-coco-eval" (extra "fast-eval"), faster with equal results.
     cfg.TEST.COCO_EVAL = "pycocotools"
+    # Draw curves, predictions, precision-recall and confusion matrix into OUTPUT_DIR (docs/training.md).
+    cfg.TEST.PLOTS = True
     # Largest number of broken images (truncated, or of another size than in the json) before a run stops. Each is
     # logged once and skipped.
     cfg.DATALOADER.MAX_BROKEN_IMAGES = 10
@@ -137,6 +141,9 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.TEST_JSON = ""
     cfg.DATASETS.TEST_IMAGES = ""
+    # Share of TRAIN_JSON's images that are evaluated on and not trained on, in (0, 1); 0: off. Crops of one photo stay
+    # together. The split depends on the file names alone.
+    cfg.DATASETS.VAL_SHARE = 0.0
 
 
 def get_config_file(name: str) -> str:
@@ -152,13 +159,13 @@ def get_config_file(name: str) -> str:
     Raises:
         ValueError: the file does not exist; the message lists the existing files.
     """
-    for configs_dir in (_PACKAGE_DIR / "configs", _PACKAGE_DIR.parent / "configs"):
+    for configs_dir in CONFIG_FOLDERS:
         for candidate in (configs_dir / name, configs_dir / f"{name}.yaml"):
             if candidate.is_file():
                 return str(candidate)
     present = sorted(
         str(path.relative_to(configs_dir))
-        for configs_dir in (_PACKAGE_DIR / "configs", _PACKAGE_DIR.parent / "configs")
+        for configs_dir in CONFIG_FOLDERS
         for path in configs_dir.rglob("*")
         if path.suffix in (".yaml", ".py") and path.name != "__init__.py"
     )

@@ -1,22 +1,23 @@
 """Load a config file and KEY VALUE overrides into a config."""
 
+import ast
+import contextlib
 import copy
 import logging
 import os
-import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import yaml
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
 import sparseinst
 from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
+from sparseinst.config.explicit import is_explicit, is_shipped, keys_of, mark_explicit
+from sparseinst.config.imports import import_module, resolve_imports, run_imports
+from sparseinst.config.model_keys import max_detections
+from sparseinst.config.values import check_values
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ RENAMED_KEYS = {
 }
 # Published keys are accepted everywhere, and translated where they differ from their default.
 PUBLISHED_KEYS = {"MODEL.SPARSE_INST.DATASET_MAPPER": "SparseInstDatasetMapper"}
+# Detectron2's default.
+_DETECTIONS_PER_IMAGE = 100
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 
@@ -56,32 +59,44 @@ def resolve_config_file(config_file: str) -> str:
         raise ValueError(f"No config file can be named {config_file[:100]!r}: {error.strerror}") from error
 
 
-def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    config_file: str, opts: Sequence[str] = (), *, imports: Sequence[str] = (), allow_imports: bool = True
+) -> CfgNode:
     """Merge a config file and overrides into the defaults of Detectron2 and SparseInst.
 
     YAML that names Python objects and LazyConfigs are refused: a config runs only the code of the modules in IMPORTS,
-    with a line in the log. Renamed keys in files are translated, with one warning per file. A ``MODEL.DEVICE`` of CUDA
-    becomes "cpu" on a machine without CUDA, with one line in the log.
+    which one line of the log names first. Renamed keys in files are translated, with one warning per file. A
+    ``MODEL.DEVICE`` of CUDA becomes "cpu" on a machine without CUDA, with one line in the log. The config remembers
+    which keys the user set, see :func:`~sparseinst.config.is_explicit`.
 
     Args:
         config_file: path of a YAML file, or the name of one that comes with the package.
-        opts: KEY VALUE KEY VALUE ...
+        opts: KEY VALUE KEY VALUE ... The value of a group of keys is a dict.
+        imports: modules to import besides those of IMPORTS, as there; files relative to the working directory.
+        allow_imports: False refuses a config with modules to import, for files from strangers.
 
     Returns:
         The config, not frozen.
 
     Raises:
-        ValueError: the file does not exist or is not a config, a key is unknown, or a value has the wrong type.
+        ValueError: the file does not exist or is not a config, a key is unknown, a value has the wrong type or is out
+            of range, or a module cannot be imported.
     """
     cfg = get_cfg()
     add_sparse_inst_config(cfg)
     path = resolve_config_file(config_file)
+    explicit = set(opts[::2])
     try:
-        content = _read_with_bases(path)
+        content = _read_with_bases(path, explicit=explicit)
     except RecursionError as error:
         raise ValueError(f"The config file {path} inherits through too many files by _BASE_") from error
     opts = list(opts)
-    _import_modules(cfg, content, opts, path)
+    modules = _imported(content, opts, imports)
+    if modules and not allow_imports:
+        raise ValueError(
+            f"The config of {path} imports {', '.join(modules)[:300]} (IMPORTS), which is not allowed here"
+        )
+    run_imports(modules, cfg, path)
     for old, new in RENAMED_KEYS.items():
         if old not in PUBLISHED_KEYS:
             note = None if new else "CUDA graphs were removed; torch.compile replaces them"
@@ -92,9 +107,13 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             "SOLVER.CLIP_TOTAL_NORM to the largest norm"
         )
     _merge(lambda: _merge_file(cfg, content), f"In the config file {path}")
-    _merge(lambda: cfg.merge_from_list(opts), "In the KEY VALUE overrides")
+    _merge(lambda: _merge_overrides(cfg, opts), "In the KEY VALUE overrides")
+    cfg.IMPORTS = modules
+    mark_explicit(cfg, explicit)
+    _limit_detections(cfg)
     # A training writes its config, and YAML cannot represent every Python value.
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
+    check_values(cfg)
     if not isinstance(cfg.MODEL.DEVICE, str):
         raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected a device's name, such as cpu or cuda")
     if cfg.MODEL.DEVICE.startswith("cuda"):
@@ -110,7 +129,7 @@ def register_models(cfg: CfgNode) -> None:
     """Register the plugin's models and import the modules of IMPORTS, in a process that got a loaded config."""
     sparseinst.register()
     for name in cfg.IMPORTS:
-        _import(name)
+        import_module(name)
 
 
 def _merge(merge: Callable[[], object], where: str) -> None:
@@ -142,15 +161,46 @@ def _merge_file(cfg: CfgNode, content: dict) -> None:
         cfg.update(upgrade_config(old))
 
 
-def _read_with_bases(path: str, chain: tuple[str, ...] = (), known: dict[str, dict] | None = None) -> dict:
+def _merge_overrides(cfg: CfgNode, opts: list[str]) -> None:
+    """Merge KEY VALUE pairs in place as ``CfgNode.merge_from_list`` does, and dicts into groups of keys."""
+    cfg.merge_from_list(opts[len(opts) // 2 * 2 :])
+    for key, value in zip(opts[::2], opts[1::2]):
+        *groups, name = key.split(".")
+        node = reduce(lambda inner, group: inner.get(group, {}) if isinstance(inner, dict) else {}, groups, cfg)
+        if isinstance(node, dict) and isinstance(node.get(name), CfgNode):
+            with contextlib.suppress(SyntaxError, ValueError):
+                value = ast.literal_eval(value) if isinstance(value, str) else value
+            if isinstance(value, dict):
+                nested = reduce(lambda inner, group: {group: inner}, reversed(groups), {name: value})
+                cfg.merge_from_other_cfg(CfgNode(nested))
+                continue
+        cfg.merge_from_list([key, value])
+
+
+def _limit_detections(cfg: CfgNode) -> None:
+    """Let Detectron2's TEST.DETECTIONS_PER_IMAGE set the model's own key, unless the user set that one."""
+    most = cfg.TEST.DETECTIONS_PER_IMAGE
+    if not is_explicit(cfg, "TEST.DETECTIONS_PER_IMAGE") or most == _DETECTIONS_PER_IMAGE:
+        return
+    declared = max_detections(cfg)
+    if declared is not None and not is_explicit(cfg, declared[0]):
+        cfg.merge_from_list([declared[0], most])
+        mark_explicit(cfg, [declared[0]])
+
+
+def _read_with_bases(
+    path: str, chain: tuple[str, ...] = (), known: dict[str, dict] | None = None, explicit: set[str] | None = None
+) -> dict:
     """Return the content of a YAML file, merged into that of the files that its ``_BASE_`` names.
 
     Args:
         path: of the file.
         chain: the files that inherit from it.
         known: contents by real path, so that each file is read once.
+        explicit: receives the keys of all files that do not come with the package.
     """
     known = {} if known is None else known
+    explicit = set() if explicit is None else explicit
     chain = (*chain, os.path.realpath(path))
     if chain[-1] in known:
         return known[chain[-1]]
@@ -171,10 +221,12 @@ def _read_with_bases(path: str, chain: tuple[str, ...] = (), known: dict[str, di
             )
         if os.path.realpath(file) in chain:
             raise ValueError(f"The config file {path} inherits from itself: _BASE_ names {base!r}")
-        _update(merged, copy.deepcopy(_read_with_bases(file, chain, known)))
+        _update(merged, copy.deepcopy(_read_with_bases(file, chain, known, explicit)))
     renamed = [*_rename(content), *_translate_clipping(content, merged)]
     if renamed:
         logger.warning("The config file %s uses keys that were renamed: %s", path, "; ".join(renamed))
+    if not is_shipped(path):
+        explicit.update(keys_of(content))
     _update(merged, content)
     known[chain[-1]] = merged
     return merged
@@ -306,51 +358,15 @@ def _resolve_imports(content: dict, path: str) -> None:
     if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
         raise ValueError(f"In the config file {path}: IMPORTS is {str(imports)[:100]!r}; expected a list of modules")
     if imports:
-        folder = os.path.dirname(os.path.abspath(path))
-        content["IMPORTS"] = [os.path.join(folder, name) if name.endswith(".py") else name for name in imports]
+        content["IMPORTS"] = resolve_imports(imports, os.path.dirname(path))
 
 
-def _import_modules(cfg: CfgNode, content: dict, opts: list[str], path: str) -> None:
-    """Import the modules of IMPORTS, and let each add its keys by ``add_config(cfg)`` where it has that function."""
+def _imported(content: dict, opts: list[str], imports: Sequence[str]) -> list[str]:
+    """Return the modules of IMPORTS in the file or, where they have it, the overrides; then ``imports``."""
     # Only IMPORTS: the modules may add the other keys.
-    first = get_cfg()
-    first.IMPORTS = []
+    node = CfgNode({"IMPORTS": content.get("IMPORTS", [])})
     overrides = [part for key, value in zip(opts[::2], opts[1::2]) if key == "IMPORTS" for part in (key, value)]
-    _merge(
-        lambda: first.merge_from_list(["IMPORTS", content.get("IMPORTS", []), *overrides]), "In the KEY VALUE overrides"
-    )
-    for name in first.IMPORTS:
-        logger.warning("IMPORTS of the config runs the code of %s", name)
-        try:
-            getattr(_import(name), "add_config", lambda cfg: None)(cfg)
-        # A module can raise any exception.
-        except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"In the config file {path} or the KEY VALUE overrides: IMPORTS names {str(name)[:200]!r}, which "
-                f"cannot be imported: {type(error).__name__}: {text}"
-            ) from error
-    # Relative to the working directory on a command line, and absolute in the saved config.
-    for index in range(0, len(opts) - 1, 2):
-        if opts[index] == "IMPORTS":
-            names = [os.path.abspath(name) if name.endswith(".py") else name for name in first.IMPORTS]
-            opts[index + 1] = repr(names)
-
-
-def _import(name: str) -> ModuleType:
-    return _import_file(os.path.abspath(name)) if str(name).endswith(".py") else import_module(name)
-
-
-def _import_file(path: str) -> ModuleType:
-    name = "config_import_" + re.sub(r"\W", "_", path)
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = spec_from_file_location(name, path)
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    _merge(lambda: node.merge_from_list(overrides), "In the KEY VALUE overrides")
+    if not all(isinstance(name, str) for name in node.IMPORTS):
+        raise ValueError(f"In the KEY VALUE overrides: IMPORTS is {node.IMPORTS}; expected a list of modules")
+    return resolve_imports([*node.IMPORTS, *imports])

@@ -17,7 +17,7 @@ def registered(registry: Mapping, cfg: CfgNode, key: str) -> object:
     Raises:
         ValueError: nothing is registered under that name; the message lists the names.
     """
-    name = _value(cfg, key)
+    name = value(cfg, key)
     if name not in registry:
         names = ", ".join(sorted(registered_name for registered_name, _ in registry))
         raise ValueError(f"{key} is {name!r}; it must be one of {names}. IMPORTS can import a module that adds others")
@@ -46,6 +46,14 @@ def max_detections(cfg: CfgNode) -> tuple[str, int] | None:
     return _declared(cfg, "max_detections_key")
 
 
+def declared_values(cfg: CfgNode) -> dict[str, int]:
+    """Return the keys of the numbers of classes, instances and detections that the model declares, with their values.
+
+    A checkpoint holds them, see :mod:`sparseinst.checkpoint.trained_keys`.
+    """
+    return dict(filter(None, (num_classes(cfg), max_instances(cfg), max_detections(cfg))))
+
+
 def set_declared(cfg: CfgNode, attribute: str, value: object) -> None:
     """Set the key that the model's class declares under an attribute, such as ``mask_nms_key``.
 
@@ -72,8 +80,9 @@ def _declared(cfg: CfgNode, attribute: str) -> tuple[str, int] | None:
     from detectron2.modeling import META_ARCH_REGISTRY
 
     key = getattr(registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE"), attribute, None)
-    return None if key is None else (key, _value(cfg, key))
+    return None if key is None else (key, value(cfg, key))
 
 
-def _value(cfg: CfgNode, key: str) -> object:
+def value(cfg: CfgNode, key: str) -> object:
+    """Return the value of a key with points, such as "MODEL.BACKBONE.NAME"."""
     return reduce(lambda node, part: node[part], key.split("."), cfg)

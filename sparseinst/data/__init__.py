@@ -1,31 +1,28 @@
 """Read, check, augment, load and draw data sets; this package does not know any model."""
 
-from sparseinst.data.augmentations import build_test_augmentations, build_train_augmentations
-from sparseinst.data.coco_json import (
-    ClassInfo,
-    check_num_classes,
-    class_info,
-    log_data_warnings,
-    register_coco_json,
-    register_user_datasets,
-)
-from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
-from sparseinst.data.images import DataError, ImageReadError, read_image, read_image_size
-from sparseinst.data.loader import build_train_loader
+import importlib
 
-__all__ = [
-    "ClassInfo",
-    "DataError",
-    "ImageReadError",
-    "SparseInstDatasetMapper",
-    "build_test_augmentations",
-    "build_train_augmentations",
-    "build_train_loader",
-    "check_num_classes",
-    "class_info",
-    "log_data_warnings",
-    "read_image",
-    "read_image_size",
-    "register_coco_json",
-    "register_user_datasets",
-]
+_MODULES = {
+    "ClassInfo": "coco_json",
+    "DataError": "images",
+    "ImageReadError": "images",
+    "SparseInstDatasetMapper": "dataset_mapper",
+    "build_test_augmentations": "augmentations",
+    "build_train_augmentations": "augmentations",
+    "build_train_loader": "loader",
+    "check_num_classes": "coco_json",
+    "class_info": "coco_json",
+    "log_data_warnings": "coco_json",
+    "read_image": "images",
+    "read_image_size": "images",
+    "register_coco_json": "coco_json",
+    "register_user_datasets": "coco_json",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    """Import the public names at their first use (PEP 562): their modules import PyTorch, which takes seconds."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"sparseinst.data.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

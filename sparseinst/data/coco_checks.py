@@ -12,8 +12,15 @@
 | a polygon of fewer than three points next to valid ones | left out | stops: COCO's evaluation reads it as a box |
 | polygons outside of the image; RLE without a pixel | left out, one warning | never found, one warning |
 | self-crossing outlines | drawn as pycocotools draws them | drawn as pycocotools draws them |
-| objects without a pixel once drawn | left out | COCO's rules |
-| crowds | left out without a warning | COCO's rules |
+| objects without a pixel | left out, one warning; stops where all are such | as in training |
+| polygon coordinates from 0 to 1 (normalised) | one warning; stops where all are such | as in training |
+| crowds | left out; a warning where all objects of a class or of an image are crowds | COCO's rules, same warning |
+| the same object twice; a `bbox` that disagrees with its mask; `area` 0 | one warning each | as in training |
+| two categories of one name | one warning | one warning |
+| a category without annotations, such as Roboflow's root | one warning | not reported |
+| an image listed twice, also by two spellings; file names of Windows or URLs | a warning each | a warning each |
+| images that EXIF turns, of unchanged size; 16-bit images that use few levels | a warning each | a warning each |
+| missing files | one warning, skipped up to DATALOADER.MAX_BROKEN_IMAGES | as in training |
 | images without annotations | DATALOADER.FILTER_EMPTY_ANNOTATIONS decides | evaluated |
 | `annotations` missing or empty | stops | predicts and writes the results, no AP |
 | `bbox`, `area` missing or invalid | not read | stops |
@@ -24,8 +31,17 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from sparseinst.data.findings import Finding, class_findings, crowd_findings, mask_findings
 from sparseinst.data.images import DataError
-from sparseinst.data.mask_decoding import NO_SEGMENTATION, TOO_FEW_POINTS, check_segmentation, is_whole
+from sparseinst.data.mask_decoding import (
+    NO_PIXEL,
+    NO_SEGMENTATION,
+    OUTSIDE,
+    TOO_FEW_POINTS,
+    check_segmentation,
+    is_whole,
+)
+from sparseinst.data.other_formats import describe_content
 
 _IMAGE_KEYS = ("id", "file_name", "height", "width")
 _CATEGORY_KEYS = ("id", "name")
@@ -36,18 +52,8 @@ _EVALUATED_ANNOTATION_KEYS = ("bbox", "area", "iscrowd", "segmentation")
 _REPAIR = "; correct the annotation, or remove it from the json"
 
 
-class Finding(NamedTuple):
-    """One flaw of the data.
-
-    Attributes:
-        kind: the group in which findings are counted.
-        message: the entry, the value that was found, and the remedy.
-        stops: True: the data cannot be used. False: a warning.
-    """
-
-    kind: str
-    message: str
-    stops: bool = True
+# Kinds of findings about one annotation that gives no instance; all other warnings are about the whole file.
+LEFT_OUT = (NO_SEGMENTATION, TOO_FEW_POINTS, OUTSIDE, NO_PIXEL)
 
 
 class JsonReport(NamedTuple):
@@ -79,6 +85,9 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
         for_evaluation: also check the fields that only COCO's evaluation reads.
     """
     report = JsonReport([], Counter())
+    if other_format := describe_content(content):
+        report.add("another format", other_format)
+        return report
     if not isinstance(content, dict):
         expected = "expected COCO's object with 'images', 'annotations' and 'categories'"
         message = f"holds {type(content).__name__}; {expected} (a list is a results file, or another format)"
@@ -94,6 +103,7 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
     for category_id, category in categories.items():
         if not isinstance(name := category["name"], str):
             report.add("category name", f"the name of category {category_id} is {name!r}; expected text")
+    all_image_ids = _whole_ids(content["images"])
     for image_id, image in images.items():
         name, height, width = image["file_name"], image["height"], image["width"]
         if not isinstance(name, str) or not name:
@@ -107,23 +117,34 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
     if annotations and not any(annotation.get("segmentation") for annotation in annotations.values()):
         report.add("no masks", "no annotation has a segmentation; boxes do not suffice: add the masks")
         return report
+    usable: list[dict] = []
     for annotation_id, annotation in annotations.items():
         image_id, name = annotation["image_id"], f"annotation {annotation_id}"
         if not is_whole(image_id) or image_id not in images:
-            report.add("image_id", f"{name} has image_id {image_id!r}, which is not in 'images'" + _REPAIR)
+            # The image's own flaw is reported already.
+            if not is_whole(image_id) or image_id not in all_image_ids:
+                report.add("image_id", f"{name} has image_id {image_id!r}, which is not in 'images'" + _REPAIR)
             continue
         image = images[image_id]
         name += f" ({image['file_name']!r})"
+        num_findings = len(report.findings)
         _check_fields(annotation, categories, name, report)
         if for_evaluation:
             _check_evaluated_fields(annotation, name, report)
         if _has_size(image):
             _check_mask(annotation, (image["height"], image["width"]), name, for_evaluation, report)
+            if len(report.findings) == num_findings:
+                usable.append(annotation)
     if for_evaluation and 0 in annotations:
         message = (
             "COCO's evaluation reads annotation id 0 as 'not matched', so this object counts as missed; number the "
         )
         report.add("annotation id 0", message + "annotations from 1", stops=False)
+    objects = [annotation for annotation in usable if not annotation.get("iscrowd")]
+    with_class = [annotation for annotation in annotations.values() if is_whole(annotation["category_id"])]
+    report.findings.extend(class_findings(categories, with_class, for_evaluation))
+    report.findings.extend(crowd_findings(categories, images, usable))
+    report.findings.extend(mask_findings(images, objects))
     return report
 
 
@@ -151,6 +172,12 @@ def _check_entries(entries: Any, part: str, needed: tuple[str, ...], report: Jso
         )
         report.add("id", message + "id, or remove the duplicates")
     return by_id
+
+
+def _whole_ids(entries: Any) -> set[int]:
+    """Return the ids of all entries, including those that lack other keys."""
+    entries = entries if isinstance(entries, list) else []
+    return {entry["id"] for entry in entries if isinstance(entry, dict) and is_whole(entry.get("id"))}
 
 
 def _first_few(ids: Collection[int]) -> str:

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +15,21 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
 
 from sparseinst import config
-from sparseinst.data.coco_checks import Finding, JsonReport, check_content
+from sparseinst.checkpoint.atomic_write import write_text_atomically
+from sparseinst.data.coco_checks import LEFT_OUT, Finding, JsonReport, check_content
+from sparseinst.data.crowded_images import crowded_warning, instances_of_images
+from sparseinst.data.image_files import absent_findings, find_files, name_findings, sample_findings, with_found_names
+from sparseinst.data.json_file import read_json
+from sparseinst.data.other_formats import describe_path
+from sparseinst.data.val_split import register_parts
 
 _logger = logging.getLogger(__name__)
 
 NOTHING_TO_TRAIN_ON = "has no annotations to train on: no object that is not a crowd and has a mask"
 
-# Most problems in one error message.
+# Most problems, and most class names, in one error message.
 _NUM_SHOWN = 3
+_NAMES_SHOWN = 30
 
 
 class ClassInfo(NamedTuple):
@@ -39,9 +45,29 @@ class ClassInfo(NamedTuple):
     names: list[str]
     category_ids: list[int]
 
+    def category_ids_of(self, names: Sequence[str], source: str) -> list[int]:
+        """Return the category id of each of a model's classes, matched by name.
+
+        Args:
+            names: of the model's classes, in the model's order.
+            source: the data set of these classes, for the error.
+
+        Raises:
+            ValueError: the names are others, or several classes have one name and the order differs.
+        """
+        if list(names) == self.names:
+            return self.category_ids
+        if sorted(names) != sorted(self.names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"The model was trained on the {_all_names(names)}, but the data set {source!r} has the "
+                f"{_all_names(self.names)}: evaluate on data with the classes of the model, or train on these data"
+            )
+        id_of = dict(zip(self.names, self.category_ids))
+        return [id_of[name] for name in names]
+
     def save(self, path: str | Path) -> None:
         """Write the classes as JSON."""
-        Path(path).write_text(json.dumps(self._asdict(), indent=1) + "\n", encoding="utf-8")
+        write_text_atomically(path, json.dumps(self._asdict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "ClassInfo":
@@ -91,7 +117,7 @@ def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
     """Register the data of DATASETS.TRAIN_JSON, TRAIN_IMAGES, TEST_JSON, TEST_IMAGES; set DATASETS.TRAIN and TEST.
 
     The names are derived from the paths, so all processes of a run agree on them. A split without these keys is not
-    changed. :func:`log_data_warnings` logs the warnings.
+    changed. With DATASETS.VAL_SHARE both splits are parts of TRAIN_JSON. :func:`log_data_warnings` logs the warnings.
 
     Args:
         cfg: not frozen; changed in place.
@@ -101,7 +127,8 @@ def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
         ValueError: only one of a split's two keys is set, the training data has no object to learn, or
             :func:`register_coco_json` refuses the data.
     """
-    for split in splits:
+    share = cfg.DATASETS.VAL_SHARE
+    for split in ("TRAIN",) if share else splits:
         keys = [f"{split}_JSON", f"{split}_IMAGES"]
         values = [cfg.DATASETS[key] for key in keys]
         if not any(values):
@@ -112,10 +139,33 @@ def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
         json_file, image_root = (Path(value).expanduser().resolve() for value in values)
         digest = hashlib.sha1(f"{json_file}\n{image_root}".encode()).hexdigest()[:8]
         name = f"user_{re.sub(r'[^A-Za-z0-9_-]+', '_', json_file.stem)}_{digest}"
-        report = _register(name, json_file, image_root, split == "TEST", *(f"DATASETS.{key}" for key in keys))
+        limit = cfg.DATALOADER.MAX_BROKEN_IMAGES
+        sources = [f"DATASETS.{key}" for key in keys]
+        report = _register(name, json_file, image_root, split == "TEST" or share > 0, *sources, limit)
         if split == "TRAIN" and not report.num_instances.total():
-            raise ValueError(f"DATASETS.TRAIN_JSON: {json_file} {NOTHING_TO_TRAIN_ON}")
+            causes = "; ".join([NOTHING_TO_TRAIN_ON, *describe_warnings(report.findings, for_evaluation=False)])
+            raise ValueError(f"DATASETS.TRAIN_JSON: {json_file} {causes}")
         cfg.DATASETS[split] = (name,)
+        if share:
+            train_name, val_name = register_parts(name, share)
+            cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train_name,), (val_name,)
+
+
+def registered_images(dataset_name: str) -> list[dict]:
+    """Return the images of a registered data set. Raise ValueError where its files cannot be read."""
+    try:
+        return DatasetCatalog.get(dataset_name)
+    except OSError as error:
+        raise unreadable_data(repr(dataset_name), error) from error
+
+
+def unreadable_data(names: str, error: OSError) -> ValueError:
+    """Return the error for registered data sets whose files cannot be read."""
+    return ValueError(
+        f"The data set {names} cannot be read: {error}. If it is one of Detectron2's, set the environment variable "
+        "DETECTRON2_DATASETS to the folder that holds it (coco/annotations, coco/train2017, ...); for your own data, "
+        "give --train-json and --train-images"
+    )
 
 
 def class_info(dataset_name: str) -> ClassInfo:
@@ -133,10 +183,7 @@ def class_info(dataset_name: str) -> ClassInfo:
     # register_coco_instances sets both only when the json is read; data sets of other formats may have no ids.
     has_ids = metadata.get("thing_dataset_id_to_contiguous_id") is not None or metadata.get("evaluator_type") != "coco"
     if metadata.get("thing_classes") is None or not has_ids:
-        try:
-            DatasetCatalog.get(dataset_name)
-        except OSError as error:
-            raise ValueError(f"The data set {dataset_name!r} cannot be read: {error}") from error
+        registered_images(dataset_name)
     names = metadata.get("thing_classes")
     if not names:
         raise ValueError(f"The data set {dataset_name!r} has no class names (thing_classes of its metadata)")
@@ -164,7 +211,9 @@ def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
         return
     first_key, first_name, first_names = infos[0]
     for key, name, names in infos:
-        if names != first_names:
+        # The evaluation matches classes by name.
+        is_matched = (first_key, key) == ("DATASETS.TRAIN", "DATASETS.TEST") and len(set(names)) == len(names)
+        if names != first_names and not (is_matched and sorted(names) == sorted(first_names)):
             raise ValueError(
                 f"{key} {name!r} has {_count(names)}, but {first_key} {first_name!r} has {_count(first_names)}: "
                 f"one model needs the same classes in the same order (set {key}, or {key}_JSON and {key}_IMAGES)"
@@ -175,6 +224,11 @@ def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
             f"{first_key} {first_name!r} has {_count(first_names)}, but {key} is {num_classes}: set "
             f"{key} {len(first_names)}"
         )
+
+
+def _all_names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN]) + ", ..." * (len(names) > _NAMES_SHOWN)
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} [{shown}]"
 
 
 def _count(names: list[str]) -> str:
@@ -192,33 +246,26 @@ def log_data_warnings(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
     for split in splits:
         for name in cfg.DATASETS[split]:
             metadata = MetadataCatalog.get(name)
-            crowded = crowded_warning(metadata.get("num_instances", Counter()), cfg)
-            crowded = [f"{metadata.json_file}: {crowded}"] if crowded else []
-            for warning in [*metadata.get("data_warnings", ()), *crowded]:
+            for note in metadata.get("data_notes", ()):
+                _logger.info(note)
+            for warning in metadata.get("data_warnings", ()):
                 _logger.warning("DATASETS.%s: %s", split, warning)
-
-
-def crowded_warning(num_instances: Counter[int], cfg: CfgNode) -> str | None:
-    """Return a warning where images have more objects than the model finds, else None.
-
-    Args:
-        num_instances: objects of each image, by image id.
-        cfg: the model's config.
-    """
-    key, most = config.max_instances(cfg) or (None, float("inf"))
-    crowded = [count for count in num_instances.values() if count > most]
-    if not crowded:
-        return None
-    return (
-        f"{len(crowded)} of {len(num_instances)} images with objects have more of them than {key}, which is {most}: "
-        f"the model neither learns nor finds the others. {key} {max(crowded)} would hold all"
-    )
+    if crowded := crowded_warning(instances_of_images(cfg, splits), cfg):
+        _logger.warning("DATASETS.%s: %s", " and ".join(splits), crowded)
 
 
 def _register(
-    name: str, json_file: Path, image_root: Path, for_evaluation: bool, json_key: str, images_key: str
+    name: str,
+    json_file: Path,
+    image_root: Path,
+    for_evaluation: bool,
+    json_key: str,
+    images_key: str,
+    max_missing: int = 0,
 ) -> JsonReport:
     """Register as :func:`register_coco_json`; errors name the two keys, and the metadata gets the warnings."""
+    if other_format := describe_path(json_file):
+        raise ValueError(f"{json_key}: {other_format}")
     if not json_file.is_file():
         raise ValueError(f"{json_key}: there is no file {json_file}")
     if not image_root.is_dir():
@@ -228,12 +275,15 @@ def _register(
         raise ValueError(f"The name {name!r} is already that of another data set ({known_as}); use another name")
 
     content, report = load_checked_json(json_file, for_evaluation)
-    absent = missing_files([image["file_name"] for image in content["images"]], image_root)
-    if absent:
-        raise ValueError(
-            f"{images_key}: {image_root} has no file {absent[0]!r} ({len(absent)} of the {len(content['images'])} "
-            f"images of {json_file} are not there); correct the folder, or remove them from the json"
-        )
+    file_names = [image["file_name"] for image in content["images"]]
+    files = find_files(file_names, image_root)
+    report.findings.extend(name_findings(file_names, files, image_root))
+    for finding in absent_findings(files.absent, len(file_names), image_root, max_missing):
+        if finding.stops:
+            raise ValueError(f"{images_key}: {finding.message} (json: {json_file})")
+        report.findings.append(finding)
+    content = with_found_names(content, files.found)
+    report.findings.extend(sample_findings(content["images"], image_root))
 
     # Metadata cannot be changed once set.
     DatasetCatalog.pop(name, None)
@@ -245,10 +295,12 @@ def _register(
         evaluator_type="coco",
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={category["id"]: index for index, category in enumerate(categories)},
-        data_warnings=_describe_warnings(report.findings, json_file, for_evaluation),
+        data_warnings=[f"{json_file}: {line}" for line in describe_warnings(report.findings, for_evaluation)],
         num_instances=report.num_instances,
     )
-    DatasetCatalog.register(name, lambda: to_dataset_dicts(read_json(json_file), image_root))
+    DatasetCatalog.register(
+        name, lambda: to_dataset_dicts(with_found_names(read_json(json_file), files.found), image_root)
+    )
     return report
 
 
@@ -273,32 +325,15 @@ def load_checked_json(json_file: Path, for_evaluation: bool = False) -> tuple[di
     return content, report
 
 
-def _describe_warnings(findings: list[Finding], json_file: Path, for_evaluation: bool) -> list[str]:
-    """Return one line for all annotations that are left out, and one for annotation id 0."""
-    by_kind: dict[str, list[str]] = {}
-    for finding in findings:
-        by_kind.setdefault(finding.kind, []).append(finding.message)
-    lines = by_kind.pop("annotation id 0", [])
-    if by_kind:
-        parts = [f"{len(names)} with {kind} (the first: {names[0]})" for kind, names in by_kind.items()]
+def describe_warnings(findings: list[Finding], for_evaluation: bool) -> list[str]:
+    """Return one line for all annotations that are left out, and one for each other warning."""
+    lines = [finding.message for finding in findings if finding.kind not in LEFT_OUT and not finding.stops]
+    names = {kind: [f.message for f in findings if f.kind == kind] for kind in dict.fromkeys(f.kind for f in findings)}
+    parts = [f"{len(names[k])} with {k} (the first: {names[k][0]})" for k in names if k in LEFT_OUT]
+    if parts:
         effect = "annotations that nothing can match" if for_evaluation else "annotations that are left out"
         lines.append(f"{effect}: {', '.join(parts)}")
-    return [f"{json_file}: {line}" for line in lines]
-
-
-def missing_files(file_names: list[str], image_root: Path) -> list[str]:
-    """Return the file names that do not exist. Listing each folder once is fast on network drives."""
-    present: dict[str, set[str]] = {}
-    absent = []
-    for file_name in file_names:
-        folder, base = os.path.split(file_name)
-        if folder not in present:
-            path = image_root / folder
-            present[folder] = set(os.listdir(path)) if path.is_dir() else set()
-        # is_file also works on file systems that ignore the case of letters.
-        if base not in present[folder] and not (image_root / file_name).is_file():
-            absent.append(file_name)
-    return absent
+    return lines
 
 
 def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
@@ -336,17 +371,3 @@ def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
         }
         for image in sorted(content["images"], key=lambda image: image["id"])
     ]
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raise ValueError where it does not exist or cannot be read."""
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is not a COCO json: its lists are nested too deep") from error
-    except ValueError as error:  # of the encoding or of the JSON
-        raise ValueError(f"{path} is not valid JSON (cut off?): {error}") from error

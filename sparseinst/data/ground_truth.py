@@ -7,6 +7,7 @@ from detectron2.structures import Instances
 
 from sparseinst.data.coco_json import load_checked_json, to_dataset_dicts
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
+from sparseinst.data.image_files import spellings
 
 
 class GroundTruth:
@@ -28,7 +29,8 @@ class GroundTruth:
         self.class_names = [category["name"] for category in categories]
         self._images_of_name: dict[str, list[dict]] = {}
         for image in to_dataset_dicts(content, ""):
-            self._images_of_name.setdefault(PurePath(image["file_name"]).name, []).append(image)
+            for name in {PurePath(name).name for name in spellings(image["file_name"])}:
+                self._images_of_name.setdefault(name, []).append(image)
         self._mapper = SparseInstDatasetMapper(is_train=True, augmentations=[], image_format="RGB")
 
     def find(self, path: str | os.PathLike) -> Instances | None:
@@ -45,8 +47,8 @@ class GroundTruth:
         """
         parts = PurePath(os.path.abspath(path)).parts
         for image in self._images_of_name.get(parts[-1], []):
-            name = PurePath(image["file_name"]).parts
-            if parts[-len(name) :] == name:
+            names = [PurePath(name).parts for name in list(spellings(image["file_name"]))[:5]]
+            if any(parts[-len(name) :] == name for name in names):
                 instances = self._mapper({**image, "file_name": os.fspath(path)})["instances"]
                 return Instances(
                     instances.image_size,

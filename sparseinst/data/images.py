@@ -2,24 +2,31 @@
 
 import contextlib
 import os
+import re
 import struct
-import threading
 import zlib
 from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+
+from sparseinst.data.image_formats import FORMATS
 
 CHANNEL_ORDERS = ("RGB", "BGR")
 
 # Default of INPUT.MAX_IMAGE_PIXELS: the largest phone cameras have 200 megapixels, 600 MB as RGB.
 MAX_IMAGE_PIXELS = 200_000_000
 
+# Most scans of a progressive JPEG, libtiff's limit. Encoders write about 10; each takes as long as the whole image.
+MAX_JPEG_SCANS = 100
+_JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # not part of the compressed data
+
 # Pillow documents OSError; its plugins raise these on damaged files.
 _DECODING_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
-    MemoryError, struct.error, zlib.error,
+    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 _EXIF_ORIENTATION = 274
@@ -35,6 +42,20 @@ _TRANSPOSES = {
 _16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 # In these formats mode "I" holds 16 bits, 0 to 65535; in others its range is unknown.
 _16_BIT_FORMATS = ("PNG", "PPM")
+
+
+class ImageHeader(NamedTuple):
+    """What an image's header declares.
+
+    Attributes:
+        size: (height, width) of :func:`read_image`.
+        orientation: of EXIF, 1 to 8; 1: the image is read as it is stored.
+        is_16_bit: its pixels have 16 bits.
+    """
+
+    size: tuple[int, int]
+    orientation: int
+    is_16_bit: bool
 
 
 class DataError(ValueError):
@@ -59,7 +80,7 @@ def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: 
     pixels. Transparency is ignored; an animation gives its first image.
 
     Args:
-        path: of any format that Pillow reads.
+        path: of one of FORMATS; the format is detected from the file's content.
         channel_order: "RGB" or "BGR".
         max_pixels: files whose header declares more are refused before decoding (INPUT.MAX_IMAGE_PIXELS).
 
@@ -67,8 +88,8 @@ def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: 
         (height, width, 3) uint8.
 
     Raises:
-        ImageReadError: the file is missing, not an image, damaged, too large, or has 32 bits per channel, whose value
-            range is unknown; the message names the file.
+        ImageReadError: the file is missing, not an image, damaged, too large, a JPEG of more than MAX_JPEG_SCANS scans,
+            or has 32 bits per channel, whose value range is unknown; the message names the file.
         ValueError: another channel order.
     """
     check_channel_order(channel_order)
@@ -77,7 +98,7 @@ def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: 
         # Decoded before the EXIF entry is read, because decoding rotates a TIFF and removes the entry.
         image.load()
         orientation = _orientation(image)
-        if image.mode in (*_16_BIT_MODES, "I"):
+        if _is_16_bit(image):
             gray = np.asarray(image).astype(np.int64)
             image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
         else:
@@ -92,7 +113,12 @@ def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: 
 
 
 def read_image_size(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """Return the (height, width) of :func:`read_image` from the file's header alone.
+    """Return the (height, width) of :func:`read_image` from the file's header alone; errors as :func:`read_header`."""
+    return read_header(path, max_pixels).size
+
+
+def read_header(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageHeader:
+    """Read the header of an image.
 
     Raises:
         ImageReadError: the header cannot be read, or declares an image that :func:`read_image` refuses.
@@ -100,8 +126,17 @@ def read_image_size(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXELS)
     with _opened(path, max_pixels) as image:
         _check_range(image)
         width, height = image.size
-        is_turned = image.format != "TIFF" and _orientation(image) >= 5
-        return (width, height) if is_turned else (height, width)
+        orientation = _orientation(image)
+        # The size of a TIFF is already that of the rotated image.
+        is_turned = image.format != "TIFF" and orientation >= 5
+        return ImageHeader((width, height) if is_turned else (height, width), orientation, _is_16_bit(image))
+
+
+def read_16_bit_range(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """Return the least and the greatest value, 0 to 65535, of a 16-bit image; errors as :func:`read_image`."""
+    with _opened(path, max_pixels) as image:
+        values = np.asarray(image)
+        return int(values.min()), int(values.max())
 
 
 @contextlib.contextmanager
@@ -109,23 +144,66 @@ def _opened(path: str | os.PathLike, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image without decoding it; convert Pillow's errors inside to ImageReadError."""
     name = os.fspath(path)
     try:
-        with _without_pillows_limit(), PathManager.open(name, "rb") as file, Image.open(file) as image:
+        with PathManager.open(name, "rb") as file, _identified(file, name) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageReadError(
                     f"Cannot read the image {name}: its header declares {height} x {width} = {width * height} pixels, "
                     f"and INPUT.MAX_IMAGE_PIXELS is {max_pixels}; set it higher if the file is genuine"
                 )
+            if "progressive" in image.info:
+                _check_scans(file)
             yield image
     except ImageReadError:
         raise
     except Image.UnidentifiedImageError as error:
         size = os.path.getsize(name) if os.path.isfile(name) else None
-        reason = "the file is empty" if size == 0 else "it is not an image, or Pillow does not read its format"
-        raise ImageReadError(f"Cannot read the image {name}: {reason}") from error
+        reason = f"it is not an image, or of another format than {', '.join(FORMATS)}"
+        raise ImageReadError(f"Cannot read the image {name}: {'the file is empty' if size == 0 else reason}") from error
     except _DECODING_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ImageReadError(f"Cannot read the image {name}: {reason or type(error).__name__}") from error
+
+
+def _identified(file: BinaryIO, name: str) -> Image.Image:
+    """Return the image of a file in one of FORMATS.
+
+    Replaces `Image.open`, whose pixel limit is a global of the process, and lower than MAX_IMAGE_PIXELS.
+    """
+    prefix = file.read(16)
+    for kind in FORMATS:
+        if kind not in Image.OPEN:
+            Image.init()
+        # Pillow may have been built without a format; a text says what it lacks.
+        build, accepts = Image.OPEN.get(kind, (None, lambda prefix: False))
+        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+            is_accepted = accepts is None or accepts(prefix)
+            if isinstance(is_accepted, str):
+                raise ValueError(is_accepted)
+            if is_accepted:
+                file.seek(0)
+                return build(file, name)
+    raise Image.UnidentifiedImageError
+
+
+def _check_scans(file: BinaryIO) -> None:
+    """Raise ValueError where a JPEG has more than MAX_JPEG_SCANS scans; the file's position does not change."""
+    position = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(position)
+    num_scans, marker = 0, _JPEG_MARKER.search(content, 2)
+    while marker is not None and marker[1] != b"\xd9":
+        num_scans += marker[1] == b"\xda"
+        if num_scans > MAX_JPEG_SCANS:
+            raise ValueError(f"it is a JPEG of more than {MAX_JPEG_SCANS} scans, which take minutes; save it again")
+        # Segments, which may hold a preview with markers of its own, are skipped.
+        length = 0 if marker[1] in b"\x01\xd8" else int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+        marker = _JPEG_MARKER.search(content, marker.end() + length)
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    return image.mode in (*_16_BIT_MODES, "I")
 
 
 def _check_range(image: Image.Image) -> None:
@@ -141,29 +219,3 @@ def _orientation(image: Image.Image) -> int:
     except _DECODING_ERRORS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-class _PillowsLimit:
-    """Turn off Pillow's global pixel limit while any thread reads; max_pixels replaces it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.num_readers = 0
-        self.value: int | None = None
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self.lock:
-            if self.num_readers == 0:
-                self.value, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            self.num_readers += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.num_readers -= 1
-                if self.num_readers == 0:
-                    Image.MAX_IMAGE_PIXELS = self.value
-
-
-_without_pillows_limit = _PillowsLimit()

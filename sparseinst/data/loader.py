@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparseinst import config
 from sparseinst.data.broken_images import BrokenImages, EvaluationLoader, Failure, SafeMapper
+from sparseinst.data.coco_json import unreadable_data
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 from sparseinst.data.images import DataError
 
@@ -258,6 +259,8 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         images = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=False
         )
+    except OSError as error:
+        raise unreadable_data(names, error) from error
     except AssertionError as error:
         raise ValueError(
             f"DATASETS.TRAIN {names} has no image to train on: {error} Images without annotations, or with crowds "
@@ -299,7 +302,7 @@ def _sampler_builder(cfg: CfgNode, images: Sequence[dict]) -> Callable[[int], It
         return lambda seed: TrainingSampler(len(images), seed=seed)
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            images, cfg.DATALOADER.REPEAT_THRESHOLD
+            images, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
         return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
     raise ValueError(

@@ -23,11 +23,11 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def setup_errors() -> Iterator[None]:
-    """End this process with one line where arguments, config, data or weights are wrong, before a step is run."""
+    """End this process with one line where arguments, config, data, weights or disk are wrong, before a step is run."""
     try:
         yield
-    # FileNotFoundError: a builtin data set that is not on this machine.
-    except (ValueError, FileNotFoundError) as error:
+    # OSError: a builtin data set that is not on this machine, or a full disk.
+    except (ValueError, OSError) as error:
         exit_with_error(error)
 
 
@@ -54,4 +54,4 @@ def run_errors(output_dir: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        sys.exit(f"error: {error}. Make room for OUTPUT_DIR {output_dir}, and go on with --resume")
+        sys.exit(f"error: {error}. Make room for OUTPUT_DIR {output_dir}, and run again (a training: with --resume)")

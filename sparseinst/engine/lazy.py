@@ -7,36 +7,35 @@ and saves on SIGTERM. Detectron2's trainers do none of these.
 import argparse
 import contextlib
 import json
+import logging
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import (
-    AMPTrainer,
-    HookBase,
-    SimpleTrainer,
-    create_ddp_model,
-    default_setup,
-    default_writers,
-    hooks,
-)
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
+from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from sparseinst.checkpoint import SparseInstCheckpointer
-from sparseinst.checkpoint.atomic_write import write_atomically
+from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.config import resolve_config_file
 from sparseinst.engine.errors import run_errors, setup_errors
 from sparseinst.engine.hooks import EvaluationHook
+from sparseinst.engine.metrics_file import build_writers
 from sparseinst.engine.optimizer import clip_total_norm
 from sparseinst.engine.output_folder import check_no_earlier_run, claimed
 from sparseinst.engine.processes import check_device
+from sparseinst.engine.progress import Progress
+from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
+from sparseinst.evaluation import figures_table
+
+logger = logging.getLogger(__name__)
 
 # Entries that a config must have, and their values where they may be left out.
 NEEDED = ("model", "dataloader", "optimizer", "lr_multiplier", "train.output_dir", "train.max_iter", "train.device")
@@ -62,10 +61,12 @@ def main(args: argparse.Namespace) -> dict:
     results = {}
     with contextlib.ExitStack() as stack:
         with setup_errors():
-            if any((args.train_json, args.train_images, args.test_json, args.test_images)):
+            if any((args.train_json, args.train_images, args.test_json, args.test_images, args.val_share is not None)):
                 raise ValueError(
                     "--train-json, --test-json: a LazyConfig registers its data and names it in dataloader"
                 )
+            if args.imports:
+                raise ValueError("--import: a LazyConfig is Python code and imports its modules itself")
             args.config_file = resolve_config_file(args.config_file)
             cfg = load(args.config_file, args.opts)
             check_device(cfg.train.device)
@@ -73,8 +74,11 @@ def main(args: argparse.Namespace) -> dict:
                 stack.enter_context(claimed(cfg.train.output_dir))
             if not args.eval_only and not args.resume:
                 check_no_earlier_run(cfg.train.output_dir)
-            setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="sparseinst")
-            default_setup(cfg, args)
+            config_text = _as_yaml(cfg)
+            save_config(cfg.train.output_dir, config_text)
+            set_up_loggers(cfg.train.output_dir)
+            benchmark = cfg.train.get("cudnn_benchmark", False) and not args.eval_only
+            set_up_run(args, config_text, seed=cfg.train.seed, cudnn_benchmark=benchmark)
             run = (prepare_evaluation if args.eval_only else prepare_training)(cfg, args.resume)
         with run_errors(cfg.train.output_dir):
             results = run()
@@ -139,10 +143,11 @@ def prepare_training(cfg: DictConfig, resume: bool) -> Callable[[], dict]:
     trainer.register_hooks([
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=_build(cfg, "lr_multiplier")),
+        Progress(model) if is_main else None,
         ClipTotalNorm(train.clip_total_norm) if train.clip_total_norm else None,
         hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if is_main else None,
         EvaluationHook(train.eval_period, lambda: evaluate(cfg, model, results), checkpointer),
-        hooks.PeriodicWriter(default_writers(train.output_dir, train.max_iter), train.log_period) if is_main else None,
+        hooks.PeriodicWriter(build_writers(train.output_dir), train.log_period) if is_main else None,
     ])  # fmt: skip
     resumed = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
@@ -165,10 +170,17 @@ def evaluate(cfg: DictConfig, model: nn.Module, results: dict | None = None) -> 
     evaluator = _build(cfg, "dataloader.evaluator")
     results.update(inference_on_dataset(model, _build(cfg, "dataloader.test"), evaluator) or {})
     if comm.is_main_process():
-        print_csv_format(results)
-        content = json.dumps({"results": results}, indent=2) + "\n"
-        write_atomically(Path(cfg.train.output_dir) / "results.json", lambda file: file.write(content.encode()))
+        logger.info("Results, in percent:\n%s", figures_table(results))
+        path = Path(cfg.train.output_dir) / "results.json"
+        write_text_atomically(path, json.dumps({"results": results}, indent=2) + "\n")
     return results
+
+
+def _as_yaml(cfg: DictConfig) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        LazyConfig.save(cfg, str(path))
+        return path.read_text(encoding="utf-8")
 
 
 def _build(cfg: DictConfig, key: str) -> Any:

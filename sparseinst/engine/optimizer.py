@@ -18,6 +18,14 @@ IMPLEMENTATIONS = {
     "fused": {"fused": True},
 }
 
+# Settings of parameter groups that a resumed run takes from its config, and the keys behind them.
+RESUMED_SETTINGS = {
+    "initial_lr": "the learning rate (SOLVER.BASE_LR and its factors)",
+    "weight_decay": "SOLVER.WEIGHT_DECAY",
+    "momentum": "SOLVER.MOMENTUM",
+    "nesterov": "SOLVER.NESTEROV",
+}
+
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build AdamW or SGD, as SOLVER.OPTIMIZER says, with Detectron2's clipping by parameter (SOLVER.CLIP_GRADIENTS).
@@ -85,6 +93,71 @@ def _keep_implementation(optimizer: torch.optim.Optimizer, state_dict: dict) -> 
     ]
     # The optimizer itself refuses another number of groups.
     return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """Return the names of the parameters in each group of an optimizer."""
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    return [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def resumed_state(
+    optimizer: torch.optim.Optimizer, saved: dict, names: list[list[str]], saved_names: list[list[str]] | None = None
+) -> dict:
+    """Return a saved optimizer state with the settings that the optimizer was built with; log those that changed.
+
+    Learning rates keep their place in the schedule. Without a change the state is the saved one, bit for bit.
+
+    Args:
+        optimizer: with a scheduler, which sets ``initial_lr``.
+        saved: its state dict in a checkpoint; groups have ``initial_lr``.
+        names: of `parameter_names`.
+        saved_names: the names of the saved groups; None where the checkpoint does not have them.
+
+    Raises:
+        ValueError: the saved state is that of another optimizer or of other parameters.
+    """
+    own, old = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    if (kind := _kind(own[0])) != (saved_kind := _kind(old[0])):
+        raise ValueError(
+            f"--resume: SOLVER.OPTIMIZER is {kind}, but the checkpoint has the state of {saved_kind}: set "
+            f"SOLVER.OPTIMIZER {saved_kind}, or start a new run with the checkpoint as MODEL.WEIGHTS"
+        )
+    if own[0].get("amsgrad") != old[0].get("amsgrad"):
+        raise ValueError(
+            f"--resume: SOLVER.AMSGRAD is {own[0]['amsgrad']}, but the checkpoint was trained with "
+            f"{old[0]['amsgrad']}: set SOLVER.AMSGRAD {old[0]['amsgrad']}"
+        )
+    rate_of = {group.get("initial_lr", group["lr"]): group["lr"] for group in old}
+    factor = next((rate / initial for initial, rate in rate_of.items() if initial), 1.0)
+    groups = [{**group, "lr": rate_of.get(group["initial_lr"], group["initial_lr"] * factor)} for group in own]
+    for setting, key in RESUMED_SETTINGS.items():
+        before, now = ({group[setting] for group in groups_ if setting in group} for groups_ in (old, own))
+        if before and before != now:
+            found = [", ".join(f"{value:g}" for value in sorted(values)) for values in (before, now)]
+            logger.warning("--resume: %s changed: %s in the checkpoint, %s from now on", key, *found)
+    return {"state": _state_in_order(saved, names, saved_names), "param_groups": groups}
+
+
+def _kind(group: dict) -> str:
+    return "ADAMW" if "betas" in group else "SGD"
+
+
+def _state_in_order(saved: dict, names: list[list[str]], saved_names: list[list[str]] | None) -> dict:
+    """Return the saved state by the indices of the optimizer's own groups, which settings divide differently."""
+    old = [group["params"] for group in saved["param_groups"]]
+    index_of = {name: index for part, indices in zip(saved_names or [], old) for name, index in zip(part, indices)}
+    ordered = [name for part in names for name in part]
+    if saved_names != names and set(index_of) == set(ordered):
+        state = saved["state"]
+        return {new: state[index_of[name]] for new, name in enumerate(ordered) if index_of[name] in state}
+    if [len(indices) for indices in old] != [len(part) for part in names]:
+        raise ValueError(
+            f"--resume: the checkpoint's optimizer has {sum(map(len, old))} parameters in {len(old)} groups, and this "
+            f"config gives {len(ordered)} in {len(names)}. MODEL.BACKBONE.FREEZE_AT, norms and the SOLVER keys of "
+            "learning rates and weight decay must be those of the interrupted run"
+        )
+    return saved["state"]
 
 
 def learning_rate(cfg: CfgNode) -> float:

@@ -36,20 +36,22 @@ def claimed(folder: str | os.PathLike) -> Iterator[Path]:
         ) from error
     with lock:
         _lock(lock, folder)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        # The number only helps to find the run, so a full disk does not matter here.
+        with contextlib.suppress(OSError):
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())
         remove_partial_files(folder)
+        remove_partial_files(folder / "inference")
         yield folder
 
 
 def check_no_earlier_run(folder: str | os.PathLike) -> None:
     """Raise ValueError where a folder holds checkpoints, which a new training would overwrite."""
     folder = Path(folder)
-    checkpoints = sorted(folder.glob("model_*.pth"), key=lambda path: path.stat().st_mtime_ns)
+    checkpoints = sorted(path.name for path in folder.glob("model_*.pth"))
     if checkpoints:
         raise ValueError(
-            f"OUTPUT_DIR {folder} holds checkpoints of an earlier run ({checkpoints[-1].name} is the newest), which a "
+            f"OUTPUT_DIR {folder} holds checkpoints of an earlier run ({checkpoints[-1]} is the last), which a "
             "new run would overwrite. Continue it with --resume, give another OUTPUT_DIR, or remove that folder"
         )
 

@@ -23,17 +23,6 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SECONDS_FOR_OTHERS = 5
 
 
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments for several processes that Detectron2's parser lacks."""
-    parser.add_argument(
-        "--dist-timeout",
-        type=float,
-        default=30,
-        metavar="MINUTES",
-        help="several processes: fail after waiting this long for another process (default: 30)",
-    )
-
-
 def is_started_by_torchrun() -> bool:
     """Return whether torchrun has started this process."""
     return all(name in os.environ for name in TORCHRUN_VARIABLES)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
+from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
@@ -20,18 +20,24 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 
+from sparseinst import config
 from sparseinst.checkpoint import checkpointer_from_config
-from sparseinst.data.coco_json import ClassInfo, class_info
+from sparseinst.data.coco_json import class_info
 from sparseinst.data.loader import build_train_loader, derive_seed, seed_cpu
+from sparseinst.engine.checkpointed import CheckpointedClasses, CheckpointedKeys
+from sparseinst.engine.console import only_in_log_file
 from sparseinst.engine.errors import RUN_ERRORS
 from sparseinst.engine.finite import FiniteGuard
 from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.host_memory import keep_freed_memory
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
-from sparseinst.engine.optimizer import build_optimizer, clip_total_norm
+from sparseinst.engine.metrics_file import build_writers
+from sparseinst.engine.optimizer import build_optimizer, clip_total_norm, parameter_names, resumed_state
 from sparseinst.engine.output_folder import check_free_space
+from sparseinst.engine.progress import Progress
 from sparseinst.engine.recompute import prepare_as_configured
-from sparseinst.evaluation import check_coco_eval, evaluate
+from sparseinst.engine.report import CurvesHook, evaluation_report
+from sparseinst.evaluation import check_evaluation, check_test_config, evaluate
 from sparseinst.modeling.meta_arch import InstanceSegmenter, TrainingPart
 
 logger = logging.getLogger(__name__)
@@ -57,6 +63,8 @@ class Trainer(SimpleTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg)
+        classes = class_info(cfg.DATASETS.TRAIN[0])
+        check_evaluation(cfg, classes.names)
         model = build_model(cfg)
         if cfg.SOLVER.ACCUMULATE_STEPS > 1 and not isinstance(model, InstanceSegmenter):
             raise ValueError(
@@ -65,11 +73,14 @@ class Trainer(SimpleTrainer):
                 "divided by the counts of all: set it to 1"
             )
         prepare_as_configured(cfg, model)
-        logger.info("Model:\n%s", model)
+        with only_in_log_file("sparseinst"):
+            logger.info("Model:\n%s", model)
         self.device = torch.device(cfg.MODEL.DEVICE)
         if self.device.type == "cpu":
             keep_freed_memory()
         optimizer = build_optimizer(cfg, model)
+        self._scheduler = build_lr_scheduler(cfg, optimizer)
+        self._parameter_names = parameter_names(optimizer, model)
         ddp_model = create_ddp_model(
             model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if self.device.type == "cuda" else None
         )
@@ -90,7 +101,8 @@ class Trainer(SimpleTrainer):
             cfg.OUTPUT_DIR,
             is_training=True,
             trainer=weakref.proxy(self),
-            classes=CheckpointedClasses(class_info(cfg.DATASETS.TRAIN[0])),
+            classes=CheckpointedClasses(classes),
+            model_keys=CheckpointedKeys(config.declared_values(cfg)),
         )
         self.finite_guard = FiniteGuard(cfg, model, self.grad_scaler, self.checkpointer)
         # Steps of the whole training, resumed or not.
@@ -105,10 +117,13 @@ class Trainer(SimpleTrainer):
     def build_hooks(self, model: torch.nn.Module) -> list:
         """Return Detectron2's hooks in Detectron2's order, and the hooks for evaluation and VIS_PERIOD."""
         cfg = self.cfg
+        iterations_per_epoch = self.data_loader.num_images / cfg.SOLVER.IMS_PER_BATCH
         result = [
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=build_lr_scheduler(cfg, self.optimizer)),
+            hooks.LRScheduler(scheduler=self._scheduler),
         ]
+        if comm.is_main_process():
+            result.append(Progress(model, iterations_per_epoch))
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
             # Before the checkpointer, so that it saves the statistics.
             batches = self._precise_bn_batches()
@@ -126,7 +141,9 @@ class Trainer(SimpleTrainer):
             if cfg.VIS_PERIOD:
                 result.append(VisualizationHook(cfg.VIS_PERIOD, model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN[0]))
             # Last, so that it writes what the other hooks store.
-            result.append(hooks.PeriodicWriter(default_writers(cfg.OUTPUT_DIR, self.max_iter), period=20))
+            result.append(hooks.PeriodicWriter(build_writers(cfg.OUTPUT_DIR), period=20))
+            if cfg.TEST.PLOTS:
+                result.append(CurvesHook(cfg.OUTPUT_DIR, iterations_per_epoch))
         return result
 
     def evaluate(self, model: torch.nn.Module) -> dict:
@@ -134,7 +151,7 @@ class Trainer(SimpleTrainer):
         # The weights do not change, so a signal may stop a long evaluation at once.
         self._signals.raises_at_once = True
         try:
-            self.results = evaluate(self.cfg, model)
+            self.results = evaluate(self.cfg, model, evaluation_report(self.cfg))
         except TrainingInterrupted:
             # After the last step the final checkpoint exists; before the first one, the resumed checkpoint.
             if self.start_iter < self.steps_done < self.max_iter:
@@ -155,6 +172,7 @@ class Trainer(SimpleTrainer):
         """
         resumed = resume and self.checkpointer.has_checkpoint()
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        self.checkpointer.model.class_names = class_info(self.cfg.DATASETS.TRAIN[0]).names
         if resumed:
             self.start_iter = self.steps_done = self.iter + 1
             if self._periodic_checkpointer is not None:
@@ -191,6 +209,10 @@ class Trainer(SimpleTrainer):
                     self.run_step()
                     self.steps_done = self.iter + 1
                     self.after_step()
+                resumed_from = Path(self.checkpointer.get_checkpoint_file()).name
+                if self.start_iter == self.max_iter > 0 and resumed_from != "model_final.pth":
+                    # The run was killed between its last checkpoint and the final one.
+                    self.checkpointer.save("model_final", iteration=self.max_iter - 1)
                 # Hooks read this as the end of the training.
                 self.iter = self.max_iter
             except RUN_ERRORS as error:
@@ -266,6 +288,7 @@ class Trainer(SimpleTrainer):
         """Return SimpleTrainer's state with the gradient scaler, the skipped steps and the state of the loader."""
         return {
             **super().state_dict(),
+            "parameter_names": self._parameter_names,
             # SimpleTrainer's counter is one step ahead in the middle of a step and after the last one.
             "iteration": self.steps_done - 1,
             "grad_scaler": self.grad_scaler.state_dict(),
@@ -274,8 +297,16 @@ class Trainer(SimpleTrainer):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore what `state_dict` returned."""
-        super().load_state_dict(state_dict)
+        """Restore what `state_dict` returned; take learning rates and weight decay from the config.
+
+        Raises:
+            ValueError: see `resumed_state`.
+        """
+        base_lrs = list(self._scheduler.base_lrs)
+        names = state_dict.get("parameter_names")
+        optimizer = resumed_state(self.optimizer, state_dict["optimizer"], self._parameter_names, names)
+        super().load_state_dict({**state_dict, "optimizer": optimizer})
+        self._scheduler.base_lrs = base_lrs
         self.finite_guard.load_state_dict(state_dict.get("nonfinite", {}))
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
@@ -286,25 +317,6 @@ class Trainer(SimpleTrainer):
 def _data_seed(cfg: CfgNode) -> int:
     """Return SEED, or without one a random number that is the same on all ranks."""
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-
-
-class CheckpointedClasses:
-    """Store the classes in every checkpoint, so that it can be used without the data set."""
-
-    def __init__(self, classes: ClassInfo) -> None:
-        self.classes = classes
-
-    def state_dict(self) -> dict:
-        """Return the classes as plain types."""
-        return self.classes._asdict()
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Raise ValueError where a run is resumed with other classes."""
-        if ClassInfo.from_content(state_dict, "The checkpoint") != self.classes:
-            raise ValueError(
-                f"The checkpoint that --resume found was trained on the classes {state_dict['names'][:5]}, ..., but "
-                f"DATASETS.TRAIN has {self.classes.names[:5]}, ...: choose another OUTPUT_DIR, or leave out --resume"
-            )
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -325,10 +337,3 @@ def check_config(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be divided into SOLVER.ACCUMULATE_STEPS "
             f"{solver.ACCUMULATE_STEPS} parts on each of {comm.get_world_size()} processes"
         )
-
-
-def check_test_config(cfg: CfgNode) -> None:
-    """Check keys of the evaluation. Raise ValueError on one that cannot be used."""
-    check_coco_eval(cfg.TEST.COCO_EVAL)
-    if cfg.TEST.AUG.ENABLED:
-        raise ValueError("TEST.AUG.ENABLED is True: test-time augmentation is not available; set it to False")

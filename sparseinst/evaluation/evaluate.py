@@ -1,24 +1,27 @@
 """Evaluate with Detectron2's evaluators, and time each stage."""
 
 import contextlib
+import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, inference_on_dataset
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
 from sparseinst import config
-from sparseinst.checkpoint.atomic_write import write_atomically
+from sparseinst.checkpoint.atomic_write import write_text_atomically
+from sparseinst.data.coco_json import class_info
 from sparseinst.data.loader import build_test_loader
 from sparseinst.evaluation.coco_evaluation import MAX_DETECTIONS, EncodedMaskEvaluator
+from sparseinst.evaluation.mask_matches import Outcome
 from sparseinst.evaluation.stage_timer import StageTimer, peak_bytes
 
 logger = logging.getLogger(__name__)
@@ -26,8 +29,8 @@ logger = logging.getLogger(__name__)
 WARMUP_BATCHES = 5
 
 
-def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
-    """Evaluate on every data set of DATASETS.TEST, and log the speed and the time of each stage.
+def evaluate(cfg: CfgNode, model: nn.Module, report: Callable[[str, Outcome], object] | None = None) -> dict:
+    """Evaluate on every data set of DATASETS.TEST, and log AP, speed and the time of each stage.
 
     Results, speed and seconds are written to OUTPUT_DIR/results.json. All processes must call it together.
 
@@ -36,6 +39,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
         model: any Detectron2 model; its mode is restored. On several ranks its buffers become those of rank 0. With a
             method ``output_as`` it returns encoded masks to the evaluator of COCO's format. With ``network`` and
             ``postprocess`` its stages are timed one by one.
+        report: called on rank 0 with the name of each data set in COCO's format and what its AP was computed from.
 
     Returns:
         The evaluator's results; by data set if there are several. Empty on ranks other than 0.
@@ -51,12 +55,16 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     for dataset_name in cfg.DATASETS.TEST:
         with timer.stage("preparing"):
             loader = _TimedLoader(build_test_loader(cfg, dataset_name), timer)
-            evaluator = build_evaluator(cfg, dataset_name, timer)
+            evaluator = build_evaluator(cfg, dataset_name, timer, getattr(model, "class_names", None))
         with timer.stage("the rest"), _encoded_masks(model, evaluator):
             results[dataset_name] = inference_on_dataset(timed_model, loader, evaluator) or {}
         if comm.is_main_process():
-            logger.info("Results on %s, to be copied:", dataset_name)
-            print_csv_format(results[dataset_name])
+            if results[dataset_name]:
+                logger.info("Results on %s, in percent:\n%s", dataset_name, figures_table(results[dataset_name]))
+            outcome = getattr(evaluator, "outcome", None)
+            if report is not None and outcome is not None:
+                with timer.stage("plots"):
+                    report(dataset_name, outcome)
     logger.info("Evaluation took %s", timer)
     if len(results) == 1:
         results = results[cfg.DATASETS.TEST[0]]
@@ -66,13 +74,15 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
         logger.info("Speed:\n%s", speed_table(speed))
         path = Path(cfg.OUTPUT_DIR) / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"results": results, "speed": speed, "seconds": timer.totals()}, indent=2) + "\n"
-        write_atomically(path, lambda file: file.write(content.encode()))
+        content = {"results": results, "speed": speed, "seconds": timer.totals()}
+        write_text_atomically(path, json.dumps(content, indent=2) + "\n")
         logger.info("Results and speed are in %s", path)
     return results
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = None) -> DatasetEvaluator:
+def build_evaluator(
+    cfg: CfgNode, dataset_name: str, timer: StageTimer | None = None, class_names: Sequence[str] | None = None
+) -> DatasetEvaluator:
     """Return the evaluator for a data set's ``evaluator_type``: `EncodedMaskEvaluator` for COCO, Detectron2's for LVIS.
 
     The code of LVIS fails at its AP step on numpy 1.24 and newer, after it has written the results file.
@@ -81,9 +91,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = 
         cfg: OUTPUT_DIR, TEST.COCO_EVAL and the most detections are read.
         dataset_name: a registered data set.
         timer: counts the stages of `EncodedMaskEvaluator`.
+        class_names: of the model, in the order of its class logits; None where they are unknown. Where the data set has
+            the same classes in another order, predictions are matched by name.
 
     Raises:
-        ValueError: another type.
+        ValueError: another type, or other classes.
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     output_dir = str(Path(cfg.OUTPUT_DIR) / "inference")
@@ -98,14 +110,43 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, timer: StageTimer | None = 
             coco_eval=cfg.TEST.COCO_EVAL,
             num_classes_key=(config.num_classes(cfg) or ("NUM_CLASSES", None))[0],
             timer=timer,
+            class_names=class_names,
         )
     if evaluator_type == "lvis":
+        if class_names is not None and list(class_names) != class_info(dataset_name).names:
+            raise ValueError(
+                f"The classes of {dataset_name!r} are not those of the model in the model's order, which LVIS needs"
+            )
         limit = max_detections if max_detections > MAX_DETECTIONS else None
         return LVISEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=limit)
     raise ValueError(
         f'The data set {dataset_name!r} has evaluator_type {evaluator_type!r}; "coco" and "lvis" are known. '
-        "Set it in MetadataCatalog, or evaluate with Detectron2's inference_on_dataset and an evaluator of your own"
+        f'Set it by MetadataCatalog.get({dataset_name!r}).evaluator_type = "coco", set DATASETS.TEST () to train '
+        "without an evaluation, or evaluate with Detectron2's inference_on_dataset and an evaluator of your own"
     )
+
+
+def figures_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the figures of each task as a table, and the AP of each class, "AP-name", as another one below it.
+
+    Args:
+        results: task to its figures, as Detectron2's evaluators return them.
+    """
+    # Masks first.
+    tasks = sorted(results, reverse=True)
+    classes = list(dict.fromkeys(name for task in tasks for name in results[task] if "-" in name))
+    names = list(dict.fromkeys(name for task in tasks for name in results[task] if "-" not in name))
+    rows = [[task, *(results[task].get(name) for name in names)] for task in tasks]
+    tables = [tabulate(rows, headers=["", *names], floatfmt=".1f", tablefmt="github")]
+    if classes:
+        cells = [[name.partition("-")[2], *(results[task].get(name) for task in tasks)] for name in classes]
+        length = -(-len(cells) // 3)
+        num_columns = -(-len(cells) // length)
+        cells += [[""] * (1 + len(tasks))] * (length * num_columns - len(cells))
+        rows = [list(itertools.chain(*cells[index::length])) for index in range(length)]
+        headers = ["AP by class", *tasks] * num_columns
+        tables.append(tabulate(rows, headers=headers, floatfmt=".1f", tablefmt="github"))
+    return "\n\n".join(tables)
 
 
 def speed_summary(stages: StageTimer, batch_sizes: list[int]) -> dict:

@@ -4,11 +4,13 @@ import contextlib
 import glob
 import io
 import json
+import logging
 import os
 import secrets
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from detectron2.structures import Instances
@@ -16,17 +18,18 @@ from PIL import Image
 
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.coco_results import to_coco_results
+from sparseinst.data.image_formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
-# Suffixes that folders and globs are searched for; a file that is named itself is always tried.
-IMAGE_SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 IAM_FOLDER = "iams"
+
+_logger = logging.getLogger(__name__)
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
     """Return the image files that the names match, each file once, in the order of the names.
+
+    One warning names the images of other formats.
 
     Args:
         inputs: files, folders (the images directly in them) and glob patterns (``**`` for any depth).
@@ -34,19 +37,27 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: a name matches no image.
     """
-    paths: dict[Path, Path] = {}
+    paths: dict[object, Path] = {}
     for name in inputs:
         path = Path(name)
         if path.is_file():
             found = [path]
         else:
-            candidates = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+            candidates = list(path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True)))
+            unread = sorted(p.name for p in candidates if p.suffix.lower() in UNREAD_SUFFIXES)
+            if unread:
+                message = "--input %s: %d files of formats that are not read are left out (the first: %s)"
+                _logger.warning(message, name, len(unread), unread[0])
             found = sorted(p for p in candidates if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not found:
             kind = "The folder" if path.is_dir() else "The file or pattern"
             raise ValueError(f"--input: {kind} {name!r} matches no image ({', '.join(IMAGE_SUFFIXES)})")
         for path in found:
-            paths.setdefault(path.resolve(), path)
+            # Resolving every path of 50,000 takes 10 s, so only hard links are.
+            file = _identity(path)
+            if file in paths and paths[file].resolve() != path.resolve():
+                file = path.resolve()
+            paths.setdefault(file, path)
     return list(paths.values())
 
 
@@ -91,18 +102,28 @@ def check_image_folder(folder: Path, paths: Sequence[Path]) -> None:
     iams = folder / IAM_FOLDER
     if iams.resolve().parent != folder.resolve():
         raise ValueError(f"{iams} is a link to {iams.resolve()}, outside of --output {folder}: remove the link")
+    written = {_identity(folder), _identity(iams)}
     for path in paths:
-        for parent in (path.parent, path.resolve().parent):
-            if _is_same(parent, folder) or _is_same(parent, iams):
+        # Links are rare, and resolving takes long.
+        parents = (path.parent, path.resolve().parent) if path.is_symlink() else (path.parent,)
+        for parent in parents:
+            if _identity(parent) in written:
                 raise ValueError(
                     f"--output {folder} holds the input {path}, which would be overwritten; give another folder"
                 )
 
 
 def video_file(output: Path, source_name: str) -> Path:
-    """Return the file of a drawn video: ``output`` itself, or a file of the video's name in that folder."""
-    is_file = output.suffix.lower() in VIDEO_SUFFIXES and not output.is_dir()
-    return output if is_file else output / f"{Path(source_name).stem}.mp4"
+    """Return the file of a drawn video: ``output`` itself, or a file of the video's name in that folder.
+
+    A stream is named by its path, and by its host where it has none: ``rtsp://door:554/hall?fps=5`` gives hall.mp4.
+    """
+    if output.suffix.lower() in VIDEO_SUFFIXES and not output.is_dir():
+        return output
+    if "://" in source_name:
+        address = urlsplit(source_name)
+        source_name = address.path.strip("/") or address.hostname or "stream"
+    return output / f"{Path(source_name).stem}.mp4"
 
 
 def check_not_read(flag: str, path: Path, read: Iterable[str | os.PathLike | None]) -> None:
@@ -113,8 +134,9 @@ def check_not_read(flag: str, path: Path, read: Iterable[str | os.PathLike | Non
         path: the file to write.
         read: files that are read; "" and None are skipped.
     """
+    written = _identity(path)
     for file in read:
-        if file and _is_same(path, Path(file)):
+        if file and _identity(file) == written:
             raise ValueError(f"{flag} {path} would overwrite the input {os.fspath(file)}; give another one")
 
 
@@ -176,8 +198,10 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _is_same(path: Path, other: Path) -> bool:
-    # samefile also finds hard links, and names that the file system considers equal.
-    with contextlib.suppress(OSError):
-        return path.samefile(other)
-    return path.resolve() == other.resolve()
+def _identity(path: str | os.PathLike) -> object:
+    """Return what equal files have in common: also hard links, and names that the file system considers equal."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino

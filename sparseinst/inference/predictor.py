@@ -1,7 +1,9 @@
 """Predict instances from the same pixels that the evaluation gives the model."""
 
 import contextlib
+import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,28 +12,31 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import transforms as T
 from detectron2.data.catalog import Metadata
-from detectron2.evaluation import inference_context
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
 from sparseinst import config
 from sparseinst.checkpoint import checkpointer_from_config
+from sparseinst.checkpoint.trained_keys import follow_checkpoint
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
 from sparseinst.runtime.optimize import optimize_as_configured
 
+logger = logging.getLogger(__name__)
+
 
 class Predictor:
-    """Predict the instances of images, given as paths or as arrays.
+    """Predict the instances of images, given as paths or as arrays. Several threads may share one Predictor.
 
     ``Predictor(cfg)`` builds the model and loads ``MODEL.WEIGHTS``; ``Predictor(cfg, model=model)`` uses that model
     unchanged. Images are read, resized and run one by one (results depend on padding) as by
     ``DatasetMapper(cfg, is_train=False)`` and Detectron2's test loader, so predictions equal the evaluation's.
 
     The class names come from the checkpoint's entry "classes", else from ``classes.json`` in its folder, else from the
-    metadata of ``DATASETS.TEST[0]`` or ``DATASETS.TRAIN[0]``, else they are "class 0", "class 1", ...
+    metadata of ``DATASETS.TEST[0]`` or ``DATASETS.TRAIN[0]``, else they are "class 0", "class 1", ... The numbers of
+    classes and of instances come from the checkpoint, unless the user set them.
 
     Args:
         model: any Detectron2 model whose output has ``instances``. It runs in evaluation mode, on its own device; its
@@ -68,16 +73,24 @@ class Predictor:
         self._augmentations = T.AugmentationList(list(augmentations))
         self._input_format = input_format
         self._max_image_pixels = max_image_pixels
+        self._lock = threading.Lock()
+        self._num_running = 0
+        self._was_training = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module | None = None) -> dict:
         checkpoint: dict = {}
         if model is None:
+            # The user's config stays as it is.
+            cfg = cfg.clone()
+            cfg.defrost()
+            for note in follow_checkpoint(cfg, cfg.MODEL.WEIGHTS):
+                logger.info("%s", note)
             model = build_model(cfg)
             model.eval()
             checkpoint = checkpointer_from_config(cfg, model).load(cfg.MODEL.WEIGHTS)
             model = optimize_as_configured(cfg, model)
-        classes = _find_classes(cfg, checkpoint.get("classes"))
+        classes = _find_classes(cfg, checkpoint.get("classes"), getattr(model, "class_names", None))
         return {
             "model": model,
             "augmentations": build_test_augmentations(cfg),
@@ -134,9 +147,25 @@ class Predictor:
         augmentation_input = T.AugInput(pixels)
         self._augmentations(augmentation_input)
         image = torch.as_tensor(np.ascontiguousarray(augmentation_input.image.transpose(2, 0, 1)))
-        with torch.no_grad(), inference_context(self.model):
+        with torch.no_grad(), self._evaluation_mode():
             output = self.model([{"image": image, "height": height, "width": width}])[0]
         return output["instances"].to("cpu")
+
+    @contextlib.contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """Keep the model in evaluation mode until the last thread is done, then restore its mode."""
+        with self._lock:
+            if self._num_running == 0:
+                self._was_training = self.model.training
+                self.model.eval()
+            self._num_running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                if self._num_running == 0:
+                    self.model.train(self._was_training)
 
 
 def _check_array(image: np.ndarray) -> None:
@@ -149,7 +178,8 @@ def _check_array(image: np.ndarray) -> None:
         )
 
 
-def _find_classes(cfg: CfgNode, saved: object) -> ClassInfo:
+def _find_classes(cfg: CfgNode, saved: object, names: Sequence[str] | None) -> ClassInfo:
+    """Find the classes in a checkpoint's entry, else by the names that the model has, else in the data's metadata."""
     key, num_classes = config.num_classes(cfg) or (None, None)
     weights = cfg.MODEL.WEIGHTS
     classes_file = Path(weights).parent / "classes.json"
@@ -170,8 +200,12 @@ def _find_classes(cfg: CfgNode, saved: object) -> ClassInfo:
         # The data may be missing on this machine, and its metadata unknown.
         with contextlib.suppress(ValueError):
             classes = class_info(dataset_name)
+            if names is not None:
+                return ClassInfo(list(names), classes.category_ids_of(names, dataset_name))
             if num_classes in (None, len(classes.names)):
                 return classes
+    if names is not None:
+        return ClassInfo(list(names), list(range(1, len(names) + 1)))
     # Without a key there are names for more classes than any data set has.
     num_classes = 10_000 if num_classes is None else num_classes
     return ClassInfo([f"class {index}" for index in range(num_classes)], list(range(num_classes)))

@@ -1,7 +1,9 @@
 """Read and write the frames of video files."""
 
 import contextlib
+import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +12,25 @@ from types import TracebackType
 import cv2
 import numpy as np
 
+logger = logging.getLogger(__name__)
+
 FALLBACK_FPS = 25.0
+# Share of the frames that a header may declare in excess: some containers only estimate their number.
+HEADER_TOLERANCE = 0.01
+
+
+def without_password(source: str) -> str:
+    """Return an address without its user and password, for messages and files; a path unchanged."""
+    return re.sub(r"(?<=://)[^/]*@", "", source)
 
 
 class VideoReader:
-    """Iterate over the frames of a video file or of a camera, in RGB; a context manager.
+    """Iterate over the frames of a video file, of a network stream or of a camera, in RGB; a context manager.
+
+    A WARNING is logged where the source ends before the number of frames that its header declares.
 
     Args:
-        source: path of a file, or the index of a camera.
+        source: path of a file, address of a stream (``rtsp://``, ``http://``), or the index of a camera.
 
     Attributes:
         fps: frames per second; 25 where the source has no rate.
@@ -31,9 +44,11 @@ class VideoReader:
         if isinstance(source, int):
             name = f"camera {source}"
         else:
-            source = name = os.fspath(source)
-            if not Path(source).is_file():
+            source = os.fspath(source)
+            name = without_password(source)
+            if "://" not in source and not Path(source).is_file():
                 raise ValueError(f"There is no video file {name}")
+        self._name = name
         self._capture = cv2.VideoCapture(source)
         if not self._capture.isOpened():
             raise ValueError(f"OpenCV cannot open {name} as a video")
@@ -44,11 +59,24 @@ class VideoReader:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield frames (height, width, 3), uint8 in RGB, until the source ends."""
+        count = 0
         while True:
             found, frame = self._capture.read()
             if not found:
-                return
+                break
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            count += 1
+        declared = self.num_frames or 0
+        if declared - count > max(1, HEADER_TOLERANCE * declared):
+            logger.warning(
+                "%s ends after %d of the %d frames that its header declares: it is cut off or damaged",
+                self._name, count, declared,
+            )  # fmt: skip
+
+    def has_last_frame(self) -> bool:
+        """Return whether the last frame that the header declares can be read; the next frame read is then undefined."""
+        self._capture.set(cv2.CAP_PROP_POS_FRAMES, (self.num_frames or 1) - 1)
+        return self._capture.grab()
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -126,7 +154,7 @@ class VideoWriter:
         # OpenCV does not report disk errors.
         try:
             with VideoReader(self._part) as reader:
-                num_frames = reader.num_frames
+                num_frames = reader.num_frames if reader.has_last_frame() else None
         except ValueError:
             num_frames = None
         if num_frames != self.num_frames:

@@ -20,7 +20,7 @@ def build_backbone(cfg: CfgNode) -> Backbone:
     """Build the backbone named by MODEL.BACKBONE.NAME.
 
     Raises:
-        ValueError: the name is not registered.
+        ValueError: the name is not registered, or Detectron2 refuses the backbone's keys.
         ImportError: it needs Detectron2's compiled operators and they are missing; the message names the replacement.
     """
     registered(BACKBONE_REGISTRY, cfg, "MODEL.BACKBONE.NAME")
@@ -34,6 +34,12 @@ def build_backbone(cfg: CfgNode) -> Backbone:
             f"{cfg.MODEL.BACKBONE.NAME} needs Detectron2's compiled operators, which are missing here. Set "
             "MODEL.BACKBONE.NAME to build_resnet_dcn_backbone: the same ResNet and the same weights, with "
             "torchvision's operator"
+        ) from error
+    # Detectron2's builders assert what a config must hold, and look names up.
+    except (AssertionError, KeyError) as error:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} cannot be built with these keys: "
+            f"{' '.join(str(error).split()) or type(error).__name__}"
         ) from error
 
 

@@ -6,8 +6,9 @@ Trainer, evaluation, demo, benchmark and optimization know `InstanceSegmenter` a
 import contextlib
 import dataclasses
 import math
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -59,6 +60,16 @@ class OutputOptions:
         return cls(output.MASK_FORMAT, output.MAX_MASK_GIB, output.SCORE_THRESHOLD, with_maps)
 
 
+def check_not_traced() -> None:
+    """Raise RuntimeError while a trace or an export records: the result would be that of the example image alone."""
+    # PyTorch before 2.7 has no is_exporting.
+    if torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)():
+        raise RuntimeError(
+            "Post-processing cannot be traced or exported, because its steps depend on the image. Export model.network "
+            "by torch.export, and call model.preprocess and model.postprocess around it"
+        )
+
+
 class TrainingPart(NamedTuple):
     """Inputs of one part of a training step, prepared before the network runs.
 
@@ -95,6 +106,8 @@ class InstanceSegmenter(nn.Module, ABC):
         mask_nms_key: config key of the IoU above which the worse of two masks of a class is dropped.
         activation_maps_key: config key that makes the model return activation maps.
         lossless_targets_key: config key that makes the targets keep every object; see `target_check`.
+        class_names: of the classes that the weights were trained on, in the order of the class logits; None where they
+            are unknown. The trainer and the checkpointer set them.
     """
 
     num_classes_key: ClassVar[str | None] = None
@@ -103,6 +116,7 @@ class InstanceSegmenter(nn.Module, ABC):
     mask_nms_key: ClassVar[str | None] = None
     activation_maps_key: ClassVar[str | None] = None
     lossless_targets_key: ClassVar[str | None] = None
+    class_names: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -123,6 +137,8 @@ class InstanceSegmenter(nn.Module, ABC):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.size_divisibility = size_divisibility
         self._output = output or OutputOptions()
+        # Options that `output_as` has changed, by thread: one model may serve several.
+        self._output_of_thread: dict[int, OutputOptions] = {}
         self._training_network: Network | None = None
 
     @classmethod
@@ -133,6 +149,18 @@ class InstanceSegmenter(nn.Module, ABC):
         """
         return None
 
+    @classmethod
+    def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Return the config keys that the shapes of a weights file determine, with their values.
+
+        Commands use them to build the model of a checkpoint. An empty dict, the default, says nothing about the file; a
+        subclass returns one as well where the tensors are a backbone's.
+
+        Args:
+            tensors: of the file, by the model's names.
+        """
+        return {}
+
     @property
     def device(self) -> torch.device:
         """Return the device of the model's tensors, to which images are moved."""
@@ -141,17 +169,21 @@ class InstanceSegmenter(nn.Module, ABC):
     @property
     def output(self) -> OutputOptions:
         """Return the options of the predictions."""
-        return self._output
+        changed = self._output_of_thread
+        return changed.get(threading.get_ident(), self._output) if changed else self._output
 
     @contextlib.contextmanager
     def output_as(self, **changes: Any) -> Iterator[None]:
-        """Change fields of `output` inside a with statement. Raises ValueError on a value out of range."""
-        before = self._output
-        self._output = dataclasses.replace(before, **changes)
+        """Change fields of `output` for this thread in a with statement. Raises ValueError on a value out of range."""
+        thread = threading.get_ident()
+        before = self._output_of_thread.get(thread)
+        self._output_of_thread[thread] = dataclasses.replace(self.output, **changes)
         try:
             yield
         finally:
-            self._output = before
+            del self._output_of_thread[thread]
+            if before is not None:
+                self._output_of_thread[thread] = before
 
     def forward(
         self, batched_inputs: list[dict], part: TrainingPart | None = None
@@ -174,6 +206,7 @@ class InstanceSegmenter(nn.Module, ABC):
             MaskMemoryError: the boolean masks of an image would take more than ``output.max_mask_gib``.
         """
         if not self.training:
+            check_not_traced()
             images = self.preprocess(batched_inputs)
             return self.postprocess(self.network(images.tensor), batched_inputs, images)
         if part is None:

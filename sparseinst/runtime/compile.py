@@ -1,18 +1,76 @@
 """torch.compile with a fallback."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+# The flag of oneDNN belongs to the process.
+_ONEDNN_LOCK = threading.Lock()
 
 Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 def compiled(network: Network) -> Network:
     """Compile a network by torch.compile; where that fails, log one line and run the network as it is."""
-    current: Network = torch.compile(network)
+    return _or_uncompiled(torch.compile(network), network)
+
+
+def compiled_for_inference(network: Network, example: torch.Tensor) -> Network:
+    """Compile a network twice: for the size of the first images alone, and for all sizes at the first other one.
+
+    Where that fails, log one line and run the network as it is.
+
+    Args:
+        network: images (B, 3, h, w) to a dict; any thread may call it.
+        example: images (1, 3, h, w) with h unequal w, because a graph of equal sides would be for equal sides only.
+    """
+    one_size, all_sizes = torch.compile(network, dynamic=False), torch.compile(network, dynamic=True)
+    first_shape: torch.Size | None = None
+    is_compiled_for_all = False
+    lock = threading.Lock()
+
+    def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal first_shape, is_compiled_for_all
+        with lock:
+            first_shape = first_shape or images.shape
+            if images.shape != first_shape and not is_compiled_for_all:
+                # For small maps PyTorch chooses another convolution than oneDNN's, and the compiler would add each of
+                # these limits as a condition of the graph. The compiled graph has the choice of every call.
+                with _without_onednn():
+                    all_sizes(_example_like(images, example))
+                is_compiled_for_all = True
+        return (one_size if images.shape == first_shape else all_sizes)(images)
+
+    return _or_uncompiled(run, network)
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    # torch.backends.mkldnn.flags() would set other flags too, and warn.
+    with _ONEDNN_LOCK:
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.enabled = before
+
+
+def _example_like(images: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+    """Return the example with the batch size, type and layout of the images, which a compiled graph depends on."""
+    is_channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
+    with torch.inference_mode(images.is_inference()):
+        return example.repeat(len(images), 1, 1, 1).to(images.dtype).contiguous(memory_format=layout)
+
+
+def _or_uncompiled(compiled_network: Network, network: Network) -> Network:
+    current = compiled_network
 
     def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
         nonlocal current

@@ -1,5 +1,6 @@
 """OpenVINO as the engine of a network on the CPU."""
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -41,10 +42,16 @@ class OpenVINONetwork:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         self._program = openvino.Core().compile_model(program, "CPU", settings)
+        # One request for each thread: the program's own request would return another thread's answer.
+        self._requests = threading.local()
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the network's dict in float32."""
-        results = [self._program(image.contiguous().numpy()) for image in images.split(1)]
+        """Return the network's dict in float32. Threads may call it at the same time."""
+        if not hasattr(self._requests, "request"):
+            self._requests.request = self._program.create_infer_request()
+        request = self._requests.request
+        # A copied input (share_inputs=False) corrupts the heap at dynamic sizes.
+        results = [request.infer(image.contiguous().numpy(), share_inputs=True) for image in images.split(1)]
         return {
             name: torch.from_numpy(np.concatenate([result[index] for result in results]))
             for index, name in enumerate(self._names)

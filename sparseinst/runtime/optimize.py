@@ -9,6 +9,7 @@ model's.
 import contextlib
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,15 +18,15 @@ from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from torch import nn
 
-from sparseinst.modeling.meta_arch import InstanceSegmenter, Network, OutputOptions
-from sparseinst.runtime.compile import compiled
+from sparseinst.config import check_value
+from sparseinst.modeling.meta_arch import InstanceSegmenter, Network, OutputOptions, check_not_traced
+from sparseinst.runtime.compile import compiled_for_inference
 from sparseinst.runtime.rewrites.fold_norms import fold_norms
 from sparseinst.runtime.rewrites.winograd import use_winograd
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ENGINES = ("torch", "openvino")
 # Largest difference in the self-check over the largest value of the same output.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 # Sides of the example in pixels: multiples of every stride, with enough tiles for Winograd convolutions.
@@ -52,6 +53,11 @@ class OptimizedSegmenter(nn.Module):
         return self.model.device
 
     @property
+    def class_names(self) -> Sequence[str] | None:
+        """Return the names of the classes that the weights were trained on."""
+        return self.model.class_names
+
+    @property
     def output(self) -> OutputOptions:
         """Return the options of the model's predictions."""
         return self.model.output
@@ -62,6 +68,7 @@ class OptimizedSegmenter(nn.Module):
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """Predict as the model does in eval mode."""
+        check_not_traced()
         images = self.preprocess(batched_inputs)
         return self.postprocess(self.network(images.tensor), batched_inputs, images)
 
@@ -113,18 +120,17 @@ def optimize_for_inference(
             elsewhere.
         precision: "float32"; "bfloat16" or "float16": PyTorch's autocast, with the weights of convolutions and linear
             layers stored in that type, which saves their conversion for each image.
-        compile: run the network through ``torch.compile``, which compiles for one size first and for all sizes at the
-            second one. Without a C++ compiler one line in the log says so, and the network runs as it is.
+        compile: run the network through ``torch.compile``, which compiles for the first images' size, and once more for
+            all sizes at the first other size. Without a C++ compiler one line in the log says so, and the network runs
+            as it is.
         engine: "torch"; "openvino": OpenVINO on the CPU in float32, compiled once for all sizes.
 
     Raises:
         ValueError: an unknown name, or options that exclude each other.
         ImportError: the engine's package is not installed.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"RUNTIME.PRECISION is {precision!r}; it must be one of {list(PRECISIONS)}")
-    if engine not in ENGINES:
-        raise ValueError(f"RUNTIME.ENGINE is {engine!r}; it must be one of {list(ENGINES)}")
+    check_value("RUNTIME.PRECISION", precision)
+    check_value("RUNTIME.ENGINE", engine)
     if not isinstance(model, InstanceSegmenter):
         return model
     if engine != "torch" and (precision != "float32" or compile or model.device.type != "cpu"):
@@ -159,7 +165,8 @@ def optimize_for_inference(
         return OptimizedSegmenter(model, model.network)
     if compile:
         # After the self-check, because a first run at the example's size would be compiled too, which takes a minute.
-        return OptimizedSegmenter(model, _torch_network(model, channels_last, PRECISIONS[precision], compile=True))
+        compiled = compiled_for_inference(model.network, example)
+        return OptimizedSegmenter(model, _torch_network(model, channels_last, PRECISIONS[precision], compiled))
     return optimized
 
 
@@ -234,10 +241,12 @@ def _is_close(outputs: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     )
 
 
-def _torch_network(model: InstanceSegmenter, channels_last: bool, dtype: torch.dtype, compile: bool = False) -> Network:
+def _torch_network(
+    model: InstanceSegmenter, channels_last: bool, dtype: torch.dtype, network: Network | None = None
+) -> Network:
+    network = network or model.network
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    network: Network = compiled(model.network) if compile else model.network
     is_half = dtype != torch.float32
     if is_half:
         _store_weights_as(model, dtype)

@@ -5,41 +5,47 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
-from tabulate import tabulate
+from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
+from sparseinst.engine.console import prepare_console
 
-from sparseinst.benchmarks.complexity import Cost, analyze_config
-from sparseinst.config import load_config
+if TYPE_CHECKING:
+    from sparseinst.benchmarks.complexity import Cost
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m sparseinst.tools.analyze_model", description=__doc__)
-    parser.add_argument(
-        "--config-file", required=True, nargs="+", metavar="NAME",
-        help="YAML file, or the name of one that comes with the package; several give a table with a line each",
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__)
+    several = f"{CONFIG_HELP}; several give a table with a line each"
+    add_config_arguments(parser, nargs="+", metavar="NAME", help=several)
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
         help="size of the image before padding (default: a photograph of 480 x 640, resized by INPUT.MIN_SIZE_TEST)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts to FILE: a list, a dict per model")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last"
-    )
+    add_opts_argument(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, without data, weights or GPU. Return 0, or 1 where a model cannot be built or analyzed."""
+    from sparseinst.checkpoint.atomic_write import write_text_atomically
+
     args = build_parser().parse_args(argv)
+    prepare_console()
+    import yaml
+
+    from sparseinst.benchmarks.complexity import analyze_config
+    from sparseinst.config import load_config
+
     # Avoids the warning about a missing GPU.
     opts = [*args.opts, "MODEL.DEVICE", "cpu"]
     found = []
     for config_file in args.config_file:
         try:
-            found.append((config_file, analyze_config(load_config(config_file, opts), args.size)))
+            cfg = load_config(config_file, opts, imports=args.imports)
+            found.append((config_file, analyze_config(cfg, args.size)))
         # Detectron2's builders and registries raise any of these for wrong keys, and ImportError without timm.
         except (ValueError, KeyError, AssertionError, RuntimeError, ImportError, OSError, yaml.YAMLError) as error:
             message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
@@ -63,12 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             | {"uncounted": complexity.uncounted}
             for name, complexity in found
         ]
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(args.json, json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            print(f"error: --json: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
-def _table(heading: str, costs: dict[str, Cost]) -> str:
+def _table(heading: str, costs: dict[str, "Cost"]) -> str:
+    from tabulate import tabulate
+
     rows = [[name, *(count / unit for count, unit in zip(cost, (1e6, 1e9, 1e6)))] for name, cost in costs.items()]
     headers = [heading, "parameters, M", "multiply-adds, G", "activations, M"]
     return tabulate(rows, headers=headers, floatfmt=("", ".2f", ".1f", ".1f"), tablefmt="github")

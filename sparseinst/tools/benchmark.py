@@ -12,33 +12,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import transforms as T
-from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
-from detectron2.modeling import build_model
-from detectron2.utils.logger import setup_logger
-from torch import nn
+from sparseinst.benchmarks.arguments import RUNTIME, add_common_arguments
+from sparseinst.engine.console import prepare_console
 
-from sparseinst.benchmarks.inference import batched_inputs, measure
-from sparseinst.benchmarks.settings import (
-    RUNTIME,
-    add_common_arguments,
-    apply_setting,
-    check_least,
-    check_segmenter,
-    machine,
-    report,
-    run_command,
-    table,
-)
-from sparseinst.config import load_config
-from sparseinst.data.augmentations import build_test_augmentations
-from sparseinst.data.images import read_image
-from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.runtime.optimize import optimize_as_configured
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+    from torch import nn
 
 # The named settings of --compare: KEY VALUE pairs below RUNTIME.
 NAMED_SETTINGS = {
@@ -58,7 +39,6 @@ NAMED_SETTINGS = {
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m sparseinst.tools.benchmark",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -87,7 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 2 where the arguments or the config are wrong."""
-    return run_command(build_parser().parse_args(argv), run)
+    args = build_parser().parse_args(argv)
+    prepare_console()
+    from sparseinst.benchmarks.settings import run_command
+
+    return run_command(args, run)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -97,11 +81,23 @@ def run(args: argparse.Namespace) -> dict:
         ValueError: the arguments or the config are wrong.
         ImportError: a setting needs a package that is not installed.
     """
+    import numpy as np
+    from detectron2.data import transforms as T
+    from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
+    from detectron2.utils.logger import setup_logger
+
+    from sparseinst.benchmarks.inference import batched_inputs, measure
+    from sparseinst.benchmarks.settings import check_least, machine, report, table
+    from sparseinst.config import load_config
+    from sparseinst.data.augmentations import build_test_augmentations
+    from sparseinst.data.images import read_image
+    from sparseinst.engine.host_memory import keep_freed_memory_for_inference
+
     least = {"--size": min(args.size), "--batch-sizes": min(args.batch_sizes), "--repetitions": args.repetitions}
     check_least({flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0)})
     if args.area <= 0:
         raise ValueError(f"--area is {args.area}; it must be above 0")
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, imports=args.imports)
     images = [read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS) for path in args.input]
     images = images or [np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)]
     keep_freed_memory_for_inference(cfg)
@@ -132,17 +128,23 @@ def run(args: argparse.Namespace) -> dict:
     return found
 
 
-def build_models(cfg: CfgNode, settings: Sequence[str]) -> dict[str, nn.Module]:
+def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, nn.Module]":
     """Build a model with random weights, and return it with each of the settings, by name.
 
     Raises:
         ValueError: a setting is unknown, or the model is not an InstanceSegmenter.
         ImportError: a setting needs a package that is not installed.
     """
+    import torch
+    from detectron2.modeling import build_model
+
+    from sparseinst.benchmarks.settings import apply_setting, check_segmenter
+    from sparseinst.runtime.optimize import optimize_as_configured
+
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     check_segmenter(model)
-    models: dict[str, nn.Module] = {}
+    models = {}
     for setting in settings:
         name, own_cfg, keys = apply_setting(cfg, setting, NAMED_SETTINGS, RUNTIME)
         # Keys outside RUNTIME change the model itself.

@@ -14,24 +14,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from detectron2.config import CfgNode
+from sparseinst.benchmarks.arguments import add_common_arguments
+from sparseinst.engine.console import prepare_console
 
-from sparseinst import config
-from sparseinst.benchmarks.settings import (
-    add_common_arguments,
-    apply_setting,
-    check_least,
-    machine,
-    report,
-    run_command,
-    table,
-)
-from sparseinst.benchmarks.training import as_training, measure
-from sparseinst.config import load_config
-from sparseinst.data.coco_json import check_num_classes
-from sparseinst.engine.errors import RUN_ERRORS
-from sparseinst.tools.make_shapes import write_ellipses, write_shapes_dataset
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 # The named settings of --compare: KEY VALUE pairs below SOLVER.
 NAMED_SETTINGS = {
@@ -51,7 +40,6 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m sparseinst.tools.benchmark_training",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -81,10 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 2 where the arguments, the config or the data are wrong."""
-    return run_command(build_parser().parse_args(argv), run, RUN_ERRORS)
+    args = build_parser().parse_args(argv)
+    prepare_console()
+    from sparseinst.benchmarks.settings import run_command
+    from sparseinst.engine.errors import RUN_ERRORS
+
+    return run_command(args, run, RUN_ERRORS)
 
 
-def build_configs(args: argparse.Namespace, folder: Path) -> dict[str, CfgNode]:
+def build_configs(args: argparse.Namespace, folder: Path) -> "dict[str, CfgNode]":
     """Return the config of each setting, with the data that --data names.
 
     Args:
@@ -94,6 +87,13 @@ def build_configs(args: argparse.Namespace, folder: Path) -> dict[str, CfgNode]:
     Raises:
         ValueError: the arguments, the config or the data are wrong.
     """
+    from sparseinst import config
+    from sparseinst.benchmarks.settings import apply_setting, check_least
+    from sparseinst.benchmarks.training import as_training
+    from sparseinst.config import load_config
+    from sparseinst.data.coco_json import check_num_classes
+    from sparseinst.tools.make_shapes import write_ellipses, write_shapes_dataset
+
     least = {"--size": min(args.size), "--instances": args.instances, "--repetitions": args.repetitions}
     least["--batch-size"] = 1 if args.batch_size is None else args.batch_size
     check_least({flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0)})
@@ -105,7 +105,7 @@ def build_configs(args: argparse.Namespace, folder: Path) -> dict[str, CfgNode]:
     if args.precision is not None:
         opts += ["SOLVER.AMP.ENABLED", str(args.precision != "float32")]
         opts += ["SOLVER.AMP.DTYPE", args.precision] if args.precision != "float32" else []
-    cfg = load_config(args.config_file, opts)
+    cfg = load_config(args.config_file, opts, imports=args.imports)
     cfg.defrost()
     datasets = cfg.DATASETS
     if args.data == "ellipses":
@@ -131,6 +131,9 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: the arguments, the config or the data are wrong.
     """
+    from sparseinst.benchmarks.settings import machine, report, table
+    from sparseinst.benchmarks.training import measure
+
     is_drawn = args.data == "ellipses"
     with tempfile.TemporaryDirectory() as folder:
         configs = build_configs(args, Path(folder))

@@ -13,57 +13,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from detectron2.modeling import build_model
-from tabulate import tabulate
-from torch import nn
+from sparseinst.config.arguments import add_config_arguments, add_opts_argument
+from sparseinst.engine.console import prepare_console
 
-from sparseinst.benchmarks.inference import example_outputs
-from sparseinst.benchmarks.settings import check_least, check_segmenter, machine
-from sparseinst.config import load_config
-from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.evaluation.stage_timer import StageTimer
-from sparseinst.inference import Predictor, VideoReader, VideoWriter
-from sparseinst.runtime.optimize import optimize_as_configured
-from sparseinst.tools import demo
-from sparseinst.visualization import draw_instances
-
-
-class DrawnObjects(nn.Module):
-    """Run the network of a model, then postprocess drawn objects instead of its outputs.
-
-    Args:
-        model: in eval mode.
-        num_detections: objects in each image.
-    """
-
-    def __init__(self, model: nn.Module, num_detections: int) -> None:
-        super().__init__()
-        self.model = model
-        self.num_detections = num_detections
-        self._examples: dict[tuple, dict[str, torch.Tensor]] = {}
-
-    def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Return ``num_detections`` drawn objects for each image."""
-        images = self.model.preprocess(batched_inputs)
-        outputs = self.model.network(images.tensor)
-        key = (self.num_detections, images.tensor.shape)
-        if key not in self._examples:
-            self._examples[key] = example_outputs(self.model, outputs, self.num_detections)
-        return self.model.postprocess(self._examples[key], batched_inputs, images)
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m sparseinst.tools.benchmark_video",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config-file", required=True, help="YAML file, or the name of one that comes with the package")
+    add_config_arguments(parser)
     add("--video", required=True, metavar="FILE", help="its first frames are used")
     add("--frames", type=int, default=60, metavar="N", help="frames of the video (default 60)")
     add("--detections", type=int, default=20, metavar="N", help="objects in each frame (default 20)")
@@ -72,13 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="size of the image for the time of drawing alone (default 1080 1920)")  # fmt: skip
     add("--objects", type=int, default=30, metavar="N", help="objects drawn on that image (default 30)")
     add("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last")
+    add_opts_argument(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 2 where the arguments, the config or the video are wrong."""
     args = build_parser().parse_args(argv)
+    prepare_console()
+    import torch
+
     torch.set_num_threads(args.threads or torch.get_num_threads())
     try:
         run(args)
@@ -95,9 +64,23 @@ def run(args: argparse.Namespace) -> None:
         ValueError: the arguments, the config or the video are wrong.
         ImportError: a package that the config needs is not installed.
     """
+    import numpy as np
+    import torch
+    from detectron2.modeling import build_model
+    from tabulate import tabulate
+
+    from sparseinst.benchmarks.inference import DrawnObjects
+    from sparseinst.benchmarks.settings import check_least, check_segmenter, machine
+    from sparseinst.config import load_config
+    from sparseinst.engine.host_memory import keep_freed_memory_for_inference
+    from sparseinst.inference import Predictor
+    from sparseinst.runtime.optimize import optimize_as_configured
+    from sparseinst.tools import demo, demo_run
+    from sparseinst.visualization import draw_instances
+
     counts = {"--frames": args.frames, "--repetitions": args.repetitions, "--objects": args.objects}
     check_least({flag: (value, 1) for flag, value in counts.items()})
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, imports=args.imports)
     keep_freed_memory_for_inference(cfg)
     torch.manual_seed(0)
     model = build_model(cfg).eval()
@@ -116,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         seconds = _time_in_turn(
             {
                 "model alone": lambda: predictor(frames, "RGB"),
-                "demo": lambda: demo.run_video(arguments, cfg, predictor),
+                "demo": lambda: demo_run.run_video(arguments, cfg, predictor),
             },
             args.repetitions,
         )
@@ -133,8 +116,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"{1e3 * np.median(drawing['']):.1f} ms")
 
 
-def _cut(source: str, clip: Path, num_frames: int) -> list[np.ndarray]:
+def _cut(source: str, clip: Path, num_frames: int) -> "list[np.ndarray]":
     """Write the first frames of a video to a clip, and return them as they are read from the clip."""
+    from sparseinst.inference import VideoReader, VideoWriter
+
     with VideoReader(source) as reader, VideoWriter(clip, reader.fps) as writer:
         for frame in itertools.islice(reader, num_frames):
             writer.write(frame)
@@ -144,8 +129,12 @@ def _cut(source: str, clip: Path, num_frames: int) -> list[np.ndarray]:
         return list(reader)
 
 
-def _time_in_turn(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, np.ndarray]:
+def _time_in_turn(runs: dict[str, Callable[[], object]], repetitions: int) -> "dict[str, np.ndarray]":
     """Return the seconds of each run, (repetitions,), after one round of warm-up."""
+    import numpy as np
+
+    from sparseinst.evaluation.stage_timer import StageTimer
+
     timer = StageTimer()
     for _ in range(1 + repetitions):
         for name, run_once in runs.items():

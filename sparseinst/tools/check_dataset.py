@@ -6,217 +6,18 @@ a model needs for the data. Exit code 0: a training runs, perhaps with warnings;
 """
 
 import argparse
-import contextlib
 import sys
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-from detectron2.config import CfgNode
-from detectron2.data import transforms as T
-from detectron2.modeling import META_ARCH_REGISTRY
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-from sparseinst import config
-from sparseinst.config import load_config
-from sparseinst.data.augmentations import ResizeShortestEdge
-from sparseinst.data.coco_checks import Finding, check_content
-from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON, crowded_warning, missing_files, read_json
-from sparseinst.data.dataset_mapper import check_image_size
-from sparseinst.data.images import DataError, ImageReadError, read_image, read_image_size
-from sparseinst.data.mask_decoding import check_segmentation, is_whole, read_mask
-from sparseinst.modeling.meta_arch import InstanceSegmenter
-from sparseinst.structures.mask_window import MaskWindow
+from sparseinst.config.arguments import add_config_arguments
+from sparseinst.engine.console import prepare_console
 
 DEFAULT_CONFIG = "sparse_inst_r50_giam"
-# Pixels: COCO's limits of small and medium objects.
-_SMALL, _MEDIUM = 32**2, 96**2
-
-ImageEntry = tuple[dict, list[dict]]  # an image and its valid annotations that are not crowds
-
-
-class ImageSurvey(NamedTuple):
-    """The result for one image.
-
-    Attributes:
-        finding: the flaw of the file, or None.
-        areas: of its objects, pixels of the file; 0 where rasterization gives no pixel.
-        num_vanished: number of objects with pixels that the training targets lose.
-    """
-
-    finding: Finding | None
-    areas: list[int] = []
-    num_vanished: int = 0
-
-
-def check_files(content: Any, absent: list[str], cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
-    """Yield the findings of the json and of its file names, some of them absent, without reading an image."""
-    report = check_content(content, args.evaluation)
-    yield from report.findings
-    is_empty = isinstance(content, dict) and not content.get("annotations")
-    if is_empty or not (report.problems() or report.num_instances.total()):
-        yield Finding("no objects", NOTHING_TO_TRAIN_ON, stops=not args.evaluation)
-    yield from (Finding("missing file", f"{args.images} has no file {file_name!r}") for file_name in absent)
-    for file_name, count in Counter(_file_names(content)).items():
-        if count > 1:
-            yield Finding("file named twice", f"{file_name!r} is named by {count} images", stops=False)
-    num_categories = len(_entries(content, "categories"))
-    key, num_classes = config.num_classes(cfg) or (None, num_categories)
-    if args.config_file and num_categories != num_classes:
-        message = f"there are {num_categories} categories, but {key} is {num_classes}: set {key} {num_categories}"
-        yield Finding("number of classes", message)
-    if crowded := crowded_warning(report.num_instances, cfg):
-        yield Finding("more objects than masks", crowded, stops=False)
-
-
-def _entries(content: Any, part: str) -> list[dict]:
-    entries = content.get(part) if isinstance(content, dict) else None
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-
-
-def _file_names(content: Any) -> list[str]:
-    names = [image.get("file_name") for image in _entries(content, "images")]
-    return [name for name in names if isinstance(name, str)]
-
-
-def present_images(content: Any, absent: Container[str]) -> list[ImageEntry]:
-    """Return the valid images whose files are not absent."""
-    images: dict[int, ImageEntry] = {}
-    for image in _entries(content, "images"):
-        has_size = all(is_whole(image.get(side)) and image[side] > 0 for side in ("height", "width"))
-        if has_size and isinstance(image.get("file_name"), str) and is_whole(image.get("id")):
-            images.setdefault(image["id"], (image, []))
-    for annotation in _entries(content, "annotations"):
-        image_id = annotation.get("image_id")
-        if not is_whole(image_id) or image_id not in images or annotation.get("iscrowd", 0) not in (0, False):
-            continue
-        image, annotations = images[image_id]
-        # check_files reports broken segmentations.
-        with contextlib.suppress(DataError):
-            if check_segmentation(annotation.get("segmentation"), (image["height"], image["width"])) is None:
-                annotations.append(annotation)
-    return [entry for entry in images.values() if entry[0]["file_name"] not in absent]
-
-
-def survey_image(
-    entry: ImageEntry, image_root: Path, cfg: CfgNode, is_in_target: Callable[[MaskWindow], bool] | None, is_quick: bool
-) -> ImageSurvey:
-    """Read one image and rasterize its objects.
-
-    Args:
-        entry: of :func:`present_images`.
-        image_root: the folder of the files.
-        cfg: INPUT is read.
-        is_in_target: see `InstanceSegmenter.target_check`.
-        is_quick: read the header only.
-    """
-    image, annotations = entry
-    path, max_pixels = image_root / image["file_name"], cfg.INPUT.MAX_IMAGE_PIXELS
-    try:
-        size = read_image_size(path, max_pixels) if is_quick else read_image(path, max_pixels=max_pixels).shape[:2]
-        check_image_size({**image, "file_name": path}, size)
-    except DataError as error:
-        kind = "unreadable image" if isinstance(error, ImageReadError) else "another image size"
-        return ImageSurvey(Finding(kind, str(error)))
-    resize = ResizeShortestEdge([_train_size(cfg)], cfg.INPUT.MAX_SIZE_TRAIN, "choice")
-    transform = resize.get_transform(np.broadcast_to(np.uint8(0), size))
-    areas, num_vanished = [], 0
-    for annotation in annotations:
-        segmentation = annotation["segmentation"]
-        window = read_mask(segmentation, T.TransformList([]), size, size)
-        areas.append(0 if window is None else int(window.mask.sum()))
-        if window is not None and is_in_target is not None:
-            new_size = (transform.new_h, transform.new_w)
-            resized = read_mask(segmentation, T.TransformList([transform]), size, new_size)
-            num_vanished += resized is None or not is_in_target(resized)
-    return ImageSurvey(None, areas, num_vanished)
-
-
-def _train_size(cfg: CfgNode) -> int:
-    """Return the largest short side in training, pixels."""
-    sizes = cfg.INPUT.MIN_SIZE_TRAIN
-    return sizes if isinstance(sizes, int) else max(sizes)
-
-
-def broken_images(surveys: list[ImageSurvey], cfg: CfgNode) -> Iterator[Finding]:
-    """Yield the flaws of the files: warnings where a training skips so few images, else problems."""
-    findings = [survey.finding for survey in surveys if survey.finding is not None]
-    limit = cfg.DATALOADER.MAX_BROKEN_IMAGES
-    stops = len(findings) > limit or 0 < len(findings) == len(surveys)
-    yield from (finding._replace(stops=stops) for finding in findings)
-    if findings:
-        message = f"{len(findings)} of {len(surveys)}; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is "
-        yield Finding("images that cannot be used", f"{message}{limit}: repair them", stops)
-
-
-def describe_content(
-    content: Any, surveys: list[ImageSurvey], cfg: CfgNode, remedy: str, keeps_all: bool
-) -> Iterator[str]:
-    """Yield lines about the content of a data set; with the remedy, or where keeps_all, the targets lose no object."""
-    categories, annotations = _entries(content, "categories"), _entries(content, "annotations")
-    num_crowds = sum(bool(annotation.get("iscrowd", 0)) for annotation in annotations)
-    num_images = len(_entries(content, "images"))
-    yield f"{num_images} images, {len(categories)} categories, {len(annotations)} annotations ({num_crowds} crowds)"
-    of_category = Counter(str(annotation.get("category_id")) for annotation in annotations)
-    shown = [f"{category.get('name')} {of_category[str(category.get('id'))]}" for category in categories[:20]]
-    yield "Annotations of each category: " + ", ".join(shown) + ", ..." * (len(categories) > 20)
-    yield "In the images that can be read:"
-    counts = np.array([len(survey.areas) for survey in surveys if survey.finding is None])
-    areas = np.array([area for survey in surveys for area in survey.areas])
-    if len(counts) == 0:
-        yield "  none"
-        return
-    yield (
-        f"  objects per image: median {np.median(counts):.0f}, 99th percentile {np.percentile(counts, 99):.0f}, most "
-        f"{counts.max()}; images without objects: {(counts == 0).sum()} of {len(counts)}"
-    )
-    if len(areas) == 0:
-        return
-    small, medium, large = np.histogram(areas, (0, _SMALL, _MEDIUM, np.inf))[0] / len(areas)
-    yield (
-        f"  objects by size: {small:.1%} small (below 32 x 32 pixels), {medium:.1%} medium, {large:.1%} large (from "
-        f"96 x 96); without a pixel: {(areas == 0).sum()}"
-    )
-    if keeps_all:
-        yield f"  objects that the mask grid loses: none, with {remedy}"
-    else:
-        num_lost, num_drawn = sum(survey.num_vanished for survey in surveys), (areas > 0).sum()
-        keeps = f"; {remedy} keeps them" * bool(num_lost)
-        yield (
-            f"  objects that the mask grid loses at the training's largest size (short side {_train_size(cfg)}): "
-            f"{num_lost} of {num_drawn} ({num_lost / max(1, num_drawn):.1%}){keeps}"
-        )
-    limits = [f"{key} {len(categories)}" for key, _ in filter(None, [config.num_classes(cfg)])]
-    for key, most in filter(None, [config.max_instances(cfg)]):
-        limits.append(f"{key} {counts.max()} or more holds the objects of every image (it is {most})")
-    if limits:
-        yield f"Set: {'; '.join(limits)}"
-
-
-def describe_findings(findings: Iterable[Finding], num_shown: int) -> Iterator[str]:
-    """Yield lines about problems and warnings: the number of each kind, and at most ``num_shown`` of each."""
-    for stops, title in ((True, "Problems, which stop a training"), (False, "Warnings")):
-        by_kind: dict[str, list[str]] = {}
-        for finding in findings:
-            if finding.stops == stops:
-                by_kind.setdefault(finding.kind, []).append(finding.message)
-        if by_kind:
-            yield f"{title}: {sum(map(len, by_kind.values()))}"
-        for kind, messages in by_kind.items():
-            yield f"  {kind}: {len(messages)}"
-            yield from (f"    {message}" for message in messages[:num_shown])
-            if len(messages) > num_shown:
-                yield f"    ... and {len(messages) - num_shown} more"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = argparse.ArgumentParser(
-        prog="python -m sparseinst.tools.check_dataset",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="The table at the top of sparseinst/data/coco_checks.py lists all problems and warnings.",
@@ -224,11 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("json", type=Path, help="COCO json")
     add("images", type=Path, help="folder of its images")
-    add(
-        "--config-file",
-        default="",
-        help=f"config of the training; its number of classes is checked too (default: {DEFAULT_CONFIG})",
-    )
+    meaning = f"config of the training; its number of classes is checked too (default: {DEFAULT_CONFIG})"
+    add_config_arguments(parser, required=False, default="", help=meaning)
     add("--evaluation", action="store_true", help="also check the fields that only an evaluation reads")
     add("--quick", action="store_true", help="read only the headers of the image files")
     add("--workers", type=int, default=0, help="additional processes that read images (default: 0)")
@@ -244,41 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0, 1 where a training would stop, 2 where the arguments are wrong.
     """
     args = build_parser().parse_args(argv)
-    try:
-        cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts)
-        if not args.json.is_file():
-            raise ValueError(f"There is no file {args.json}")
-        if not args.images.is_dir():
-            raise ValueError(f"There is no folder {args.images}")
-        if args.workers < 0 or args.show < 0:
-            raise ValueError("--workers and --show must not be negative")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        content = read_json(args.json)
-    except ValueError as error:
-        print(f"{error}\nA training with these data would stop.")
-        return 1
-    absent = missing_files(_file_names(content), args.images)
-    findings = list(check_files(content, absent, cfg, args))
-    images = present_images(content, set(absent))
-    model: type[InstanceSegmenter] = config.registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
-    is_in_target = model.target_check(cfg)
-    survey = partial(survey_image, image_root=args.images, cfg=cfg, is_in_target=is_in_target, is_quick=args.quick)
-    # Without batches, collate_fn is called in a worker with each element.
-    loader = DataLoader(images, batch_size=None, num_workers=args.workers, collate_fn=survey)
-    surveys = list(tqdm(loader, desc="Images", unit="image", disable=not images))
-    findings += broken_images(surveys, cfg)
-    print(args.json)
-    for line in describe_content(content, surveys, cfg, f"{model.lossless_targets_key} True", is_in_target is None):
-        print(line)
-    for line in describe_findings(findings, args.show):
-        print(line)
-    stops = any(finding.stops for finding in findings)
-    process = "An evaluation" if args.evaluation else "A training"
-    print(f"{process} with these data would stop." if stops else f"Nothing here stops {process.lower()}.")
-    return int(stops)
+    prepare_console()
+    from sparseinst.tools.check_dataset_run import run
+
+    return run(args)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
+from sparseinst.engine.console import prepare_console
 
-from sparseinst.checkpoint import (
-    WeightsFileError,
-    checkpointer_from_config,
-    extract_tensors,
-    family_of,
-    find_weights,
-    read_weights_file,
-    write_atomically,
-)
-from sparseinst.config import load_config
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 TENSORS_LISTED = 5
 
@@ -35,13 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input", required=True, metavar="FILE", help="weights as in MODEL.WEIGHTS: a file, a URL, package://, timm://"
     )
-    parser.add_argument("--config-file", metavar="CONFIG", help="YAML file, or name of a config, of the model")
+    add_config_arguments(parser, required=False, metavar="CONFIG", help=f"{CONFIG_HELP}: of the model")
     parser.add_argument("--output", metavar="FILE.pth", help="the checkpoint to write")
     parser.add_argument("--force", action="store_true", help="replace --output where it exists")
     parser.add_argument("--trusted", action="store_true", help="as MODEL.TRUSTED_WEIGHTS True")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="override the config file; last"
-    )
+    add_opts_argument(parser)
     return parser
 
 
@@ -51,6 +41,8 @@ def describe(weights: str, trusted: bool = False) -> str:
     Raises:
         ValueError: the file cannot be read, or holds no tensors.
     """
+    from sparseinst.checkpoint import WeightsFileError, extract_tensors, family_of, find_weights, read_weights_file
+
     path = find_weights(weights)
     kind, content = read_weights_file(path, trusted)
     try:
@@ -72,7 +64,7 @@ def describe(weights: str, trusted: bool = False) -> str:
     return "\n".join(lines)
 
 
-def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -> str:
+def convert_file(cfg: "CfgNode", weights: str, output: str, force: bool = False) -> str:
     """Write the tensors that a config's model takes from a file as a Detectron2 checkpoint.
 
     Args:
@@ -87,6 +79,11 @@ def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -
     Raises:
         ValueError: the file cannot be read, or does not fit the model; ``output`` exists, or is the file itself.
     """
+    import torch
+    from detectron2.modeling import build_model
+
+    from sparseinst.checkpoint import checkpointer_from_config, find_weights, write_atomically
+
     target = Path(output)
     if target.suffix != ".pth":
         raise ValueError(f"--output is {output}; its name must end in .pth, by which Detectron2 detects the format")
@@ -114,6 +111,9 @@ def convert_file(cfg: CfgNode, weights: str, output: str, force: bool = False) -
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exit with code 1 and one line on an error."""
     args = build_parser().parse_args(argv)
+    prepare_console()
+    from sparseinst.config import load_config
+
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         if bool(args.config_file) != bool(args.output):
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.config_file:
             print(describe(args.input, args.trusted))
             return
-        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts], imports=args.imports)
         cfg.MODEL.TRUSTED_WEIGHTS |= args.trusted
         print(convert_file(cfg, args.input, args.output, args.force))
         print(f"Written: {args.output}")

@@ -6,13 +6,16 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from sparseinst.data.shapes import CLASS_NAMES, Annotations, draw_ellipses_image, draw_shapes_image
+from sparseinst.engine.console import prepare_console
+
+if TYPE_CHECKING:
+    from sparseinst.data.shapes import Annotations
 
 SETTINGS_FILE = "shapes_settings.json"
 # Increase it where the same settings give other data, so that an older data set is not taken for a new one.
@@ -20,13 +23,15 @@ _GENERATOR_VERSION = 2
 
 
 def _write_coco(
-    folder: Path, split: str, images: Iterable[tuple[np.ndarray, Annotations]], class_names: list[str], info: dict
+    folder: Path, split: str, images: "Iterable[tuple[np.ndarray, Annotations]]", class_names: list[str], info: dict
 ) -> Path:
     """Write ``SPLIT.json`` (COCO format) and ``SPLIT/000000.jpg`` and so on; return the path of the json.
 
     Raises:
         OSError: an image cannot be written.
     """
+    from sparseinst.checkpoint.atomic_write import write_text_atomically
+
     (folder / split).mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"info": info, "licenses": [], "images": [], "annotations": []}
     for image_id, (image, found) in enumerate(images, 1):
@@ -39,7 +44,7 @@ def _write_coco(
         content["annotations"] += [{"id": number, "image_id": image_id, **entry} for number, entry in numbered]
     content["categories"] = [{"id": n, "name": name, "supercategory": "shape"} for n, name in enumerate(class_names, 1)]
     json_path = folder / f"{split}.json"
-    json_path.write_text(json.dumps(content))
+    write_text_atomically(json_path, json.dumps(content))
     return json_path
 
 
@@ -59,6 +64,8 @@ def write_shapes_dataset(
     Raises:
         ValueError: num_images, seed or size is out of range.
     """
+    from sparseinst.data.shapes import CLASS_NAMES, draw_shapes_image
+
     if num_images < 1:
         raise ValueError(f"The number of images of {split!r} must be at least 1, not {num_images}")
     if seed < 0:
@@ -77,6 +84,8 @@ def write_ellipses(
     Returns:
         Path of the json, and the image folder.
     """
+    from sparseinst.data.shapes import draw_ellipses_image
+
     rngs = (np.random.default_rng((seed, index)) for index in range(num_images))
     images = (draw_ellipses_image(rng, size, num_instances, num_classes) for rng in rngs)
     names = [f"class {number}" for number in range(1, num_classes + 1)]
@@ -126,7 +135,7 @@ def make_shapes(output_dir: Path, num_images: dict[str, int], seeds: dict[str, i
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's argument parser."""
-    parser = argparse.ArgumentParser(prog="python -m sparseinst.tools.make_shapes", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("datasets/shapes"), help="folder to write")
     parser.add_argument("--train", type=int, default=2000, help="number of training images")
     parser.add_argument("--val", type=int, default=200, help="number of validation images")
@@ -139,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or folder."""
     args = build_parser().parse_args(argv)
+    prepare_console()
     seeds = {"train": args.train_seed, "val": args.val_seed}
     try:
         written = make_shapes(args.output, {"train": args.train, "val": args.val}, seeds, args.size)

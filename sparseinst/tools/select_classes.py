@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from sparseinst.data.coco_json import load_checked_json
+from sparseinst.engine.console import prepare_console
 
 
 def select_classes(content: dict, names: list[str]) -> dict:
@@ -36,7 +36,7 @@ def select_classes(content: dict, names: list[str]) -> dict:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's argument parser."""
-    parser = argparse.ArgumentParser(prog="python -m sparseinst.tools.select_classes", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path, help="COCO json to read")
     parser.add_argument("classes", nargs="+", metavar="CLASS", help="names of the categories to keep")
     parser.add_argument("--output", type=Path, required=True, help="COCO json to write")
@@ -45,13 +45,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or files."""
+    from sparseinst.checkpoint.atomic_write import write_text_atomically
+
     args = build_parser().parse_args(argv)
+    prepare_console()
+    from sparseinst.data.coco_json import load_checked_json
+
     try:
         if args.output.exists():
             raise ValueError(f"{args.output} already exists; remove it, or change --output")
         selected = select_classes(load_checked_json(args.json)[0], args.classes)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(selected), encoding="utf-8")
+        write_text_atomically(args.output, json.dumps(selected))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,28 +2,21 @@
 
 import argparse
 import contextlib
+import logging
+import os
+import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.evaluation import verify_results
-from detectron2.modeling import build_model
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-from torch import nn
+from sparseinst.config.arguments import add_import_argument
+from sparseinst.engine.console import prepare_console
 
-from sparseinst.checkpoint import check_weights_file, checkpointer_from_config
-from sparseinst.config import load_config, resolve_config_file
-from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
-from sparseinst.engine import lazy
-from sparseinst.engine.errors import run_errors, setup_errors
-from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.engine.output_folder import check_no_earlier_run, claimed
-from sparseinst.engine.processes import add_process_arguments, check_device, run_processes
-from sparseinst.engine.trainer import Trainer, check_test_config
-from sparseinst.evaluation import evaluate
-from sparseinst.runtime.optimize import optimize_as_configured
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+    from torch import nn
+
+logger = logging.getLogger(__name__)
 
 DATA_FLAGS = {
     "train_json": "COCO json to train on, in place of DATASETS.TRAIN",
@@ -34,19 +27,58 @@ DATA_FLAGS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return Detectron2's parser with arguments for a user's own data and for several processes."""
-    parser = default_argument_parser(
+    """Return a parser with the arguments of Detectron2's default_argument_parser and those of this project.
+
+    Detectron2's own parser cannot be imported without PyTorch, which takes seconds.
+    """
+    parser = argparse.ArgumentParser(
+        description="Train a model, or evaluate it with --eval-only.",
         epilog="KEY VALUE pairs at the end override the config file, for example: SOLVER.IMS_PER_BATCH 8; "
-        "for a LazyConfig (.py, whose code is run): train.max_iter=100"
+        "for a LazyConfig (.py, whose code is run): train.max_iter=100",
     )
+    add = parser.add_argument
+    add("--config-file", default="", metavar="FILE", help="YAML file, or the name of one that comes with the package")
+    add("--resume", action="store_true", help="continue from the last checkpoint of OUTPUT_DIR, where it has one")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, without a training")
+    add_import_argument(parser)
     for name, meaning in DATA_FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default="", metavar="PATH", help=meaning)
-    add_process_arguments(parser)
+        add(f"--{name.replace('_', '-')}", default="", metavar="PATH", help=meaning)
+    add("--val-share", type=float, metavar="SHARE", help="evaluate on this share of --train-json, such as 0.2")
+    add("--num-gpus", type=int, default=1, metavar="N", help="processes on each machine, one for each GPU (default: 1)")
+    add("--num-machines", type=int, default=1, metavar="N", help="number of machines (default: 1)")
+    add("--machine-rank", type=int, default=0, metavar="N", help="number of this machine, from 0 (default: 0)")
+    # Detectron2's rule: each user has a port.
+    port = 2**15 + 2**14 + hash(os.getuid() if sys.platform != "win32" else 1) % 2**14
+    add(
+        "--dist-url",
+        default=f"tcp://127.0.0.1:{port}",
+        metavar="URL",
+        help="several processes: tcp://HOST:PORT of the first machine, or auto on one machine (default: %(default)s)",
+    )
+    add(
+        "--dist-timeout",
+        type=float,
+        default=30,
+        metavar="MINUTES",
+        help="several processes: fail after waiting this long for another process (default: 30)",
+    )
+    add("opts", nargs=argparse.REMAINDER, default=None, metavar="KEY VALUE", help="override the config file; last")
     return parser
 
 
 def main(args: argparse.Namespace) -> dict:
     """Train, or evaluate with ``--eval-only``, in one process. Return the results of the evaluation."""
+    prepare_console()
+    from detectron2.evaluation import verify_results
+    from detectron2.utils import comm
+
+    from sparseinst.data.coco_json import check_num_classes
+    from sparseinst.engine import lazy
+    from sparseinst.engine.errors import run_errors, setup_errors
+    from sparseinst.engine.report import evaluation_report
+    from sparseinst.engine.trainer import Trainer
+    from sparseinst.evaluation import check_evaluation, evaluate
+
     if args.config_file.endswith(".py"):
         return lazy.main(args)
     results = {}
@@ -54,7 +86,10 @@ def main(args: argparse.Namespace) -> dict:
         with setup_errors():
             cfg = setup(args, stack)
             if args.eval_only:
-                run = partial(evaluate, cfg, load_model(cfg, args.resume))
+                model = load_model(cfg, args.resume)
+                check_evaluation(cfg, getattr(model, "class_names", None))
+                check_num_classes(cfg, ("TEST",))
+                run = partial(evaluate, cfg, model, evaluation_report(cfg))
             else:
                 trainer = Trainer(cfg)
                 trainer.resume_or_load(args.resume)
@@ -66,7 +101,7 @@ def main(args: argparse.Namespace) -> dict:
     return results
 
 
-def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> CfgNode:
+def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     """Prepare the config, data sets, output folder, loggers and seed of one process.
 
     Args:
@@ -76,34 +111,63 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> CfgNode:
     Raises:
         ValueError: the arguments, the config, the data sets or OUTPUT_DIR cannot be used.
     """
+    from detectron2.utils import comm
+
+    from sparseinst.checkpoint import check_weights_file
+    from sparseinst.config import load_config, resolve_config_file
+    from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
+    from sparseinst.data.evaluation_data import choose_evaluation_data
+    from sparseinst.engine.model_keys import set_model_keys
+    from sparseinst.engine.output_folder import check_no_earlier_run, claimed
+    from sparseinst.engine.processes import check_device
+    from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
+    from sparseinst.evaluation import check_test_config
+
     if not args.config_file:
         raise ValueError("--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam")
     args.config_file = resolve_config_file(args.config_file)
-    cfg = load_config(args.config_file, args.opts)
+    flags = {name: repr(getattr(args, name)) for name in DATA_FLAGS if getattr(args, name)}
+    flags |= {} if args.val_share is None else {"val_share": repr(args.val_share)}
+    opts = [part for name, value in flags.items() for part in (f"DATASETS.{name.upper()}", value)]
+    cfg = load_config(args.config_file, [*args.opts, *opts], imports=args.imports)
     check_device(cfg.MODEL.DEVICE)
-    for name in DATA_FLAGS:
-        cfg.DATASETS[name.upper()] = getattr(args, name) or cfg.DATASETS[name.upper()]
+    warnings = choose_evaluation_data(cfg)
     # In every process, because the processes that launch() spawns do not inherit registered data sets.
     splits = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     register_user_datasets(cfg, splits)
-    check_num_classes(cfg, splits)
     if args.eval_only:
         check_test_config(cfg)
+        if not cfg.DATASETS.TEST:
+            raise ValueError("--eval-only has no data to evaluate on: give --test-json and --test-images")
     if not args.resume:
         check_weights_file(cfg.MODEL.WEIGHTS)
+    notes = set_model_keys(cfg, eval_only=args.eval_only, resume=args.resume)
+    if not args.eval_only:
+        check_num_classes(cfg, splits)
     cfg.freeze()
     if comm.is_main_process():
         stack.enter_context(claimed(cfg.OUTPUT_DIR))
     if not args.eval_only and not args.resume:
         check_no_earlier_run(cfg.OUTPUT_DIR)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sparseinst")
+    save_config(cfg.OUTPUT_DIR, cfg.dump())
+    set_up_loggers(cfg.OUTPUT_DIR)
+    for level, lines in ((logging.WARNING, warnings), (logging.INFO, notes)):
+        for line in lines:
+            logger.log(level, line)
     log_data_warnings(cfg, splits)
-    default_setup(cfg, args)
+    cudnn_benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
+    set_up_run(args, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cudnn_benchmark)
     return cfg
 
 
-def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
+def load_model(cfg: "CfgNode", resume: bool) -> "nn.Module":
     """Return the trained model, optimized as RUNTIME says."""
+    from detectron2.modeling import build_model
+
+    from sparseinst.checkpoint import checkpointer_from_config
+    from sparseinst.engine.host_memory import keep_freed_memory_for_inference
+    from sparseinst.runtime.optimize import optimize_as_configured
+
     keep_freed_memory_for_inference(cfg)
     model = build_model(cfg).eval()
     checkpointer_from_config(cfg, model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
@@ -112,7 +176,11 @@ def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
 
 def cli(argv: Sequence[str] | None = None) -> None:
     """Run the command: one process, one for each of ``--num-gpus``, or one of torchrun's."""
-    run_processes(main, build_parser().parse_args(argv))
+    args = build_parser().parse_args(argv)
+    prepare_console()
+    from sparseinst.engine.processes import run_processes
+
+    run_processes(main, args)
 
 
 if __name__ == "__main__":

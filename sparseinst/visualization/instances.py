@@ -32,7 +32,9 @@ _CAPTION_HEIGHT = 22
 _GAP = 6
 
 
-def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
+def draw_instances(
+    image_rgb: np.ndarray, instances: Instances, metadata: Metadata, colors: Sequence[Color] | None = None
+) -> np.ndarray:
     """Draw masks, boxes, names and scores.
 
     Args:
@@ -40,6 +42,7 @@ def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metada
         instances: in the image's size, on the CPU; ``pred_masks`` boolean or RLEMasks. Without ``scores`` (ground
             truth) only the names are written. Of more than 40 instances only the masks are drawn.
         metadata: holds ``thing_classes``.
+        colors: of each instance; None: colors that differ.
 
     Returns:
         (height, width, 3) uint8, RGB, a new array; a small image is enlarged so that its short side has 480 pixels.
@@ -59,7 +62,7 @@ def draw_instances(image_rgb: np.ndarray, instances: Instances, metadata: Metada
     paint_objects(
         drawing,
         mask_windows(instances.pred_masks, order, size),
-        [rank_color(index) for index in order],
+        [rank_color(index) if colors is None else colors[index] for index in order],
         boxes=boxes.tensor.numpy()[order] if with_boxes else None,
         captions=[caption(instances, index, metadata) for index in order] if with_boxes else None,
         alpha=_ALPHA,
@@ -104,7 +107,7 @@ def draw_iams(
     image = _resize(image_rgb, size)
     instances = instances[:max_instances]
     if len(instances) == 0:
-        return _grid([[(image, "nothing found")]])
+        return captioned_grid([[(image, "nothing found")]])
     rows = []
     for index in range(len(instances)):
         mask = _resize_mask(instances.pred_masks, index, size)
@@ -115,12 +118,12 @@ def draw_iams(
             [(masked, caption(instances, index, metadata))]
             + [(_overlay_heat(image, heat), f"map {group + 1}") for group, heat in enumerate(heat_maps)]
         )
-    return _grid(rows)
+    return captioned_grid(rows)
 
 
 def draw_beside(images: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
     """Draw images (height, width, 3) uint8 RGB of one size side by side, each with a caption above it."""
-    return _grid([images])
+    return captioned_grid([images])
 
 
 def ground_truth_instances(instances: Instances) -> Instances:
@@ -202,17 +205,22 @@ def _overlay_heat(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return (0.4 * gray + 0.6 * heat_bgr[:, :, ::-1]).astype(np.uint8)
 
 
-def _grid(rows: Sequence[Sequence[tuple[np.ndarray, str]]]) -> np.ndarray:
-    """Draw rows of captioned images as one image; all rows are equally long, and all images have one size."""
+def captioned_grid(rows: Sequence[Sequence[tuple[np.ndarray, str]]], title: str = "") -> np.ndarray:
+    """Draw rows of captioned images as one image, below a title.
+
+    All rows are equally long, and all images have one size.
+    """
     height, width = rows[0][0][0].shape[:2]
     cell_width = max(width, _CELL_SIDE // 2)
     step_y, step_x = height + _CAPTION_HEIGHT + _GAP, cell_width + _GAP
-    sheet = Image.new("RGB", (len(rows[0]) * step_x + _GAP, len(rows) * step_y + _GAP), "white")
+    top = _CAPTION_HEIGHT * len(title.splitlines())
+    sheet = Image.new("RGB", (len(rows[0]) * step_x + _GAP, top + len(rows) * step_y + _GAP), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
+    pen.text((_GAP, _GAP), title, fill="black", font=font)
     for row_index, row in enumerate(rows):
         for column_index, (image, text) in enumerate(row):
-            x, y = _GAP + column_index * step_x, _GAP + row_index * step_y
+            x, y = _GAP + column_index * step_x, top + _GAP + row_index * step_y
             pen.text((x, y), text, fill="black", font=font)
             sheet.paste(Image.fromarray(image), (x, y + _CAPTION_HEIGHT))
     return np.asarray(sheet)

@@ -1,7 +1,6 @@
 """What a load must fill: all of a trained model, most of the backbone where a training starts; and what it says."""
 
 import logging
-import os
 import pickle
 from pathlib import Path
 
@@ -257,18 +256,6 @@ def test_any_model_and_both_checkpointers(tmp_path):
     assert SparseInstCheckpointer(model).load(str(tmp_path / "theirs.pth")) == {"note": "kept"}
     assert torch.equal(model.weight, source.weight)
     assert start(model, tmp_path / "theirs.pth").backbone_share == 1
-
-
-def test_a_lost_record_of_the_last_checkpoint_is_a_warning(tmp_path, lines):
-    checkpointer = SparseInstCheckpointer(nn.Linear(2, 3), str(tmp_path))
-    for name in ("model_0000001", "model_final"):
-        checkpointer.save(name)
-    assert checkpointer.get_checkpoint_file().endswith("model_final.pth")
-    assert not [line for line in lines() if "last_checkpoint" in line]
-    (tmp_path / "last_checkpoint").write_bytes(bytes(16))
-    os.utime(tmp_path / "model_0000001.pth", (2e9, 2e9))
-    assert checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
-    assert "newest by time is taken, model_0000001.pth. It may be older" in lines()[-1]
 
 
 def test_a_model_whose_names_do_not_load_is_an_error(tmp_path):

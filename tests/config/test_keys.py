@@ -73,7 +73,7 @@ def test_imports_run_first_and_are_saved(tmp_path, caplog, monkeypatch):
     path = write(tmp_path / "a.yaml", "IMPORTS: [mine.py, json]\nMODEL: {MINE: 2}\n")
     cfg = load_config(path)
     assert cfg.MODEL.MINE == 2 and cfg.IMPORTS == [module, "json"]
-    assert sum("runs the code of" in record.getMessage() for record in caplog.records) == 2
+    assert sum("runs the code of" in record.getMessage() for record in caplog.records) == 1
     (tmp_path / "saved").mkdir()
     again = load_config(write(tmp_path / "saved" / "config.yaml", cfg.dump()))
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
@@ -120,12 +120,10 @@ def test_a_model_declares_its_keys():
     ("key", "value"),
     [
         ("MODEL.SPARSE_INST.DECODER.NAME", "MyDecodr"), ("MODEL.SPARSE_INST.ENCODER.NAME", "X"),
-        ("MODEL.SPARSE_INST.DECODER.NORM", "BatchNorm"), ("MODEL.SPARSE_INST.ENCODER.NORM", "X"),
+        ("MODEL.SPARSE_INST.ENCODER.NORM", "X"), ("MODEL.RESNETS.NORM", "BatchNorm"),
         ("MODEL.BACKBONE.NAME", "resnet50"), ("MODEL.SPARSE_INST.MATCHER.NAME", "Hungarian"),
-        ("MODEL.SPARSE_INST.LOSS.NAME", "X"), ("MODEL.SPARSE_INST.MASK_THRESHOLD", 45.0),
-        ("MODEL.SPARSE_INST.MASK_THRESHOLD", float("nan")), ("MODEL.SPARSE_INST.MAX_DETECTIONS", 0),
-        ("MODEL.SPARSE_INST.MASK_NMS_THRESHOLD", -0.5), ("MODEL.SPARSE_INST.CLS_THRESHOLD", 5.0),
-        ("MODEL.PIXEL_STD", [0.0, 1.0, 1.0]), ("MODEL.OUTPUT.MASK_FORMAT", "polygon"),
+        ("MODEL.SPARSE_INST.LOSS.NAME", "X"), ("MODEL.SPARSE_INST.MASK_THRESHOLD", float("nan")),
+        ("MODEL.PIXEL_STD", [0.0, 1.0, 1.0]), ("SOLVER.MAX_ITER", 0),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_used_name_their_key(key, value):

@@ -1,6 +1,7 @@
 """Config files and overrides of commands: what is wrong is told in one line with the file, and no file runs code."""
 
 import logging
+import sys
 
 import pytest
 import yaml
@@ -167,8 +168,12 @@ def test_each_base_is_read_once(tmp_path):
         (["", "1"], "Non-existent key"),
         (["_BASE_", "a.yaml"], "can only be used in files"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch"),
-        (["SOLVER", "{}"], "Type mismatch"),
-        (["OUTPUT_DIR", "-" * 5000 + "1"], "KEY VALUE overrides: a value that is nested too deeply"),
+        (["SOLVER", "[]"], "Type mismatch"),
+        pytest.param(
+            ["OUTPUT_DIR", "-" * 5000 + "1"],
+            "KEY VALUE overrides: a value that is nested too deeply",
+            marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 reads it as text"),
+        ),
         (["OUTPUT_DIR", "-" * 60_000 + "1"], "KEY VALUE overrides: a value that is nested too deeply"),
         (["OUTPUT_DIR", "{[]: 1}"], "unhashable"),
         (["SOLVER.MAX_ITER", "0x" + "f" * 50_000], "cannot be written as YAML"),

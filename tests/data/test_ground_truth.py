@@ -51,6 +51,14 @@ def test_an_image_that_the_json_does_not_have(json_file):
     assert truth.find(json_file.parent / "one" / "b.png") is None
 
 
+@pytest.mark.parametrize("name", ["..\\two\\a.png", "two%2Fa.png", "two/%61.png"])
+def test_names_of_windows_and_urls(name, json_file):
+    json_file.write_text(json_file.read_text().replace("two/a.png", json.dumps(name)[1:-1]))
+    truth = GroundTruth(json_file)
+    assert len(truth.find(json_file.parent / "two" / "a.png").pred_classes) == 2
+    assert len(truth.find(json_file.parent / "one" / "a.png").pred_classes) == 1
+
+
 def test_broken_data_are_named(json_file):
     folder = json_file.parent
     truth = GroundTruth(json_file)

@@ -1,5 +1,6 @@
 """Test the image reader: modes, EXIF, damaged files, limits; compared with Detectron2's own reader."""
 
+import io
 import random
 import struct
 import threading
@@ -10,10 +11,20 @@ import numpy as np
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import detection_utils
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sparseinst.config import add_sparse_inst_config
-from sparseinst.data.images import MAX_IMAGE_PIXELS, DataError, ImageReadError, read_image, read_image_size
+from sparseinst.data.image_formats import FORMATS, IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from sparseinst.data.images import (
+    MAX_IMAGE_PIXELS,
+    MAX_JPEG_SCANS,
+    DataError,
+    ImageReadError,
+    read_16_bit_range,
+    read_header,
+    read_image,
+    read_image_size,
+)
 
 HEIGHT, WIDTH = 6, 9
 
@@ -245,3 +256,67 @@ def test_damaged_files_end_in_our_error_or_in_an_image(suffix, tmp_path):
                 assert str(path) in str(error)
                 num_refused += 1
     assert num_refused > 20
+
+
+def test_formats_that_are_not_meant_are_not_opened(tmp_path, monkeypatch):
+    Image.init()
+    opened = []
+    for kind in set(Image.OPEN) - set(FORMATS):
+        monkeypatch.setitem(Image.OPEN, kind, (lambda file, name, kind=kind: opened.append(kind), None))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "ICO")
+    for content in (eps, buffer.getvalue(), b"icns" + bytes(40), b"BLP1" + bytes(200)):
+        (tmp_path / "a.jpg").write_bytes(content)
+        for read in (read_image, read_image_size):
+            with pytest.raises(ImageReadError, match="it is not an image, or of another format than JPEG, PNG"):
+                read(tmp_path / "a.jpg")
+    assert opened == []
+
+
+def test_every_suffix_is_one_that_pillow_knows_for_its_format():
+    known = Image.registered_extensions()
+    for kind, suffixes in FORMATS.items():
+        assert all(known.get(suffix, kind) == kind for suffix in suffixes), kind
+    assert not set(IMAGE_SUFFIXES) & set(UNREAD_SUFFIXES)
+    # All others of Pillow's are refused by name, or hold no photographs.
+    assert {".jfif", ".avif", ".gif", ".mpo", ".jp2", ".webp"} <= set(IMAGE_SUFFIXES)
+
+
+def test_a_thread_that_reads_leaves_pillows_limit_alone(tmp_path, monkeypatch):
+    Image.fromarray(pixels(10, 20, 3)).save(tmp_path / "a.png")
+    limits = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda im: limits.append(Image.MAX_IMAGE_PIXELS) or load(im))
+    read_image(tmp_path / "a.png")
+    assert limits and None not in limits
+
+
+def jpeg_of_scans(num_scans: int) -> bytes:
+    """Return a progressive JPEG whose last scan is repeated."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(24, 24, 3)).save(buffer, "JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xda" * 300)
+    content = buffer.getvalue()
+    start = content.rindex(b"\xff\xda")
+    usual = content.count(b"\xff\xda") - 300
+    return content[:start] + content[start:-2] * (num_scans - usual + 1) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_decoding(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(jpeg_of_scans(MAX_JPEG_SCANS))
+    assert read_image(path).shape == (24, 24, 3)
+    path.write_bytes(jpeg_of_scans(MAX_JPEG_SCANS + 1))
+    for read in (read_image, read_image_size):
+        with pytest.raises(ImageReadError, match="a JPEG of more than 100 scans"):
+            read(path)
+
+
+def test_header_and_range(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 3
+    Image.fromarray(pixels(10, 20, 3)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_header(tmp_path / "a.jpg") == ((10, 20), 3, False)
+    Image.fromarray(np.array([[7, 4095]], dtype=np.uint16)).save(tmp_path / "a.png")
+    assert read_header(tmp_path / "a.png") == ((1, 2), 1, True)
+    assert read_16_bit_range(tmp_path / "a.png") == (7, 4095)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.common import AspectRatioGroupedDataset
-from detectron2.data.samplers import TrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 
@@ -220,6 +220,18 @@ def test_every_sampler_of_detectron2s_config(shapes, sampler):
     assert len(counts) == 6
     # Each image twice, or images of rare classes more often.
     assert (set(counts.values()) == {4}) == (sampler == "TrainingSampler")
+
+
+@pytest.mark.parametrize("sqrt", [True, False])
+def test_repeat_sqrt_is_read(shapes, sqrt):
+    cfg = tiny_cfg(
+        "DATASETS.TRAIN", (shapes,), "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler",
+        "DATALOADER.REPEAT_THRESHOLD", 3.0, "DATALOADER.REPEAT_SQRT", sqrt, "SOLVER.IMS_PER_BATCH", 2,
+    )  # fmt: skip
+    images = DatasetCatalog.get(shapes)
+    expected = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(images, 3.0, sqrt=sqrt).sum()
+    sampler = build_train_loader(cfg, 1)._build_sampler(1)
+    assert (sampler._int_part + sampler._frac_part).sum() == pytest.approx(expected.item())
 
 
 def test_unknown_names_and_empty_data_are_refused(shapes):

@@ -122,7 +122,9 @@ def test_the_json_s_check_and_the_mapper_agree(image_path, segmentations_of_imag
     }
     report = check_content(content)
     mapper = SparseInstDatasetMapper(True, augmentations=[], image_format="RGB")
-    if report.problems():
+    # These stop where a training would learn nothing; the mapper reads them.
+    of_all_objects = ("coordinates look normalised", "objects without a pixel")
+    if any(problem.kind not in of_all_objects for problem in report.problems()):
         image = {"file_name": image_path, "annotations": [{**a, "category_id": 0} for a in content["annotations"]]}
         with pytest.raises(DataError):
             mapper(image)

@@ -10,6 +10,8 @@ from sparseinst.engine.optimizer import (
     clip_total_norm,
     learning_rate,
     parameter_groups,
+    parameter_names,
+    resumed_state,
 )
 from tests.tiny_model import tiny_cfg, tiny_model
 
@@ -234,3 +236,74 @@ def test_other_groups_than_the_checkpoints_are_told_by_the_optimizer():
 def test_unknown_implementations():
     with pytest.raises(ValueError, match="SOLVER.OPTIMIZER_IMPLEMENTATION is 'fast'; it must be one of .*'fused'"):
         build_optimizer(tiny_cfg("SOLVER.OPTIMIZER_IMPLEMENTATION", "fast"), _Model())
+
+
+def trained(*opts):
+    """The optimizer of a tiny model after a step, with a schedule at a tenth of the base rate; and its names."""
+    model = tiny_model("SOLVER.CLIP_TOTAL_NORM", 0.0, *opts)
+    optimizer = build_optimizer(tiny_cfg(*opts), model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.1)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+        group["lr"] *= 0.1
+    optimizer.step()
+    return optimizer, parameter_names(optimizer, model)
+
+
+DECAY = ("SOLVER.WEIGHT_DECAY", 0.05, "SOLVER.WEIGHT_DECAY_NORM", 0.0)
+
+
+def test_an_unchanged_state_is_resumed_bit_for_bit():
+    optimizer, names = trained(*DECAY)
+    saved = optimizer.state_dict()
+    for saved_names in (names, None):
+        state = resumed_state(optimizer, saved, names, saved_names)
+        assert state["state"] is saved["state"] and state["param_groups"] == saved["param_groups"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "setting", "key"),
+    [
+        (("SOLVER.BASE_LR", 0.5), "initial_lr", "SOLVER.BASE_LR"),
+        (("SOLVER.WEIGHT_DECAY", 0.25), "weight_decay", "SOLVER.WEIGHT_DECAY"),
+    ],
+)
+def test_changed_settings_are_taken_and_said(opts, setting, key, caplog):
+    saved, names = trained(*DECAY)
+    optimizer, _ = trained(*DECAY, *opts)
+    state = resumed_state(optimizer, saved.state_dict(), names, names)
+    assert {group[setting] for group in state["param_groups"]} == {group[setting] for group in optimizer.param_groups}
+    for group in state["param_groups"]:
+        # The place in the schedule stays.
+        assert group["lr"] == pytest.approx(0.1 * group["initial_lr"])
+    (record,) = [record for record in caplog.records if "--resume" in record.getMessage()]
+    assert key in record.getMessage() and f"{opts[1]:g} from now on" in record.getMessage()
+
+
+def test_other_groups_of_the_same_parameters_keep_their_state():
+    # With weight decay 0 there is one group where there were two.
+    saved, saved_names = trained(*DECAY)
+    optimizer, names = trained(*DECAY, "SOLVER.WEIGHT_DECAY", 0.0)
+    assert len(names) == 1 < len(saved_names)
+    state = resumed_state(optimizer, saved.state_dict(), names, saved_names)["state"]
+    index_of = {name: index for index, name in enumerate(name for part in saved_names for name in part)}
+    for index, name in enumerate(names[0]):
+        assert state[index] is saved.state_dict()["state"][index_of[name]], name
+    # A checkpoint without names.
+    with pytest.raises(ValueError, match="parameters in 2 groups, and this config gives .* in 1.*SOLVER keys"):
+        resumed_state(optimizer, saved.state_dict(), names)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("SOLVER.OPTIMIZER", "SGD"), "SOLVER.OPTIMIZER is SGD, but the checkpoint has the state of ADAMW"),
+        (("SOLVER.AMSGRAD", True), "SOLVER.AMSGRAD is True, but the checkpoint was trained with False"),
+    ],
+)
+def test_another_optimizer_is_refused(opts, message):
+    saved, names = trained()
+    optimizer, _ = trained(*opts)
+    with pytest.raises(ValueError, match=message):
+        resumed_state(optimizer, saved.state_dict(), names, names)

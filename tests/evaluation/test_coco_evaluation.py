@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 
 from sparseinst.checkpoint import OutputError
 from sparseinst.data.coco_results import to_coco_results
-from sparseinst.engine.trainer import check_test_config
+from sparseinst.evaluation.checks import check_test_config
 from sparseinst.evaluation.coco_evaluation import RESULTS_FILE, EncodedMaskEvaluator, check_coco_eval, run_coco_eval
 from sparseinst.structures.rle_masks import RLEMasks
 from tests.tiny_model import tiny_cfg

@@ -8,9 +8,9 @@ from sparseinst.checkpoint import checkpointer
 from sparseinst.tools import train_net
 from tests.tiny_model import tiny_cfg
 
-MAX_ITER = 24
-CHECKPOINT_PERIOD = 4
-EVAL_PERIOD = 12
+MAX_ITER = 12
+CHECKPOINT_PERIOD = 3
+EVAL_PERIOD = 6
 
 
 def write_config(path: Path, train: tuple[str, str], test: tuple[str, str]) -> None:
@@ -19,7 +19,7 @@ def write_config(path: Path, train: tuple[str, str], test: tuple[str, str]) -> N
         "DATASETS.TRAIN_JSON", train[0], "DATASETS.TRAIN_IMAGES", train[1],
         "DATASETS.TEST_JSON", test[0], "DATASETS.TEST_IMAGES", test[1],
         "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "DATALOADER.NUM_WORKERS", 1,
-        "SOLVER.IMS_PER_BATCH", 3, "SOLVER.MAX_ITER", MAX_ITER, "SOLVER.STEPS", (16,), "SOLVER.WARMUP_ITERS", 6,
+        "SOLVER.IMS_PER_BATCH", 3, "SOLVER.MAX_ITER", MAX_ITER, "SOLVER.STEPS", (8,), "SOLVER.WARMUP_ITERS", 3,
         "SOLVER.CHECKPOINT_PERIOD", CHECKPOINT_PERIOD, "TEST.EVAL_PERIOD", EVAL_PERIOD,
         "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2,
         "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0, "MODEL.SPARSE_INST.MASK_THRESHOLD", 0.001,
@@ -64,10 +64,10 @@ def write_slowly(path, write) -> None:
 
 def phase(output: Path, log: str) -> str:
     """What a run is doing: starting, training, saving or evaluating."""
-    if any(output.glob(".*.partial")):
+    if any(output.glob(".model_*.partial")):
         return "saving"
     start = max(log.rfind("Starting training"), log.rfind("precise-BN"))
     if start < 0:
         return "starting"
-    begun, done = log.rfind("Start inference"), log.rfind("copypaste")
+    begun, done = log.rfind("Start inference"), log.rfind("Results and speed are in")
     return "evaluating" if begun > max(done, log.rfind("eta:")) else "training"

@@ -129,7 +129,7 @@ def test_a_seed_that_nobody_chose(workspace):
     folder, config, _, _ = workspace
     first = folder / "unseeded"
     child = Child(train, config, first, False, -1)
-    while child.is_alive() and not (first / "model_0000003.pth").exists():
+    while child.is_alive() and not (first / "model_0000002.pth").exists():
         time.sleep(0.005)
     child.send(signal.SIGKILL)
     child.wait(TIMEOUT)
@@ -172,7 +172,7 @@ def test_two_processes_are_killed_and_resumed(workspace):
 
     whole, killed = folder / "two_whole", folder / "two_killed"
     assert start(whole).wait(TIMEOUT) == 0
-    for name in ("model_0000003.pth", "model_0000011.pth"):
+    for name in ("model_0000002.pth", "model_0000005.pth"):
         run = start(killed)
         until = time.monotonic() + TIMEOUT
         while not (killed / name).exists():

@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 
-from sparseinst import add_sparse_inst_config
+from sparseinst import add_sparse_inst_config, config
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.inference import ImageReadError, Predictor, read_image, to_coco_results
 from sparseinst.structures.rle_masks import RLEMasks
@@ -231,7 +231,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, caplog):
     assert "RANDOM" in caplog.text
 
     save_checkpoint(cfg, tmp_path, classes={"names": ["a", "b", "c"], "category_ids": [1, 2, 3]})
-    with pytest.raises(ValueError, match="3 classes and MODEL.SPARSE_INST.DECODER.NUM_CLASSES is 2"):
+    config.mark_explicit(cfg, ["MODEL.SPARSE_INST.DECODER.NUM_CLASSES"])
+    with pytest.raises(ValueError, match="NUM_CLASSES is 2, but the checkpoint .* was trained with 3"):
         Predictor(cfg)
 
     torch.save({"model": {"scores": torch.zeros(5)}}, tmp_path / "other.pth")
@@ -281,3 +282,33 @@ def test_coco_results():
     assert result["bbox"] == [2, 1, 3, 2] and result["score"] == pytest.approx(0.3)
     assert result["segmentation"]["size"] == [5, 6] and isinstance(result["segmentation"]["counts"], str)
     assert to_coco_results(instances[:0], 12, [10, 20]) == []
+
+
+def test_the_checkpoint_gives_the_numbers_and_the_names(tmp_path):
+    cfg = tiny_sparse_inst_config()
+    cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES, cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS = 2, 12
+    save_checkpoint(cfg, tmp_path, classes={"names": ["cat", "dog"], "category_ids": [1, 2]})
+    other = tiny_sparse_inst_config()
+    other.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS
+    other.freeze()
+    predictor = Predictor(other)
+    assert predictor.metadata.thing_classes == ["cat", "dog"]
+    (instances,) = predictor([np.zeros((40, 40, 3), np.uint8)])
+    assert len(instances) <= 12 and other.MODEL.SPARSE_INST.DECODER.NUM_CLASSES == 3
+
+
+def test_a_given_models_names_are_drawn(tmp_path):
+    cfg = red_segmenter_config()
+    name = "red_segmenter_reordered"
+    DatasetCatalog.register(name, list)
+    try:
+        MetadataCatalog.get(name).set(thing_classes=["blue", "red"], thing_dataset_id_to_contiguous_id={7: 0, 3: 1})
+        cfg.DATASETS.TEST = (name,)
+        model = build_model(cfg)
+        model.class_names = ["red", "blue"]
+        assert Predictor(cfg, model=model).classes == ClassInfo(["red", "blue"], [3, 7])
+        model.class_names = ["rot", "blau"]
+        assert Predictor(cfg, model=model).classes.names == ["rot", "blau"]
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

@@ -1,10 +1,12 @@
 import contextlib
+import itertools
 
 import cv2
 import numpy as np
 import pytest
 
 from sparseinst.inference import VideoReader, VideoWriter
+from sparseinst.inference.video import without_password
 
 
 def frames_of(height, width, count=6):
@@ -63,6 +65,32 @@ def test_what_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(ValueError, match="text.mp4"):
         VideoReader(tmp_path / "text.mp4")
+
+
+@pytest.mark.parametrize(("share", "message"), [(1, ""), (0.5, "clip.avi ends after 30 of the 60 frames")])
+def test_a_video_that_ends_before_its_header_says(tmp_path, caplog, share, message):
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 25, (128, 128))
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        writer.write(rng.integers(0, 255, (128, 128, 3), dtype=np.uint8))
+    writer.release()
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with VideoReader(path) as reader:
+        assert len(list(itertools.islice(reader, 5))) == 5
+    # The caller stopped, not the video.
+    assert not caplog.records
+    with VideoReader(path) as reader:
+        assert len(list(reader)) == 60 * share
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * bool(message)
+    assert message in caplog.text
+    with VideoReader(path) as reader:
+        assert reader.has_last_frame() == (share == 1)
+
+
+def test_a_password_is_not_shown():
+    assert without_password("rtsp://me:secret@door:554/hall?x=1") == "rtsp://door:554/hall?x=1"
+    assert without_password("videos/a@b.mp4") == "videos/a@b.mp4"
 
 
 def test_extension_codec_and_size_are_checked(tmp_path):

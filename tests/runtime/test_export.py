@@ -1,14 +1,19 @@
 """`torch.export.export` of networks with dynamic batch, height and width gives the numbers of the model itself."""
 
+import traceback
+from pathlib import Path
+
 import pytest
 import torch
+from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 from torch import nn
 from torch.export import Dim
 
 from sparseinst import get_config_file
 from sparseinst.config import load_config
-from tests.tiny_model import tiny_model
+from sparseinst.runtime.optimize import optimize_for_inference
+from tests.tiny_model import random_input, tiny_model
 
 EXAMPLE = (2, 3, 64, 96)
 # Other sizes and batches than the example's; the smallest side is two cells of the coarsest stride.
@@ -83,3 +88,32 @@ def test_backbones(opts):
 
 def test_r50_giam():
     check_export(published("sparse_inst_r50_giam"))
+
+
+@pytest.mark.parametrize("is_optimized", [False, True])
+@pytest.mark.parametrize("export", ["trace", "export"])
+def test_a_whole_model_is_refused_with_one_line(is_optimized, export):
+    """The masks, boxes and scores of a trace would be those of the example's image."""
+    model = optimize_for_inference(tiny_model()) if is_optimized else tiny_model()
+    x = random_input(64, 96)
+    adapter = TracingAdapter(model, [x], lambda model, inputs: [{"instances": model(inputs)[0]["instances"]}])
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be traced or exported.*model.network") as caught:
+        if export == "trace":
+            torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+        else:
+            torch.export.export(adapter, adapter.flattened_inputs, strict=False)
+    assert "\n" not in str(caught.value)
+    assert Path(traceback.extract_tb(caught.value.__traceback__)[-1].filename).parent.name == "modeling"
+
+
+def test_a_traced_postprocessing_is_refused():
+    model = tiny_model()
+    x = random_input(64, 96)
+
+    class Whole(nn.Module):
+        def forward(self, pixels):
+            images = model.preprocess([{"image": pixels}])
+            return model.postprocess(model.network(images.tensor), [x], images)[0]["instances"].scores
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be traced"):
+        torch.jit.trace(Whole(), x["image"], check_trace=False)

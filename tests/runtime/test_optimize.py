@@ -294,13 +294,13 @@ def test_it_cannot_be_trained(model):
 
 
 def test_without_a_compiler_it_runs_as_it_is(model, monkeypatch, caplog):
-    def no_compiler(function):
+    def no_compiler(function, **kwargs):
         def run(*args):
             raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
 
         return run
 
-    monkeypatch.setattr(optimization.torch, "compile", no_compiler)
+    monkeypatch.setattr(torch, "compile", no_compiler)
     optimized = optimize_for_inference(model, compile=True)
     images = torch.randn(1, 3, 64, 64)
     logging.getLogger("sparseinst").propagate = True

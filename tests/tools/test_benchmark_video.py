@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparseinst.benchmarks.inference import DrawnObjects
 from sparseinst.inference import VideoWriter
 from sparseinst.tools import benchmark_video
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
@@ -42,7 +43,7 @@ def test_wrong_arguments_are_told(arguments, options, message, capsys):
 
 
 def test_so_many_objects_are_found():
-    model = benchmark_video.DrawnObjects(tiny_model(), 3).eval()
+    model = DrawnObjects(tiny_model(), 3).eval()
     for num_detections in (3, 5):
         model.num_detections = num_detections
         with torch.no_grad():

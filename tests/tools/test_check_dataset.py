@@ -62,7 +62,7 @@ def test_all_broken_images_are_told_in_one_pass(config_file, tmp_path, capsys):
     for workers in (0, 2):
         code, output = check(capsys, json_file, images, *strict, 2, "--workers", workers)
         assert code == 1 and "Problems, which stop a training: 5" in output
-        assert "3 of 3; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is 2: repair" in output
+        assert "4 of 4; a training skips at most DATALOADER.MAX_BROKEN_IMAGES, which is 2: repair" in output
         assert "unreadable image: 2" in output and "1.png: " in output and "4.png: it is not an image" in output
         assert "missing file: 1" in output and "'2.png'" in output
         assert "another image size: 1" in output and "EXIF" in output
@@ -95,7 +95,7 @@ def test_kinds_are_capped_and_counted(config_file, tmp_path, capsys):
     code, output = check(capsys, *files, "--config-file", config_file, "--show", 2)
     assert code == 1
     assert "segmentation: 30\n" in output and output.count("a polygon of 3 numbers") == 2 and "and 28 more" in output
-    assert "Warnings: 1\n  polygons of fewer than three points: 1\n    annotation 77 ('1.png')" in output
+    assert "Warnings: 2\n  polygons of fewer than three points: 1\n    annotation 77 ('1.png')" in output
 
 
 def test_what_only_warns(config_file, tmp_path, capsys):
@@ -104,7 +104,10 @@ def test_what_only_warns(config_file, tmp_path, capsys):
     content["annotations"] += [annotation(number, 1, 3, 1, 1, 9) for number in range(10, 20)]
     code, output = check(capsys, *write(tmp_path, content), "--config-file", config_file)
     assert code == 0
-    assert "'1.png' is named by 2 images" in output and "NUM_MASKS 12 would hold all" in output
+    assert (
+        "'1.png' is named by 2 images" in output
+        and "NUM_MASKS 12 and MODEL.SPARSE_INST.MAX_DETECTIONS 100 would hold all" in output
+    )
 
 
 def test_the_number_of_classes_counts_where_a_config_is_given(config_file, tmp_path, capsys):
@@ -176,3 +179,12 @@ def test_a_json_that_is_garbage_ends_in_a_verdict(config_file, tmp_path, capsys)
         json_file, images = write(tmp_path, damaged.decode())
         codes.append(check(capsys, json_file, images)[0])
     assert set(codes) <= {0, 1} and 1 in codes
+
+
+def test_an_image_of_the_training_s_size(config_file, tmp_path, capsys):
+    content = {**CONTENT, "images": [{**CONTENT["images"][0], "height": 64, "width": 96}]}
+    content["annotations"] = [annotation(1, 1, 3, 5, 5, 20)]
+    json_file, images = write(tmp_path, content)
+    Image.new("RGB", (96, 64)).save(images / "1.png")
+    code, output = check(capsys, json_file, images, "--config-file", config_file)
+    assert code == 0 and "0 of 1 (0.0%)" in output

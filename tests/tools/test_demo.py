@@ -2,7 +2,10 @@ import json
 import logging
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from pycocotools.coco import COCO
 
 from sparseinst.config import load_config
 from sparseinst.inference import VideoReader, VideoWriter
-from sparseinst.tools import demo
+from sparseinst.tools import demo_run
 from tests.tiny_model import tiny_cfg, tiny_model
 from tests.tools.demo_scenes import ground_truth_json, pixels_of, run, save_scene
 
@@ -188,7 +191,7 @@ def test_masks_below_the_threshold_are_not_made_and_change_nothing(tmp_path, tin
             assert found(threshold, *options) == expected
     with pytest.MonkeyPatch.context() as patch:
         kept = []
-        patch.setattr(demo, "run_images", lambda args, cfg: kept.append(cfg.MODEL.OUTPUT.SCORE_THRESHOLD) or 0)
+        patch.setattr(demo_run, "run_images", lambda args, cfg: kept.append(cfg.MODEL.OUTPUT.SCORE_THRESHOLD) or 0)
         for threshold in (0, 0.5):
             found_nothing = ["--input", "x", "--json", tmp_path / "x.json", "--confidence-threshold", threshold]
             assert run(tiny_config_file, *found_nothing) == 0
@@ -207,7 +210,7 @@ def test_masks_below_the_threshold_are_not_made_and_change_nothing(tmp_path, tin
         (["--input", "{tmp}/in/a.png", "--output", "{tmp}/model.pth"], "must be a folder"),
         (["--input", "{tmp}/in/a.png"], "opencv-python"),
         (["--input", "{tmp}/in/a.png", "--json", "{tmp}/x.json", "--show-iams"], "--output"),
-        (["--webcam", "--output", "{tmp}/out"], "opencv-python"),
+        (["--webcam"], "opencv-python"),
         (["--video-input", "{tmp}/in/none.mp4", "--output", "{tmp}/out"], "none.mp4"),
         (["--video-input", "{tmp}/in/a.png", "--output", "{tmp}/in/a.avi"], ".mp4"),
         (["--video-input", "{tmp}/in/clip.mp4", "--output", "{tmp}/in"], "overwrite"),
@@ -253,16 +256,46 @@ def test_webcam(tmp_path, config_file, shown, monkeypatch):
     with VideoWriter(clip, 10) as writer:
         for _ in range(6):
             writer.write(np.full((48, 64, 3), (90, 160, 90), np.uint8))
-    monkeypatch.setattr(demo, "VideoReader", lambda source: VideoReader({2: clip}[source]))
+    monkeypatch.setattr(demo_run, "VideoReader", lambda source: VideoReader({2: clip}[source]))
     assert run(config_file, "--webcam", 2, "--output", tmp_path / "out") == 0
     assert len(shown) == 3
     with VideoReader(tmp_path / "out" / "webcam.mp4") as reader:
         assert len(list(reader)) == 3
 
 
+def test_webcam_without_a_window(tmp_path, config_file, no_window, monkeypatch, capsys):
+    clip = tmp_path / "clip.mp4"
+    with VideoWriter(clip, 10) as writer:
+        for _ in range(6):
+            writer.write(np.full((48, 64, 3), (90, 160, 90), np.uint8))
+    monkeypatch.setattr(demo_run, "VideoReader", lambda source: VideoReader({0: clip}[source]))
+    assert run(config_file, "--webcam", "--output", tmp_path / "out") == 0
+    assert "6 frames are in" in capsys.readouterr().out
+    with VideoReader(tmp_path / "out" / "webcam.mp4") as reader:
+        assert len(list(reader)) == 6
+
+
+def test_a_video_from_an_address(tmp_path, config_file, capsys):
+    with VideoWriter(tmp_path / "hall.mp4", 10) as writer:
+        for _ in range(6):
+            writer.write(np.full((48, 64, 3), (250, 20, 20), np.uint8))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}/hall.mp4"
+        options = ["--output", tmp_path / "out", "--json", tmp_path / "found.json"]
+        assert run(config_file, "--video-input", f"http://me:secret@{address}?fps=5", *options) == 0
+        assert run(config_file, "--video-input", f"http://me:secret@{address}.none", *options) == 2
+        server.shutdown()
+    assert (tmp_path / "out" / "hall.mp4").is_file()
+    assert f"OpenCV cannot open http://{address}.none" in capsys.readouterr().err
+    names = {image["file_name"] for image in json.loads((tmp_path / "found_images.json").read_text())["images"]}
+    assert names == {f"http://{address}?fps=5"}
+
+
 def test_flags_set_the_keys(tmp_path, config_file, monkeypatch):
     seen = []
-    monkeypatch.setattr(demo, "run_images", lambda args, cfg: seen.append(cfg.MODEL.SPARSE_INST) or 0)
+    monkeypatch.setattr(demo_run, "run_images", lambda args, cfg: seen.append(cfg.MODEL.SPARSE_INST) or 0)
     common = ["--input", "a.png", "--output", tmp_path]
     key = "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD"
     assert run(config_file, *common, "--mask-nms", 0.5, "--show-iams") == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparseinst.inference import VideoReader, VideoWriter
-from sparseinst.tools import demo
+from sparseinst.tools import demo_run
 from tests.tools.demo_scenes import run, save_scene
 
 pytestmark = pytest.mark.usefixtures("loggers_as_before", "no_window")
@@ -64,8 +64,8 @@ def interrupted(monkeypatch):
             raise KeyboardInterrupt
         return original(self, image)
 
-    original = demo.TimedPredictor.predict
-    monkeypatch.setattr(demo.TimedPredictor, "predict", predict)
+    original = demo_run.TimedPredictor.predict
+    monkeypatch.setattr(demo_run.TimedPredictor, "predict", predict)
 
 
 def test_after_ctrl_c_the_finished_frames_are_kept(tmp_path, config_file, interrupted, capsys):
@@ -97,8 +97,8 @@ def test_a_signal_in_the_model_ends_after_its_image(tmp_path, config_file, monke
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, image)
 
-    original = demo.TimedPredictor.predict
-    monkeypatch.setattr(demo.TimedPredictor, "predict", predict)
+    original = demo_run.TimedPredictor.predict
+    monkeypatch.setattr(demo_run.TimedPredictor, "predict", predict)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         paths = [save_scene(tmp_path / "in" / f"{index}.png") for index in range(8)]

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from sparseinst.tools import train_net
+from tests.faults.child import run_in_child
 from tests.shapes_data import CLASS_NAMES, write_shapes
 from tests.tiny_model import tiny_cfg
 
@@ -32,25 +32,29 @@ def workspace(tmp_path_factory):
     ]  # fmt: skip
 
 
+def train_net_cli(arguments, folder):
+    os.chdir(folder)
+    train_net.cli(arguments)
+
+
 def run(*args, cwd=REPO):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(REPO)}
-    command = [sys.executable, str(REPO / "train_net.py"), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    """Run the command in a process of its own, whose imports are done; return how it ended, with its output."""
+    return run_in_child(train_net_cli, [*map(str, args)], cwd, timeout=300)
 
 
 def test_train_then_evaluate_then_resume(workspace, tmp_path):
     trained = run(*workspace, "OUTPUT_DIR", tmp_path, cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
+    assert trained.exit_code == 0, trained.output
     assert json.loads((tmp_path / "classes.json").read_text()) == {
         "names": CLASS_NAMES,
         "category_ids": [1, 2, 3, 4],
     }
-    assert "sparseinst" in trained.stdout and "total_loss" in trained.stdout
+    assert "sparseinst" in trained.output and "total_loss" in trained.output
 
     weights = tmp_path / "model_final.pth"
     evaluated = run(*workspace, "--eval-only", "OUTPUT_DIR", tmp_path / "eval", "MODEL.WEIGHTS", weights)
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert "post-processing" in evaluated.stdout and "images/s" in evaluated.stdout
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "post-processing" in evaluated.output and "images/s" in evaluated.output
     assert "segm" in json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
 
     large = run(
@@ -58,41 +62,45 @@ def test_train_then_evaluate_then_resume(workspace, tmp_path):
         "MODEL.OUTPUT.MAX_MASK_GIB", 1e-6, "MODEL.SPARSE_INST.CLS_THRESHOLD", -1.0,
     )  # fmt: skip
     # Results are encoded mask by mask, whatever boolean masks would take.
-    assert large.returncode == 0, large.stderr
+    assert large.exit_code == 0, large.output
 
     # Heads of another shape are what a fine-tuning starts from, and an evaluation cannot.
     other_heads = ["OUTPUT_DIR", tmp_path / "heads", "MODEL.WEIGHTS", weights, "MODEL.SPARSE_INST.DECODER.GROUPS", 4]
     refused = run(*workspace, "--eval-only", *other_heads)
-    assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    assert "error: " in refused.stderr and "MODEL.SPARSE_INST.DECODER.NUM_MASKS or GROUPS" in refused.stderr
+    assert refused.exit_code == 1 and "Traceback" not in refused.output
+    assert "error: " in refused.output and "MODEL.SPARSE_INST.DECODER.NUM_MASKS or GROUPS" in refused.output
     tuned = run(*workspace, *other_heads, "SOLVER.MAX_ITER", 1)
-    assert tuned.returncode == 0, tuned.stderr
-    assert tuned.stdout.count("Not loaded: ") == 7
+    assert tuned.exit_code == 0, tuned.output
+    assert tuned.output.count("Not loaded: ") == 7
 
     resumed = run(*workspace, "--resume", "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 3)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "Starting training from iteration 2" in resumed.stdout
+    assert resumed.exit_code == 0, resumed.output
+    assert "Starting training from iteration 2" in resumed.output
 
 
 def test_two_processes_on_the_cpu(workspace, tmp_path):
     trained = run(*workspace, "--num-gpus", 2, "--dist-url", "auto", "OUTPUT_DIR", tmp_path)
-    assert trained.returncode == 0, trained.stderr
+    assert trained.exit_code == 0, trained.output
     assert (tmp_path / "model_final.pth").is_file()
-    assert "segm" in trained.stdout
+    assert "segm" in trained.output
 
 
 def test_expected_results_are_verified(workspace, tmp_path):
     expected = "[['segm', 'AP', 99.0, 0.5]]"
     failed = run(*workspace, "--eval-only", "OUTPUT_DIR", tmp_path, "TEST.EXPECTED_RESULTS", expected)
-    assert failed.returncode != 0
-    assert "failed" in failed.stdout + failed.stderr
+    assert failed.exit_code != 0
+    assert "failed" in failed.output
 
 
 def test_a_builtin_data_set_that_is_not_there(tmp_path):
     failed = run("--config-file", "sparse_inst_r50_giam", "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path, cwd=tmp_path)
-    assert failed.returncode == 1
-    assert "Traceback" not in failed.stderr
-    assert "error: " in failed.stderr and "instances_train2017.json" in failed.stderr
+    assert failed.exit_code == 1
+    assert "Traceback" not in failed.output
+    (error,) = (line for line in failed.output.splitlines() if line.startswith("error: "))
+    assert "annotations/instances_" in error and "DETECTRON2_DATASETS" in error
+    no_test = run("--config-file", "sparse_inst_r50_giam", "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path, cwd=tmp_path)
+    assert no_test.exit_code == 1
+    assert "instances_train2017.json" in no_test.output and "DETECTRON2_DATASETS" in no_test.output
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,7 @@ def test_errors_are_one_line_that_names_the_key(workspace, tmp_path, args, messa
         start = args.index(flags[0])
         args, flags = args[:start] + args[start + 2 :], args[start : start + 2]
     failed = run(*workspace, *flags, "OUTPUT_DIR", tmp_path, *args)
-    assert failed.returncode == 1
-    assert "Traceback" not in failed.stderr
-    error = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert failed.exit_code == 1
+    assert "Traceback" not in failed.output
+    error = [line for line in failed.output.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]

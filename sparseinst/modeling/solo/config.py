@@ -2,10 +2,41 @@
 
 from detectron2.config import CfgNode
 
+from sparseinst.config.values import COUNT, FRACTION, NORM, NOT_NEGATIVE, POSITIVE, Range, each, one_of
+
 SOLO_NODE = "MODEL.SOLO"
 SOLOV2_NODE = "MODEL.SOLOV2"
 NUM_CLASSES = "NUM_CLASSES"
 MAX_DETECTIONS = "MAX_DETECTIONS"
+_SIZES = Range(lambda pair: len(pair) == 2 and 0 <= pair[0] <= pair[1], "a smallest and a largest size")
+_INSIDE = Range(lambda value: 0 < value < 1, "in (0, 1)")
+_SHARE = Range(lambda value: 0 < value <= 1, "in (0, 1]")
+_RANGES = {
+    **{name: COUNT for name in ("NUM_CLASSES", "NUM_CONVS", "CHANNELS", "MAX_DETECTIONS", "NMS.PRE")},
+    "STRIDES": each(COUNT),
+    "NUM_GRIDS": each(COUNT),
+    "SCALE_RANGES": each(_SIZES),
+    "SIGMA": _SHARE,
+    "NORM": NORM,
+    "DEFORM": one_of("", "last", "all"),
+    "PRIOR_PROB": _INSIDE,
+    **{f"LOSS.{name}": NOT_NEGATIVE for name in ("CATE_WEIGHT", "MASK_WEIGHT", "FOCAL_GAMMA")},
+    "LOSS.FOCAL_ALPHA": FRACTION,
+    "SCORE_THRESHOLD": FRACTION,
+    "MASK_THRESHOLD": _INSIDE,
+    "NMS.TYPE": one_of("matrix", "mask"),
+    "NMS.KERNEL": one_of("gaussian", "linear"),
+    "NMS.SIGMA": POSITIVE,
+    "NMS.UPDATE_THRESHOLD": FRACTION,
+    "NMS.IOU_THRESHOLD": _SHARE,
+}
+# The values that the keys accept; `sparseinst.config.check_values` refuses others.
+RANGES = {
+    **{f"{node}.{key}": accepted for node in (SOLO_NODE, SOLOV2_NODE) for key, accepted in _RANGES.items()},
+    f"{SOLOV2_NODE}.KERNEL_DIM": COUNT,
+    f"{SOLOV2_NODE}.MASK_FEATURES.CHANNELS": COUNT,
+    f"{SOLOV2_NODE}.MASK_FEATURES.DEFORM": one_of("", "all"),
+}
 
 
 def add_keys(cfg: CfgNode) -> None:
@@ -82,41 +113,14 @@ def _shared_keys(head: str, num_convs: int, channels: int) -> CfgNode:
     return node
 
 
-def check_keys(cfg: CfgNode, node_name: str) -> None:
-    """Refuse values outside their ranges.
+def check_levels(node: CfgNode, node_name: str) -> None:
+    """Raise ValueError where the lists of the levels have different lengths.
 
     Args:
-        cfg: the config.
-        node_name: SOLO_NODE or SOLOV2_NODE.
-
-    Raises:
-        ValueError: the message names the key, its value and the range.
+        node: MODEL.SOLO or MODEL.SOLOV2.
+        node_name: its name, for the message.
     """
-    node = cfg.MODEL[node_name.removeprefix("MODEL.")]
-    lists = ("IN_FEATURES", "STRIDES", "NUM_GRIDS", "SCALE_RANGES")
-    lengths = {name: len(node[name]) for name in lists}
+    lengths = {name: len(node[name]) for name in ("IN_FEATURES", "STRIDES", "NUM_GRIDS", "SCALE_RANGES")}
     if len(set(lengths.values())) != 1:
         text = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(f"{node_name}: each level needs one value in each list; found {text}")
-    ranges_are_valid = all(len(each) == 2 and 0 <= each[0] <= each[1] for each in node.SCALE_RANGES)
-    for name, value, is_valid, expected in (
-        ("NUM_CLASSES", node.NUM_CLASSES, node.NUM_CLASSES >= 1, "at least 1"),
-        ("STRIDES", node.STRIDES, all(stride >= 1 for stride in node.STRIDES), "at least 1"),
-        ("NUM_GRIDS", node.NUM_GRIDS, all(size >= 1 for size in node.NUM_GRIDS), "at least 1"),
-        ("SCALE_RANGES", node.SCALE_RANGES, ranges_are_valid, "pairs of a smallest and a largest size"),
-        ("SIGMA", node.SIGMA, 0 < node.SIGMA <= 1, "in (0, 1]"),
-        ("NUM_CONVS", node.NUM_CONVS, node.NUM_CONVS >= 1, "at least 1"),
-        ("DEFORM", node.DEFORM, node.DEFORM in ("", "last", "all"), 'one of "", "last", "all"'),
-        ("PRIOR_PROB", node.PRIOR_PROB, 0 < node.PRIOR_PROB < 1, "in (0, 1)"),
-        ("SCORE_THRESHOLD", node.SCORE_THRESHOLD, 0 <= node.SCORE_THRESHOLD <= 1, "in [0, 1]"),
-        ("MASK_THRESHOLD", node.MASK_THRESHOLD, 0 < node.MASK_THRESHOLD < 1, "in (0, 1)"),
-        ("MAX_DETECTIONS", node.MAX_DETECTIONS, node.MAX_DETECTIONS >= 1, "at least 1"),
-        ("NMS.TYPE", node.NMS.TYPE, node.NMS.TYPE in ("matrix", "mask"), '"matrix" or "mask"'),
-        ("NMS.KERNEL", node.NMS.KERNEL, node.NMS.KERNEL in ("gaussian", "linear"), '"gaussian" or "linear"'),
-        ("NMS.SIGMA", node.NMS.SIGMA, node.NMS.SIGMA > 0, "above 0"),
-        ("NMS.PRE", node.NMS.PRE, node.NMS.PRE >= 1, "at least 1"),
-        ("NMS.UPDATE_THRESHOLD", node.NMS.UPDATE_THRESHOLD, 0 <= node.NMS.UPDATE_THRESHOLD <= 1, "in [0, 1]"),
-        ("NMS.IOU_THRESHOLD", node.NMS.IOU_THRESHOLD, 0 < node.NMS.IOU_THRESHOLD <= 1, "in (0, 1]"),
-    ):
-        if not is_valid:
-            raise ValueError(f"{node_name}.{name} is {value!r}; it must be {expected}")

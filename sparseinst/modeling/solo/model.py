@@ -1,7 +1,7 @@
 """The meta-architectures SOLO and SOLOv2. Letters: sparseinst.structures."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
+from sparseinst.config import check_values
 from sparseinst.modeling.auxiliary import build_backbone
 from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions
 from sparseinst.modeling.solo import config
@@ -80,8 +81,11 @@ class SOLO(InstanceSegmenter):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        config.check_keys(cfg, cls.node_name)
+        if not cfg.MODEL.MASK_ON:
+            raise ValueError(f"MODEL.MASK_ON is False: {cls.__name__} predicts masks; set it to True")
+        check_values(cfg)
         node = cfg.MODEL[cls.node_name.removeprefix("MODEL.")]
+        config.check_levels(node, cls.node_name)
         backbone = build_backbone(cfg)
         input_shape = backbone.output_shape()
         return {
@@ -105,6 +109,12 @@ class SOLO(InstanceSegmenter):
             ),
             "output": OutputOptions.from_config(cfg),
         }
+
+    @classmethod
+    def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Return the number of classes; see the base class."""
+        bias = tensors.get("head.cate_pred.bias")
+        return {} if bias is None or bias.dim() != 1 or len(bias) == 0 else {cls.num_classes_key: len(bias)}
 
     def network(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run backbone and heads.

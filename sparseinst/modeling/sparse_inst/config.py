@@ -2,12 +2,31 @@
 
 from detectron2.config import CfgNode
 
+from sparseinst.config.values import COUNT, FRACTION, NORM, NOT_NEGATIVE, POSITIVE, Range
+
 NUM_CLASSES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
 MAX_INSTANCES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
 MAX_DETECTIONS_KEY = "MODEL.SPARSE_INST.MAX_DETECTIONS"
 MASK_NMS_KEY = "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD"
 ACTIVATION_MAPS_KEY = "MODEL.SPARSE_INST.DECODER.OUTPUT_IAM"
 LOSSLESS_TARGETS_KEY = "MODEL.SPARSE_INST.ANTIALIASED_TARGETS"
+_RANGES = {
+    "CLS_THRESHOLD": Range(lambda value: value <= 1, "at most 1 (below 0 keeps all predictions)"),
+    "MASK_THRESHOLD": Range(lambda value: 0 < value < 1, "in (0, 1)"),
+    "MAX_DETECTIONS": COUNT,
+    "MASK_NMS_THRESHOLD": Range(FRACTION.accepts, "in [0, 1] (0: off)"),
+    "ENCODER.NORM": NORM,
+    "ENCODER.NUM_CHANNELS": COUNT,
+    **{f"DECODER.{name}": COUNT for name in ("NUM_MASKS", "NUM_CLASSES", "KERNEL_DIM", "GROUPS")},
+    "DECODER.SCALE_FACTOR": POSITIVE,
+    "DECODER.NORM": NORM,
+    **{f"DECODER.{name}": NOT_NEGATIVE for name in ("IAM_INIT_STD", "LOCATION_PRIOR", "MASK_WINDOW")},
+    **{f"DECODER.{branch}.{name}": COUNT for branch in ("INST", "MASK") for name in ("DIM", "CONVS")},
+    **{f"LOSS.{name}_WEIGHT": NOT_NEGATIVE for name in ("CLASS", "MASK_PIXEL", "MASK_DICE", "OBJECTNESS", "IAM")},
+    **{f"MATCHER.{name}": NOT_NEGATIVE for name in ("ALPHA", "BETA", "GAMMA")},
+}
+# The values that the keys accept; `sparseinst.config.check_values` refuses others.
+RANGES = {f"MODEL.SPARSE_INST.{key}": accepted for key, accepted in _RANGES.items()}
 
 
 def add_keys(cfg: CfgNode) -> None:
@@ -88,33 +107,3 @@ def add_keys(cfg: CfgNode) -> None:
     sparse_inst.MATCHER.BETA = 0.2
     # ... times the share of the activation maps that lies inside the instance, ** GAMMA. 0: off, as published.
     sparse_inst.MATCHER.GAMMA = 0.0
-
-
-def check_sparse_inst_keys(cfg: CfgNode) -> None:
-    """Refuse values outside their ranges.
-
-    Raises:
-        ValueError: the message names the key, its value and the range.
-    """
-    keys = cfg.MODEL.SPARSE_INST
-    for name, is_valid, expected in (
-        ("CLS_THRESHOLD", keys.CLS_THRESHOLD <= 1, "at most 1 (below 0 keeps all predictions)"),
-        ("MASK_THRESHOLD", 0 < keys.MASK_THRESHOLD < 1, "in (0, 1)"),
-        ("MAX_DETECTIONS", keys.MAX_DETECTIONS >= 1, "at least 1"),
-        ("MASK_NMS_THRESHOLD", 0 <= keys.MASK_NMS_THRESHOLD <= 1, "in [0, 1] (0: off)"),
-    ):
-        if not is_valid:
-            raise ValueError(f"MODEL.SPARSE_INST.{name} is {keys[name]}; it must be {expected}")
-    # It imports torch.
-    from detectron2.layers import get_norm
-
-    for name in ("ENCODER", "DECODER"):
-        try:
-            get_norm(keys[name].NORM, 32)
-        except KeyError as error:
-            raise ValueError(
-                f"MODEL.SPARSE_INST.{name}.NORM is {keys[name].NORM!r}; it must be empty or one of Detectron2's norms, "
-                "such as BN, SyncBN, FrozenBN, GN, LN"
-            ) from error
-    if not all(value > 0 for value in cfg.MODEL.PIXEL_STD):
-        raise ValueError(f"MODEL.PIXEL_STD is {list(cfg.MODEL.PIXEL_STD)}; each value must be above 0")

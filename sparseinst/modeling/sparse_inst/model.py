@@ -1,7 +1,7 @@
 """The meta-architecture SparseInst. Letters: sparseinst.structures."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -11,8 +11,9 @@ from detectron2.structures import ImageList, Instances
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.config import check_values
 from sparseinst.modeling.auxiliary import build_backbone
-from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions
+from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions, check_not_traced
 from sparseinst.modeling.sparse_inst import config
 from sparseinst.modeling.sparse_inst.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.sparse_inst.decoder import build_sparse_inst_decoder
@@ -88,7 +89,7 @@ class SparseInst(InstanceSegmenter):
     def from_config(cls, cfg: CfgNode) -> dict:
         if not cfg.MODEL.MASK_ON:
             raise ValueError("MODEL.MASK_ON is False: SparseInst predicts masks and nothing else; set it to True")
-        config.check_sparse_inst_keys(cfg)
+        check_values(cfg)
         backbone = build_backbone(cfg)
         encoder = build_sparse_inst_encoder(cfg, backbone.output_shape())
         sparse_inst = cfg.MODEL.SPARSE_INST
@@ -106,6 +107,20 @@ class SparseInst(InstanceSegmenter):
             "antialiased_targets": sparse_inst.ANTIALIASED_TARGETS,
             "output": OutputOptions.from_config(cfg, with_maps=sparse_inst.DECODER.OUTPUT_IAM),
         }
+
+    @classmethod
+    def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Return the numbers of classes and of masks; see the base class."""
+        branch = "decoder.inst_branch."
+        names = [f"{branch}{name}.weight" for name in ("cls_score", "iam_conv")]
+        if any(name not in tensors for name in names):
+            return {}
+        class_weight, iam_weight = (tensors[name] for name in names)
+        if class_weight.dim() != 2 or iam_weight.dim() != 4 or 0 in (*class_weight.shape, *iam_weight.shape):
+            return {}
+        # The class layer reads G * dim channels, and a group of iam_conv dim / G: the quotient is G ** 2.
+        num_groups = math.isqrt(class_weight.shape[1] // iam_weight.shape[1]) or 1
+        return {cls.num_classes_key: len(class_weight), cls.max_instances_key: len(iam_weight) // num_groups}
 
     @classmethod
     def target_check(cls, cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
@@ -167,6 +182,7 @@ class SparseInst(InstanceSegmenter):
 
         Where the dict has ``pred_iam``, the instances have ``pred_iams`` (n, G, ., .): raw logits over the image.
         """
+        check_not_traced()
         padded_size = tuple(images.tensor.shape[-2:])
 
         def detect_image(index: int, image_size: tuple[int, int], output_size: tuple[int, int]) -> Detections:

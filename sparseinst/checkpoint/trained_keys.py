@@ -1,0 +1,92 @@
+"""Read from a checkpoint what its model was trained with: class names, numbers of classes and of instances."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from sparseinst import config
+from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
+from sparseinst.checkpoint.locations import find_weights
+from sparseinst.checkpoint.names import convert
+
+# Entries of the checkpoints that a training writes.
+CLASSES = "classes"
+KEYS = "model_keys"
+
+
+def class_names(content: object) -> list[str] | None:
+    """Return the class names in the content of a checkpoint; None where it has none."""
+    classes = content.get(CLASSES) if isinstance(content, Mapping) else None
+    names = classes.get("names") if isinstance(classes, Mapping) else None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return list(names) if is_list and names else None
+
+
+def trained_keys(cfg: CfgNode, weights: str) -> dict[str, int]:
+    """Return the config keys that a weights file was trained with; empty where it has no instance decoder.
+
+    Only keys that the model declares are returned (:func:`sparseinst.config.declared_values`). Shapes of tensors count
+    more than what the file says.
+
+    Args:
+        cfg: MODEL.META_ARCHITECTURE and TRUSTED_WEIGHTS are read.
+        weights: as MODEL.WEIGHTS.
+
+    Raises:
+        ValueError: the file does not exist or cannot be read.
+    """
+    if not weights:
+        return {}
+    filename = find_weights(weights)
+    content = read_weights_file(filename, cfg.MODEL.TRUSTED_WEIGHTS).content
+    try:
+        tensors, _ = extract_tensors(content)
+    except ValueError as error:
+        raise WeightsFileError(f"{filename} {error}") from error
+    model = config.registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
+    of_shapes = getattr(model, "trained_keys", lambda _: {})(convert(tensors, {}).tensors)
+    return {**_said(cfg, content), **of_shapes}
+
+
+def follow_checkpoint(cfg: CfgNode, weights: str, *, with_detections: bool = False) -> list[str]:
+    """Set the declared keys to the values that a checkpoint was trained with, in place.
+
+    Args:
+        cfg: not frozen.
+        weights: as MODEL.WEIGHTS.
+        with_detections: refuse another explicit number of detections too, which is a matter of post-processing.
+
+    Returns:
+        Lines for the log, one for each key that was changed.
+
+    Raises:
+        ValueError: the user set another value; or as :func:`trained_keys`.
+    """
+    notes = []
+    detections = config.max_detections(cfg)
+    for key, trained in trained_keys(cfg, weights).items():
+        value = config.value(cfg, key)
+        if value == trained:
+            continue
+        if config.is_explicit(cfg, key):
+            if detections and key == detections[0] and not with_detections:
+                continue
+            raise ValueError(
+                f"{key} is {value}, but the checkpoint {weights} was trained with {trained}: set {key} {trained}, or "
+                "leave the key out"
+            )
+        cfg.merge_from_list([key, trained])
+        notes.append(f"{key} {trained}, from the checkpoint {weights} (the config file's value was {value})")
+    return notes
+
+
+def _said(cfg: CfgNode, content: Any) -> dict[str, int]:
+    """Return the declared keys that a checkpoint lists, where they are whole numbers above 0."""
+    listed = content.get(KEYS) if isinstance(content, Mapping) else None
+    listed = dict(listed) if isinstance(listed, Mapping) else {}
+    names = class_names(content)
+    if names and (declared := config.num_classes(cfg)):
+        listed[declared[0]] = len(names)
+    return {key: listed[key] for key in config.declared_values(cfg) if type(listed.get(key)) is int and listed[key] > 0}

@@ -1,0 +1,56 @@
+"""Set the model's number of classes and of instances to what the training data need."""
+
+from collections.abc import Callable, Mapping
+
+from detectron2.config import CfgNode
+
+from sparseinst import config
+from sparseinst.data.coco_json import class_info
+from sparseinst.data.crowded_images import instances_of_images
+
+# Most instances that a key is raised to: time and memory grow with them.
+MOST_INSTANCES = 500
+
+
+def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[str]:
+    """Set the keys that the model declares to what DATASETS.TRAIN and TEST need, in place, where the user set none.
+
+    The number of classes is that of the training data. The numbers of instances and of detections are raised, up to
+    MOST_INSTANCES, only where the decoder starts from random weights, because other numbers do not fit a trained one.
+
+    Args:
+        cfg: not frozen; its data sets are registered.
+        trained: returns the keys that MODEL.WEIGHTS determines; called where an answer depends on it.
+
+    Returns:
+        Lines for the log, one for each key that was changed.
+
+    Raises:
+        ValueError: a data set is not registered or has no classes; or of ``trained``.
+    """
+    if not cfg.DATASETS.TRAIN:
+        return []
+    notes = []
+
+    def change(declared: tuple[str, int], value: int, reason: str) -> None:
+        cfg.merge_from_list([declared[0], value])
+        notes.append(f"{declared[0]} {value}, {reason} (the config file's value was {declared[1]})")
+
+    classes = config.num_classes(cfg)
+    names = class_info(cfg.DATASETS.TRAIN[0]).names
+    if classes and classes[1] != len(names) and not config.is_explicit(cfg, classes[0]):
+        change(classes, len(names), f"the classes of DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]!r}")
+
+    needed = min(MOST_INSTANCES, max(instances_of_images(cfg).values(), default=0))
+    instances, detections = config.max_instances(cfg), config.max_detections(cfg)
+    limits = [declared for declared in (instances, detections) if declared]
+    if all(value >= needed for _, value in limits) or set(trained()) & {key for key, _ in limits}:
+        return notes
+    reason = "the most objects in an image"
+    if instances and instances[1] < needed and not config.is_explicit(cfg, instances[0]):
+        change(instances, needed, reason)
+    if instances:
+        needed = min(needed, config.value(cfg, instances[0]))
+    if detections and detections[1] < needed and not config.is_explicit(cfg, detections[0]):
+        change(detections, needed, reason)
+    return notes

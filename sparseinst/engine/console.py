@@ -1,0 +1,115 @@
+"""Control what a command writes to the terminal, and keep it running where nobody reads it."""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TextIO
+
+logger = logging.getLogger(__name__)
+
+# Starts of warnings of other packages that a user cannot act on.
+FOREIGN_WARNINGS = (
+    "`torch.jit.",
+    "`broadcast_buffers` is deprecated",
+    "__array__ implementation",
+    "pkg_resources is deprecated",
+    # Detectron2's own mapper.
+    "The given NumPy array is not writable",
+    # OpenVINO traces the network; the optimized network is compared with the model afterwards.
+    "Output nr ",
+)
+
+
+def prepare_console() -> None:
+    """Survive closed streams and hide warnings of other packages, in this process and in those that it starts.
+
+    Every command calls it before it imports PyTorch.
+    """
+    survive_closed_streams()
+    hide_foreign_warnings()
+
+
+def hide_foreign_warnings() -> None:
+    """Ignore FOREIGN_WARNINGS in this process and, through PYTHONWARNINGS, in ranks and data workers."""
+    # A log record about a compiler that nothing here uses.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_about_something_else)
+    # Messages of PyTorch's profiler, which is written in C++.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    for start in FOREIGN_WARNINGS:
+        warnings.filterwarnings("ignore", re.escape(start))
+    wanted = [f"ignore:{start}" for start in FOREIGN_WARNINGS]
+    present = os.environ.get("PYTHONWARNINGS", "")
+    missing = [text for text in wanted if text not in present]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [present, *missing]))
+
+
+def _is_about_something_else(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")
+
+
+def survive_closed_streams() -> None:
+    """Replace a closed standard stream by the null device, and drop text that a stream does not take any more.
+
+    Services and cron may close a stream, ``| head`` closes a pipe, and a terminal can vanish. A run goes on.
+    """
+    # A file that took the number of a closed stream would receive the messages of C libraries.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, _LastingStream(stream))
+    logging.raiseExceptions = False
+
+
+class _LastingStream(io.TextIOWrapper):
+    """Write to a standard stream until it fails, then to the null device."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+
+
+@contextlib.contextmanager
+def only_in_log_file(*names: str) -> Iterator[None]:
+    """Keep the records of loggers from the terminal inside a ``with`` block; log.txt gets them."""
+    handlers = [handler for name in names for handler in logging.getLogger(name).handlers]
+    levels = {handler: handler.level for handler in handlers if getattr(handler, "stream", None) is sys.stdout}
+    for handler in levels:
+        handler.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)

@@ -1,0 +1,125 @@
+"""Write the scalars of a training to metrics.json and TensorBoard; a full disk does not end the training."""
+
+import errno
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
+
+from sparseinst.checkpoint.atomic_write import write_text_atomically
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.json"
+
+
+def build_writers(output_dir: str) -> list[EventWriter]:
+    """Create the folder, and return the writers of metrics.json and TensorBoard."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    metrics = MetricsFile(Path(output_dir) / METRICS_FILE)
+    return [OptionalWriter(metrics, METRICS_FILE), OptionalWriter(TensorboardXWriter(output_dir), "TensorBoard")]
+
+
+class MetricsFile(EventWriter):
+    """Write one JSON object for each iteration, in a line of its own.
+
+    Replaces Detectron2's JSONWriter, which leaves half a line on a full disk, and after --resume writes the iterations
+    since the last checkpoint a second time. Here a line is written whole or not at all, and replaces the interrupted
+    run's lines of the same or a later iteration.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self._path = Path(path)
+        self._last: int | None = None
+
+    def write(self) -> None:
+        """Write the scalars that are newer than the last call; losses and times as medians of 20 iterations.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        entries: dict[int, dict[str, float]] = defaultdict(dict)
+        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(20).items():
+            if self._last is None or iteration > self._last:
+                entries[iteration][name] = value
+        if not entries:
+            return
+        if self._last is None:
+            earlier = [entry for entry in read_metrics(self._path) if entry["iteration"] < min(entries)]
+            write_text_atomically(self._path, "".join(map(_line, earlier)))
+        self._last = max(entries)
+        _append(self._path, "".join(_line({**entries[key], "iteration": key}) for key in sorted(entries)))
+
+
+class OptionalWriter(EventWriter):
+    """Call a writer until it fails because of the disk: then log one WARNING and leave it out.
+
+    Args:
+        writer: any.
+        name: of what it writes.
+    """
+
+    def __init__(self, writer: EventWriter, name: str) -> None:
+        self._writer = writer
+        self._name = name
+        self._has_failed = False
+
+    def write(self) -> None:
+        """Write."""
+        self._try(self._writer.write)
+
+    def close(self) -> None:
+        """Close."""
+        self._try(self._writer.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        if self._has_failed:
+            return
+        try:
+            call()
+        except OSError as error:
+            self._has_failed = True
+            logger.warning("%s ends here, and the training goes on: %s", self._name, error)
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
+    """Return the entries of a metrics.json, without lines that a killed writer left incomplete; empty without a file.
+
+    Args:
+        path: of a file of `MetricsFile` or of Detectron2's JSONWriter.
+    """
+    if not Path(path).is_file():
+        return []
+    entries = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("iteration"), int):
+            entries.append(entry)
+    return entries
+
+
+def _line(entry: dict[str, float]) -> str:
+    return json.dumps(entry, sort_keys=True) + "\n"
+
+
+def _append(path: Path, text: str) -> None:
+    """Append a text whole, or raise OSError and leave the file as it was."""
+    content = text.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)
+            raise

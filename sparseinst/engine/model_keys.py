@@ -1,0 +1,36 @@
+"""Set the keys that a model declares from the checkpoint that a run starts with, or from its data."""
+
+from detectron2.config import CfgNode
+
+from sparseinst.checkpoint import WeightsFileError
+from sparseinst.checkpoint.resumption import find_checkpoint
+from sparseinst.checkpoint.trained_keys import follow_checkpoint, trained_keys
+from sparseinst.data.model_keys import follow_data
+
+
+def set_model_keys(cfg: CfgNode, *, eval_only: bool, resume: bool) -> list[str]:
+    """Set the numbers of classes, instances and detections that the user left out, in place.
+
+    A resumed or evaluated model has those of its checkpoint; a new training those of its data.
+
+    Args:
+        cfg: not frozen; its data sets are registered.
+        eval_only: nothing is trained.
+        resume: continue from OUTPUT_DIR, where it has a checkpoint.
+
+    Returns:
+        Lines for the log.
+
+    Raises:
+        ValueError: the user set another value than the checkpoint's; MODEL.WEIGHTS or the data cannot be read.
+    """
+    tried = set()
+    while resume and (checkpoint := find_checkpoint(cfg.OUTPUT_DIR, tried)[0]):
+        try:
+            return follow_checkpoint(cfg, str(checkpoint), with_detections=not eval_only)
+        except WeightsFileError:
+            # The checkpointer reports it.
+            tried.add(checkpoint)
+    if eval_only:
+        return follow_checkpoint(cfg, cfg.MODEL.WEIGHTS)
+    return follow_data(cfg, lambda: trained_keys(cfg, cfg.MODEL.WEIGHTS))

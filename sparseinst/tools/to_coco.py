@@ -1,0 +1,61 @@
+"""Convert labelme, VIA, YOLO or mask files to a COCO json: ``python -m sparseinst.tools.to_coco SOURCE IMAGES ...``.
+
+SOURCE is a folder of labelme files, a VIA project, a folder of YOLO segmentation labels, or a folder of masks; the
+format is detected. Masks are named like their image: a.png, a_1.png or a/1.png for a.jpg. Each value above 0 is an
+object; where a mask has one such value, or with --values classes, each connected region is an object.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from sparseinst.engine.console import prepare_console
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's argument parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", type=Path, help="folder or file of the annotations")
+    add("images", type=Path, help="folder of the images")
+    add("--output", type=Path, required=True, help="COCO json to write")
+    add("--classes", nargs="+", default=[], help="all class names, in the model's order (default: as found)")
+    add("--values", choices=("objects", "classes"), default="objects", help="meaning of a mask's values")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or files."""
+    args = build_parser().parse_args(argv)
+    prepare_console()
+    from sparseinst.checkpoint.atomic_write import write_text_atomically
+    from sparseinst.data.conversion import convert
+
+    try:
+        for path in (args.source, args.images):
+            if not path.exists():
+                raise ValueError(f"There is no file or folder {path}")
+        if args.output.exists():
+            raise ValueError(f"{args.output} already exists; remove it, or change --output")
+        content = convert(args)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(args.output, json.dumps(content))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (LookupError, TypeError, AttributeError) as error:
+        print(f"error: {args.source} has an annotation that cannot be read: {error!r}", file=sys.stderr)
+        return 2
+    counts = Counter(annotation["category_id"] for annotation in content["annotations"])
+    shown = ", ".join(f"{category['name']} {counts[category['id']]}" for category in content["categories"])
+    print(f"{args.output}: {len(content['annotations'])} objects ({shown}) in {len(content['images'])} images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Plot the course of a training and the quality of an evaluation, as PNG files.
+
+Figures are drawn by matplotlib's Agg without pyplot, so that they need no window and change no global state.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# More curves of classes cannot be told from one another.
+_MAX_NAMED_CURVES = 10
+# Counts are written into the cells of matrices up to this size.
+_MAX_COUNTED = 25
+# Larger matrices show the most frequent classes.
+_MAX_CLASSES = 80
+
+
+def draw_curves(metrics: Sequence[Mapping[str, float]], iterations_per_epoch: float | None = None) -> bytes:
+    """Plot losses, learning rates and AP over the iterations.
+
+    Args:
+        metrics: dicts with ``iteration`` and any of the scalars of metrics.json.
+        iterations_per_epoch: adds an axis in epochs; None: without.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ValueError: no dict has a loss.
+    """
+    curves = {}
+    for entry in metrics:
+        for name, value in entry.items():
+            curves.setdefault(name, []).append((entry["iteration"] + 1, value))
+    losses = sorted(name for name in curves if "loss" in name.rpartition("/")[2])
+    if not losses:
+        raise ValueError("there are no losses in the metrics")
+    rates = [name for name in ("lr_heads", "lr_backbone") if name in curves] or [
+        name for name in ("lr",) if name in curves
+    ]
+    scores = [name for name in curves if name.endswith(("segm/AP", "segm/AP50", "bbox/AP"))]
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    loss_axes, ap_axes, rate_axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1))
+
+    for name in losses:
+        is_total = name == "total_loss"
+        x, y = np.array(curves[name]).T
+        loss_axes.plot(
+            x, y, label=name, color="black" if is_total else None, linewidth=2 if is_total else 1.2, alpha=0.85
+        )
+    loss_axes.set(ylabel="loss, median of 20 iterations", yscale="log", title="Losses fall while the model learns")
+    for name in sorted(scores, reverse=True):
+        x, y = np.array(curves[name]).T
+        task, _, figure_name = name.rpartition("/")
+        label = f"{figure_name} of {'masks' if task.endswith('segm') else 'boxes'}"
+        defined = ~np.isnan(y)
+        label += f": {y[-1]:.1f}" + (f", best {y[defined].max():.1f}" if defined.sum() > 1 else "")
+        ap_axes.plot(x, y, "o-", markersize=4, label=label)
+    ap_axes.set(ylim=(0, 100), ylabel="AP, percent", title="AP of the validation images: higher is better")
+    if not scores:
+        ap_axes.text(0.5, 0.5, "not evaluated", transform=ap_axes.transAxes, ha="center")
+    for name in rates:
+        x, y = np.array(curves[name]).T
+        rate_axes.plot(
+            x,
+            y,
+            label=name.removeprefix("lr_").replace("lr", "all parameters"),
+            linestyle="--" if "backbone" in name else "-",
+        )
+    rate_axes.set(ylabel="learning rate", xlabel="iteration", ylim=(0, None), title="Learning rate")
+    for axes in (loss_axes, ap_axes, rate_axes):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    rate_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if iterations_per_epoch:
+        epochs = loss_axes.secondary_xaxis(
+            "top", functions=(lambda x: x / iterations_per_epoch, lambda x: x * iterations_per_epoch)
+        )
+        epochs.set_xlabel("epoch")
+    return _png(figure)
+
+
+def draw_precision_recall(
+    precision: Mapping[float, np.ndarray], class_names: Sequence[str], score: float, best: tuple[float, float]
+) -> bytes:
+    """Plot precision over recall: the mean of the classes for each IoU, and each class for the smallest IoU.
+
+    Args:
+        precision: IoU to COCO's precision (101, K) at recalls 0, 0.01, ..., 1; NaN for absent classes.
+        class_names: of the K classes.
+        score: the score with the best F1.
+        best: (recall, precision) at this score.
+
+    Returns:
+        A PNG file.
+    """
+    recall = np.linspace(0, 1, 101)
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.subplots()
+    first = precision[min(precision)]
+    present = [index for index in range(len(class_names)) if not np.isnan(first[0, index])]
+    if len(present) > 1:
+        named = len(present) <= _MAX_NAMED_CURVES
+        for index in sorted(present, key=lambda index: -first[:, index].mean()):
+            label = f"AP50 {100 * first[:, index].mean():.1f}: {_short(class_names[index])}" if named else None
+            if not named and index == present[0]:
+                label = f"each class, IoU {min(precision):g}"
+            axes.plot(
+                recall,
+                first[:, index],
+                linewidth=1,
+                alpha=0.8 if named else 0.25,
+                label=label,
+                color=None if named else "tab:gray",
+            )
+    for iou, style in zip(sorted(precision), ("-", "--", ":")):
+        mean = precision[iou][:, present].mean(1) if present else np.zeros(101)
+        label = f"mean of {len(present)} classes, IoU {iou:g}" if len(present) > 1 else f"IoU {iou:g}"
+        axes.plot(
+            recall,
+            mean,
+            style,
+            color="black",
+            linewidth=2.5,
+            label=f"AP{round(100 * iou)} {100 * mean.mean():.1f}: {label}",
+        )
+    axes.plot(
+        *best,
+        "o",
+        color="tab:red",
+        markersize=9,
+        label=f"all objects, score {score:.2f}: the best F1 (IoU 0.5)",
+        zorder=5,
+    )
+    axes.set(
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+        xlabel="recall: share of the objects that are found",
+        ylabel="precision: share of the predictions that are right",
+    )
+    axes.set_title("Precision and recall of the masks: the further up and right, the better")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return _png(figure)
+
+
+def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], score: float) -> bytes:
+    """Plot a confusion matrix; small matrices have the counts.
+
+    Colors are shares of the objects of a class; in the last row, of the predictions of a class.
+
+    Args:
+        matrix: (K + 1, K + 1) counts, rows: objects, columns: predictions, background last.
+        class_names: of the K classes.
+        score: the least score of the predictions.
+
+    Returns:
+        A PNG file.
+    """
+    # Of many classes the most frequent are shown, and none that does not occur.
+    counts = matrix[:-1].sum(1) + matrix[:, :-1].sum(0)
+    shown = [int(index) for index in np.sort(np.argsort(-counts, kind="stable")[:_MAX_CLASSES]) if counts[index]]
+    part = matrix[np.ix_([*shown, -1], [*shown, -1])]
+    names = [_short(class_names[index]) for index in shown]
+    side = len(part)
+    is_small = side <= _MAX_COUNTED
+    size = max(6.0, side * (0.45 if is_small else 0.18) + 2.5)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
+    shares = part / np.maximum(part.sum(1, keepdims=True), 1)
+    shares[-1] = part[-1] / np.maximum(part.sum(0), 1)
+    # The root makes small shares visible.
+    cells = axes.pcolormesh(
+        np.ma.masked_equal(shares, 0), cmap="Blues", norm=PowerNorm(0.5, 0, 1), edgecolors="0.88", linewidth=0.5
+    )
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    font = 9 if is_small else 8
+    middles = np.arange(side) + 0.5
+    axes.set_xticks(middles, [*names, "(missed)"], rotation=90, fontsize=font)
+    axes.set_yticks(middles, [*names, "(no object)"], fontsize=font)
+    axes.axhline(side - 1, color="black", linewidth=1)
+    axes.axvline(side - 1, color="black", linewidth=1)
+    for (row, column), count in np.ndenumerate(part) if is_small else ():
+        if count:
+            color = "white" if shares[row, column] > 0.3 else "black"
+            axes.text(column + 0.5, row + 0.5, f"{count}", ha="center", va="center", fontsize=font, color=color)
+    axes.set(xlabel="predicted class", ylabel="class of the object")
+    axes.set_title(_summary(matrix, class_names, score, shown), fontsize=10 if is_small else 12)
+    figure.colorbar(cells, ax=axes, shrink=0.5, aspect=30, label="share of the row; last row: share of the column")
+    return _png(figure)
+
+
+def _summary(matrix: np.ndarray, class_names: Sequence[str], score: float, shown: Sequence[int]) -> str:
+    """Return the figures of a confusion matrix and its three most frequent confusions in lines of text."""
+    confused = matrix[:-1, :-1] * (1 - np.eye(len(class_names), dtype=np.int64))
+    objects, found, missed = matrix[:-1].sum(), np.trace(matrix[:-1, :-1]), matrix[:-1, -1].sum()
+    lines = [
+        f"{objects} objects: {found} right, {confused.sum()} with another class, {missed} missed",
+        f"{matrix[-1].sum()} predictions without an object",
+        f"(mask IoU at least 0.5, score at least {score:.2f}: the best F1)",
+    ]
+    worst = [np.unravel_index(index, confused.shape) for index in np.argsort(-confused, axis=None, kind="stable")[:3]]
+    pairs = [
+        f"{_short(class_names[row])} as {_short(class_names[column])} {confused[row, column]}"
+        for row, column in worst
+        if confused[row, column]
+    ]
+    if pairs:
+        lines.append(f"Most often confused: {', '.join(pairs)}")
+    if len(shown) < len(class_names):
+        reason = "with the fewest objects" if len(shown) == _MAX_CLASSES else "that do not occur"
+        lines.append(f"{len(class_names) - len(shown)} classes {reason} are not shown")
+    return "\n".join(lines)
+
+
+def _short(name: str, length: int = 22) -> str:
+    """Return a name as matplotlib shows it: $ would start a formula."""
+    name = name if len(name) <= length else f"{name[: length - 1]}…"
+    return name.replace("$", r"\$")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

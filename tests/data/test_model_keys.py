@@ -1,0 +1,85 @@
+"""Numbers of classes and of instances follow from the data where the user set none."""
+
+import json
+
+import pytest
+
+from sparseinst import config
+from sparseinst.config import load_config
+from sparseinst.data import register_user_datasets
+from sparseinst.data.coco_json import check_num_classes, log_data_warnings
+from sparseinst.data.model_keys import follow_data
+from tests.shapes_data import write_shapes
+
+NUM_CLASSES = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
+NUM_MASKS = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
+MAX_DETECTIONS = "MODEL.SPARSE_INST.MAX_DETECTIONS"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A function from a number of objects to the overrides of a data set whose first image has as many."""
+
+    def write(num_objects):
+        json_file, images = write_shapes(tmp_path, 2)
+        content = json.loads(open(json_file).read())
+        first = next(entry for entry in content["annotations"] if not entry["iscrowd"])
+        content["annotations"] = [{**first, "id": index + 1} for index in range(num_objects)]
+        with open(json_file, "w") as file:
+            json.dump(content, file)
+        return [
+            "DATASETS.TRAIN_JSON", repr(json_file), "DATASETS.TRAIN_IMAGES", repr(images), "DATASETS.TEST", "()",
+        ]  # fmt: skip
+
+    return write
+
+
+def follow(opts, trained=(), file="sparse_inst_r50_giam"):
+    cfg = load_config(file, [*opts])
+    cfg.DATASETS.TEST_JSON = cfg.DATASETS.TEST_IMAGES = ""
+    register_user_datasets(cfg)
+    notes = follow_data(cfg, lambda: dict.fromkeys(trained, 100))
+    keys = cfg.MODEL.SPARSE_INST
+    return (keys.DECODER.NUM_CLASSES, keys.DECODER.NUM_MASKS, keys.MAX_DETECTIONS), notes, cfg
+
+
+def test_the_number_of_classes_is_that_of_the_data(data):
+    values, (note,), cfg = follow(data(3))
+    assert values == (4, 100, 100)
+    assert note.startswith(f"{NUM_CLASSES} 4, the classes of DATASETS.TRAIN 'user_train_") and "80" in note
+    check_num_classes(cfg)
+
+
+def test_an_explicit_number_of_classes_is_checked(data):
+    values, notes, cfg = follow([*data(3), NUM_CLASSES, "7"])
+    assert values[0] == 7 and notes == []
+    with pytest.raises(ValueError, match=f"has 4 classes .*, but {NUM_CLASSES} is 7: set {NUM_CLASSES} 4"):
+        check_num_classes(cfg)
+
+
+@pytest.mark.parametrize(
+    ("num_objects", "opts", "trained", "expected"),
+    [
+        (130, [], [], (130, 130)),
+        (700, [], [], (500, 500)),
+        # A fine-tuning keeps the decoder that it starts with.
+        (130, [], [NUM_MASKS], (100, 100)),
+        (130, [NUM_MASKS, "150"], [], (150, 130)),
+        (130, [NUM_MASKS, "110"], [], (110, 110)),
+        (130, [NUM_MASKS, "9"], [], (9, 100)),
+        (130, [MAX_DETECTIONS, "50"], [], (130, 50)),
+    ],
+)
+def test_limits_are_raised_where_the_decoder_is_random(data, caplog, num_objects, opts, trained, expected):
+    (_, *values), _, cfg = follow([*data(num_objects), *opts], trained)
+    assert tuple(values) == expected
+    log_data_warnings(cfg)
+    warnings = [record.getMessage() for record in caplog.records if "NUM_MASKS" in record.getMessage()]
+    assert len(warnings) == (min(values) < num_objects)
+    for warning in warnings:
+        assert f"{NUM_MASKS} {num_objects} and {MAX_DETECTIONS} {num_objects} would hold all" in warning
+
+
+def test_data_sets_of_which_nothing_is_known_change_nothing():
+    cfg = load_config("sparse_inst_r50_giam")
+    assert follow_data(cfg, lambda: {}) == [] and config.num_classes(cfg) == (NUM_CLASSES, 80)

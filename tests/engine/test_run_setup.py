@@ -1,0 +1,50 @@
+"""The beginning of a run: config.yaml and log.txt on a full disk, and the seed."""
+
+import argparse
+import logging
+
+import pytest
+import torch
+from detectron2.utils.logger import setup_logger
+
+from sparseinst.checkpoint import OutputError
+from sparseinst.engine import run_setup
+from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
+from tests.disk import little_room
+
+
+@pytest.fixture(autouse=True)
+def loggers(monkeypatch):
+    """Undo the changes of the loggers."""
+    monkeypatch.setattr(run_setup, "_failed", set())
+    yield
+    for name in run_setup.LOGGERS:
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    setup_logger.cache_clear()
+
+
+def test_a_full_disk_leaves_the_earlier_config(tmp_path):
+    save_config(str(tmp_path), "KEY: old\n")
+    with little_room(100), pytest.raises(OutputError, match="config.yaml cannot be written: File too large"):
+        save_config(str(tmp_path), "KEY: new\n" * 30)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["KEY: old\n"]
+
+
+def test_a_log_that_cannot_be_written_costs_one_line(tmp_path, capsys):
+    with little_room(400):
+        set_up_loggers(str(tmp_path))
+        for index in range(50):
+            logging.getLogger("sparseinst").info("line %d", index)
+    printed = capsys.readouterr()
+    assert "line 49" in printed.out
+    assert printed.err.startswith("WARNING: lines of the log cannot be written") and printed.err.count("\n") == 1
+    assert "line 0" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_seed():
+    numbers = []
+    for _ in range(2):
+        set_up_run(argparse.Namespace(), "", seed=4, cudnn_benchmark=False)
+        numbers.append(torch.rand(3).tolist())
+    assert numbers[0] == numbers[1]

@@ -1,0 +1,36 @@
+"""torch.compile of a network: how often it compiles. The backend "eager" takes a second in place of a minute."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from sparseinst.runtime import compile as compiling
+from sparseinst.runtime.optimize import optimize_for_inference
+from tests.tiny_model import tiny_model
+
+# The maps of these sizes lie on both sides of the limits below which PyTorch chooses another convolution.
+SIZES = ((64, 96), (64, 64), (192, 256), (320, 480), (256, 256), (96, 64), (480, 320), (64, 96))
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    torch._dynamo.reset()
+    counter, real_compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(compiling.torch, "compile", lambda network, **kw: real_compile(network, backend=counter, **kw))
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_it_compiles_for_the_first_size_and_once_for_all_others(counter, channels_last):
+    model = tiny_model("MODEL.SPARSE_INST.ENCODER.NUM_CHANNELS", 64)
+    optimized = optimize_for_inference(model, compile=True, channels_last=channels_last)
+    counts = []
+    with torch.no_grad():
+        for size in SIZES:
+            images = torch.randn(1, 3, *size)
+            for name, value in optimized.network(images).items():
+                assert (value - model.network(images)[name]).abs().max() < 1e-3
+            counts.append(counter.frame_count)
+    assert counts == [1, *[2] * (len(SIZES) - 1)]
+    assert torch.backends.mkldnn.enabled

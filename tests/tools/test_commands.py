@@ -1,0 +1,72 @@
+"""The commands' names and parsers: quick, and without PyTorch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.engine import default_argument_parser
+
+from sparseinst.__main__ import COMMANDS, main
+from sparseinst.tools import train_net
+
+REPO = Path(__file__).resolve().parents[2]
+TOOLS = sorted(p.stem for p in (REPO / "sparseinst" / "tools").glob("*.py") if "def build_parser" in p.read_text())
+
+
+def test_the_help_of_every_command_is_quick():
+    code = f"""
+import importlib, sys, time
+for tool in {TOOLS}:
+    importlib.import_module(f"sparseinst.tools.{{tool}}").build_parser().format_help()
+import sparseinst.__main__
+sparseinst.__main__.build_parser().format_help()
+assert not {{"torch", "detectron2"}} & sys.modules.keys(), sorted(sys.modules)
+assert time.process_time() < 2
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_trainings_parser_takes_what_detectron2s_takes():
+    ours = {action.dest: action for action in train_net.build_parser()._actions}
+    for theirs in default_argument_parser()._actions:
+        action = ours[theirs.dest]
+        for name in ("option_strings", "nargs", "const", "default", "type", "choices", "required"):
+            assert getattr(action, name) == getattr(theirs, name), (theirs.dest, name)
+    arguments = ["--config-file", "a.yaml", "--eval-only", "--num-gpus", "2", "MODEL.WEIGHTS", "", "--x", "SEED", "1"]
+    parsed = vars(default_argument_parser().parse_args(arguments))
+    assert vars(train_net.build_parser().parse_args(arguments)).items() >= parsed.items()
+
+
+def test_every_tool_has_a_name():
+    assert set(TOOLS) <= {command.module for command in COMMANDS.values()}
+
+
+@pytest.mark.parametrize(("name", "before"), [("train", []), ("eval", ["--eval-only"])])
+def test_a_name_stands_for_a_tool(name, before, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_net, "cli", calls.append)
+    monkeypatch.setattr(sys, "argv", ["sparseinst"])
+    main([name, "--config-file", "a.yaml", "--help", "SEED", "1"])
+    assert calls == [[*before, "--config-file", "a.yaml", "--help", "SEED", "1"]]
+
+
+def test_help_and_exit_code_of_a_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sparseinst"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["predict", "--help"])
+    assert capsys.readouterr().out.startswith("usage: sparseinst predict ")
+    assert main(["select", "none.json", "person", "--output", "x.json"]) == 2
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_an_unknown_name_lists_the_known_ones(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["trian"])
+    message = capsys.readouterr().err
+    assert "'trian'" in message and all(name in message for name in COMMANDS)
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(command.help in printed for command in COMMANDS.values())

@@ -1,0 +1,178 @@
+"""Convert files of other formats to COCO, and name the format where they are given as COCO."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from sparseinst.data.coco_checks import check_content
+from sparseinst.data.coco_json import register_user_datasets
+from sparseinst.tools import check_dataset, to_coco
+from tests.tiny_model import tiny_cfg
+
+SQUARE = [(2, 3), (12, 3), (12, 13), (2, 13)]  # 10 x 10 pixels at x 2, y 3
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 20)).save(folder / f"{name}.png")
+    return folder
+
+
+def labelme(folder):
+    folder = folder / "labels"
+    folder.mkdir()
+    shapes = [
+        {"label": "cat", "points": SQUARE, "group_id": None, "shape_type": "polygon"},
+        {"label": "dog", "points": [[20, 3], [30, 13]], "group_id": 1, "shape_type": "rectangle"},
+        {"label": "dog", "points": [[35, 10], [35, 12]], "group_id": 1, "shape_type": "circle"},
+        {"label": "dog", "points": [[1, 1]], "shape_type": "point"},
+    ]
+    content = {"shapes": shapes, "imagePath": "..\\images\\a.png", "imageHeight": 20, "imageWidth": 40}
+    # As Windows programs save it.
+    (folder / "a.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    return folder
+
+
+def via(folder):
+    xs, ys = map(list, zip(*SQUARE))
+    regions = [
+        {"shape_attributes": {"name": "polygon", "all_points_x": xs, "all_points_y": ys},
+         "region_attributes": {"class": "cat"}},
+        {"shape_attributes": {"name": "rect", "x": 20, "y": 3, "width": 10, "height": 10},
+         "region_attributes": {"class": {"cat": False, "dog": True}}},
+        {"shape_attributes": {"name": "ellipse", "cx": 35, "cy": 10, "rx": 4, "ry": 2, "theta": 1.5708},
+         "region_attributes": {"class": "dog"}},
+    ]  # fmt: skip
+    path = folder / "via.json"
+    content = {"_via_settings": {}, "_via_img_metadata": {"a.png1": {"filename": "a.png", "regions": regions}}}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def yolo(folder):
+    labels = folder / "labels"
+    labels.mkdir()
+    square = " ".join(f"{x / 40} {y / 20}" for x, y in SQUARE)
+    (labels / "a.txt").write_text(f"0 {square}\n1 0.5 0.15 0.75 0.15 0.75 0.65 0.5 0.65\n\n")
+    (labels / "b.txt").write_text("")
+    (folder / "data.yaml").write_text("names: {0: cat, 1: dog}\n")
+    return labels
+
+
+@pytest.mark.parametrize("make", [labelme, via, yolo])
+def test_polygons(make, tmp_path, images, capsys):
+    source = make(tmp_path)
+    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json")]) == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert not check_content(content, for_evaluation=True).findings
+    assert [image["file_name"] for image in content["images"]] == ["a.png", "b.png"]
+    assert [category["name"] for category in content["categories"]] == ["cat", "dog"]
+    cat, dog = content["annotations"][:2]
+    assert (cat["category_id"], dog["category_id"]) == (1, 2) and cat["image_id"] == dog["image_id"] == 1
+    assert cat["bbox"] == [2, 3, 10, 10] and cat["area"] == 100 and dog["bbox"][:2] == [20, 3]
+    if make is labelme:
+        assert len(content["annotations"]) == 2 and len(dog["segmentation"]) == 2  # a group is one object
+        assert dog["bbox"] == pytest.approx([20, 3, 17, 10], abs=1)
+    if make is via:
+        assert content["annotations"][2]["bbox"] == pytest.approx([33, 6, 4, 8], abs=1)  # turned by 90 degrees
+    assert "(cat 1, dog" in capsys.readouterr().out
+    # The same file is not replaced, and other classes are refused.
+    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json")]) == 2
+    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "x.json"), "--classes", "cat"]) == 2
+    assert "already exists" in (error := capsys.readouterr().err) and "is not one of ['cat']" in error
+
+
+def mask_file(folder, name, *squares):
+    values = np.zeros((20, 40), np.uint8)
+    for value, left in squares:
+        values[3:13, left : left + 10] = value
+    path = folder / "masks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+    return folder / "masks"
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "expected"),
+    [
+        ({"a.png": [(1, 2), (2, 14)]}, [], [("object", 2, 100), ("object", 14, 100)]),
+        ({"a.png": [(255, 2), (255, 14)]}, [], [("object", 2, 100), ("object", 14, 100)]),
+        ({"a_0.png": [(1, 2)], "a_1.png": [(1, 8)]}, [], [("object", 2, 100), ("object", 8, 100)]),
+        ({"a/masks/7.png": [(1, 2)]}, [], [("object", 2, 100)]),
+        ({"a.png": [(1, 2), (1, 14), (2, 28)]}, ["--values", "classes"],
+         [("class 1", 2, 100), ("class 1", 14, 100), ("class 2", 28, 100)]),
+    ],
+)  # fmt: skip
+def test_masks(files, options, expected, tmp_path, images):
+    for name, squares in files.items():
+        source = mask_file(tmp_path, name, *squares)
+    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json"), *options]) == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert not check_content(content, for_evaluation=True).findings
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    found = [(names[a["category_id"]], a["bbox"][0], a["area"]) for a in content["annotations"]]
+    assert found == expected
+    assert coco_mask.decode(content["annotations"][0]["segmentation"]).sum() == 100
+
+
+def test_what_cannot_be_converted(tmp_path, images, capsys):
+    output = ["--output", str(tmp_path / "out.json")]
+    (tmp_path / "empty").mkdir()
+    assert to_coco.main([str(tmp_path / "empty"), str(images), *output]) == 2
+    assert "no labelme, VIA or YOLO" in capsys.readouterr().err
+    labels = yolo(tmp_path)
+    (labels / "a.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    assert to_coco.main([str(labels), str(images), *output]) == 2
+    assert "expected a polygon (boxes: no masks)" in capsys.readouterr().err
+    (labels / "a.txt").rename(labels / "c.txt")
+    assert to_coco.main([str(labels), str(images), *output]) == 2
+    assert "has no image 'c'" in capsys.readouterr().err
+    path = via(tmp_path)
+    path.write_text(path.read_text().replace("all_points_x", "points"))
+    assert to_coco.main([str(path), str(images), *output]) == 2
+    assert "an annotation that cannot be read: KeyError('all_points_x')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (labelme, "is a folder with labelme files.*to_coco .*labels IMAGES"),
+        (lambda folder: labelme(folder) / "a.json", "is a labelme file.*to_coco FOLDER"),
+        (via, "VGG Image Annotator .*to_coco THIS_FILE"),
+        (yolo, "is a folder with YOLO labels.*to_coco .*labels IMAGES"),
+        (lambda folder: yolo(folder) / "a.txt", "a.txt belongs to YOLO labels.*to_coco .*labels IMAGES"),
+        (lambda folder: yolo(folder).parent / "data.yaml", "data.yaml belongs to YOLO labels"),
+        (lambda folder: mask_file(folder, "a.png", (1, 2)), "is a folder with images .masks.*to_coco .*masks IMAGES"),
+        (lambda folder: folder / "images" / "a.png", "a.png belongs to images"),
+    ],
+)
+def test_other_formats_are_named_with_the_command(make, message, tmp_path, images, capsys):
+    path = make(tmp_path)
+    cfg = tiny_cfg("DATASETS.TRAIN_JSON", str(path), "DATASETS.TRAIN_IMAGES", str(images))
+    with pytest.raises(ValueError, match=message) as error:
+        register_user_datasets(cfg, ("TRAIN",))
+    assert "\n" not in str(error.value) and "expected a COCO json" in str(error.value)
+    assert check_dataset.main([str(path), str(images)]) in (1, 2)
+    captured = capsys.readouterr()
+    assert "sparseinst.tools.to_coco" in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": {}}], "a list of COCO results"),
+        ([{"data": {"image": "a"}, "annotations": []}], "Label Studio"),
+        ({"images": [], "annotations": [{"segments_info": []}]}, "panoptic"),
+        ({"type": "FeatureCollection", "features": []}, "GeoJSON"),
+        ({"objects": [], "size": {}}, "Supervisely"),
+    ],
+)
+def test_formats_that_other_tools_export(content, message):
+    (finding,) = check_content(content).findings
+    assert message in finding.message and finding.stops

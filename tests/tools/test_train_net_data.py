@@ -1,0 +1,92 @@
+"""A user's json alone: the number of classes, the part to evaluate on, and the checkpoint's values afterwards."""
+
+import json
+import re
+
+import pytest
+
+from sparseinst.tools import train_net
+from tests.loggers import loggers_restored
+from tests.shapes_data import write_shapes
+
+NUM_CLASSES = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
+NUM_MASKS = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three of the four shapes; the first image has 40 objects, more than the quick recipe's NUM_MASKS."""
+    folder = tmp_path_factory.mktemp("data")
+    json_file, images = write_shapes(folder, 8)
+    content = json.loads(open(json_file).read())
+    content["categories"] = content["categories"][:3]
+    kept = [entry for entry in content["annotations"] if entry["category_id"] <= 3 and not entry["iscrowd"]]
+    kept += [{**kept[0]} for _ in range(40 - sum(entry["image_id"] == kept[0]["image_id"] for entry in kept))]
+    content["annotations"] = [{**entry, "id": index + 1} for index, entry in enumerate(kept)]
+    with open(json_file, "w") as file:
+        json.dump(content, file)
+    return json_file, images
+
+
+def main(*args):
+    with loggers_restored():
+        return train_net.main(train_net.build_parser().parse_args(["--config-file", "quick/shapes", *map(str, args)]))
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "output"
+    flags = ["--train-json", data[0], "--train-images", data[1], "--val-share", "0.25"]
+    results = main(*flags, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", output)
+    return output, flags, results
+
+
+def test_no_key_needs_to_be_typed(trained):
+    output, _, results = trained
+    assert "segm" in results
+    log = (output / "log.txt").read_text()
+    assert f"{NUM_CLASSES} 3, the classes of DATASETS.TRAIN" in log and f"{NUM_MASKS} 40, the most objects" in log
+    assert "6 images of" in log and "2 are evaluated on" in log
+    assert json.loads((output / "classes.json").read_text())["names"] == ["disc", "triangle", "cross"]
+
+
+def test_the_checkpoint_gives_the_numbers(trained, data, tmp_path):
+    output, flags, _ = trained
+    weights = ["MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", tmp_path]
+    test = ["--eval-only", "--test-json", data[0], "--test-images", data[1]]
+    assert "segm" in main(*test, *weights)
+    log = (tmp_path / "log.txt").read_text()
+    assert f"{NUM_CLASSES} 3, from the checkpoint" in log and f"{NUM_MASKS} 40, from the checkpoint" in log
+    # The same part again.
+    assert "segm" in main("--eval-only", *flags, *weights)
+    for args, message in (
+        ([*test, *weights, NUM_CLASSES, 5], f"{NUM_CLASSES} is 5, but the checkpoint"),
+        (["--eval-only", *flags[:4], *weights], "--eval-only has no data to evaluate on"),
+        ([*flags, "--resume", "OUTPUT_DIR", output, NUM_MASKS, 50], f"{NUM_MASKS} is 50, but the checkpoint .* 40"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(*args)
+        error = str(caught.value)
+        assert error.startswith("error: ") and re.search(message, error), error
+
+
+def test_other_names_of_classes_stop_with_both_lists(trained, data, tmp_path):
+    output, _, _ = trained
+    content = json.loads(open(data[0]).read())
+    for category, name in zip(content["categories"], ("cat", "dog", "cow")):
+        category["name"] = name
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as caught:
+        main(
+            "--eval-only", "--test-json", tmp_path / "other.json", "--test-images", data[1],
+            "MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", tmp_path / "out",
+        )  # fmt: skip
+    error = str(caught.value)
+    assert "3 classes [disc, triangle, cross]" in error and "3 classes [cat, dog, cow]" in error
+
+
+def test_a_training_json_alone_never_names_coco(data, tmp_path):
+    output = tmp_path / "out"
+    results = main("--train-json", data[0], "--train-images", data[1], "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", output)
+    log = (output / "log.txt").read_text()
+    assert results == {} and log.count("There is no evaluation") == 1 and "coco_2017" not in log
