@@ -18,8 +18,8 @@ from detectron2.modeling import build_model
 from sparseinst.checkpoint import (
     WeightsFileError,
     checkpointer_from_config,
+    describe_names,
     extract_tensors,
-    family_of,
     find_weights,
     read_weights_file,
     write_atomically,
@@ -61,7 +61,7 @@ def describe(weights: str, trusted: bool = False) -> str:
     lines = [
         f"{weights}: {kind}, {Path(path).stat().st_size / 1e6:.1f} MB",
         f"  {len(tensors)} tensors of {values / 1e6:.2f} million values{f', in the entry {entry!r}' if entry else ''}",
-        f"  names: {family_of(tensors)}",
+        f"  names: {describe_names(tensors)}",
     ]
     if entry and (others := [str(key) for key in content if key != entry]):
         lines.append(f"  other entries: {', '.join(others)}")
