@@ -7,10 +7,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_resnet_backbone
 from torch import nn
 
-from sparseinst.backbones.deform_conv import make_deformable, own_name, published_name
 from sparseinst.backbones.feature_pyramid import build_feature_pyramid
 from sparseinst.backbones.state_dict_names import rename_state_dict
 from sparseinst.backbones.timm_backbone import TimmBackbone, select_strides
+from sparseinst.ops.deform_conv import make_deformable, own_name, published_name
 
 VD_DEPTHS = (18, 34, 50, 101, 152)
 VD_STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}

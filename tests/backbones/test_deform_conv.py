@@ -8,7 +8,7 @@ import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
-from sparseinst.backbones.deform_conv import DeformConv2d, own_name, published_name
+from sparseinst.ops.deform_conv import DeformConv2d, own_name, published_name
 
 
 def random_offsets(layer, std=0.5):

@@ -8,7 +8,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
-from sparseinst.backbones.deform_conv import DeformConv2d
+from sparseinst.ops.deform_conv import DeformConv2d
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 DCN = ("MODEL.BACKBONE.NAME", "build_resnet_dcn_backbone")

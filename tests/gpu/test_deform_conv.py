@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from sparseinst.backbones.deform_conv import DeformConv2d
+from sparseinst.ops.deform_conv import DeformConv2d
 from tests.tiny_model import random_input, tiny_cfg
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

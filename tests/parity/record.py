@@ -17,9 +17,9 @@ from torch import nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sparseinst.backbones.deform_conv import published_name
 from sparseinst.config import load_config
 from sparseinst.modeling.solo.postprocessing import DetectionOptions, candidate_cells
+from sparseinst.ops.deform_conv import published_name
 from tests.parity.solo import filling
 
 FILLED = ("backbone.", "head.", "mask_feature_head.")

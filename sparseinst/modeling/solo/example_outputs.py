@@ -1,19 +1,24 @@
 """Outputs that a trained SOLO or SOLOv2 could return, for timing post-processing without trained weights."""
 
+import math
+
 import torch
 
 from sparseinst.modeling.auxiliary import draw_mask_logits
 from sparseinst.modeling.solo.heads import GridHead, resize
+from sparseinst.modeling.solo.postprocessing import DetectionOptions
 
-# Category logits of the cells of an object: the first one remains after NMS, the others are suppressed by it.
-BEST_LOGIT, SUPPRESSED_LOGIT, BACKGROUND_LOGIT = 5.0, -0.85, -20.0
+# Category logits: of the cell that remains of each object, and of cells without an object.
+BEST_LOGIT, BACKGROUND_LOGIT = 5.0, -20.0
+# Score over the threshold of the other cells of an object, so low that NMS drops them.
+SUPPRESSED_SHARE = 1.05
 
 
 def draw_outputs(
     head: GridHead,
     outputs: dict[str, torch.Tensor],
     num_objects: int,
-    num_candidates: int,
+    options: DetectionOptions,
     median_area: float,
     generator: torch.Generator,
 ) -> dict[str, torch.Tensor]:
@@ -26,7 +31,7 @@ def draw_outputs(
         head: of the model.
         outputs: of the network; give shapes, types and device.
         num_objects: objects in each image.
-        num_candidates: cells above the score threshold in each image, where the columns have so many.
+        options: as many cells as enter NMS are above the score threshold, where the columns have so many.
         median_area: median of the objects' areas over the image's area.
         generator: of the CPU; determines positions and sizes.
 
@@ -40,10 +45,11 @@ def draw_outputs(
         raise ValueError(f"{num_objects} objects in an image: this head can draw 0 to {most}")
     columns = columns[:num_objects]
     cells = [(level, row, column) for row in range(0, max(head.num_grids), 2) for level, column in columns]
-    cells = [each for each in cells if each[1] < head.num_grids[each[0]]][: max(num_objects, num_candidates)]
+    cells = [each for each in cells if each[1] < head.num_grids[each[0]]][: max(num_objects, options.nms_pre)]
     starts = [sum(head.level_sizes[:level]) for level in range(len(head.num_grids))]
     objects = {column: index for index, column in enumerate(columns)}
 
+    suppressed = min(0.999, SUPPRESSED_SHARE * options.score_threshold + 0.001)
     cate_logits = torch.full_like(outputs["cate_logits"], BACKGROUND_LOGIT)
     drawn = {**outputs, "cate_logits": cate_logits}
     batch, _, height, width = features.shape
@@ -62,13 +68,14 @@ def draw_outputs(
             level_features[:, :num_objects] = resize(masks, level_features.shape[-2:])
         if f"mask_logits_y_{level}" in outputs:
             drawn[f"mask_logits_y_{level}"].fill_(float(masks.max()) if num_objects else 0.0)
+    suppressed_logit = math.log(suppressed / (1 - suppressed))
     for number, (level, row, column) in enumerate(cells):
         index, cell = objects[level, column], row * head.num_grids[level] + column
-        cate_logits[:, 0, starts[level] + cell] = BEST_LOGIT if number < num_objects else SUPPRESSED_LOGIT
+        cate_logits[:, 0, starts[level] + cell] = BEST_LOGIT if number < num_objects else suppressed_logit
         if "kernels" in outputs:
             drawn["kernels"][:, index, starts[level] + cell] = 1.0
         elif f"mask_weights_{level}" in outputs:
-            drawn[f"mask_weights_{level}"][cell, index] = 1.0
+            drawn[f"mask_weights_{level}"][:, cell, index] = 1.0
         elif number < num_objects:
             x_logits = drawn[f"mask_logits_x_{level}"]
             x_logits[:, column] = resize(masks[:, index : index + 1], x_logits.shape[-2:])[:, 0]

@@ -15,9 +15,9 @@ from detectron2.utils.registry import Registry
 from torch import nn
 from torch.nn import functional as F
 
-from sparseinst.backbones.deform_conv import DeformConv2d
 from sparseinst.config import registered
 from sparseinst.ops.coordinates import coordinate_channels
+from sparseinst.ops.deform_conv import DeformConv2d
 
 SOLO_HEAD_REGISTRY = Registry("SOLO_HEAD")
 SOLO_HEAD_REGISTRY.__doc__ = """
@@ -232,8 +232,9 @@ class SOLOHead(GridHead):
     """Predict one mask for each cell by a 1x1 convolution with a row of weights for each (SOLO, section 3).
 
     `forward` returns ``mask_features_l`` (B, C, h, w), at the level's own stride, and the rows ``mask_weights_l``
-    (S * S, C) and ``mask_biases_l`` (S * S,). As published the features are enlarged twofold before the convolution;
-    the two commute, so the rows of the wanted cells alone are applied first, which is the same function.
+    (B, S * S, C) and ``mask_biases_l`` (B, S * S), the same for each image. As published the features are enlarged
+    twofold before the convolution; the two commute, so the rows of the wanted cells alone are applied first, which is
+    the same function.
     """
 
     @configurable
@@ -255,8 +256,8 @@ class SOLOHead(GridHead):
         outputs = {"cate_logits": self.category_logits([resize(x, (s, s)) for x, s in zip(levels, self.num_grids)])}
         for index, (level, conv) in enumerate(zip(levels, self.mask_pred)):
             outputs[f"mask_features_{index}"] = self.mask_tower(torch.cat([level, coordinate_channels(level)], dim=1))
-            outputs[f"mask_weights_{index}"] = conv.weight.flatten(1)
-            outputs[f"mask_biases_{index}"] = conv.bias
+            outputs[f"mask_weights_{index}"] = conv.weight.flatten(1).expand(len(level), -1, -1)
+            outputs[f"mask_biases_{index}"] = conv.bias.expand(len(level), -1)
         return outputs
 
     def mask_logits(
@@ -264,8 +265,8 @@ class SOLOHead(GridHead):
     ) -> torch.Tensor:
         """Return the mask logits (n, 2h, 2w) of cells, float32; see `mask_probs`."""
         features = outputs[f"mask_features_{level}"][image].float()
-        rows = outputs[f"mask_weights_{level}"].index_select(0, cells).float()
-        biases = outputs[f"mask_biases_{level}"].index_select(0, cells).float()
+        rows = outputs[f"mask_weights_{level}"][image].index_select(0, cells).float()
+        biases = outputs[f"mask_biases_{level}"][image].index_select(0, cells).float()
         logits = torch.addmm(biases[:, None], rows, features.flatten(1))
         return upsample(logits.unflatten(1, features.shape[1:])[:, None])[:, 0]
 

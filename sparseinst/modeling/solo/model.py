@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.structures import ImageList
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
 from sparseinst.modeling.auxiliary import build_backbone
@@ -136,7 +137,10 @@ class SOLO(InstanceSegmenter):
         targets: list[GridTargets],
         counts: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Compute the criterion's weighted losses."""
+        """Compute the criterion's weighted losses, and log how many cells an object has taken from an earlier one."""
+        if self.training and has_event_storage():
+            overwritten = sum(level.num_overwritten for image in targets for level in image.levels)
+            get_event_storage().put_scalar("solo/overwritten_cells", overwritten)
         return self.criterion(self.head, outputs, targets, counts)
 
     def postprocess(
@@ -165,7 +169,7 @@ class SOLO(InstanceSegmenter):
         self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
         """Return outputs with drawn objects and as many candidates as enter NMS; see the base class."""
-        return draw_outputs(self.head, outputs, num_objects, self.detection.nms_pre, median_area, generator)
+        return draw_outputs(self.head, outputs, num_objects, self.detection, median_area, generator)
 
 
 class SOLOv2(SOLO):

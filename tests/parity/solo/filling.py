@@ -84,7 +84,7 @@ def image(i):
 
 
 def ground_truth(i):
-    """Classes (count,) int64, masks (count, height, width) bool, boxes (count, 4) float32: x0, y0, x1, y1, the last pixel plus 1."""
+    """Classes (count,) int64, masks (count, height, width) bool, boxes (count, 4) float32, the last pixel plus 1."""
     height, width = SIZES[i][0]
     ys, xs = np.mgrid[0:height, 0:width]
     classes, masks, boxes = [], [], []

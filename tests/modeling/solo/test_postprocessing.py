@@ -1,0 +1,180 @@
+"""Detections: points NMS, the area filter, blocks of cells, and NMS, worked by hand and against naive code."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sparseinst.modeling.solo import postprocessing
+from sparseinst.modeling.solo.postprocessing import DetectionOptions, candidate_cells, detect, points_nms
+from sparseinst.ops.masks import greedy_nms, mask_intersections, mask_nms, matrix_nms
+from tests.modeling.solo.tiny_solo import VARIANTS, tiny_solo
+
+
+def test_points_nms():
+    scores = torch.tensor([[[1.0, 2, 1], [3, 1, 3], [1, 1, 3]]])
+    assert points_nms(scores).tolist() == [[[1, 2, 0], [3, 0, 3], [0, 0, 3]]]
+
+
+def test_candidates_have_several_classes_and_ascending_cells():
+    logits = torch.full((2, 5), -9.0)
+    logits[0, 3], logits[1, 3], logits[1, 4] = 2.0, 1.0, 3.0
+    cells, classes, scores = candidate_cells(logits, (2, 1), 0.1)
+    assert cells.tolist() == [3, 3, 4] and classes.tolist() == [0, 1, 1]
+    assert scores.tolist() == pytest.approx(torch.tensor([2.0, 1.0, 3.0]).sigmoid().tolist())
+
+
+def rows(*pixels, width=20):
+    masks = torch.zeros(len(pixels), 1, width, dtype=torch.bool)
+    for index, (start, end) in enumerate(pixels):
+        masks[index, 0, start : end + 1] = True
+    return masks
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"), [("gaussian", [0.9, 0.1583, 0.4947, 0.6]), ("linear", [0.9, 0.08, 0.4083, 0.6])]
+)
+def test_matrix_nms(kernel, expected):
+    scores, classes = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 0, 0, 1])
+    found = matrix_nms(scores, classes, mask_intersections(rows((0, 9), (1, 9), (5, 11), (0, 9))), kernel)
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [("gaussian", [1, 0.1979, 0.9231]), ("linear", [1, 0.1, 0.8])])
+def test_matrix_nms_from_overlaps(kernel, expected):
+    # Masks of 1 pixel would have these IoUs: intersection = iou * 2 / (1 + iou) of equal areas.
+    iou = torch.tensor([[1, 0.9, 0.2], [0.9, 1, 0.6], [0.2, 0.6, 1]])
+    found = matrix_nms(torch.ones(3), torch.zeros(3), 2 * iou / (1 + iou), kernel)
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [("gaussian", [0.9, 0.1083, 0.0947]), ("linear", [0.9, 0, 0])])
+def test_matrix_nms_of_equal_masks(kernel, expected):
+    found = matrix_nms(
+        torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3), mask_intersections(rows((0, 9), (0, 9), (0, 9))), kernel
+    )
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_intersections_by_tiles():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(90, 37, 50, dtype=torch.bool)
+    for mask in masks[:-1]:
+        y, x = (int(torch.randint(side, (1,), generator=generator)) for side in (37, 50))
+        mask[y : y + 9, x : x + 12] = torch.rand(mask[y : y + 9, x : x + 12].shape, generator=generator) > 0.3
+    flat = masks.flatten(1).float()
+    assert torch.equal(mask_intersections(masks), flat @ flat.T)
+    assert torch.equal(mask_intersections(masks[:3]), (flat @ flat.T)[:3, :3])
+
+
+def naive_detect(head, outputs, image, options, padded_size, image_size, output_size):
+    """Do what `detect` does for the masks of all candidates at once, as the steps are written down."""
+    cells, classes, scores = candidate_cells(outputs["cate_logits"][image], head.num_grids, options.score_threshold)
+    size = tuple(side // 4 for side in padded_size)
+    masks, strides = [], []
+    start = 0
+    for level, count in enumerate(head.level_sizes):
+        own = cells[(cells >= start) & (cells < start + count)] - start
+        for cell in own:
+            masks.append(head.mask_probs(outputs, image, level, cell[None], size)[0])
+            strides.append(head.strides[level])
+        start += count
+    masks = torch.stack(masks) if masks else torch.zeros(0, *size)
+    binary = masks > options.mask_threshold
+    areas = binary.flatten(1).sum(1)
+    large = areas > torch.tensor(strides)
+    masks, binary, areas, classes, scores = masks[large], binary[large], areas[large], classes[large], scores[large]
+    scores = scores * (masks * binary).flatten(1).sum(1) / areas
+    order = scores.argsort(descending=True, stable=True)[: options.nms_pre]
+    masks, binary, classes, scores = masks[order], binary[order], classes[order], scores[order]
+    decayed = scores.clone()
+    for j in range(len(scores)):
+        factors = [1.0]
+        for i in range(j):
+            if classes[i] != classes[j]:
+                continue
+            overlaps = [
+                (binary[k] & binary[i]).sum() / (binary[k] | binary[i]).sum()
+                for k in range(i)
+                if classes[k] == classes[i]
+            ]
+            own, worst = (binary[i] & binary[j]).sum() / (binary[i] | binary[j]).sum(), max(overlaps, default=0.0)
+            factors.append(float(torch.exp(torch.as_tensor(-options.nms_sigma * (own**2 - worst**2)))))
+        decayed[j] = scores[j] * min(factors)
+    kept = (decayed >= options.update_threshold).nonzero()[:, 0]
+    kept = kept[decayed[kept].argsort(descending=True, stable=True)][: options.max_detections]
+    found = F.interpolate(masks[None, kept], size=padded_size, mode="bilinear")[:, :, : image_size[0], : image_size[1]]
+    found = F.interpolate(found, size=output_size, mode="bilinear")[0] > options.mask_threshold
+    has_pixels = found.flatten(1).any(1)
+    return decayed[kept][has_pixels], classes[kept][has_pixels], found[has_pixels]
+
+
+@pytest.mark.parametrize("variant", ["solo", "decoupled", "solov2"])
+@pytest.mark.parametrize("block", [2**25, 2**9], ids=["one block", "blocks"])
+def test_equals_naive_code(variant, block, monkeypatch):
+    monkeypatch.setattr(postprocessing, "MAX_PIXELS_AT_ONCE", block)
+    model = tiny_solo(variant)
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    options = DetectionOptions(score_threshold=0.4, nms_pre=60, max_detections=20)
+    with torch.no_grad():
+        outputs = model.network(images)
+        sizes = {"padded_size": (64, 96), "image_size": (60, 90), "output_size": (80, 120)}
+        found = detect(model.head, outputs, 0, options, **sizes)
+        scores, classes, masks = naive_detect(model.head, outputs, 0, options, **sizes)
+    assert len(found.scores) > 3 and found.classes.tolist() == classes.tolist()
+    assert torch.allclose(found.scores, scores, atol=1e-5)
+    assert (found.masks != masks).flatten(1).sum(1).max() <= 2
+    rows, columns = masks[0].any(1).nonzero(), masks[0].any(0).nonzero()
+    assert found.boxes[0].tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("options", [{"score_threshold": 1.0}, {"score_threshold": 0.0, "update_threshold": 1.0}])
+def test_nothing_is_left(variant, options):
+    model = tiny_solo(variant)
+    with torch.no_grad():
+        outputs = model.network(torch.zeros(1, 3, 64, 64))
+        found = detect(
+            model.head, outputs, 0, DetectionOptions(**options),
+            padded_size=(64, 64), image_size=(64, 64), output_size=(50, 60),
+        )  # fmt: skip
+    assert len(found.scores) == 0 and found.boxes.shape == (0, 4) and found.masks.shape == (0, 50, 60)
+    assert found.masks.dtype == torch.bool and found.classes.dtype == torch.int64
+
+
+class FixedMasks:
+    """Stands for a head whose masks are given: each has as many pixels as the index of its cell says."""
+
+    num_grids, strides, mask_strides, level_sizes = (8, 8, 8), (8, 16, 32), (4, 8, 16), [64, 64, 64]
+
+    def mask_probs(self, outputs, image, level, cells, size=None):
+        masks = torch.zeros(len(cells), size[0] * size[1])
+        for mask, cell in zip(masks, cells.tolist()):
+            mask[:cell] = 0.9
+        return masks.unflatten(1, size)
+
+
+@pytest.mark.parametrize(("level", "stride"), [(0, 8), (1, 16), (2, 32)])
+def test_masks_up_to_the_stride_are_dropped(level, stride):
+    for area, is_kept in ((stride, False), (stride + 1, True)):
+        logits = torch.full((1, 1, 192), -9.0)
+        logits[0, 0, 64 * level + area] = 9.0
+        found = detect(
+            FixedMasks(), {"cate_logits": logits}, 0, DetectionOptions(),
+            padded_size=(64, 64), image_size=(64, 64), output_size=(64, 64),
+        )  # fmt: skip
+        assert len(found.scores) == is_kept
+
+
+def test_greedy_nms_by_key():
+    masks = rows((0, 9), (1, 9), (5, 11), (0, 9))
+    classes = torch.tensor([0, 0, 0, 1])
+    assert mask_nms(masks, classes, 0.5).tolist() == [0, 2, 3]
+    assert greedy_nms(classes, mask_intersections(masks), 0.95).tolist() == [0, 1, 2, 3]
+    logits = torch.full((1, 1, 192), -9.0)
+    logits[0, 0, [20, 22, 63]] = torch.tensor([1.0, 2.0, 0.5])
+    found = detect(
+        FixedMasks(), {"cate_logits": logits}, 0, DetectionOptions(nms_type="mask"),
+        padded_size=(64, 64), image_size=(64, 64), output_size=(64, 64),
+    )  # fmt: skip
+    # The mask of 20 pixels lies in that of 22; that of 63 overlaps it by a third.
+    assert found.prediction_idx.tolist() == [22, 63]
