@@ -222,8 +222,8 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         recipe = recipe_of(converted.model_family)
         if recipe and (differing := differences(recipe, self.model, self.image_format)):
             logger.warning(
-                "MODEL.WEIGHTS %s: the released models of %s were trained with %s, and the config has other values, which "
-                "makes predictions wrong. Set these keys, or keep yours if this file was trained with them",
+                "MODEL.WEIGHTS %s: the released models of %s were trained with %s, and the config has other values, so "
+                "that predictions are wrong. Set these keys, or keep yours if this file was trained with them",
                 self.coverage.source,
                 converted.model_family,
                 ", ".join(differing),

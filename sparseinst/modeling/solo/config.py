@@ -186,3 +186,24 @@ def check_keys(cfg: CfgNode, node_name: str) -> None:
     ):
         if not is_valid:
             raise ValueError(f"{node_name}.{name} is {value!r}; it must be {expected}")
+    _check_norm(node, node_name)
+
+
+def _check_norm(node: CfgNode, node_name: str) -> None:
+    # It imports torch.
+    from detectron2.layers import get_norm
+
+    widths = {"CHANNELS": node.CHANNELS}
+    if node_name == SOLOV2_NODE:
+        widths |= {"KERNEL_DIM": node.KERNEL_DIM, "MASK_FEATURES.CHANNELS": node.MASK_FEATURES.CHANNELS}
+    for name, width in widths.items():
+        try:
+            get_norm(node.NORM, width)
+        except KeyError as error:
+            raise ValueError(
+                f"{node_name}.NORM is {node.NORM!r}; it must be empty or a norm of Detectron2, such as GN, BN, SyncBN"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"{node_name}.{name} is {width}; {node_name}.NORM {node.NORM} needs another width: {error}"
+            ) from error
