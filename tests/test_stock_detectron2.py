@@ -173,6 +173,28 @@ def test_config_adds_keys_and_changes_no_default_but_mask_on():
     assert after["MODEL.MASK_ON"] is True
 
 
+def test_lazy_config_builds_solov2_as_its_yaml_does():
+    lazy = LazyConfig.load(get_config_file("lazy/solov2_light_448_r50.py"))
+    cfg = load_config("solov2/solov2_light_448_r50_3x", ["MODEL.DEVICE", "cpu"])
+    from_lazy, from_yaml = instantiate(lazy.model).eval(), build_model(cfg).eval()
+    assert str(from_lazy) == str(from_yaml)
+    from_lazy.load_state_dict(from_yaml.state_dict())
+    frozen = [
+        {name for name, value in model.named_parameters() if not value.requires_grad}
+        for model in (from_lazy, from_yaml)
+    ]
+    assert frozen[0] == frozen[1] and frozen[0]
+    assert (from_lazy.grid, from_lazy.detection) == (from_yaml.grid, from_yaml.detection)
+    for name in ("cate_weight", "mask_weight", "focal_alpha", "focal_gamma", "global_normalization"):
+        assert getattr(from_lazy.criterion, name) == getattr(from_yaml.criterion, name)
+    x = {"image": torch.randint(256, (3, 64, 96), dtype=torch.uint8)}
+    with torch.no_grad():
+        lazy_outputs, yaml_outputs = (model.network(model.preprocess([x]).tensor) for model in (from_lazy, from_yaml))
+    assert lazy_outputs.keys() == yaml_outputs.keys()
+    for name, output in lazy_outputs.items():
+        assert torch.equal(output, yaml_outputs[name]), name
+
+
 def test_lazy_config_builds_the_model_of_its_yaml():
     lazy = LazyConfig.load(get_config_file("lazy/sparse_inst_r50_giam.py"))
     cfg = get_cfg()

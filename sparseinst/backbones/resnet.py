@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
+from sparseinst.backbones.feature_pyramid import build_feature_pyramid
 from sparseinst.backbones.state_dict_names import rename_state_dict
 from sparseinst.backbones.timm_backbone import TimmBackbone, select_strides
 from sparseinst.ops.deform_conv import make_deformable, own_name, published_name
@@ -42,15 +42,7 @@ def build_resnet_dcn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 @BACKBONE_REGISTRY.register()
 def build_resnet_dcn_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Detectron2's feature pyramid (p2 to p6) around the ResNet of `build_resnet_dcn_backbone`."""
-    fpn = cfg.MODEL.FPN
-    return FPN(
-        bottom_up=build_resnet_dcn_backbone(cfg, input_shape),
-        in_features=fpn.IN_FEATURES,
-        out_channels=fpn.OUT_CHANNELS,
-        norm=fpn.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=fpn.FUSE_TYPE,
-    )
+    return build_feature_pyramid(cfg, build_resnet_dcn_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()

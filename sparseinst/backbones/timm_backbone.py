@@ -7,9 +7,10 @@ from types import ModuleType
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from torch import nn
 
+from sparseinst.backbones.feature_pyramid import build_feature_pyramid
 from sparseinst.backbones.state_dict_names import rename_state_dict
 
 NORMS = ("", "BN", "FrozenBN", "SyncBN")
@@ -135,6 +136,17 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         model_args=_checked_args(timm_cfg.ARGS),
     )
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Detectron2's feature pyramid (p2 to p6) around the model of `build_timm_backbone`.
+
+    Raises:
+        ImportError: as `build_timm_backbone`.
+        ValueError: as that; or MODEL.FPN.IN_FEATURES does not fit MODEL.TIMM.OUT_FEATURES.
+    """
+    return build_feature_pyramid(cfg, build_timm_backbone(cfg, input_shape))
 
 
 def _checked_args(model_args: Mapping) -> dict:

@@ -5,7 +5,7 @@ from sparseinst.checkpoint.checkpointer import SparseInstCheckpointer, checkpoin
 from sparseinst.checkpoint.coverage import Coverage, measure
 from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
 from sparseinst.checkpoint.locations import check_weights_file, find_weights
-from sparseinst.checkpoint.names import convert, family_of
+from sparseinst.checkpoint.names import convert, describe_names, family_of
 
 __all__ = [
     "Coverage",
@@ -15,6 +15,7 @@ __all__ = [
     "check_weights_file",
     "checkpointer_from_config",
     "convert",
+    "describe_names",
     "extract_tensors",
     "family_of",
     "find_weights",

@@ -10,10 +10,11 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from sparseinst.checkpoint.atomic_write import write_atomically
-from sparseinst.checkpoint.coverage import Coverage, first_names, frozen_tensors, measure
+from sparseinst.checkpoint.coverage import Coverage, first_names, frozen_tensors, measure, offsets
 from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
 from sparseinst.checkpoint.locations import find_weights
-from sparseinst.checkpoint.names import BACKBONE, Converted, convert, explain_mismatch
+from sparseinst.checkpoint.names import BACKBONE, Converted, convert, deciding_keys, explain_mismatch, recipe_of
+from sparseinst.checkpoint.recipe import differences
 from sparseinst.checkpoint.resumption import find_checkpoint
 from sparseinst.checkpoint.trained_keys import class_names
 
@@ -40,6 +41,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         min_backbone_coverage: share of the backbone's tensors that the start of a training must fill, 0 to 1; None
             where every load must fill the model.
         trusted: also read files that run code which they name.
+        image_format: INPUT.FORMAT, "RGB" or "BGR", to compare with that of released weights; None: unknown.
         save_to_disk, checkpointables: as DetectionCheckpointer's.
 
     Attributes:
@@ -56,6 +58,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         *,
         min_backbone_coverage: float | None = None,
         trusted: bool = False,
+        image_format: str | None = None,
         save_to_disk: bool | None = None,
         **checkpointables,
     ) -> None:
@@ -66,6 +69,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.min_backbone_coverage = min_backbone_coverage
         self.trusted = trusted
+        self.image_format = image_format
         self.coverage: Coverage | None = None
         self._content: dict = {}
 
@@ -195,6 +199,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         target = self.model.state_dict()
         converted = convert(tensors, target)
         self.coverage = measure(source, converted, target)
+        self._check_recipe(converted)
         if is_start:
             self._check_start(converted)
         else:
@@ -209,6 +214,17 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         rest.pop("matching_heuristics", None)
         return {**rest, "model": target}
 
+    def _check_recipe(self, converted: Converted) -> None:
+        recipe = recipe_of(converted.model_family)
+        if recipe and (differing := differences(recipe, self.model, self.image_format)):
+            logger.warning(
+                "MODEL.WEIGHTS %s: the released models of %s were trained with %s, and the config has other values, so "
+                "that predictions are wrong. Set these keys, or keep yours if this file was trained with them",
+                self.coverage.source,
+                converted.model_family,
+                ", ".join(differing),
+            )
+
     def _check_start(self, converted: Converted) -> None:
         coverage = self.coverage
         backbone = getattr(self.model, BACKBONE.removesuffix("."), None)
@@ -216,9 +232,16 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             self._check_backbone(coverage, explain_mismatch(converted.family, backbone, converted.target_family))
         for mismatch in coverage.mismatched:
             logger.warning("Not loaded: %s", mismatch.text())
+        if extra := offsets(coverage.extra):
+            logger.warning(
+                "%s is of a model with deformable convolutions where this model has ordinary ones: %s. Set %s",
+                coverage.source,
+                first_names(extra),
+                " and ".join(deciding_keys(extra)) or "other keys",
+            )
 
     def _check_backbone(self, coverage: Coverage, other_network: str) -> None:
-        filled, total = coverage.of_part(BACKBONE)
+        filled, total = coverage.of_backbone()
         problems = []
         if other_network:
             problems.append(f"does not fit the backbone: {other_network}")
@@ -241,19 +264,23 @@ class SparseInstCheckpointer(DetectionCheckpointer):
 
     def _check_whole(self) -> None:
         coverage = self.coverage
+        of_shape = {mismatch.name for mismatch in coverage.mismatched}
+        absent = [name for name in coverage.missing if name not in of_shape]
+        keys = "".join(f"; compare {key}" for key in deciding_keys([*absent, *coverage.extra]))
         if coverage.missing:
             total = len(coverage.filled) + len(coverage.missing)
             shapes = "".join(f"; {mismatch.text()}" for mismatch in coverage.mismatched[:3])
             raise ValueError(
                 f"MODEL.WEIGHTS {coverage.source} lacks {len(coverage.missing)} of the model's {total} tensors, or has "
                 f"them in another shape: {first_names(coverage.missing)}{shapes}. "
-                "Give the checkpoint of a trained model and the config file that it was trained with"
+                f"Give the checkpoint of a trained model and the config file that it was trained with{keys}"
             )
         if left_over := coverage.left_over + coverage.classifier:
             logger.warning(
-                "%s HAS TENSORS THAT THE MODEL DOES NOT HAVE: %s. It may belong to another config file",
+                "%s HAS TENSORS THAT THE MODEL DOES NOT HAVE: %s. It may belong to another config file%s",
                 coverage.source,
                 first_names(left_over),
+                keys,
             )
 
     def _warn_of_random_weights(self, is_start: bool) -> None:
@@ -290,5 +317,6 @@ def checkpointer_from_config(
         save_dir,
         min_backbone_coverage=cfg.MODEL.MIN_BACKBONE_COVERAGE if is_training else None,
         trusted=cfg.MODEL.TRUSTED_WEIGHTS,
+        image_format=cfg.INPUT.FORMAT,
         **checkpointables,
     )

@@ -1,5 +1,6 @@
 """Measure how much of a model a weights file fills, and report it."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -7,13 +8,23 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sparseinst.checkpoint.names import BACKBONE, Converted, is_classifier, likely_key
+from sparseinst.checkpoint.names import (
+    BACKBONE,
+    UNKNOWN,
+    Converted,
+    backbone_prefix,
+    is_classifier,
+    join_families,
+    likely_key,
+)
 
 NAMES_SHOWN = 3
 # A step counter, which no forward pass needs.
 _UNCOUNTED = ".num_batches_tracked"
 # Buffers of older checkpoints; the values now come from the config.
 _OBSOLETE = ("pixel_mean", "pixel_std")
+# Predict the offsets of deformable convolutions. Without weights they are zero, so the convolution is ordinary.
+_OFFSETS = re.compile(r"[._]offset\.\w+$")
 
 
 class ShapeMismatch(NamedTuple):
@@ -36,12 +47,13 @@ class Coverage(NamedTuple):
 
     Attributes:
         source: MODEL.WEIGHTS.
-        family: source of the file's backbone names.
+        family: source of the file's names.
         filled: the model's tensors that the file has.
         missing: the model's tensors that the file lacks.
         mismatched: the model's tensors that the file has in another shape; they are missing too.
         left_over: the file's tensors, by its own names, that the model does not take, without ``classifier``.
         classifier: the file's tensors of a classifier behind the backbone.
+        extra: ``left_over`` by the names that these tensors would have in the model.
     """
 
     source: str
@@ -51,16 +63,28 @@ class Coverage(NamedTuple):
     mismatched: list[ShapeMismatch]
     left_over: list[str]
     classifier: list[str]
+    extra: list[str]
 
     def of_part(self, prefix: str) -> tuple[int, int]:
         """Return how many tensors with this prefix are filled, and how many the model has."""
         filled = sum(name.startswith(prefix) for name in self.filled)
         return filled, filled + sum(name.startswith(prefix) for name in self.missing)
 
+    def of_backbone(self) -> tuple[int, int]:
+        """Return how many of the backbone's tensors are filled, and how many it has.
+
+        A feature pyramid and missing offsets do not count: files of pretrained backbones do not have them.
+        """
+        prefix = backbone_prefix(self.filled + self.missing)
+        if not prefix:
+            return 0, 0
+        filled, total = self.of_part(prefix)
+        return filled, total - len(offsets(name for name in self.missing if name.startswith(prefix)))
+
     @property
     def backbone_share(self) -> float:
-        """Share of the backbone's tensors that are filled, 0 to 1; 1 for a model without a backbone."""
-        filled, total = self.of_part(BACKBONE)
+        """Share of `of_backbone` that is filled, 0 to 1; 1 for a model without a backbone."""
+        filled, total = self.of_backbone()
         return filled / total if total else 1.0
 
     def text(self) -> str:
@@ -94,14 +118,18 @@ def measure(source: str, converted: Converted, target: Mapping[str, torch.Tensor
     counted = [name for name in target if not name.endswith(_UNCOUNTED)]
     filled = [name for name in counted if name in found and found[name].shape == target[name].shape]
     have = set(filled)
-    rest = [
-        converted.origins[name]
+    rest = {
+        name: converted.origins[name]
         for name in found
         if name not in target and not name.endswith(_UNCOUNTED) and name not in _OBSOLETE and name in converted.origins
-    ]
+    }
+    # Models of a known source have no classifier behind the backbone; their heads can have a name like it.
+    may_have_classifier = converted.model_family == UNKNOWN
+    classifier = [name for name, origin in rest.items() if may_have_classifier and is_classifier(origin)]
+    extra = [name for name in rest if name not in classifier]
     return Coverage(
         source=source,
-        family=converted.family,
+        family=join_families(converted.model_family, converted.family),
         filled=filled,
         missing=[name for name in counted if name not in have],
         mismatched=[
@@ -109,9 +137,15 @@ def measure(source: str, converted: Converted, target: Mapping[str, torch.Tensor
             for name in counted
             if name in found and name not in have
         ],
-        left_over=[name for name in rest if not is_classifier(name)],
-        classifier=[name for name in rest if is_classifier(name)],
+        left_over=[rest[name] for name in extra],
+        classifier=[rest[name] for name in classifier],
+        extra=extra,
     )
+
+
+def offsets(names: Iterable[str]) -> list[str]:
+    """Return the names that are of offsets of deformable convolutions."""
+    return [name for name in names if _OFFSETS.search(name)]
 
 
 def frozen_tensors(model: nn.Module, prefix: str = BACKBONE) -> list[str]:

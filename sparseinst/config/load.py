@@ -17,6 +17,7 @@ from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
 from sparseinst.config.explicit import is_explicit, is_shipped, keys_of, mark_explicit
 from sparseinst.config.imports import import_module, resolve_imports, run_imports
 from sparseinst.config.model_keys import max_detections
+from sparseinst.config.renamed_keys import refuse_old_keys, rename_keys
 from sparseinst.config.values import check_values
 
 logger = logging.getLogger(__name__)
@@ -28,18 +29,6 @@ _MERGE_ERRORS = (KeyError, AssertionError, ValueError, TypeError, MemoryError, R
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)
 # A config has about 700 values. Nested aliases can expand to more values than fit into memory.
 _MAX_VALUES = 20_000
-# Old key -> new key. Files are translated; on a command line the old key is refused with the new one. CUDA graphs were
-# removed without a successor of equal values.
-_RUNTIME = ("ENGINE", "PRECISION", "FUSE", "CHANNELS_LAST", "WINOGRAD", "COMPILE", "KEEP_FREED_MEMORY")
-RENAMED_KEYS = {
-    "MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT": "MODEL.OUTPUT.MASK_FORMAT",
-    "MODEL.SPARSE_INST.MAX_MASK_GIB": "MODEL.OUTPUT.MAX_MASK_GIB",
-    "MODEL.SPARSE_INST.DATASET_MAPPER": "INPUT.DATASET_MAPPER",
-    **{f"MODEL.SPARSE_INST.INFERENCE.{name}": f"RUNTIME.{name}" for name in _RUNTIME},
-    "MODEL.SPARSE_INST.INFERENCE.CUDA_GRAPHS": None,
-}
-# Published keys are accepted everywhere, and translated where they differ from their default.
-PUBLISHED_KEYS = {"MODEL.SPARSE_INST.DATASET_MAPPER": "SparseInstDatasetMapper"}
 # Detectron2's default.
 _DETECTIONS_PER_IMAGE = 100
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
@@ -97,10 +86,7 @@ def load_config(
             f"The config of {path} imports {', '.join(modules)[:300]} (IMPORTS), which is not allowed here"
         )
     run_imports(modules, cfg, path)
-    for old, new in RENAMED_KEYS.items():
-        if old not in PUBLISHED_KEYS:
-            note = None if new else "CUDA graphs were removed; torch.compile replaces them"
-            cfg.register_renamed_key(old, new or "RUNTIME.COMPILE", note)
+    refuse_old_keys(opts)
     if "full_model" in opts[1::2]:
         raise ValueError(
             "In the KEY VALUE overrides: SOLVER.CLIP_GRADIENTS.CLIP_TYPE full_model was renamed: set "
@@ -222,7 +208,7 @@ def _read_with_bases(
         if os.path.realpath(file) in chain:
             raise ValueError(f"The config file {path} inherits from itself: _BASE_ names {base!r}")
         _update(merged, copy.deepcopy(_read_with_bases(file, chain, known, explicit)))
-    renamed = [*_rename(content), *_translate_clipping(content, merged)]
+    renamed = [*rename_keys(content, path), *_translate_clipping(content, merged)]
     if renamed:
         logger.warning("The config file %s uses keys that were renamed: %s", path, "; ".join(renamed))
     if not is_shipped(path):
@@ -308,29 +294,6 @@ def _check_keys(content: object) -> None:
             )
         if isinstance(value, dict):
             _check_keys(value)
-
-
-def _pop(content: dict, key: str) -> object:
-    """Remove a key and the groups that become empty; return its value, or None if it is absent."""
-    group, _, rest = key.partition(".")
-    if not rest or not isinstance(content.get(group), dict):
-        return None if rest else content.pop(group, None)
-    value = _pop(content[group], rest)
-    if not content[group]:
-        del content[group]
-    return value
-
-
-def _rename(content: dict) -> Iterator[str]:
-    """Replace renamed keys in place; yield "old -> new" for each."""
-    for old, new in RENAMED_KEYS.items():
-        value = _pop(content, old)
-        if value is None or value == PUBLISHED_KEYS.get(old):
-            continue
-        yield f"{old} -> {new or 'removed'}"
-        if new:
-            *groups, name = new.split(".")
-            _update(content, reduce(lambda inner, group: {group: inner}, reversed(groups), {name: value}))
 
 
 def _translate_clipping(content: dict, inherited: dict) -> Iterator[str]:

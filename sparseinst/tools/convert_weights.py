@@ -41,7 +41,7 @@ def describe(weights: str, trusted: bool = False) -> str:
     Raises:
         ValueError: the file cannot be read, or holds no tensors.
     """
-    from sparseinst.checkpoint import WeightsFileError, extract_tensors, family_of, find_weights, read_weights_file
+    from sparseinst.checkpoint import WeightsFileError, extract_tensors, find_weights, read_weights_file
 
     path = find_weights(weights)
     kind, content = read_weights_file(path, trusted)
@@ -53,7 +53,7 @@ def describe(weights: str, trusted: bool = False) -> str:
     lines = [
         f"{weights}: {kind}, {Path(path).stat().st_size / 1e6:.1f} MB",
         f"  {len(tensors)} tensors of {values / 1e6:.2f} million values{f', in the entry {entry!r}' if entry else ''}",
-        f"  names: {family_of(tensors)}",
+        f"  names: {describe_names(tensors)}",
     ]
     if entry and (others := [str(key) for key in content if key != entry]):
         lines.append(f"  other entries: {', '.join(others)}")

@@ -85,9 +85,16 @@ def test_gradients_are_clipped(small, tmp_path, monkeypatch):
     assert norms == [pytest.approx(0.01, rel=1e-3)]
 
 
-def test_the_recipe_is_that_of_the_yaml():
-    lazy, cfg = LazyConfig.load(get_config_file(PUBLISHED)), load_config("sparse_inst_r50_giam")
+@pytest.mark.parametrize(
+    ("lazy_name", "yaml_name"),
+    [(PUBLISHED, "sparse_inst_r50_giam"), ("lazy/solov2_light_448_r50.py", "solov2/solov2_light_448_r50_3x")],
+)
+def test_the_recipe_is_that_of_the_yaml(lazy_name, yaml_name):
+    lazy, cfg = LazyConfig.load(get_config_file(lazy_name)), load_config(yaml_name)
     solver, test = cfg.SOLVER, lazy.dataloader.test
+    assert lazy.optimizer._target_ is {"ADAMW": torch.optim.AdamW, "SGD": torch.optim.SGD}[solver.OPTIMIZER]
+    assert lazy.optimizer.params.get("weight_decay_norm", 0.0) == solver.WEIGHT_DECAY_NORM
+    assert lazy.optimizer.get("momentum", solver.MOMENTUM) == solver.MOMENTUM
     assert (lazy.optimizer.lr, lazy.optimizer.weight_decay) == (solver.BASE_LR, solver.WEIGHT_DECAY)
     assert (lazy.train.max_iter, lazy.train.clip_total_norm) == (solver.MAX_ITER, solver.CLIP_TOTAL_NORM)
     assert lazy.dataloader.train.total_batch_size == solver.IMS_PER_BATCH
@@ -99,7 +106,8 @@ def test_the_recipe_is_that_of_the_yaml():
     multiplier = instantiate(lazy.lr_multiplier)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     published = build_lr_scheduler(cfg, optimizer)
-    for iteration in (0, 1, 500, 999, 1000, 209_999, 210_000, 249_999, 250_000, 269_999):
+    edges = (1, 500, solver.WARMUP_ITERS, *solver.STEPS, solver.MAX_ITER)
+    for iteration in (0, *edges[:-1], *(edge - 1 for edge in edges)):
         assert multiplier(iteration / solver.MAX_ITER) == pytest.approx(
             published._multiplier(iteration / solver.MAX_ITER)
         )

@@ -7,12 +7,7 @@ from sparseinst.checkpoint.names.source import Source, by_patterns, number
 
 
 def _explain(backbone: nn.Module, target_family: str) -> str:
-    strided = (
-        name
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.kernel_size == (1, 1)
-    )
-    if target_family == detectron2.RESNET.family and any(name.endswith("conv1") for name in strided):
+    if target_family == detectron2.RESNET.family and detectron2.stride_in_1x1(backbone):
         return "its blocks have their stride in the 3x3 convolution; set MODEL.RESNETS.STRIDE_IN_1X1 False"
     return ""
 

@@ -1,7 +1,11 @@
 """The keys of SOLO and SOLOv2 below MODEL.SOLO and MODEL.SOLOV2, with their defaults, units and meanings."""
 
+import ast
+from collections.abc import Callable
+
 from detectron2.config import CfgNode
 
+from sparseinst.config.renamed_keys import RenamedKey
 from sparseinst.config.values import COUNT, FRACTION, NORM, NOT_NEGATIVE, POSITIVE, Range, each, one_of
 
 SOLO_NODE = "MODEL.SOLO"
@@ -36,6 +40,67 @@ RANGES = {
     f"{SOLOV2_NODE}.KERNEL_DIM": COUNT,
     f"{SOLOV2_NODE}.MASK_FEATURES.CHANNELS": COUNT,
     f"{SOLOV2_NODE}.MASK_FEATURES.DEFORM": one_of("", "all"),
+}
+
+
+def _only(expected: object, text: str) -> Callable[[object], object]:
+    """Return a conversion that refuses other values."""
+
+    def convert(value: object) -> object:
+        if value != expected:
+            raise ValueError(f"it must be {expected!r}: {text}")
+        return value
+
+    return convert
+
+
+def _ranges(value: object) -> list[list[float]]:
+    """Return pairs as lists; YAML reads tuples as text."""
+    return [list(pair) for pair in (ast.literal_eval(value) if isinstance(value, str) else value)]
+
+
+def _is_modulated(value: object) -> bool:
+    if value not in ("DCN", "DCNv2"):
+        raise ValueError('it must be "DCN" or "DCNv2"')
+    return value == "DCNv2"
+
+
+# AdelaiDet's keys below MODEL.SOLOV2; keys that are the same here are absent.
+_ADELAIDET = {
+    "INSTANCE_IN_FEATURES": RenamedKey("IN_FEATURES"),
+    "FPN_INSTANCE_STRIDES": RenamedKey("STRIDES"),
+    "FPN_SCALE_RANGES": RenamedKey("SCALE_RANGES", _ranges),
+    "INSTANCE_IN_CHANNELS": RenamedKey(None, reason="it is the width of the backbone's features"),
+    "INSTANCE_CHANNELS": RenamedKey("CHANNELS"),
+    "NUM_INSTANCE_CONVS": RenamedKey("NUM_CONVS"),
+    # AdelaiDet reads both keys and ignores them: set DEFORM "" for a checkpoint that was trained there.
+    "USE_DCN_IN_INSTANCE": RenamedKey("DEFORM", lambda value: "all" if value else ""),
+    "TYPE_DCN": RenamedKey("DEFORM_MODULATED", _is_modulated),
+    "NUM_KERNELS": RenamedKey("KERNEL_DIM"),
+    "NUM_MASKS": RenamedKey("KERNEL_DIM"),
+    "NORM": RenamedKey("NORM", lambda value: "" if value == "none" else value),
+    "USE_COORD_CONV": RenamedKey(
+        None, _only(True, "the heads always read the coordinates"), "the heads always read the coordinates"
+    ),
+    "MASK_IN_FEATURES": RenamedKey("MASK_FEATURES.IN_FEATURES"),
+    "MASK_IN_CHANNELS": RenamedKey(None, reason="it is the width of the backbone's features"),
+    "MASK_CHANNELS": RenamedKey("MASK_FEATURES.CHANNELS"),
+    "SCORE_THR": RenamedKey("SCORE_THRESHOLD"),
+    "MASK_THR": RenamedKey("MASK_THRESHOLD"),
+    "UPDATE_THR": RenamedKey("NMS.UPDATE_THRESHOLD"),
+    "NMS_PRE": RenamedKey("NMS.PRE"),
+    "NMS_TYPE": RenamedKey("NMS.TYPE"),
+    "NMS_KERNEL": RenamedKey("NMS.KERNEL"),
+    "NMS_SIGMA": RenamedKey("NMS.SIGMA", float),
+    "MAX_PER_IMG": RenamedKey("MAX_DETECTIONS"),
+    "LOSS.FOCAL_USE_SIGMOID": RenamedKey(
+        None, _only(True, "the focal loss has no softmax variant"), "the focal loss always uses sigmoids"
+    ),
+    "LOSS.FOCAL_WEIGHT": RenamedKey("LOSS.CATE_WEIGHT"),
+    "LOSS.DICE_WEIGHT": RenamedKey("LOSS.MASK_WEIGHT"),
+}
+RENAMED_KEYS = {
+    f"{SOLOV2_NODE}.{old}": row._replace(new=row.new and f"{SOLOV2_NODE}.{row.new}") for old, row in _ADELAIDET.items()
 }
 
 
@@ -124,3 +189,20 @@ def check_levels(node: CfgNode, node_name: str) -> None:
     if len(set(lengths.values())) != 1:
         text = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(f"{node_name}: each level needs one value in each list; found {text}")
+    _check_widths(node, node_name)
+
+
+def _check_widths(node: CfgNode, node_name: str) -> None:
+    # It imports torch.
+    from detectron2.layers import get_norm
+
+    widths = {"CHANNELS": node.CHANNELS}
+    if node_name == SOLOV2_NODE:
+        widths |= {"KERNEL_DIM": node.KERNEL_DIM, "MASK_FEATURES.CHANNELS": node.MASK_FEATURES.CHANNELS}
+    for name, width in widths.items():
+        try:
+            get_norm(node.NORM, width)
+        except ValueError as error:
+            raise ValueError(
+                f"{node_name}.{name} is {width}; {node_name}.NORM {node.NORM} needs another width: {error}"
+            ) from error

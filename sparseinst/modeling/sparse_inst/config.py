@@ -2,6 +2,7 @@
 
 from detectron2.config import CfgNode
 
+from sparseinst.config.renamed_keys import RenamedKey
 from sparseinst.config.values import COUNT, FRACTION, NORM, NOT_NEGATIVE, POSITIVE, Range
 
 NUM_CLASSES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
@@ -27,6 +28,18 @@ _RANGES = {
 }
 # The values that the keys accept; `sparseinst.config.check_values` refuses others.
 RANGES = {f"MODEL.SPARSE_INST.{key}": accepted for key, accepted in _RANGES.items()}
+
+_RUNTIME = ("ENGINE", "PRECISION", "FUSE", "CHANNELS_LAST", "WINOGRAD", "COMPILE", "KEEP_FREED_MEMORY")
+RENAMED_KEYS = {
+    "MODEL.SPARSE_INST.OUTPUT_MASK_FORMAT": RenamedKey("MODEL.OUTPUT.MASK_FORMAT"),
+    "MODEL.SPARSE_INST.MAX_MASK_GIB": RenamedKey("MODEL.OUTPUT.MAX_MASK_GIB"),
+    # The published key, which stays valid.
+    "MODEL.SPARSE_INST.DATASET_MAPPER": RenamedKey("INPUT.DATASET_MAPPER", default="SparseInstDatasetMapper"),
+    **{f"MODEL.SPARSE_INST.INFERENCE.{name}": RenamedKey(f"RUNTIME.{name}") for name in _RUNTIME},
+    "MODEL.SPARSE_INST.INFERENCE.CUDA_GRAPHS": RenamedKey(
+        None, reason="CUDA graphs were removed; RUNTIME.COMPILE replaces them"
+    ),
+}
 
 
 def add_keys(cfg: CfgNode) -> None:
