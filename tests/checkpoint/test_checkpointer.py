@@ -264,3 +264,42 @@ def test_a_model_whose_names_do_not_load_is_an_error(tmp_path):
     model.register_load_state_dict_pre_hook(lambda _, state, *__: state.pop("weight"))
     with pytest.raises(RuntimeError, match=r"does not load the state dict that it saves.*1 \(weight\)"):
         SparseInstCheckpointer(model).load(str(path))
+
+
+def linear_checkpointer(**options):
+    torch.manual_seed(0)
+    return SparseInstCheckpointer(nn.Linear(2, 2), **options)
+
+
+@pytest.mark.parametrize("name", ["model_ema", "ema_state_dict", "state_dict_ema"])
+@pytest.mark.parametrize("averaged", [True, False])
+def test_averaged_weights_come_first_and_the_log_says_so(tmp_path, caplog, name, averaged):
+    raw, mean = ({"weight": torch.full((2, 2), value), "bias": torch.zeros(2)} for value in (1.0, 2.0))
+    torch.save({"model": raw, name: {"state_dict": mean}}, tmp_path / "ema.pth")
+    checkpointer = linear_checkpointer(averaged=averaged)
+    with caplog.at_level(logging.INFO, "sparseinst"):
+        checkpointer.load(str(tmp_path / "ema.pth"))
+    assert checkpointer.model.weight[0, 0] == (2 if averaged else 1)
+    (line,) = (record.getMessage() for record in caplog.records if "(EMA)" in record.getMessage())
+    assert f"the {'averaged' if averaged else 'raw'} ones are loaded" in line and "MODEL.AVERAGED_WEIGHTS" in line
+
+
+def test_nan_and_inf_in_weights_are_said_at_loading(tmp_path, caplog):
+    torch.save({"weight": torch.tensor([[1.0, float("nan")], [0, 0]]), "bias": torch.zeros(2)}, tmp_path / "nan.pth")
+    linear_checkpointer().load(str(tmp_path / "nan.pth"))
+    (line,) = (record.getMessage() for record in caplog.records if "NaN or Inf" in record.getMessage())
+    assert "in tensors: 1 (weight)" in line and "nan.pth" in line
+
+
+def test_a_flipped_byte_is_found_and_a_resumed_run_takes_another_checkpoint(tmp_path, caplog):
+    checkpointer = linear_checkpointer(save_dir=str(tmp_path))
+    for name in ("model_0000001", "model_0000003"):
+        checkpointer.save(name, iteration=int(name[-1]), trainer={})
+    content = bytearray((tmp_path / "model_0000003.pth").read_bytes())
+    position = content.find(checkpointer.model.weight.detach().numpy().tobytes())
+    content[position] ^= 1
+    (tmp_path / "model_0000003.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="model_0000003.pth.*CRC-32.*/data/"):
+        checkpointer.load(str(tmp_path / "model_0000003.pth"))
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 1
+    assert any("Cannot resume from" in record.getMessage() for record in caplog.records)
