@@ -207,7 +207,7 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
 
 
 def check_file(path: Path) -> None:
-    """Raise WeightsFileError where a file is no weights file by its first bytes, or a PyTorch file that is cut off."""
+    """Raise WeightsFileError unless the first bytes show a weights file; a PyTorch file must be complete."""
     _kind_of(path)
 
 
