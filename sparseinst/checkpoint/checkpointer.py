@@ -11,7 +11,7 @@ from torch import nn
 
 from sparseinst.checkpoint.atomic_write import write_atomically
 from sparseinst.checkpoint.coverage import Coverage, first_names, frozen_tensors, measure
-from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, has_average, read_weights_file
+from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
 from sparseinst.checkpoint.locations import find_weights
 from sparseinst.checkpoint.names import BACKBONE, Converted, convert, explain_mismatch
 from sparseinst.checkpoint.resumption import find_checkpoint
@@ -40,8 +40,6 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         min_backbone_coverage: share of the backbone's tensors that the start of a training must fill, 0 to 1; None
             where every load must fill the model.
         trusted: also read files that run code which they name.
-        averaged: of a file with raw and averaged weights (EMA), load the averaged ones; a resumed run always continues
-            with the raw ones.
         save_to_disk, checkpointables: as DetectionCheckpointer's.
 
     Attributes:
@@ -58,7 +56,6 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         *,
         min_backbone_coverage: float | None = None,
         trusted: bool = False,
-        averaged: bool = True,
         save_to_disk: bool | None = None,
         **checkpointables,
     ) -> None:
@@ -69,7 +66,6 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.min_backbone_coverage = min_backbone_coverage
         self.trusted = trusted
-        self.averaged = averaged
         self.coverage: Coverage | None = None
         self._content: dict = {}
 
@@ -167,7 +163,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             return {}
         filename = find_weights(path)
         # First, because after an error in DetectionCheckpointer.load no second load is possible.
-        self._content = self._read(path, filename, is_start, self.averaged and not needs_trainer)
+        self._content = self._read(path, filename, is_start)
         if needs_trainer and "trainer" not in self._content:
             raise WeightsFileError(
                 f"{filename} holds weights without the state of a training (optimizer, iteration), so a training "
@@ -188,20 +184,14 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         """Return the content that :meth:`load` has read, in Detectron2's form."""
         return self._content
 
-    def _read(self, source: str, filename: str, is_start: bool, averaged: bool) -> dict:
+    def _read(self, source: str, filename: str, is_start: bool) -> dict:
         """Return the file's content with the model's whole state dict as "model"; missing tensors keep their values."""
         content = read_weights_file(filename, self.trusted).content
         try:
-            tensors, entry = extract_tensors(content, averaged)
+            # A resumed run continues with its own weights, not with their average.
+            tensors, entry = extract_tensors(content, averaged=is_start)
         except ValueError as error:
             raise WeightsFileError(f"{filename} {error}") from error
-        if has_average(content):
-            logger.info(
-                "%s has raw and averaged weights (EMA): the %s ones are loaded, entry %r (MODEL.AVERAGED_WEIGHTS)",
-                filename,
-                "averaged" if averaged else "raw",
-                entry,
-            )
         target = self.model.state_dict()
         converted = convert(tensors, target)
         self.coverage = measure(source, converted, target)
@@ -213,8 +203,6 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         found = converted.tensors
         # Step counters of norms too, which the report leaves out.
         fitting = [name for name in target if name in found and found[name].shape == target[name].shape]
-        if nonfinite := [name for name in fitting if not found[name].isfinite().all()]:
-            logger.warning("%s has NaN or Inf in tensors: %s", filename, first_names(nonfinite))
         target.update({name: found[name] for name in fitting})
         rest = {key: value for key, value in content.items() if key != entry} if entry else {}
         # The names are the model's now.
@@ -302,6 +290,5 @@ def checkpointer_from_config(
         save_dir,
         min_backbone_coverage=cfg.MODEL.MIN_BACKBONE_COVERAGE if is_training else None,
         trusted=cfg.MODEL.TRUSTED_WEIGHTS,
-        averaged=cfg.MODEL.AVERAGED_WEIGHTS,
         **checkpointables,
     )

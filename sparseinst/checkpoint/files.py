@@ -28,7 +28,7 @@ SAFETENSORS = "safetensors file"
 
 # Entries of training scripts for the weights, and for their averages (EMA).
 WRAPPERS = ("model", "state_dict", "model_state", "blobs")
-AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
+AVERAGES = ("state_dict_ema", "model_ema")
 # Prefixes of DistributedDataParallel, torch.compile and Lightning.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 # The magic number of torch.save, pickled with protocol 2.
@@ -206,30 +206,6 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
         return WeightsFile(kind, (_read_any_pickle if kind == PICKLE else _read_any_torch)(path))
 
 
-def check_file(path: Path) -> None:
-    """Raise WeightsFileError unless the first bytes show a weights file; a PyTorch file must be complete."""
-    _kind_of(path)
-
-
-def has_average(content: object) -> bool:
-    """Return whether a file's content has averaged weights (EMA) besides the raw ones."""
-    averages, raw = (
-        (
-            [key for key in keys if isinstance(content.get(key), Mapping) and _tensors(_state_of(content[key]))]
-            for keys in (AVERAGES, WRAPPERS)
-        )
-        if isinstance(content, Mapping)
-        else ((), ())
-    )
-    return bool(averages and raw)
-
-
-def _state_of(entry: Mapping) -> Mapping:
-    """Return the state dict in an entry: averages may be wrapped once more."""
-    inner = next((entry[key] for key in WRAPPERS if isinstance(entry.get(key), Mapping)), None)
-    return entry if inner is None or _tensors(entry) else inner
-
-
 def extract_tensors(content: object, averaged: bool = True) -> tuple[dict[str, torch.Tensor], str]:
     """Return the tensors of a weights file by name, without prefixes that all names share, and the entry they are in.
 
@@ -246,9 +222,8 @@ def extract_tensors(content: object, averaged: bool = True) -> tuple[dict[str, t
     entry, state = "", content
     if isinstance(content, Mapping):
         entries = (*(AVERAGES if averaged else ()), *WRAPPERS)
-        found = (key for key in entries if isinstance(content.get(key), Mapping) and _tensors(_state_of(content[key])))
-        entry = next(found, "")
-        state = _state_of(content[entry]) if entry else content
+        entry = next((key for key in entries if isinstance(content.get(key), Mapping) and _tensors(content[key])), "")
+        state = content[entry] if entry else content
     tensors = _tensors(state) if isinstance(state, Mapping) else {}
     if not tensors:
         found = f"the entries {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else "none"
@@ -340,19 +315,7 @@ def _check_zip(path: Path) -> None:
         raise WeightsFileError(f"{path} has compressed entries, which PyTorch does not write; unpack it, save it again")
 
 
-def _check_sums(path: Path) -> None:
-    """Raise zipfile.BadZipFile where an entry differs from its CRC-32, which torch does not compare."""
-    with zipfile.ZipFile(path) as archive:
-        # torch.serialization can be told to write zeros.
-        for entry in (entry for entry in archive.infolist() if entry.CRC):
-            with archive.open(entry) as file:
-                while file.read(2**20):
-                    pass
-
-
 def _read_torch(path: Path) -> object:
-    if zipfile.is_zipfile(path):
-        _check_sums(path)
     # Saved by the training scripts of timm and DeiT; holds only values.
     safe_globals = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5
     with safe_globals([argparse.Namespace]) if safe_globals else contextlib.nullcontext():

@@ -1,6 +1,6 @@
-"""Find the file that MODEL.WEIGHTS names: a path, a URL, package://NAME/PATH, timm://NAME, an address of `downloads`.
+"""Find the file that MODEL.WEIGHTS names: a path, a URL, package://NAME/PATH or timm://NAME.
 
-Importing this module registers all of them with Detectron2's PathManager.
+Importing this module registers the last two with Detectron2's PathManager.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import torch
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 
-from sparseinst.checkpoint import downloads
 from sparseinst.checkpoint.atomic_write import write_atomically
 from sparseinst.checkpoint.files import WeightsFileError
 
@@ -40,9 +39,8 @@ def find_weights(weights: str) -> str:
 
     Args:
         weights: a path; http(s)://, detectron2:// and other prefixes of Detectron2's PathManager; package://NAME/PATH,
-            a file of an installed Python package; timm://NAME, the weights that timm downloads for a model; addresses
-            of `downloads`. A question mark and the rest (Detectron2's ?matching_heuristics=True) are left out, except
-            in addresses of Google Drive.
+            a file of an installed Python package; timm://NAME, the weights that timm downloads for a model. A question
+            mark and the rest (Detectron2's ?matching_heuristics=True) are left out.
 
     Raises:
         WeightsFileError: the file does not exist or cannot be downloaded.
@@ -52,8 +50,7 @@ def find_weights(weights: str) -> str:
     if os.path.isfile(weights):
         return weights
     with _explained_download(weights):
-        has_id = weights.startswith(downloads.GoogleDriveHandler.PREFIX)
-        path = PathManager.get_local_path(weights if has_id else weights.split("?")[0])
+        path = PathManager.get_local_path(weights.split("?")[0])
     if not os.path.isfile(path):
         raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
     return path

@@ -65,15 +65,12 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # "SparseInstDatasetMapper" or Detectron2's "DatasetMapper".
     cfg.INPUT.DATASET_MAPPER = "SparseInstDatasetMapper"
 
-    # Besides paths and URLs, MODEL.WEIGHTS can be sparseinst://NAME, the published checkpoint of a config; an address
-    # of Google Drive; hf://OWNER/NAME/FILE of Hugging Face; timm://NAME, weights that timm downloads; package://NAME/PATH,
+    # Besides paths and URLs, MODEL.WEIGHTS can be timm://NAME, weights that timm downloads, and package://NAME/PATH,
     # a file of an installed Python package.
     # Share of the backbone's tensors that MODEL.WEIGHTS must fill at the start of a training. 0 allows anything.
     cfg.MODEL.MIN_BACKBONE_COVERAGE = 0.9
     # Read pickles that run code while they are read. Set this only for files from a trusted source.
     cfg.MODEL.TRUSTED_WEIGHTS = False
-    # Of a file with raw and averaged weights (EMA), load the averaged ones. --resume continues with the raw ones.
-    cfg.MODEL.AVERAGED_WEIGHTS = True
 
     # BACKBONE.NAME build_pyramid_vision_transformer: PVTv2 "b0" to "b5"; LINEAR, with any NAME, is the linear b2.
     cfg.MODEL.PVT = CfgNode()
