@@ -5,6 +5,7 @@ One process downloads while the others wait. A file gets its name after it has a
 
 import importlib
 import logging
+import os
 import re
 import shutil
 import sys
@@ -172,7 +173,11 @@ def _from_drive(file_id: str, folder: Path) -> str | None:
 
 def _from_hugging_face(repository: str, revision: str, file: str, folder: Path) -> str:
     hub = _import("huggingface_hub", "zoo", "huggingface_hub")
-    return hub.hf_hub_download(repository, file, revision=revision, local_dir=folder)
+    # One warning for each of its retries, which take 24 s without a network.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # It reads this variable only when it is imported.
+    mirror = os.environ.get("HF_ENDPOINT")
+    return hub.hf_hub_download(repository, file, revision=revision, local_dir=folder, endpoint=mirror)
 
 
 def _from_timm(timm: ModuleType, name: str, folder: Path) -> Path:
