@@ -1,6 +1,7 @@
 """Downloads of weights: where they come from, where they are cached, and what is said where they fail."""
 
 import io
+import re
 import shutil
 import sys
 import time
@@ -123,6 +124,10 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(host, cache, weights, 
     message = str(raised.value)
     assert "\n" not in message and f"cannot be downloaded from {address} (" in message
     assert message.endswith(f"and save the file as {cache / path}")
+    if fault == "short":
+        assert re.search(r"\d+ (of|bytes but the server announced) \d+ bytes|Consistency check|peer closed", message), (
+            message
+        )
     assert files(cache) == []
     # The advice works.
     torch.save(STATE, cache / path)
