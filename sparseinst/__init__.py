@@ -33,7 +33,9 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> object:
-    """Import the public functions at their first use (PEP 562)."""
+    """Import the public functions and ``sparseinst.model_zoo`` at their first use (PEP 562)."""
+    if name == "model_zoo":
+        return importlib.import_module("sparseinst.model_zoo")
     if name in __all__:
         return getattr(importlib.import_module("sparseinst.config"), name)
     raise AttributeError(f"module 'sparseinst' has no attribute {name!r}")

@@ -18,6 +18,7 @@ ALLOWED = {
     "backbones": SHARED,
     "data": SHARED,
     "checkpoint": SHARED | {"backbones"},
+    "model_zoo": SHARED | {"checkpoint"},
     "runtime": SHARED | {"modeling.meta_arch"},
     "evaluation": SHARED | {"data", "runtime", "modeling.meta_arch"},
     "visualization": SHARED | {"data"},

@@ -3,7 +3,8 @@
 from sparseinst.checkpoint.atomic_write import OutputError, write_atomically, write_text_atomically
 from sparseinst.checkpoint.checkpointer import SparseInstCheckpointer, checkpointer_from_config
 from sparseinst.checkpoint.coverage import Coverage, measure
-from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
+from sparseinst.checkpoint.entries import extract_tensors
+from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
 from sparseinst.checkpoint.locations import check_weights_file, find_weights
 from sparseinst.checkpoint.names import convert, describe_names, family_of
 

@@ -10,8 +10,16 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from sparseinst.checkpoint.atomic_write import write_atomically
-from sparseinst.checkpoint.coverage import Coverage, first_names, frozen_tensors, measure, offsets
-from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
+from sparseinst.checkpoint.coverage import (
+    Coverage,
+    count_nonfinite,
+    first_names,
+    frozen_tensors,
+    measure,
+    offsets,
+)
+from sparseinst.checkpoint.entries import AVERAGED, RAW, Weights, find_weight_sets
+from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
 from sparseinst.checkpoint.locations import find_weights
 from sparseinst.checkpoint.names import BACKBONE, Converted, convert, deciding_keys, explain_mismatch, recipe_of
 from sparseinst.checkpoint.recipe import differences
@@ -22,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Where MODEL.MIN_BACKBONE_COVERAGE is 0, a smaller share is still logged as a warning.
 _LOUD_BELOW = 0.9
+# Of MODEL.EMA_WEIGHTS, besides AVERAGED and RAW.
+AUTO = "auto"
 _ALLOW = "set MODEL.MIN_BACKBONE_COVERAGE 0.0 to start from what fits"
 
 
@@ -42,13 +52,15 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             where every load must fill the model.
         trusted: also read files that run code which they name.
         image_format: INPUT.FORMAT, "RGB" or "BGR", to compare with that of released weights; None: unknown.
+        ema_weights: which weights to take from a file with raw and averaged ones (EMA): "averaged", "raw", or "auto",
+            the averaged ones if the file has them. A resumed training always takes its raw weights.
         save_to_disk, checkpointables: as DetectionCheckpointer's.
 
     Attributes:
         coverage: what the last load filled; None before the first.
 
     Raises:
-        ValueError: ``min_backbone_coverage`` is outside 0 to 1.
+        ValueError: ``min_backbone_coverage`` is outside 0 to 1, or ``ema_weights`` is unknown.
     """
 
     def __init__(
@@ -59,6 +71,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         min_backbone_coverage: float | None = None,
         trusted: bool = False,
         image_format: str | None = None,
+        ema_weights: str = AUTO,
         save_to_disk: bool | None = None,
         **checkpointables,
     ) -> None:
@@ -66,7 +79,10 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             raise ValueError(
                 f"MODEL.MIN_BACKBONE_COVERAGE is {min_backbone_coverage}; it is a share and must be between 0 and 1"
             )
+        if ema_weights not in (AUTO, AVERAGED, RAW):
+            raise ValueError(f"MODEL.EMA_WEIGHTS is {ema_weights!r}; it must be one of {AUTO}, {AVERAGED}, {RAW}")
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.ema_weights = ema_weights
         self.min_backbone_coverage = min_backbone_coverage
         self.trusted = trusted
         self.image_format = image_format
@@ -167,7 +183,8 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             return {}
         filename = find_weights(path)
         # First, because after an error in DetectionCheckpointer.load no second load is possible.
-        self._content = self._read(path, filename, is_start)
+        is_resumed = needs_trainer or (checkpointables is None and self.min_backbone_coverage is not None)
+        self._content = self._read(path, filename, is_start, RAW if is_resumed else self.ema_weights)
         if needs_trainer and "trainer" not in self._content:
             raise WeightsFileError(
                 f"{filename} holds weights without the state of a training (optimizer, iteration), so a training "
@@ -188,16 +205,16 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         """Return the content that :meth:`load` has read, in Detectron2's form."""
         return self._content
 
-    def _read(self, source: str, filename: str, is_start: bool) -> dict:
+    def _read(self, source: str, filename: str, is_start: bool, ema_weights: str) -> dict:
         """Return the file's content with the model's whole state dict as "model"; missing tensors keep their values."""
         content = read_weights_file(filename, self.trusted).content
         try:
-            # A resumed run continues with its own weights, not with their average.
-            tensors, entry = extract_tensors(content, averaged=is_start)
+            sets = find_weight_sets(content)
         except ValueError as error:
             raise WeightsFileError(f"{filename} {error}") from error
+        weights = _choose(filename, sets, ema_weights)
         target = self.model.state_dict()
-        converted = convert(tensors, target)
+        converted = convert(weights.tensors, target)
         self.coverage = measure(source, converted, target)
         self._check_recipe(converted)
         if is_start:
@@ -208,7 +225,9 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         found = converted.tensors
         # Step counters of norms too, which the report leaves out.
         fitting = [name for name in target if name in found and found[name].shape == target[name].shape]
+        _warn_of_nonfinite(source, {name: found[name] for name in fitting})
         target.update({name: found[name] for name in fitting})
+        entry = weights.entry
         rest = {key: value for key, value in content.items() if key != entry} if entry else {}
         # The names are the model's now.
         rest.pop("matching_heuristics", None)
@@ -231,7 +250,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         if isinstance(backbone, nn.Module):
             self._check_backbone(coverage, explain_mismatch(converted.family, backbone, converted.target_family))
         for mismatch in coverage.mismatched:
-            logger.warning("Not loaded: %s", mismatch.text())
+            logger.warning("Not loaded, starts from initial values: %s", mismatch.text())
         if extra := offsets(coverage.extra):
             logger.warning(
                 "%s is of a model with deformable convolutions where this model has ordinary ones: %s. Set %s",
@@ -294,6 +313,37 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             )
 
 
+def _choose(filename: str, sets: dict[str, Weights], ema_weights: str) -> Weights:
+    """Return the weights that MODEL.EMA_WEIGHTS names; log the choice where the file has two sets."""
+    if len(sets) == 1:
+        ((kind, weights),) = sets.items()
+        # Most files hold raw weights only, and a resumed one may be an average.
+        if ema_weights == AVERAGED != kind:
+            raise WeightsFileError(
+                f"MODEL.EMA_WEIGHTS is {AVERAGED}, and {filename} has no averaged weights; set it to {AUTO} or {RAW}"
+            )
+        return weights
+    kind, other = (RAW, AVERAGED) if ema_weights == RAW else (AVERAGED, RAW)
+    logger.log(
+        logging.WARNING if ema_weights == AUTO else logging.INFO,
+        "%s holds averaged (EMA) and raw weights: the %s ones are loaded, %s; not the %s ones, %s. MODEL.EMA_WEIGHTS "
+        "chooses",
+        filename, kind, sets[kind].place, other, sets[other].place,
+    )  # fmt: skip
+    return sets[kind]
+
+
+def _warn_of_nonfinite(source: str, tensors: dict[str, torch.Tensor]) -> None:
+    counts = count_nonfinite(tensors)
+    if counts:
+        name, count = next(iter(counts.items()))
+        logger.warning(
+            "MODEL.WEIGHTS %s HAS NaN OR Inf in %d of %d tensors, the first: %s, %d of %d values. The predictions are "
+            "useless; take an earlier checkpoint",
+            source, len(counts), len(tensors), name, count, tensors[name].numel(),
+        )  # fmt: skip
+
+
 def _check_taken(model: nn.Module, incompatible_keys) -> None:
     """Raise RuntimeError where a model does not take the names of its own state dict."""
     if any(incompatible_keys):
@@ -307,10 +357,10 @@ def _check_taken(model: nn.Module, incompatible_keys) -> None:
 def checkpointer_from_config(
     cfg: CfgNode, model: nn.Module, save_dir: str = "", *, is_training: bool = False, **checkpointables
 ) -> SparseInstCheckpointer:
-    """Build the checkpointer from MODEL.TRUSTED_WEIGHTS and, for a training, MODEL.MIN_BACKBONE_COVERAGE.
+    """Build the checkpointer from MODEL.TRUSTED_WEIGHTS, EMA_WEIGHTS and, for a training, MIN_BACKBONE_COVERAGE.
 
     Raises:
-        ValueError: MODEL.MIN_BACKBONE_COVERAGE is outside 0 to 1.
+        ValueError: MODEL.MIN_BACKBONE_COVERAGE is outside 0 to 1, or MODEL.EMA_WEIGHTS is unknown.
     """
     return SparseInstCheckpointer(
         model,
@@ -318,5 +368,6 @@ def checkpointer_from_config(
         min_backbone_coverage=cfg.MODEL.MIN_BACKBONE_COVERAGE if is_training else None,
         trusted=cfg.MODEL.TRUSTED_WEIGHTS,
         image_format=cfg.INPUT.FORMAT,
+        ema_weights=cfg.MODEL.EMA_WEIGHTS,
         **checkpointables,
     )

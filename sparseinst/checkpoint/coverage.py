@@ -148,6 +148,13 @@ def offsets(names: Iterable[str]) -> list[str]:
     return [name for name in names if _OFFSETS.search(name)]
 
 
+def count_nonfinite(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the number of NaN and Inf values of each tensor that has any."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    counts = {name: tensor.numel() - int(tensor.isfinite().sum()) for name, tensor in floating.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
 def frozen_tensors(model: nn.Module, prefix: str = BACKBONE) -> list[str]:
     """Return the state dict's names of tensors that training does not change: frozen parameters and frozen norms.
 

@@ -12,7 +12,7 @@ import string
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,11 +26,8 @@ LEGACY = "PyTorch file of the format before 1.6"
 PICKLE = "pickle of numpy arrays"
 SAFETENSORS = "safetensors file"
 
-# Entries of training scripts for the weights, and for their averages (EMA).
-WRAPPERS = ("model", "state_dict", "model_state", "blobs")
-AVERAGES = ("state_dict_ema", "model_ema")
-# Prefixes of DistributedDataParallel, torch.compile and Lightning.
-PREFIXES = ("module.", "_orig_mod.", "model.")
+# Bytes that are read at once.
+_CHUNK = 2**20
 # The magic number of torch.save, pickled with protocol 2.
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 # Protocols 0 and 1 have no header: a dict, a list, or Python 2's OrderedDict.
@@ -51,6 +48,10 @@ _READABLE = "PyTorch files (.pth), safetensors and pickles of numpy arrays (.pkl
 
 class WeightsFileError(ValueError):
     """Raised where a weights file is missing, damaged, of an unknown format, or needs code that is not trusted."""
+
+
+class CodeNotTrustedError(WeightsFileError):
+    """Raised where a weights file can only be read by running code, and MODEL.TRUSTED_WEIGHTS is not set."""
 
 
 class WeightsFile(NamedTuple):
@@ -190,13 +191,15 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
     kind = _kind_of(path)
     read = {ZIP: _read_torch, LEGACY: _read_torch, PICKLE: _read_arrays, SAFETENSORS: _read_safetensors}[kind]
     with _explained_damage(path, kind, _READER_ERRORS):
+        if kind == ZIP:
+            _check_checksums(path)
         try:
             return WeightsFile(kind, read(path))
         except pickle.UnpicklingError as error:
             if not _needs_code(error):
                 raise
             if not trusted:
-                raise WeightsFileError(
+                raise CodeNotTrustedError(
                     f"{path} cannot be read without running code that it names ({_unknown_name(error)}). If it comes "
                     "from someone you trust, set MODEL.TRUSTED_WEIGHTS True; else ask for the bare state dict"
                 ) from error
@@ -204,57 +207,6 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
     # That code may be missing or may have changed.
     with _explained_damage(path, kind, (*_READER_ERRORS, ImportError)):
         return WeightsFile(kind, (_read_any_pickle if kind == PICKLE else _read_any_torch)(path))
-
-
-def extract_tensors(content: object, averaged: bool = True) -> tuple[dict[str, torch.Tensor], str]:
-    """Return the tensors of a weights file by name, without prefixes that all names share, and the entry they are in.
-
-    Args:
-        content: of the file: a state dict, or a dict with one under WRAPPERS or AVERAGES.
-        averaged: prefer averaged weights (EMA).
-
-    Returns:
-        The tensors, and the entry, "" where the content itself is the state dict.
-
-    Raises:
-        ValueError: the content has no tensors by name.
-    """
-    entry, state = "", content
-    if isinstance(content, Mapping):
-        entries = (*(AVERAGES if averaged else ()), *WRAPPERS)
-        entry = next((key for key in entries if isinstance(content.get(key), Mapping) and _tensors(content[key])), "")
-        state = content[entry] if entry else content
-    tensors = _tensors(state) if isinstance(state, Mapping) else {}
-    if not tensors:
-        found = f"the entries {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else "none"
-        raise ValueError(
-            f"holds no tensors by name; a dict of tensors was expected, or one in an entry {', '.join(WRAPPERS)}. "
-            f"Found a {type(content).__name__}, with {found}"
-        )
-    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors)), ""):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors, entry
-
-
-def _tensors(state: Mapping) -> dict[str, torch.Tensor]:
-    tensors = {}
-    # Shared memory is copied once, or a small file could fill the memory.
-    copies: dict[tuple, torch.Tensor] = {}
-    for name, value in state.items():
-        # Caffe2's files hold the optimizer's momentum too.
-        if not isinstance(name, str) or name.endswith("_momentum"):
-            continue
-        if isinstance(value, torch.Tensor):
-            # Strides of quantized tensors can exceed their storage (torch 2.12).
-            if value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized:
-                tensors[name] = value
-        elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-            key = (value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)
-            # A pickle's array may be read-only, or of another byte order.
-            if key not in copies:
-                copies[key] = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-            tensors[name] = copies[key]
-    return tensors
 
 
 @contextlib.contextmanager
@@ -311,8 +263,20 @@ def _check_zip(path: Path) -> None:
     if "data.pkl" not in names:
         raise WeightsFileError(f"{path} is a zip file, but none of PyTorch's. {_READABLE}")
     # A small compressed file could unpack to more than fits into memory.
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+    is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not is_stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise WeightsFileError(f"{path} has compressed entries, which PyTorch does not write; unpack it, save it again")
+
+
+def _check_checksums(path: Path) -> None:
+    """Raise BadZipFile, which names the entry, where a checksum differs. torch.load does not compare them."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            # torch.serialization.set_crc32_options(False) writes 0.
+            if entry.CRC:
+                with archive.open(entry) as file:
+                    while file.read(_CHUNK):
+                        pass
 
 
 def _read_torch(path: Path) -> object:

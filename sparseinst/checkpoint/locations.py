@@ -1,36 +1,34 @@
-"""Find the file that MODEL.WEIGHTS names: a path, a URL, package://NAME/PATH or timm://NAME.
+"""Find the file that MODEL.WEIGHTS names: a path, an address on the web, or a name with a prefix.
 
-Importing this module registers the last two with Detectron2's PathManager.
+Importing this module registers sparseinst://, hf://, timm:// and package:// with Detectron2's PathManager.
 """
 
 import contextlib
 import http.client
 import importlib.util
 import os
-import pickle
-import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from detectron2.utils.file_io import PathHandler, PathManager
-from iopath.common.file_io import get_cache_dir
 
-from sparseinst.checkpoint.atomic_write import write_atomically
+from sparseinst.checkpoint.downloads import PREFIXES, find_download
 from sparseinst.checkpoint.files import WeightsFileError
 
-# Raised by downloads: URLError is an OSError, ValueError concerns malformed addresses, RuntimeError is iopath's.
+# Raised by downloads of Detectron2's PathManager: URLError is an OSError, RuntimeError is iopath's.
 _DOWNLOAD_ERRORS = (OSError, http.client.HTTPException, ValueError, RuntimeError)
-# Raised by timm where it reads a download.
-_READER_ERRORS = (LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
-# Raised by libraries that timm uses; the version of huggingface_hub decides which.
-_LIBRARIES_ERRORS = (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("safetensors", "SafetensorError"))
 
 
 def check_weights_file(weights: str) -> None:
-    """Check that MODEL.WEIGHTS, unless it is empty or a URL, names a file. Raises WeightsFileError."""
-    if weights and "://" not in weights and not any(map(os.path.isfile, (weights, weights.split("?")[0]))):
+    """Check MODEL.WEIGHTS before anything is built, without a download.
+
+    Raises:
+        WeightsFileError: a path has no file, or an address cannot exist.
+        ImportError: timm://, and timm is not installed.
+    """
+    if "://" in weights:
+        find_download(weights)
+    elif weights and not any(map(os.path.isfile, (weights, weights.split("?")[0]))):
         raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
 
 
@@ -38,17 +36,20 @@ def find_weights(weights: str) -> str:
     """Return the local file that MODEL.WEIGHTS names, downloaded if needed.
 
     Args:
-        weights: a path; http(s)://, detectron2:// and other prefixes of Detectron2's PathManager; package://NAME/PATH,
-            a file of an installed Python package; timm://NAME, the weights that timm downloads for a model. A question
-            mark and the rest (Detectron2's ?matching_heuristics=True) are left out.
+        weights: a path; sparseinst://NAME, a published checkpoint; hf://OWNER/NAME/FILE or a link to Hugging Face; a
+            link to Google Drive; any other http(s):// address; timm://NAME, the weights that timm downloads for a
+            model; package://NAME/PATH, a file of an installed Python package; detectron2:// and other prefixes of
+            Detectron2's PathManager. Detectron2's ?matching_heuristics=True is left out.
 
     Raises:
         WeightsFileError: the file does not exist or cannot be downloaded.
-        ImportError: timm://, and timm is not installed.
+        ImportError: the package that downloads is not installed.
     """
     check_weights_file(weights)
     if os.path.isfile(weights):
         return weights
+    if download := find_download(weights):
+        return download.fetch()
     with _explained_download(weights):
         path = PathManager.get_local_path(weights.split("?")[0])
     if not os.path.isfile(path):
@@ -106,46 +107,21 @@ class PackageHandler(PathHandler):
         return open(self._get_local_path(path), mode, buffering)
 
 
-class TimmHandler(PathHandler):
-    """Download pretrained weights of timm's models, ``timm://NAME``, into the cache of Detectron2's downloads."""
-
-    PREFIX = "timm://"
+class DownloadHandler(PathHandler):
+    """Download what the prefixes of :mod:`sparseinst.checkpoint.downloads` name."""
 
     def _get_supported_prefixes(self) -> list[str]:
-        return [self.PREFIX]
+        return list(PREFIXES)
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError(
-                f"MODEL.WEIGHTS {path} comes from the package timm, which cannot be imported ({error}). "
-                "Install it: pip install 'sparseinst[timm]', or pip install 'timm>=1.0.26,<2'"
-            ) from error
-        name = path.removeprefix(self.PREFIX)
-        # Another timm may have other weights of this name.
-        cached = Path(get_cache_dir()) / "timm" / timm.__version__ / f"{name.replace('/', '_')}.pth"
-        if force or not cached.is_file():
-            try:
-                state_dict = timm.create_model(name, pretrained=True).state_dict()
-            except (*_DOWNLOAD_ERRORS, *_READER_ERRORS, *_errors_of_libraries()) as error:
-                cause = (str(error).strip().splitlines() or [""])[0][:300]
-                raise WeightsFileError(
-                    f"timm has no weights for MODEL.WEIGHTS {path}, or cannot download them "
-                    f"({type(error).__name__}: {cause}). Names: timm.list_pretrained(); without internet, name a "
-                    "weights file that is on this machine"
-                ) from error
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cached, lambda file: torch.save(state_dict, file))
-        return str(cached)
+        download = find_download(path)
+        if force:
+            download.path.unlink(missing_ok=True)
+        return download.fetch()
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
         return open(self._get_local_path(path), mode, buffering)
 
 
-def _errors_of_libraries() -> list[type[Exception]]:
-    return [getattr(sys.modules[library], name) for library, name in _LIBRARIES_ERRORS if library in sys.modules]
-
-
 PathManager.register_handler(PackageHandler(), allow_override=True)
-PathManager.register_handler(TimmHandler(), allow_override=True)
+PathManager.register_handler(DownloadHandler(), allow_override=True)

@@ -7,7 +7,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from sparseinst import config
-from sparseinst.checkpoint.files import WeightsFileError, extract_tensors, read_weights_file
+from sparseinst.checkpoint.entries import extract_tensors
+from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
 from sparseinst.checkpoint.locations import find_weights
 from sparseinst.checkpoint.names import convert
 

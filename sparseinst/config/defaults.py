@@ -65,12 +65,15 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # "SparseInstDatasetMapper" or Detectron2's "DatasetMapper".
     cfg.INPUT.DATASET_MAPPER = "SparseInstDatasetMapper"
 
-    # Besides paths and URLs, MODEL.WEIGHTS can be timm://NAME, weights that timm downloads, and package://NAME/PATH,
-    # a file of an installed Python package.
+    # Besides paths and URLs, MODEL.WEIGHTS can be sparseinst://NAME, a published checkpoint; hf://OWNER/NAME/FILE; a
+    # link to Google Drive; timm://NAME, weights that timm downloads; package://NAME/PATH, a file of a Python package.
     # Share of the backbone's tensors that MODEL.WEIGHTS must fill at the start of a training. 0 allows anything.
     cfg.MODEL.MIN_BACKBONE_COVERAGE = 0.9
     # Read pickles that run code while they are read. Set this only for files from a trusted source.
     cfg.MODEL.TRUSTED_WEIGHTS = False
+    # Weights to take from a file with raw and averaged ones (EMA): "averaged", "raw", or "auto", averaged if there are
+    # any. --resume always continues with the raw weights.
+    cfg.MODEL.EMA_WEIGHTS = "auto"
 
     # BACKBONE.NAME build_pyramid_vision_transformer: PVTv2 "b0" to "b5"; LINEAR, with any NAME, is the linear b2.
     cfg.MODEL.PVT = CfgNode()

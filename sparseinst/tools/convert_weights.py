@@ -41,7 +41,13 @@ def describe(weights: str, trusted: bool = False) -> str:
     Raises:
         ValueError: the file cannot be read, or holds no tensors.
     """
-    from sparseinst.checkpoint import WeightsFileError, extract_tensors, find_weights, read_weights_file
+    from sparseinst.checkpoint import (
+        WeightsFileError,
+        describe_names,
+        extract_tensors,
+        find_weights,
+        read_weights_file,
+    )
 
     path = find_weights(weights)
     kind, content = read_weights_file(path, trusted)

@@ -14,6 +14,7 @@ from torch import nn
 import sparseinst
 from sparseinst.checkpoint import SparseInstCheckpointer, WeightsFileError, checkpointer_from_config
 from tests.checkpoint.sources import backbone_model, randomise
+from tests.checkpoint.test_files import flip_byte
 from tests.tiny_model import tiny_cfg, tiny_model
 
 STATE_DICTS = Path(__file__).resolve().parents[1] / "state_dicts"
@@ -154,6 +155,7 @@ def test_heads_of_another_shape_are_skipped_with_a_line_each(tmp_path, lines, ke
         assert torch.equal(tensor, expected), name
     for name in names:
         (line,) = [line for line in lines() if name in line and not line.startswith("From ")]
+        assert line.startswith("Not loaded, starts from initial values: ")
         found, expected = (tuple(source.state_dict()[name].shape) for source in (trained, model))
         assert f"{name} is {found} in the file and {expected} in the model (" in line and key in line
 
@@ -264,3 +266,58 @@ def test_a_model_whose_names_do_not_load_is_an_error(tmp_path):
     model.register_load_state_dict_pre_hook(lambda _, state, *__: state.pop("weight"))
     with pytest.raises(RuntimeError, match=r"does not load the state dict that it saves.*1 \(weight\)"):
         SparseInstCheckpointer(model).load(str(path))
+
+
+def test_resuming_passes_over_a_checkpoint_with_a_flipped_byte(tmp_path, lines):
+    model = nn.Linear(2, 3)
+    checkpointer = SparseInstCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001", iteration=1)
+    checkpointer.save("model_0000003", iteration=3)
+    flip_byte(tmp_path / "model_0000003.pth", "data/0")
+    assert checkpointer.resume_or_load("", resume=True) == {"iteration": 1}
+    (warning,) = [line for line in lines() if line.startswith("Cannot resume from")]
+    assert "model_0000003.pth" in warning and "file 'archive/data/0'" in warning
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize(("key", "expected"), [("auto", "averaged"), ("averaged", "averaged"), ("raw", "raw")])
+def test_evaluation_and_training_take_the_same_of_two_sets_of_weights(tmp_path, lines, is_training, key, expected):
+    cfg = tiny_cfg("MODEL.EMA_WEIGHTS", key)
+    states = {"raw": tiny_model(seed=1).state_dict(), "averaged": tiny_model(seed=2).state_dict()}
+    path = tmp_path / "both.pth"
+    torch.save({"model": states["raw"], "model_ema": states["averaged"]}, path)
+    model = tiny_model()
+    checkpointer = checkpointer_from_config(cfg, model, is_training=is_training)
+    checkpointer.resume_or_load(str(path), resume=False)
+    assert torch.equal(
+        model.decoder.inst_branch.iam_conv.weight, states[expected]["decoder.inst_branch.iam_conv.weight"]
+    )
+    (line,) = [line for line in lines() if "holds averaged (EMA) and raw weights" in line]
+    entry = {"raw": "the entry model;", "averaged": "the entry model_ema;"}[expected]
+    assert f"the {expected} ones are loaded, {entry}" in line and "MODEL.EMA_WEIGHTS" in line
+
+
+def test_the_key_for_averaged_weights_is_checked(tmp_path):
+    path = save(nn.Linear(2, 3).state_dict(), tmp_path / "raw.pth")
+    with pytest.raises(ValueError, match="MODEL.EMA_WEIGHTS is 'ema'; it must be one of auto, averaged, raw"):
+        SparseInstCheckpointer(nn.Linear(2, 3), ema_weights="ema")
+    with pytest.raises(WeightsFileError, match="MODEL.EMA_WEIGHTS is averaged, and .*raw.pth has no averaged weights"):
+        SparseInstCheckpointer(nn.Linear(2, 3), ema_weights="averaged").load(str(path))
+    SparseInstCheckpointer(nn.Linear(2, 3), ema_weights="raw").load(str(path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_in_weights_are_told(tmp_path, lines, value):
+    model = tiny_model()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = save(state, tmp_path / "weights.pth")
+    SparseInstCheckpointer(model).load(str(path))
+    assert not [line for line in lines() if "NaN" in line]
+    state["backbone.res3.0.conv1.weight"][:2, 0, 0, 0] = value
+    state["decoder.inst_branch.cls_score.bias"][0] = value
+    save(state, path)
+    for checkpointer in (SparseInstCheckpointer(model), SparseInstCheckpointer(model, min_backbone_coverage=0.9)):
+        checkpointer.resume_or_load(str(path), resume=False)
+    warnings = [line for line in lines() if "HAS NaN OR Inf in 2 of " in line]
+    assert len(warnings) == 2
+    assert "the first: backbone.res3.0.conv1.weight, 2 of 73728 values" in warnings[0]

@@ -3,7 +3,9 @@
 import argparse
 import os
 import pickle
+import struct
 import sys
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -91,6 +93,53 @@ def test_pickles_of_arrays(tmp_path, protocol):
     assert_is_state(content["model"])
     assert np.array_equal(content["fortran"], values["fortran"]) and content["scalar"] == 2
     assert content["count"] == 3 and content["plain"] == values["plain"]
+
+
+@pytest.mark.parametrize("protocol", (2, 4, 5))
+def test_pickles_of_channels_last_arrays(tmp_path, protocol):
+    tensor = torch.arange(120.0).reshape(2, 3, 4, 5)
+    state = {
+        "conv": tensor.to(memory_format=torch.channels_last).numpy(),
+        "permuted": tensor.permute(3, 1, 0, 2).numpy(),
+        "transposed": tensor[0, 0].T.numpy(),
+    }
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps(state, protocol=protocol))
+    content = read_weights_file(tmp_path / "weights.pkl").content
+    for name, array in state.items():
+        assert np.array_equal(content[name], array), name
+
+
+def flip_byte(path, entry):
+    """Change a byte in the middle of a zip file's entry."""
+    with zipfile.ZipFile(path) as archive:
+        (info,) = [info for info in archive.infolist() if info.filename.partition("/")[2] == entry]
+    data = bytearray(path.read_bytes())
+    # The local header has 30 bytes, the name and a padding.
+    name_length, padding = struct.unpack_from("<HH", data, info.header_offset + 26)
+    data[info.header_offset + 30 + name_length + padding + info.file_size // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("entry", ["data/0", "data/1", "data.pkl", "version"])
+def test_a_flipped_byte_is_found_by_its_checksum(tmp_path, entry):
+    path = tmp_path / "weights.pth"
+    torch.save(STATE, path)
+    flip_byte(path, entry)
+    for trusted in (False, True):
+        with pytest.raises(WeightsFileError, match=f"weights.pth.*damaged.*'weights/{entry}'"):
+            read_weights_file(path, trusted)
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    serialization = pytest.importorskip("torch.serialization")
+    if not hasattr(serialization, "set_crc32_options"):
+        pytest.skip("PyTorch before 2.6 always writes checksums")
+    serialization.set_crc32_options(False)
+    try:
+        torch.save(STATE, tmp_path / "weights.pth")
+    finally:
+        serialization.set_crc32_options(True)
+    assert_is_state(read_weights_file(tmp_path / "weights.pth").content)
 
 
 def test_pickles_of_older_numpy_and_python(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import torchvision
 
 from sparseinst.checkpoint import SparseInstCheckpointer, extract_tensors, family_of, find_weights
+from sparseinst.checkpoint.entries import find_weight_sets
 from tests.checkpoint.sources import (
     IMAGES,
     RESNET_50,
@@ -180,6 +181,20 @@ def wrappings():
     yield {"state_dict": state, "state_dict_ema": average}, "state_dict_ema", 0
     yield {"model": state, "model_ema": average}, "model_ema", 0
     yield {"model": state, "model_ema": None}, "model", 1
+    yield {"state_dict": state, "ema_state_dict": average}, "ema_state_dict", 0
+    yield {"model": state, "ema": {"module": average, "updates": 7}}, "ema", 0
+    yield {"model": state, "ema_state": {"shadow": average}}, "ema_state", 0
+    # PyTorch's AveragedModel, and an average without its raw weights.
+    counted = {"n_averaged": torch.tensor(7), "module.weight": torch.zeros(1)}
+    yield {"model": state, "model_ema": counted}, "model_ema", 0
+    yield {"model_ema": average, "epoch": 3}, "model_ema", 0
+    # MMEngine exchanges the two when it saves, MMDetection too.
+    yield (
+        {"state_dict": average, "ema_state_dict": {"steps": torch.tensor(7), "module.weight": torch.ones(1)}},
+        "state_dict",
+        0,
+    )
+    yield {"state_dict": average | {"ema_weight": torch.ones(1)}}, "state_dict", 0
 
 
 @pytest.mark.parametrize(("content", "entry", "value"), list(wrappings()))
@@ -187,8 +202,24 @@ def test_tensors_are_found_in_what_training_scripts_save(content, entry, value):
     tensors, found = extract_tensors(content)
     assert found == entry
     assert {name: tensor.item() for name, tensor in tensors.items()} == {"weight": value}
-    if "_ema" not in entry:
-        assert extract_tensors(content, averaged=False)[1] == entry
+    raw = find_weight_sets(content).get("raw")
+    if value or "epoch" in content:
+        assert raw is None or raw.entry == entry
+    else:
+        assert {name: tensor.item() for name, tensor in raw.tensors.items()} == {"weight": 1}
+
+
+def test_an_average_of_the_parameters_is_completed_by_the_raw_buffers():
+    raw = {"norm.weight": torch.ones(1), "norm.running_mean": torch.full((1,), 2.0), "conv.weight": torch.ones(1)}
+    average = {"norm.weight": torch.zeros(1), "conv.weight": torch.zeros(1)}
+    tensors, entry = extract_tensors({"model": raw, "model_ema": average})
+    assert entry == "model_ema" and tensors == {**raw, **average}
+    # MMDetection's names, and a tensor that only looks like one of them.
+    buffers = {"ema_norm_weight": torch.ones(1), "ema_conv_weight": torch.ones(1)}
+    state = {**raw, **average, **buffers, "ema_head.weight": torch.ones(1)}
+    sets = find_weight_sets({"state_dict": state})
+    assert sets["averaged"].tensors == {**raw, **average, "ema_head.weight": torch.ones(1)}
+    assert sets["raw"].tensors == {**raw, "ema_head.weight": torch.ones(1)}
 
 
 def test_a_run_that_goes_on_does_so_with_its_own_weights(tmp_path):

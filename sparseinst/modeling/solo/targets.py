@@ -69,7 +69,7 @@ def grid_targets(
 
     Args:
         instances: with ``gt_classes``, ``gt_masks`` and, where the loader gives them, ``gt_boxes``: the annotations'
-            boxes. Without them the boxes are those of the masks.
+            boxes. Without them the masks give the boxes.
         padded_size: of the network's input: the grids cover the padding too, as published.
         spec: the grids.
         device: where the targets are wanted.
