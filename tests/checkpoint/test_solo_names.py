@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 
 from sparseinst.checkpoint import SparseInstCheckpointer, checkpointer_from_config, convert, describe_names, measure
 from sparseinst.checkpoint import checkpointer as checkpointer_module
+from sparseinst.checkpoint.entries import RAW, Weights
 from sparseinst.checkpoint.files import WeightsFile
 from sparseinst.config import load_config
 from tests.checkpoint.sources import BackboneOnly
@@ -50,9 +51,9 @@ def load_stored(monkeypatch, tmp_path):
     def load(checkpointer, stem):
         content = {"state_dict": read(stem)}
         monkeypatch.setattr(checkpointer_module, "read_weights_file", lambda *_: WeightsFile("PyTorch", content))
-        monkeypatch.setattr(
-            checkpointer_module, "extract_tensors", lambda content, averaged: (content["state_dict"], "state_dict")
-        )
+        sets = {RAW: Weights("state_dict", content["state_dict"], "the entry state_dict")}
+        monkeypatch.setattr(checkpointer_module, "find_weight_sets", lambda _: sets)
+        monkeypatch.setattr(checkpointer_module, "count_nonfinite", lambda _: {})
         checkpointer.load(str(path))
 
     return load
