@@ -72,7 +72,9 @@ class Download(NamedTuple):
             raise ImportError(f"{error}. Or: {self.remedy}") from error
         # The packages that download raise errors of many libraries.
         except Exception as error:
-            reason = " ".join(str(getattr(error, "reason", error)).split())[:300] or type(error).__name__
+            reason = " ".join(str(getattr(error, "reason", error)).split())[:300]
+            if not reason or not isinstance(error, OSError | ValueError):
+                reason = f"{type(error).__name__}: {reason}"
             raise WeightsFileError(
                 f"MODEL.WEIGHTS cannot be downloaded from {self.address} ({reason}). {self.remedy}"
             ) from error

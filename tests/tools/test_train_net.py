@@ -71,7 +71,7 @@ def test_train_then_evaluate_then_resume(workspace, tmp_path):
     assert "error: " in refused.output and "MODEL.SPARSE_INST.DECODER.NUM_MASKS or GROUPS" in refused.output
     tuned = run(*workspace, *other_heads, "SOLVER.MAX_ITER", 1)
     assert tuned.exit_code == 0, tuned.output
-    assert tuned.output.count("Not loaded: ") == 7
+    assert tuned.output.count("Not loaded, starts from initial values: ") == 7
 
     resumed = run(*workspace, "--resume", "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 3)
     assert resumed.exit_code == 0, resumed.output
