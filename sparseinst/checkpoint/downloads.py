@@ -81,7 +81,7 @@ class Download(NamedTuple):
         return str(self.path)
 
     def _download(self) -> None:
-        logger.info("Downloading %s to %s", self.address, self.path)
+        logger.info("Downloading %s to %s", ascii(self.address), ascii(str(self.path)))
         folder = self.path.with_name(f".{self.path.name}.download")
         # Of an interrupted download.
         shutil.rmtree(folder, ignore_errors=True)
