@@ -17,9 +17,10 @@ NUM_THREADS, ROUNDS = 3, 4
 
 
 @pytest.fixture
-def quick_switches():
+def quick_switches(request):
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    # Compilation would take ten seconds.
+    sys.setswitchinterval(1e-4 if request.node.callspec.params["engine"] == "compile" else 1e-6)
     yield
     sys.setswitchinterval(before)
 
