@@ -75,8 +75,10 @@ def test_readme_example_of_a_decoder_runs(tmp_path, monkeypatch):
     configs = tmp_path / "configs"
     shutil.copytree(ROOT / "configs", configs)
     (decoder,), (config,) = code_blocks("python"), code_blocks("yaml")
-    (configs / "my_decoder.py").write_text(decoder)
-    (configs / "my_config.yaml").write_text(config)
+    # The same file for every test, because a name is registered once in a process.
+    example = ROOT / "demo" / "my_decoder.py"
+    assert example.read_text() == decoder
+    (configs / "my_config.yaml").write_text(config.replace("my_decoder.py", str(example)))
     opts = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
     model = build_model(load_config(str(configs / "my_config.yaml"), opts))
     assert type(model.decoder).__name__ == "SharpDecoder"
