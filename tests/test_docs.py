@@ -12,7 +12,6 @@ from detectron2.modeling import build_model
 
 from sparseinst import load_config
 from sparseinst.inference import VideoReader, VideoWriter
-from sparseinst.modeling.sparse_inst.decoder import SPARSE_INST_DECODER_REGISTRY
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,10 +67,7 @@ def code_blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
 
 
-def test_readme_example_of_a_decoder_runs(tmp_path, monkeypatch):
-    # demo/my_decoder.py, which other tests import, registers the same name.
-    monkeypatch.setattr(SPARSE_INST_DECODER_REGISTRY, "_obj_map", dict(SPARSE_INST_DECODER_REGISTRY._obj_map))
-    SPARSE_INST_DECODER_REGISTRY._obj_map.pop("SharpDecoder", None)
+def test_readme_example_of_a_decoder_runs(tmp_path):
     configs = tmp_path / "configs"
     shutil.copytree(ROOT / "configs", configs)
     (decoder,), (config,) = code_blocks("python"), code_blocks("yaml")
