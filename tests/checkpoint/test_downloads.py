@@ -237,10 +237,18 @@ def test_addresses_that_cannot_exist_are_found_before_anything_is_built(cache, w
 
 def test_every_published_checkpoint_has_a_config():
     for name, address in CHECKPOINTS.items():
-        assert Path(sparseinst.get_config_file(name)).stem == name
-        assert find_download(address).address == model_zoo.get_checkpoint_url(f"{name}.yaml") == address
+        assert Path(sparseinst.get_config_file(name)).as_posix().endswith(f"/{name}.yaml")
+        assert find_download(address).address == model_zoo.get_checkpoint_url(f"{name}.yaml")
     with pytest.raises(ValueError, match="no published checkpoint named 'quick/shapes'"):
         model_zoo.get_config("quick/shapes", trained=True)
+
+
+def test_the_address_of_a_checkpoint_is_one_that_a_browser_opens(cache, monkeypatch):
+    monkeypatch.setitem(CHECKPOINTS, "folder/a", "hf://a/b/R50.pth")
+    address = model_zoo.get_checkpoint_url("folder/a.yaml")
+    assert address == "https://huggingface.co/a/b/resolve/main/R50.pth"
+    assert find_download(address).path == find_download("hf://a/b/R50.pth").path
+    assert model_zoo.get_checkpoint_url(NAME) == f"https://drive.google.com/uc?id={ID}"
 
 
 def test_the_model_zoo(host, cache, monkeypatch):
