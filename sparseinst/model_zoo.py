@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from sparseinst.checkpoint import checkpointer_from_config, find_weights
+from sparseinst.checkpoint.downloads import find_download
 from sparseinst.checkpoint.published import published_address
 from sparseinst.config import get_config_file, load_config
 
@@ -15,7 +16,7 @@ __all__ = ["get", "get_checkpoint", "get_checkpoint_url", "get_config", "get_con
 
 
 def get_checkpoint_url(config_path: str) -> str:
-    """Return the address of a config's published checkpoint; MODEL.WEIGHTS takes it.
+    """Return the https address of a config's published checkpoint; browsers and MODEL.WEIGHTS take it.
 
     Args:
         config_path: name of the config file, with or without ``.yaml``.
@@ -23,7 +24,7 @@ def get_checkpoint_url(config_path: str) -> str:
     Raises:
         ValueError: no checkpoint was published for it; the message lists the names.
     """
-    return published_address(config_path)
+    return find_download(published_address(config_path)).address
 
 
 def get_checkpoint(config_path: str) -> str:

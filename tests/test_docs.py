@@ -12,7 +12,6 @@ from detectron2.modeling import build_model
 
 from sparseinst import load_config
 from sparseinst.inference import VideoReader, VideoWriter
-from sparseinst.modeling.sparse_inst.decoder import SPARSE_INST_DECODER_REGISTRY
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,15 +67,14 @@ def code_blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
 
 
-def test_readme_example_of_a_decoder_runs(tmp_path, monkeypatch):
-    # demo/my_decoder.py, which other tests import, registers the same name.
-    monkeypatch.setattr(SPARSE_INST_DECODER_REGISTRY, "_obj_map", dict(SPARSE_INST_DECODER_REGISTRY._obj_map))
-    SPARSE_INST_DECODER_REGISTRY._obj_map.pop("SharpDecoder", None)
+def test_readme_example_of_a_decoder_runs(tmp_path):
     configs = tmp_path / "configs"
     shutil.copytree(ROOT / "configs", configs)
     (decoder,), (config,) = code_blocks("python"), code_blocks("yaml")
-    (configs / "my_decoder.py").write_text(decoder)
-    (configs / "my_config.yaml").write_text(config)
+    # The same file for every test, because a name is registered once in a process.
+    example = ROOT / "demo" / "my_decoder.py"
+    assert example.read_text() == decoder
+    (configs / "my_config.yaml").write_text(config.replace("my_decoder.py", str(example)))
     opts = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
     model = build_model(load_config(str(configs / "my_config.yaml"), opts))
     assert type(model.decoder).__name__ == "SharpDecoder"

@@ -322,6 +322,8 @@ def _choose(filename: str, sets: dict[str, Weights], ema_weights: str) -> Weight
             raise WeightsFileError(
                 f"MODEL.EMA_WEIGHTS is {AVERAGED}, and {filename} has no averaged weights; set it to {AUTO} or {RAW}"
             )
+        if ema_weights == RAW != kind:
+            logger.warning("%s holds averaged (EMA) weights only, %s: they are loaded", filename, weights.place)
         return weights
     kind, other = (RAW, AVERAGED) if ema_weights == RAW else (AVERAGED, RAW)
     logger.log(

@@ -3,6 +3,7 @@
 One process downloads while the others wait. A file gets its name after it has arrived completely and was read once.
 """
 
+import errno
 import importlib
 import logging
 import os
@@ -21,9 +22,9 @@ import torch
 from iopath.common.file_io import file_lock, get_cache_dir
 from tqdm import tqdm
 
-from sparseinst.checkpoint.atomic_write import write_atomically
+from sparseinst.checkpoint.atomic_write import OutputError, write_atomically
 from sparseinst.checkpoint.files import CodeNotTrustedError, WeightsFileError, read_weights_file
-from sparseinst.checkpoint.published import published_address
+from sparseinst.checkpoint.published import checkpoint_name, published_address, terms_of_use
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,12 @@ PREFIXES = ("sparseinst://", "hf://", "timm://")
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 _DRIVE = re.compile(
     r"https?://(?:(?:drive|docs)\.google\.com|drive\.usercontent\.google\.com)"
-    r"/(?:file/(?:u/\d+/)?d/|(?:uc|open|download)\?(?:\S*&)?id=)([\w-]+)"
+    r"/(?:u/\d+/)?(?:file/(?:u/\d+/)?d/|(?:uc|open|download)\?(?:\S*&)?id=)([\w-]+)"
 )
 _HUGGING_FACE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/@]+))?/(.+)")
 _HUGGING_FACE_PAGE = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/?#]+)/([^?#]+)")
+# The cache folder cannot be written.
+_FOLDER_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 class Download(NamedTuple):
@@ -72,6 +75,12 @@ class Download(NamedTuple):
             raise ImportError(f"{error}. Or: {self.remedy}") from error
         # The packages that download raise errors of many libraries.
         except Exception as error:
+            cause = error.__cause__ if isinstance(error, OutputError) else error
+            if isinstance(cause, OSError) and cause.errno in _FOLDER_ERRORS:
+                raise WeightsFileError(
+                    f"MODEL.WEIGHTS from {self.address} cannot be saved as {self.path} ({cause.strerror}). Make room "
+                    "or set permissions there, or name another cache folder: the environment variable FVCORE_CACHE"
+                ) from error
             reason = " ".join(str(getattr(error, "reason", error)).split())[:300]
             if not reason or not isinstance(error, OSError | ValueError):
                 reason = f"{type(error).__name__}: {reason}"
@@ -81,7 +90,9 @@ class Download(NamedTuple):
         return str(self.path)
 
     def _download(self) -> None:
-        logger.info("Downloading %s to %s", self.address, self.path)
+        logger.info("Downloading %s to %s", ascii(self.address), ascii(str(self.path)))
+        if terms := terms_of_use(self.address):
+            logger.warning("The authors of %s give it %s", ascii(self.address), terms)
         folder = self.path.with_name(f".{self.path.name}.download")
         # Of an interrupted download.
         shutil.rmtree(folder, ignore_errors=True)
@@ -113,7 +124,7 @@ def _find(weights: str) -> Download | None:
     prefix, _, rest = weights.partition("://")
     if prefix == "sparseinst":
         download = _find(published_address(rest))
-        path = _cached("sparseinst", f"{rest.removesuffix('.yaml')}.pth")
+        path = _cached("sparseinst", f"{checkpoint_name(rest)}.pth")
         return download._replace(path=path, remedy=_by_hand(download.address, path))
     if prefix == "timm":
         return _of_timm(rest)
@@ -175,11 +186,13 @@ def _from_drive(file_id: str, folder: Path) -> str | None:
 
 def _from_hugging_face(repository: str, revision: str, file: str, folder: Path) -> str:
     hub = _import("huggingface_hub", "zoo", "huggingface_hub")
+    # Imports the module that sets the level of the log.
+    download = hub.hf_hub_download
     # One warning for each of its retries, which take 24 s without a network.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # It reads this variable only when it is imported.
     mirror = os.environ.get("HF_ENDPOINT")
-    return hub.hf_hub_download(repository, file, revision=revision, local_dir=folder, endpoint=mirror)
+    return download(repository, file, revision=revision, local_dir=folder, endpoint=mirror)
 
 
 def _from_timm(timm: ModuleType, name: str, folder: Path) -> Path:

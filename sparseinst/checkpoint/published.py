@@ -3,6 +3,8 @@
 The addresses are the authors' own lists. None was tried when this table was written.
 """
 
+# Terms of use that the authors name, by the start of the files' addresses in a browser.
+_TERMS = {"https://huggingface.co/xinlongwang/SOLO/": "for non-commercial use only"}
 _DRIVE = "https://drive.google.com/uc?id="
 # Config name -> an address that MODEL.WEIGHTS takes: Google Drive, hf://OWNER/NAME/FILE, or any other.
 CHECKPOINTS = {
@@ -44,6 +46,11 @@ CHECKPOINTS |= {
 }
 
 
+def checkpoint_name(config: str) -> str:
+    """Return the name under which a config's checkpoint is listed: without ``configs/`` and ``.yaml``."""
+    return config.removesuffix(".yaml").removeprefix("configs/")
+
+
 def published_address(config: str) -> str:
     """Return the address of a config's published checkpoint, as MODEL.WEIGHTS takes it.
 
@@ -53,7 +60,12 @@ def published_address(config: str) -> str:
     Raises:
         ValueError: no checkpoint was published for it; the message lists the names.
     """
-    name = config.removesuffix(".yaml").removeprefix("configs/")
+    name = checkpoint_name(config)
     if name not in CHECKPOINTS:
         raise ValueError(f"There is no published checkpoint named {name[:100]!r}; there are {', '.join(CHECKPOINTS)}")
     return CHECKPOINTS[name]
+
+
+def terms_of_use(address: str) -> str:
+    """Return the terms that the authors of a file name, "" where none are known."""
+    return next((terms for start, terms in _TERMS.items() if address.startswith(start)), "")

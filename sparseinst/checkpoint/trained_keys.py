@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
 
 from sparseinst import config
 from sparseinst.checkpoint.entries import extract_tensors
@@ -46,7 +45,7 @@ def trained_keys(cfg: CfgNode, weights: str) -> dict[str, int]:
         tensors, _ = extract_tensors(content)
     except ValueError as error:
         raise WeightsFileError(f"{filename} {error}") from error
-    model = config.registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
+    model = config.meta_architecture(cfg)
     of_shapes = getattr(model, "trained_keys", lambda _: {})(convert(tensors, {}).tensors)
     return {**_said(cfg, content), **of_shapes}
 

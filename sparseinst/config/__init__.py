@@ -14,12 +14,13 @@ _MODULES = {
         "declared_values",
         "max_detections",
         "max_instances",
+        "meta_architecture",
         "num_classes",
         "registered",
         "set_declared",
         "value",
     ),
-    "values": ("check_value", "check_values"),
+    "values": ("check_keys", "check_value", "check_values"),
 }
 __all__ = [name for names in _MODULES.values() for name in names]
 

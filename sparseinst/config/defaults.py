@@ -30,8 +30,9 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     for family in FAMILIES:
         importlib.import_module(family).add_keys(cfg)
 
-    # Modules that are imported before the rest of the config is merged: dotted names, or paths of .py files, which are
-    # relative to the config file. They run code. A module's `add_config(cfg)`, where it has one, adds its own keys.
+    # Modules that are imported before the rest of the config is merged: dotted names, or .py files relative to the
+    # config file, else to the working directory. They run code. `--import FILE` adds one. A module's `add_config(cfg)`,
+    # where it has one, adds its own keys.
     cfg.IMPORTS = []
 
     # Format and limits of the predictions.
@@ -56,7 +57,8 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.RUNTIME.CHANNELS_LAST = True
     # Compute wide 3x3 convolutions with a quarter of the multiplications (CPU, float32); results change by about 1e-5.
     cfg.RUNTIME.WINOGRAD = True
-    # Run through torch.compile, which takes seconds to minutes at the first image, and again at a new image size.
+    # Run through torch.compile, which takes seconds to minutes at the first image, and once more, for all sizes, at the
+    # first image of another size. The compiler itself may need another round for images below about 256x256 pixels.
     cfg.RUNTIME.COMPILE = False
     # Evaluation, demo and benchmark on the CPU: the process reuses freed memory, which is faster. Other programs call
     # sparseinst.engine.host_memory.keep_freed_memory(True).
@@ -95,7 +97,8 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res4", "res5"]
     # "" leaves the model's norms as they are; "FrozenBN" freezes its batch norms, "SyncBN" synchronizes them.
     cfg.MODEL.TIMM.NORM = ""
-    # Further keyword arguments of timm.create_model; on a command line MODEL.TIMM.ARGS "{'drop_path_rate': 0.1}".
+    # Arguments of timm.create_model that shape the network, those of MODEL_ARGS in backbones/timm_backbone.py; on a
+    # command line MODEL.TIMM.ARGS "{'drop_path_rate': 0.1}".
     cfg.MODEL.TIMM.ARGS = CfgNode(new_allowed=True)
 
     # "ADAMW" or "SGD".

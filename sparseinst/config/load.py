@@ -16,7 +16,7 @@ import sparseinst
 from sparseinst.config.defaults import add_sparse_inst_config, get_config_file
 from sparseinst.config.explicit import is_explicit, is_shipped, keys_of, mark_explicit
 from sparseinst.config.imports import import_module, resolve_imports, run_imports
-from sparseinst.config.model_keys import max_detections
+from sparseinst.config.model_keys import max_detections, meta_architecture
 from sparseinst.config.renamed_keys import refuse_old_keys, rename_keys
 from sparseinst.config.values import check_values
 
@@ -69,7 +69,7 @@ def load_config(
 
     Raises:
         ValueError: the file does not exist or is not a config, a key is unknown, a value has the wrong type or is out
-            of range, or a module cannot be imported.
+            of range, MODEL.META_ARCHITECTURE is not registered, or a module cannot be imported.
     """
     cfg = get_cfg()
     add_sparse_inst_config(cfg)
@@ -100,6 +100,7 @@ def load_config(
     # A training writes its config, and YAML cannot represent every Python value.
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
     check_values(cfg)
+    meta_architecture(cfg)
     if not isinstance(cfg.MODEL.DEVICE, str):
         raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected a device's name, such as cpu or cuda")
     if cfg.MODEL.DEVICE.startswith("cuda"):

@@ -24,6 +24,14 @@ def registered(registry: Mapping, cfg: CfgNode, key: str) -> object:
     return registry.get(name)
 
 
+def meta_architecture(cfg: CfgNode) -> type:
+    """Return the class of MODEL.META_ARCHITECTURE. Raise ValueError where it is not registered."""
+    # Importing torch would slow down --help.
+    from detectron2.modeling import META_ARCH_REGISTRY
+
+    return registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
+
+
 def num_classes(cfg: CfgNode) -> tuple[str, int] | None:
     """Return the key that holds the model's number of classes and its value.
 
@@ -76,10 +84,7 @@ def dataset_mapper(cfg: CfgNode) -> tuple[str, str]:
 
 
 def _declared(cfg: CfgNode, attribute: str) -> tuple[str, int] | None:
-    # Importing torch would slow down --help.
-    from detectron2.modeling import META_ARCH_REGISTRY
-
-    key = getattr(registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE"), attribute, None)
+    key = getattr(meta_architecture(cfg), attribute, None)
     return None if key is None else (key, value(cfg, key))
 
 

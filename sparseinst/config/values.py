@@ -3,12 +3,12 @@
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from functools import reduce
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
 from sparseinst.config.defaults import FAMILIES
+from sparseinst.config.model_keys import value as value_of
 
 
 class Range(NamedTuple):
@@ -139,7 +139,17 @@ def check_values(cfg: CfgNode) -> None:
     """
     for ranges in (RANGES, *(importlib.import_module(family).RANGES for family in FAMILIES)):
         for key, accepted in ranges.items():
-            _check(key, reduce(lambda node, part: node[part], key.split("."), cfg), accepted)
+            _check(key, value_of(cfg, key), accepted)
+
+
+def check_keys(cfg: CfgNode, *keys: str) -> None:
+    """Check some keys of RANGES, for parts that are built from a config that nobody checked.
+
+    Raises:
+        ValueError: as `check_values`.
+    """
+    for key in keys:
+        _check(key, value_of(cfg, key), RANGES[key])
 
 
 def check_value(key: str, value: object) -> None:

@@ -4,6 +4,8 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
+from sparseinst.config import check_keys
+
 # The published crop recipe: short sides in pixels before the crop, and its probability.
 _SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
 _CROP_PROBABILITY = 0.5
@@ -46,12 +48,9 @@ def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     Raises:
         ValueError: INPUT.RANDOM_FLIP, INPUT.CROP, INPUT.MIN_SIZE_TRAIN or INPUT.MIN_SIZE_TRAIN_SAMPLING is invalid.
     """
+    check_keys(cfg, "INPUT.RANDOM_FLIP", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "INPUT.CROP.TYPE", "INPUT.CROP.SIZE")
     flip = cfg.INPUT.RANDOM_FLIP
-    if flip not in ("none", "horizontal", "vertical"):
-        raise ValueError(f"INPUT.RANDOM_FLIP is {flip!r}; expected 'none', 'horizontal' or 'vertical'")
     sampling, min_sizes = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING, cfg.INPUT.MIN_SIZE_TRAIN
-    if sampling not in ("choice", "range"):
-        raise ValueError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING is {sampling!r}; expected 'choice' or 'range'")
     if sampling == "range" and not isinstance(min_sizes, int) and len(min_sizes) != 2:
         raise ValueError(f"INPUT.MIN_SIZE_TRAIN is {min_sizes}; INPUT.MIN_SIZE_TRAIN_SAMPLING 'range' takes two values")
 
@@ -60,13 +59,8 @@ def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
         augmentations.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
     if cfg.INPUT.CROP.ENABLED:
         crop_type, crop_size = cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE
-        crop_types = ("relative", "relative_range", "absolute", "absolute_range")
-        if crop_type not in crop_types:
-            raise ValueError(f"INPUT.CROP.TYPE is {crop_type!r}; expected one of {crop_types}")
         in_pixels = crop_type.startswith("absolute")
-        if len(crop_size) != 2 or not all(
-            value > 0 and (value == int(value) if in_pixels else value <= 1) for value in crop_size
-        ):
+        if len(crop_size) != 2 or not all(value == int(value) if in_pixels else value <= 1 for value in crop_size):
             expected = "two whole numbers of pixels" if in_pixels else "two fractions in (0, 1]"
             raise ValueError(f"INPUT.CROP.SIZE is {crop_size}; INPUT.CROP.TYPE {crop_type!r} takes {expected}")
         if crop_type == "absolute_range" and crop_size[0] > crop_size[1]:

@@ -14,6 +14,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from sparseinst.checkpoint import OutputError
+from sparseinst.config import check_keys
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,6 @@ Losses = dict[str, torch.Tensor]
 # Computes the losses of one part of a step again, from its index.
 Repeat = Callable[[int], Losses]
 
-ACTIONS = ("stop", "skip")
 CHECKPOINT = "model_nonfinite"
 MAX_NAMES = 4
 # At this loss scale the gradient scaler does not enlarge gradients, so it does not cause an overflow.
@@ -69,11 +69,8 @@ class FiniteGuard:
     def __init__(
         self, cfg: CfgNode, model: nn.Module, grad_scaler: torch.amp.GradScaler, checkpointer: DetectionCheckpointer
     ) -> None:
+        check_keys(cfg, "SOLVER.NONFINITE.ACTION", "SOLVER.NONFINITE.MAX_SKIPS")
         nonfinite = cfg.SOLVER.NONFINITE
-        if nonfinite.ACTION not in ACTIONS:
-            raise ValueError(f"SOLVER.NONFINITE.ACTION is {nonfinite.ACTION!r}; it must be one of {ACTIONS}")
-        if nonfinite.MAX_SKIPS < 0:
-            raise ValueError(f"SOLVER.NONFINITE.MAX_SKIPS is {nonfinite.MAX_SKIPS}; it must be at least 0")
         self.max_skips = nonfinite.MAX_SKIPS if nonfinite.ACTION == "skip" else 0
         self.max_scaler_skips = nonfinite.MAX_SKIPS
         self.model = model

@@ -8,6 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping, reduce_param_groups
 from torch import nn
 
+from sparseinst.config import check_keys
+
 logger = logging.getLogger(__name__)
 
 # Arguments of torch's optimizers by SOLVER.OPTIMIZER_IMPLEMENTATION.
@@ -40,12 +42,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: SOLVER.OPTIMIZER, OPTIMIZER_IMPLEMENTATION or CLIP_TOTAL_NORM has an unknown or negative value.
     """
     solver = cfg.SOLVER
-    if not solver.CLIP_TOTAL_NORM >= 0:
-        raise ValueError(f"SOLVER.CLIP_TOTAL_NORM is {solver.CLIP_TOTAL_NORM}; it must be at least 0 (0: off)")
-    name = solver.OPTIMIZER_IMPLEMENTATION
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"SOLVER.OPTIMIZER_IMPLEMENTATION is {name!r}; it must be one of {list(IMPLEMENTATIONS)}")
-    options = IMPLEMENTATIONS[name]
+    check_keys(cfg, "SOLVER.OPTIMIZER", "SOLVER.OPTIMIZER_IMPLEMENTATION", "SOLVER.CLIP_TOTAL_NORM")
+    options = IMPLEMENTATIONS[solver.OPTIMIZER_IMPLEMENTATION]
     base_lr = learning_rate(cfg)
     groups = parameter_groups(
         model,
@@ -58,10 +56,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     if solver.OPTIMIZER == "ADAMW":
         optimizer = torch.optim.AdamW(groups, lr=base_lr, amsgrad=solver.AMSGRAD, **options)
-    elif solver.OPTIMIZER == "SGD":
-        optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **options)
     else:
-        raise ValueError(f'SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be "ADAMW" or "SGD"')
+        optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **options)
     optimizer.register_load_state_dict_pre_hook(_keep_implementation)
     return maybe_add_gradient_clipping(cfg, optimizer)
 

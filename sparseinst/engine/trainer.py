@@ -329,10 +329,9 @@ def check_config(cfg: CfgNode) -> None:
     check_test_config(cfg)
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name a data set, or set DATASETS.TRAIN_JSON and TRAIN_IMAGES")
-    if solver.AMP.DTYPE not in AMP_DTYPES:
-        raise ValueError(f"SOLVER.AMP.DTYPE is {solver.AMP.DTYPE!r}; it must be one of {sorted(AMP_DTYPES)}")
+    config.check_keys(cfg, "SOLVER.AMP.DTYPE", "SOLVER.ACCUMULATE_STEPS")
     parts = solver.ACCUMULATE_STEPS * comm.get_world_size()
-    if solver.ACCUMULATE_STEPS < 1 or solver.IMS_PER_BATCH % parts:
+    if solver.IMS_PER_BATCH % parts:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be divided into SOLVER.ACCUMULATE_STEPS "
             f"{solver.ACCUMULATE_STEPS} parts on each of {comm.get_world_size()} processes"

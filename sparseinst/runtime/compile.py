@@ -20,14 +20,11 @@ def compiled(network: Network) -> Network:
     return _or_uncompiled(torch.compile(network), network)
 
 
-def compiled_for_inference(network: Network, example: torch.Tensor) -> Network:
-    """Compile a network twice: for the size of the first images alone, and for all sizes at the first other one.
+def compiled_for_inference(network: Network) -> Network:
+    """Compile a network for the size of the first images, and for all sizes at the first images of another size.
 
-    Where that fails, log one line and run the network as it is.
-
-    Args:
-        network: images (B, 3, h, w) to a dict; any thread may call it.
-        example: images (1, 3, h, w) with h unequal w, because a graph of equal sides would be for equal sides only.
+    The compiler itself may compile again where small images (below about 256x256 pixels) follow large ones, or the
+    reverse. Where compilation fails, log one line and run the network as it is. Any thread may call the result.
     """
     one_size, all_sizes = torch.compile(network, dynamic=False), torch.compile(network, dynamic=True)
     first_shape: torch.Size | None = None
@@ -39,14 +36,24 @@ def compiled_for_inference(network: Network, example: torch.Tensor) -> Network:
         with lock:
             first_shape = first_shape or images.shape
             if images.shape != first_shape and not is_compiled_for_all:
-                # For small maps PyTorch chooses another convolution than oneDNN's, and the compiler would add each of
-                # these limits as a condition of the graph. The compiled graph has the choice of every call.
+                # For small maps PyTorch does not use oneDNN's convolution, and the compiler would add the limit of each
+                # convolution as a condition of the graph. The compiled graph makes the choice at each call.
                 with _without_onednn():
-                    all_sizes(_example_like(images, example))
+                    all_sizes(_not_square(images))
                 is_compiled_for_all = True
         return (one_size if images.shape == first_shape else all_sizes)(images)
 
     return _or_uncompiled(run, network)
+
+
+def _not_square(images: torch.Tensor) -> torch.Tensor:
+    """Return the images, or, where their sides are equal, each twice side by side: a graph would keep them equal."""
+    if images.shape[2] != images.shape[3]:
+        return images
+    is_channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(images.is_inference()):
+        twice = images.repeat(1, 1, 1, 2)
+        return twice.contiguous(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ def optimize_for_inference(
         return OptimizedSegmenter(model, model.network)
     if compile:
         # After the self-check, because a first run at the example's size would be compiled too, which takes a minute.
-        compiled = compiled_for_inference(model.network, example)
+        compiled = compiled_for_inference(model.network)
         return OptimizedSegmenter(model, _torch_network(model, channels_last, PRECISIONS[precision], compiled))
     return optimized
 

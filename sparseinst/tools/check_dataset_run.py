@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.modeling import META_ARCH_REGISTRY
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -247,7 +246,7 @@ def run(args: argparse.Namespace) -> int:
     images = present_images(content, set(files.absent))
     images = [({**image, "file_name": files.found.get(image["file_name"], image["file_name"])}, annotations)
               for image, annotations in images]  # fmt: skip
-    model: type[InstanceSegmenter] = config.registered(META_ARCH_REGISTRY, cfg, "MODEL.META_ARCHITECTURE")
+    model: type[InstanceSegmenter] = config.meta_architecture(cfg)
     is_in_target = model.target_check(cfg)
     survey = partial(survey_image, image_root=args.images, cfg=cfg, is_in_target=is_in_target, is_quick=args.quick)
     # Without batches, collate_fn is called in a worker with each element.

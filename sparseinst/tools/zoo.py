@@ -27,14 +27,14 @@ def build_parser() -> argparse.ArgumentParser:
 def list_checkpoints() -> str:
     """Return a table of the published checkpoints: name, whether it is cached, address."""
     from sparseinst.checkpoint.downloads import find_download
-    from sparseinst.checkpoint.published import CHECKPOINTS
+    from sparseinst.checkpoint.published import CHECKPOINTS, terms_of_use
 
     downloads = {name: find_download(f"sparseinst://{name}") for name in CHECKPOINTS}
     width = max(map(len, downloads))
-    lines = [
-        f"{name:{width}}  {'cached' if download.path.is_file() else '-':6}  {download.address}"
-        for name, download in downloads.items()
-    ]
+    lines = []
+    for name, download in downloads.items():
+        state = "cached" if download.path.is_file() else "-"
+        lines.append(f"{name:{width}}  {state:6}  {download.address}  {terms_of_use(download.address)}".rstrip())
     folder = next(iter(downloads.values())).path.parent
     return "\n".join([f"{'checkpoint':{width}}  {'':6}  address", *lines, f"cached in {folder} as NAME.pth"])
 

@@ -179,8 +179,26 @@ def test_images_of_other_channels():
 def test_arguments_of_the_model():
     backbone = build("MODEL.TIMM.NAME", "convnext_atto", "MODEL.TIMM.ARGS", {"drop_path_rate": 0.3})
     assert max(getattr(part, "drop_prob", 0.0) for part in backbone.modules()) == pytest.approx(0.3)
-    with pytest.raises(ValueError, match="resnet18.*MODEL.TIMM.ARGS.*nonsense"):
-        build("MODEL.TIMM.ARGS", {"nonsense": 1})
+    with pytest.raises(ValueError, match="resnet18.*MODEL.TIMM.ARGS.*img_size"):
+        build("MODEL.TIMM.ARGS", {"img_size": 64})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("nonsense", 1), ("checkpoint_path", "FILE"), ("pretrained", True), ("pretrained_cfg", {"file": "FILE"}),
+        ("pretrained_cfg_overlay", {"file": "FILE"}), ("cache_dir", "FILE"), ("features_only", False),
+        ("drop_rate", {"file": "FILE"}),
+    ],
+)  # fmt: skip
+def test_arguments_that_read_files_are_refused(tmp_path, monkeypatch, name, value):
+    """timm before 1.0.26 reads a checkpoint_path without weights_only, and runs its code."""
+    file = str(tmp_path / "weights.pth")
+    torch.save({"state_dict": {}}, file)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a file was read"))
+    value = {key: file for key in value} if isinstance(value, dict) else file if value == "FILE" else value
+    with pytest.raises(ValueError, match=rf"MODEL.TIMM.ARGS.*{name}.*must be"):
+        build("MODEL.TIMM.ARGS", {name: value})
 
 
 @pytest.mark.parametrize(

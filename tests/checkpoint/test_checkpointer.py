@@ -306,6 +306,15 @@ def test_the_key_for_averaged_weights_is_checked(tmp_path):
     SparseInstCheckpointer(nn.Linear(2, 3), ema_weights="raw").load(str(path))
 
 
+def test_raw_weights_are_wanted_from_a_file_with_an_average_only(tmp_path, lines):
+    path = tmp_path / "average.pth"
+    torch.save({"model_ema": nn.Linear(2, 3).state_dict()}, path)
+    SparseInstCheckpointer(nn.Linear(2, 3)).load(str(path))
+    assert "averaged (EMA)" not in "".join(lines())
+    SparseInstCheckpointer(nn.Linear(2, 3), ema_weights="raw").load(str(path))
+    assert any("average.pth holds averaged (EMA) weights only, the entry model_ema" in line for line in lines())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_in_weights_are_told(tmp_path, lines, value):
     model = tiny_model()

@@ -1,6 +1,8 @@
 """Downloads of weights: where they come from, where they are cached, and what is said where they fail."""
 
+import errno
 import io
+import os
 import re
 import shutil
 import sys
@@ -72,6 +74,8 @@ def files(folder):
         (f"sparseinst://{NAME}", f"sparseinst/{NAME}.pth"),
         (f"sparseinst://{NAME}.yaml", f"sparseinst/{NAME}.pth"),
         (f"https://drive.google.com/file/d/{ID}/view?usp=sharing", f"google_drive/{ID}.pth"),
+        (f"sparseinst://configs/{NAME}.yaml", f"sparseinst/{NAME}.pth"),
+        (f"https://drive.google.com/u/0/uc?id={ID}&export=download", f"google_drive/{ID}.pth"),
         (f"https://drive.google.com/uc?id={ID}", f"google_drive/{ID}.pth"),
         ("https://drive.google.com/uc?export=download&id=confirm", "google_drive/confirm.pth"),
         ("https://drive.google.com/open?id=abc-_1", "google_drive/abc-_1.pth"),
@@ -135,11 +139,40 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(host, cache, weights, 
 
 
 @pytest.mark.parametrize("weights", [f"sparseinst://{NAME}", "hf://a/b/R50.pth"])
-def test_without_a_network(cache, monkeypatch, weights):
+def test_without_a_network(cache, monkeypatch, capfd, weights):
     redirect(monkeypatch, "http://127.0.0.1:9")
+    # huggingface_hub sets the level of its log when it is imported.
+    for module in [module for module in sys.modules if module.partition(".")[0] == "huggingface_hub"]:
+        monkeypatch.delitem(sys.modules, module)
     with pytest.raises(WeightsFileError, match=r"cannot be downloaded from https://\S+ .*save the file as /.*\.pth$"):
         find_weights(weights)
     assert files(cache) == []
+    assert "thrown while requesting" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mkdir", "replace"])
+def test_a_cache_folder_that_is_full(host, cache, monkeypatch, name):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path if name == "mkdir" else os, name, fail)
+    expected = rf"from {host.url}/R50.pth cannot be saved as {cache}/R50.pth \(No space left.*FVCORE_CACHE$"
+    with pytest.raises(WeightsFileError, match=expected):
+        find_weights(f"{host.url}/R50.pth")
+    monkeypatch.undo()
+    assert files(cache) == []
+
+
+def test_terms_of_use_are_said(host, cache, monkeypatch, caplog, capsys):
+    address = "hf://xinlongwang/SOLO/SOLO_R50_1x.pth"
+    find_weights(address)
+    assert "give it for non-commercial use only" in caplog.text
+    caplog.clear()
+    find_weights("hf://a/b/R50.pth")
+    assert "commercial" not in caplog.text
+    monkeypatch.setitem(CHECKPOINTS, "solo/solo_r50_1x", address)
+    names = [line.split()[0] for line in zoo.list_checkpoints().splitlines() if "non-commercial" in line]
+    assert "solo/solo_r50_1x" in names and NAME not in names
 
 
 def test_what_an_interrupted_download_left_is_not_taken(host, cache, monkeypatch):
@@ -204,10 +237,18 @@ def test_addresses_that_cannot_exist_are_found_before_anything_is_built(cache, w
 
 def test_every_published_checkpoint_has_a_config():
     for name, address in CHECKPOINTS.items():
-        assert Path(sparseinst.get_config_file(name)).stem == name
-        assert find_download(address).address == model_zoo.get_checkpoint_url(f"{name}.yaml") == address
+        assert Path(sparseinst.get_config_file(name)).as_posix().endswith(f"/{name}.yaml")
+        assert find_download(address).address == model_zoo.get_checkpoint_url(f"{name}.yaml")
     with pytest.raises(ValueError, match="no published checkpoint named 'quick/shapes'"):
         model_zoo.get_config("quick/shapes", trained=True)
+
+
+def test_the_address_of_a_checkpoint_is_one_that_a_browser_opens(cache, monkeypatch):
+    monkeypatch.setitem(CHECKPOINTS, "folder/a", "hf://a/b/R50.pth")
+    address = model_zoo.get_checkpoint_url("folder/a.yaml")
+    assert address == "https://huggingface.co/a/b/resolve/main/R50.pth"
+    assert find_download(address).path == find_download("hf://a/b/R50.pth").path
+    assert model_zoo.get_checkpoint_url(NAME) == f"https://drive.google.com/uc?id={ID}"
 
 
 def test_the_model_zoo(host, cache, monkeypatch):

@@ -8,6 +8,8 @@ from detectron2.modeling import build_model
 
 from sparseinst.config import add_sparse_inst_config, check_value, check_values, load_config
 from sparseinst.config.values import RANGES
+from sparseinst.engine.optimizer import IMPLEMENTATIONS
+from sparseinst.engine.trainer import AMP_DTYPES
 from sparseinst.modeling.sparse_inst.config import RANGES as SPARSE_INST_RANGES
 from sparseinst.ops.mask_output import MASK_FORMATS
 from sparseinst.runtime.optimize import PRECISIONS
@@ -73,6 +75,15 @@ def test_the_tables_agree_with_the_code():
         check_value("RUNTIME.PRECISION", name)
     for name in MASK_FORMATS:
         check_value("MODEL.OUTPUT.MASK_FORMAT", name)
+    for name in IMPLEMENTATIONS:
+        check_value("SOLVER.OPTIMIZER_IMPLEMENTATION", name)
+    for name in AMP_DTYPES:
+        check_value("SOLVER.AMP.DTYPE", name)
+
+
+def test_an_unknown_meta_architecture_stops_with_the_known_ones():
+    with pytest.raises(ValueError, match="MODEL.META_ARCHITECTURE is 'SparseInts'; it must be one of .*SparseInst"):
+        load_config("quick/shapes", ["MODEL.META_ARCHITECTURE", "SparseInts"])
 
 
 def test_names_of_a_backbone_that_detectron2_refuses():

@@ -20,7 +20,8 @@ PIECES = [
     "---", "...", "%YAML 9.9", "%TAG ! a", "# note", "[]", "{}", "[{}]", "{a: 1}", "1", "1.5", "text", "_BASE_",
     "_BASE_: config.yaml", "_BASE_: http://127.0.0.1:9/a.yaml", "_BASE_: /dev/zero", "_BASE_: [.]", "_BASE_: ~",
     "VERSION: 1", "VERSION: -1", "MODEL: 1", "MODEL: {WEIGHT: 1}", "TEST: AUG_ON", "MODEL.DEVICE: cpu", "1: 2", "? 1",
-    "COMPUTED_X: 1",
+    "COMPUTED_X: 1", "IMPORTS: [mine]", f"IMPORTS: [{CANARY}.py]", "IMPORTS", "IMPORTS: ~", "IMPORTS: {a: b}",
+    "IMPORTS: [1]", "IMPORTS: [antigravity, this]", "IMPORTS: ['']", "IMPORTS: ['\\0.py']",
 ]  # fmt: skip
 
 
@@ -64,12 +65,14 @@ def config_case(generator: random.Random, number: int, folder: Path):
         base = damaged(base, generator)
     else:
         keys = [line.partition(":")[0].strip() for line in text.splitlines()]
-        key = generator.choice((f"SOLVER.{generator.choice(keys)}", "OUTPUT_DIR", "SOLVER.STEPS", "MODEL.DEVICE"))
+        key = generator.choice(
+            (f"SOLVER.{generator.choice(keys)}", "OUTPUT_DIR", "SOLVER.STEPS", "MODEL.DEVICE", "IMPORTS")
+        )
         opts = [key, generator.choice(PIECES)]
     (folder / "base.yaml").write_bytes(base)
     path = folder / "config.yaml"
     path.write_bytes(data)
-    return kind, lambda: load_config(str(path), opts).dump()
+    return kind, lambda: load_config(str(path), opts, allow_imports=False).dump()
 
 
 def test_damaged_configs_are_read_or_refused(tmp_path):

@@ -9,7 +9,7 @@ from sparseinst.runtime.optimize import optimize_for_inference
 from tests.tiny_model import tiny_model
 
 # The maps of these sizes lie on both sides of the limits below which PyTorch chooses another convolution.
-SIZES = ((64, 96), (64, 64), (192, 256), (320, 480), (256, 256), (96, 64), (480, 320), (64, 96))
+SIZES = ((64, 96), (64, 64), (320, 480), (96, 64), (256, 256), (64, 96))
 
 
 @pytest.fixture
@@ -21,16 +21,16 @@ def counter(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_it_compiles_for_the_first_size_and_once_for_all_others(counter, channels_last):
+def test_it_compiles_for_the_first_size_and_once_for_all_others(counter):
     model = tiny_model("MODEL.SPARSE_INST.ENCODER.NUM_CHANNELS", 64)
-    optimized = optimize_for_inference(model, compile=True, channels_last=channels_last)
+    optimized = optimize_for_inference(model, compile=True)
     counts = []
     with torch.no_grad():
         for size in SIZES:
             images = torch.randn(1, 3, *size)
+            expected = model.network(images)
             for name, value in optimized.network(images).items():
-                assert (value - model.network(images)[name]).abs().max() < 1e-3
+                assert (value - expected[name]).abs().max() < 1e-4 * expected[name].abs().max()
             counts.append(counter.frame_count)
     assert counts == [1, *[2] * (len(SIZES) - 1)]
     assert torch.backends.mkldnn.enabled

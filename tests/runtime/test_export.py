@@ -107,13 +107,13 @@ def test_a_whole_model_is_refused_with_one_line(is_optimized, export):
 
 
 def test_a_traced_postprocessing_is_refused():
-    model = tiny_model()
+    model = tiny_model().requires_grad_(False)
     x = random_input(64, 96)
 
-    class Whole(nn.Module):
+    class Whole(Network):
         def forward(self, pixels):
-            images = model.preprocess([{"image": pixels}])
-            return model.postprocess(model.network(images.tensor), [x], images)[0]["instances"].scores
+            images = self.model.preprocess([{"image": pixels}])
+            return self.model.postprocess(super().forward(images.tensor), [x], images)[0]["instances"].scores
 
     with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be traced"):
-        torch.jit.trace(Whole(), x["image"], check_trace=False)
+        torch.jit.trace(Whole(model), x["image"], check_trace=False)

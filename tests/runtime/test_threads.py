@@ -13,13 +13,14 @@ from sparseinst.runtime.optimize import optimize_for_inference
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 SIZES = ((64, 96), (96, 64), (64, 64), (128, 96))
-NUM_THREADS, ROUNDS = 3, 6
+NUM_THREADS, ROUNDS = 3, 4
 
 
 @pytest.fixture
-def quick_switches():
+def quick_switches(request):
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    # Compilation would take ten seconds.
+    sys.setswitchinterval(1e-4 if request.node.callspec.params["engine"] == "compile" else 1e-6)
     yield
     sys.setswitchinterval(before)
 
@@ -54,7 +55,8 @@ def test_every_engine_returns_each_thread_its_own_answer(engine, monkeypatch, qu
     monkeypatch.setattr(compiling.torch, "compile", lambda network, **kwargs: real_compile(network, backend="eager"))
     options = {"openvino": {"engine": "openvino"}, "compile": {"compile": True}, "bfloat16": {"precision": "bfloat16"}}
     runner = model if engine == "torch" else optimize_for_inference(model, **options.get(engine, {}))
-    images = [torch.randn(1, 3, *SIZES[index % len(SIZES)]) for index in range(8)]
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(1, 3, *SIZES[index % len(SIZES)], generator=generator) for index in range(8)]
     with torch.no_grad():
         expected = [runner.network(image) for image in images]
 
@@ -63,7 +65,8 @@ def test_every_engine_returns_each_thread_its_own_answer(engine, monkeypatch, qu
             for index in np.random.default_rng(number).permutation(len(images) * ROUNDS) % len(images):
                 found = runner.network(images[index])
                 for name, value in expected[index].items():
-                    assert torch.allclose(found[name], value, atol=1e-5), (index, name)
+                    # Another image's answer differs by more than a tenth.
+                    assert (found[name] - value).abs().max() <= 1e-3 * value.abs().max(), (index, name)
 
     in_threads(work)
 
@@ -71,33 +74,33 @@ def test_every_engine_returns_each_thread_its_own_answer(engine, monkeypatch, qu
 def test_output_options_belong_to_a_thread():
     model = tiny_model("MODEL.SPARSE_INST.CLS_THRESHOLD", -1.0)
     optimized = optimize_for_inference(model)
-    both_inside = threading.Barrier(NUM_THREADS)
+    both_inside = threading.Barrier(NUM_THREADS, timeout=20)
 
     def work(number):
         formats = ("rle", "bitmask", "rle")
         with torch.no_grad(), optimized.output_as(mask_format=formats[number], score_threshold=0.1 * number):
             both_inside.wait()
-            assert optimized.output.score_threshold == model.output.score_threshold == 0.1 * number
+            assert optimized.output.score_threshold == 0.1 * number
             masks = optimized([random_input()])[0]["instances"].pred_masks
             assert isinstance(masks, torch.Tensor) == (number == 1)
             both_inside.wait()
-        assert model.output.mask_format == "bitmask"
+        assert optimized.output.mask_format == "bitmask"
 
     in_threads(work)
-    assert not model._output_of_thread
+    assert not optimized.model._output_of_thread
 
 
 def test_a_training_model_stays_in_evaluation_mode_until_the_last_thread_is_done():
     model = tiny_model().train()
     predictor = Predictor(tiny_cfg(), model=model)
     first_is_done = threading.Event()
-    inside = threading.Barrier(2)
+    inside = threading.Barrier(2, timeout=20)
     network = model.network
 
     def slow_network(images):
         inside.wait()
         if threading.current_thread().name == "slow":
-            first_is_done.wait()
+            first_is_done.wait(20)
         # In training mode the running statistics would change, and the outputs have one entry more.
         assert not model.training
         return network(images)

@@ -210,7 +210,7 @@ def test_boolean_masks_beyond_the_limit_are_refused_by_name():
 
 
 def test_another_mask_format_is_refused():
-    with pytest.raises(ValueError, match="MODEL.OUTPUT.MASK_FORMAT is 'polygon'.*bitmask, rle"):
+    with pytest.raises(ValueError, match="MODEL.OUTPUT.MASK_FORMAT is 'polygon'.*'bitmask', 'rle'"):
         tiny_model("MODEL.OUTPUT.MASK_FORMAT", "polygon")
 
 
