@@ -11,11 +11,16 @@ RUNTIME = "RUNTIME"
 
 
 def add_common_arguments(
-    parser: argparse.ArgumentParser, named: Mapping[str, str], section: str, repetitions: int, warmup: int
+    parser: argparse.ArgumentParser,
+    named: Mapping[str, str],
+    section: str,
+    repetitions: int,
+    warmup: int,
+    **config_file: object,
 ) -> None:
-    """Add the arguments of all commands with ``--compare``; the numbers are defaults."""
+    """Add the arguments of all commands with ``--compare``; the numbers are defaults, the rest is of --config-file."""
     add = parser.add_argument
-    add_config_arguments(parser)
+    add_config_arguments(parser, **config_file)
     add(
         "--repetitions", type=int, default=repetitions, metavar="N", help=f"counted repetitions (default {repetitions})"
     )

@@ -1,7 +1,7 @@
 """Time models stage by stage, several settings in turn."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ _PART_RUNS = 3
 def measure(
     models: dict[str, nn.Module],
     images: Sequence[np.ndarray],
-    augmentations: Sequence[T.Augmentation | T.Transform],
+    augmentations: Mapping[str, T.AugmentationList],
     *,
     num_detections: int,
     repetitions: int,
@@ -32,7 +32,7 @@ def measure(
     Args:
         models: by name, in eval mode, each an InstanceSegmenter or an optimized copy of one.
         images: the batch, each (height, width, 3) uint8.
-        augmentations: resize an image.
+        augmentations: by name; each resizes an image for its model.
         num_detections, median_area: of the objects that post-processing gets, see `example_outputs`.
         repetitions: counted repetitions.
         warmup: repetitions before them.
@@ -44,19 +44,18 @@ def measure(
     Raises:
         ValueError: a model cannot have so many objects.
     """
-    augmentation = T.AugmentationList(list(augmentations))
     timers = {name: StageTimer(model.device) for name, model in models.items()}
     peaks = dict.fromkeys(models, 0)
     examples = {}
     with torch.inference_mode():
         for name, model in models.items():
-            _, padded = _preprocess(model, images, augmentation)
+            _, padded = _preprocess(model, images, augmentations[name])
             examples[name] = example_outputs(model, model.network(padded.tensor), num_detections, median_area)
         for _ in range(warmup + repetitions):
             for name, model in models.items():
                 if model.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(model.device)
-                _run_once(model, images, augmentation, examples[name], timers[name])
+                _run_once(model, images, augmentations[name], examples[name], timers[name])
                 peaks[name] = max(peaks[name], peak_bytes(model.device))
     measurements = {}
     for name, model in models.items():
@@ -64,7 +63,7 @@ def measure(
         # The paper's time excludes preprocessing and copy; end to end is from decoded images to masks on the host.
         total = sum(stages.values())
         stages |= {"as published": stages["network"] + stages["post-processing"], "end to end": total}
-        more = {"parts_ms": _time_parts(model, _preprocess(model, images, augmentation)[1])}
+        more = {"parts_ms": _time_parts(model, _preprocess(model, images, augmentations[name])[1])}
         measurements[name] = Measurement(stages, total, len(images), peaks[name], more)
     return measurements
 

@@ -72,6 +72,8 @@ class Trainer(SimpleTrainer):
                 f"{cfg.MODEL.META_ARCHITECTURE} is not an InstanceSegmenter, so the losses of its parts cannot be "
                 "divided by the counts of all: set it to 1"
             )
+        for warning in model.training_warnings(cfg) if isinstance(model, InstanceSegmenter) else ():
+            logger.warning(warning)
         prepare_as_configured(cfg, model)
         with only_in_log_file("sparseinst"):
             logger.info("Model:\n%s", model)

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, ImageList, Instances
@@ -85,6 +86,20 @@ class TrainingPart(NamedTuple):
     counts: dict[str, torch.Tensor] | None = None
 
 
+class ImageObjects(NamedTuple):
+    """The objects of one training image, at the size that the model is trained with; pixels.
+
+    Attributes:
+        padded_size: (height, width) of the image, padded to a multiple of 32.
+        boxes: (M, 4) x0, y0, x1, y1 of the masks.
+        centers: (M, 2) y, x: means of the masks' pixel indices.
+    """
+
+    padded_size: tuple[int, int]
+    boxes: np.ndarray
+    centers: np.ndarray
+
+
 class InstanceSegmenter(nn.Module, ABC):
     """A meta-architecture that finds instances and their masks.
 
@@ -148,6 +163,16 @@ class InstanceSegmenter(nn.Module, ABC):
         Return None, the default, where the targets keep every object.
         """
         return None
+
+    @classmethod
+    def describe_objects(cls, cfg: CfgNode, images: Sequence[ImageObjects]) -> Iterator[str]:
+        """Yield lines about how the objects of a data set fit the config; none by default."""
+        yield from ()
+
+    @classmethod
+    def training_warnings(cls, cfg: CfgNode) -> Iterator[str]:
+        """Yield what a training's log warns of at its start; nothing by default."""
+        yield from ()
 
     @classmethod
     def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

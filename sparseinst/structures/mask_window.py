@@ -27,6 +27,16 @@ class MaskWindow(NamedTuple):
         columns = np.flatnonzero(mask.any(axis=0))
         return MaskWindow(mask[:, columns[0] : columns[-1] + 1], self.top + int(rows[0]), self.left + int(columns[0]))
 
+    def center(self) -> tuple[float, float]:
+        """Return the mean (y, x) of the pixels' indices in the image; NaN where the mask is empty."""
+        rows, columns = (self.mask.sum(axis=axis, dtype=np.int64) for axis in (1, 0))
+        count = np.float64(rows.sum())
+        with np.errstate(invalid="ignore"):
+            return tuple(
+                float(np.arange(start, start + len(sums)) @ sums / count)
+                for start, sums in ((self.top, rows), (self.left, columns))
+            )
+
     def box(self) -> tuple[int, int, int, int]:
         """Return the window's (x0, y0, x1, y1) in pixels; x1 and y1 are exclusive."""
         height, width = self.mask.shape

@@ -12,9 +12,11 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseinst.benchmarks.arguments import RUNTIME, add_common_arguments
+from sparseinst.config.arguments import CONFIG_HELP
 from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
@@ -61,7 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also print the speed of the first setting in Detectron2's inference_on_dataset",
     )
-    add_common_arguments(parser, NAMED_SETTINGS, RUNTIME, repetitions=20, warmup=2)
+    several = f"{CONFIG_HELP}; several are run in turn in one process, each at its own test size"
+    add_common_arguments(
+        parser, NAMED_SETTINGS, RUNTIME, repetitions=20, warmup=2, nargs="+", metavar="NAME", help=several
+    )
     return parser
 
 
@@ -97,15 +102,25 @@ def run(args: argparse.Namespace) -> dict:
     check_least({flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0)})
     if args.area <= 0:
         raise ValueError(f"--area is {args.area}; it must be above 0")
-    cfg = load_config(args.config_file, args.opts, imports=args.imports)
+    cfgs = {
+        config_file: load_config(config_file, args.opts, imports=args.imports)
+        for config_file in dict.fromkeys(args.config_file)
+    }
+    # The order of the channels changes no time.
+    cfg = next(iter(cfgs.values()))
     images = [read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS) for path in args.input]
     images = images or [np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)]
     keep_freed_memory_for_inference(cfg)
-    models = build_models(cfg, args.compare)
-    found = {"config": args.config_file, "machine": machine(cfg), "detections": args.detections, "batches": []}
+    models, augmentations = {}, {}
+    for config_file, own_cfg in cfgs.items():
+        for setting, model in build_models(own_cfg, args.compare).items():
+            name = " ".join([Path(config_file).stem] * (len(cfgs) > 1) + [setting] * (len(args.compare) > 1))
+            name = name or setting
+            models[name] = model
+            augmentations[name] = T.AugmentationList(list(build_test_augmentations(own_cfg)))
+    found = {"configs": list(cfgs), "machine": machine(cfg), "detections": args.detections, "batches": []}
     sizes = ", ".join(sorted({f"{image.shape[0]}x{image.shape[1]}" for image in images}))
-    print(f"{args.config_file}, {found['machine']}, {args.detections} objects in each image of {sizes}")
-    augmentations = build_test_augmentations(cfg)
+    print(f"{', '.join(cfgs)}, {found['machine']}, {args.detections} objects in each image of {sizes}")
     for batch_size in args.batch_sizes:
         measurements = measure(
             models,
@@ -122,9 +137,10 @@ def run(args: argparse.Namespace) -> dict:
     if args.stock:
         # Detectron2 warms up for 5 batches. Post-processing gets the output of random weights here.
         setup_logger(name="detectron2").setLevel(logging.INFO)
-        inputs = [[x] for x in batched_inputs(images, T.AugmentationList(list(augmentations)))]
+        name, model = next(iter(models.items()))
+        inputs = [[x] for x in batched_inputs(images, augmentations[name])]
         loader = inputs * max(1, 12 // len(inputs))
-        inference_on_dataset(next(iter(models.values())), loader, DatasetEvaluators([]))
+        inference_on_dataset(model, loader, DatasetEvaluators([]))
     return found
 
 

@@ -34,12 +34,14 @@ from sparseinst.data.images import DataError, ImageReadError, read_image, read_i
 from sparseinst.data.json_file import read_json
 from sparseinst.data.mask_decoding import check_segmentation, is_whole, read_mask
 from sparseinst.data.other_formats import describe_path
-from sparseinst.modeling.meta_arch import InstanceSegmenter
+from sparseinst.modeling.meta_arch import ImageObjects, InstanceSegmenter
 from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.tools.check_dataset import DEFAULT_CONFIG
 
 # Pixels: COCO's limits of small and medium objects.
 _SMALL, _MEDIUM = 32**2, 96**2
+# The sides of training images are padded to a multiple of this by most models.
+_DIVISIBILITY = 32
 
 ImageEntry = tuple[dict, list[dict]]  # an image and its valid annotations that are not crowds
 
@@ -52,12 +54,14 @@ class ImageSurvey(NamedTuple):
         traits: of the file; None where it has a flaw.
         areas: of its objects, pixels of the file; 0 where rasterization gives no pixel.
         num_vanished: number of objects with pixels that the training targets lose.
+        objects: those with pixels, at the training's largest size.
     """
 
     finding: Finding | None
     traits: ImageTraits | None = None
     areas: list[int] = []
     num_vanished: int = 0
+    objects: ImageObjects | None = None
 
 
 def check_files(content: Any, files: FileNames, cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
@@ -129,17 +133,30 @@ def survey_image(
         return ImageSurvey(Finding(kind, str(error)))
     resize = ResizeShortestEdge([_train_size(cfg)], cfg.INPUT.MAX_SIZE_TRAIN, "choice")
     transform = resize.get_transform(np.broadcast_to(np.uint8(0), size))
+    # Detectron2 returns no ResizeTransform where the size stays.
+    new_size = size if isinstance(transform, T.NoOpTransform) else (transform.new_h, transform.new_w)
+    windows = []
     areas, num_vanished = [], 0
     for annotation in annotations:
         segmentation = annotation["segmentation"]
         window = read_mask(segmentation, T.TransformList([]), size, size)
         areas.append(0 if window is None else int(window.mask.sum()))
-        if window is not None and is_in_target is not None:
-            # Detectron2 returns no ResizeTransform where the size stays.
-            new_size = size if isinstance(transform, T.NoOpTransform) else (transform.new_h, transform.new_w)
+        if window is None:
+            continue
+        windows.append(window)
+        if is_in_target is not None:
             resized = read_mask(segmentation, T.TransformList([transform]), size, new_size)
             num_vanished += resized is None or not is_in_target(resized)
-    return ImageSurvey(None, traits, areas, num_vanished)
+    return ImageSurvey(None, traits, areas, num_vanished, _image_objects(windows, size, new_size))
+
+
+def _image_objects(windows: list[MaskWindow], size: tuple[int, int], new_size: tuple[int, int]) -> ImageObjects:
+    """Return the objects of an image of one size as they are at another size."""
+    scale = np.array(new_size) / size
+    boxes = np.array([window.box() for window in windows], np.float64).reshape(-1, 4)
+    centers = np.array([window.center() for window in windows]).reshape(-1, 2)
+    padded_size = tuple(-(-side // _DIVISIBILITY) * _DIVISIBILITY for side in new_size)
+    return ImageObjects(padded_size, boxes * np.tile(scale[::-1], 2), centers * scale)
 
 
 def _train_size(cfg: CfgNode) -> int:
@@ -253,9 +270,12 @@ def run(args: argparse.Namespace) -> int:
     loader = DataLoader(images, batch_size=None, num_workers=args.workers, collate_fn=survey)
     surveys = list(tqdm(loader, desc="Images", unit="image", disable=not images))
     findings += broken_images(surveys, files.absent, cfg)
+    findings += [Finding("image sizes", warning, stops=False) for warning in model.training_warnings(cfg)]
     findings += trait_findings([survey.traits for survey in surveys if survey.traits is not None])
     print(args.json)
     for line in describe_content(content, surveys, cfg, f"{model.lossless_targets_key} True", is_in_target is None):
+        print(line)
+    for line in model.describe_objects(cfg, [survey.objects for survey in surveys if survey.objects is not None]):
         print(line)
     for line in describe_findings(findings, args.show):
         print(line)

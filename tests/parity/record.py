@@ -35,13 +35,17 @@ for thresholds in THRESHOLDS.values():
 
 def build(config: str) -> nn.Module:
     """Build the model of a config on the CPU and fill it by formula."""
-    model = build_model(load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]))
+    return filled(build_model(load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]))).eval()
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """Fill a model by formula, in place, and return it."""
     state = {
         name: torch.from_numpy(filling.tensor(name, tuple(value.shape))) if name.startswith(FILLED) else value
         for name, value in model.state_dict().items()
     }
     model.load_state_dict(state)
-    return model.eval()
+    return model
 
 
 def inputs(with_instances: bool) -> list[dict]:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from detectron2.data import transforms as T
 from torch import nn
 
 from sparseinst.benchmarks.inference import STAGES, example_outputs, measure
@@ -82,11 +83,14 @@ class Stages(nn.Module):
         return [{"instances": torch.zeros(1)} for _ in batched_inputs]
 
 
+def augmentations(*names):
+    return {name: T.AugmentationList(build_test_augmentations(tiny_cfg())) for name in names}
+
+
 def test_measures_every_stage_of_any_model_in_turn():
     order = []
     models = {name: Stages(name, order) for name in "ab"}
-    augmentations = build_test_augmentations(tiny_cfg())
-    found = measure(models, [IMAGE, IMAGE], augmentations, num_detections=3, repetitions=2, warmup=1)
+    found = measure(models, [IMAGE, IMAGE], augmentations(*models), num_detections=3, repetitions=2, warmup=1)
     # Once for outputs to post-process, then the repetitions.
     assert order[:8] == ["a", "b"] * 4
     assert models["a"].postprocessed == [{"out": 0}.keys()] * 3
@@ -101,8 +105,7 @@ def test_measures_every_stage_of_any_model_in_turn():
 
 def test_parts_of_an_optimized_model_keep_their_names_and_of_openvino_there_are_none():
     def parts(model):
-        augmentations = build_test_augmentations(tiny_cfg())
-        found = measure({"a": model}, [IMAGE], augmentations, num_detections=3, repetitions=1, warmup=0)
+        found = measure({"a": model}, [IMAGE], augmentations("a"), num_detections=3, repetitions=1, warmup=0)
         return list(found["a"].more["parts_ms"])
 
     assert parts(tiny_model()) == parts(optimize_for_inference(tiny_model())) == ["backbone", "encoder", "decoder"]
@@ -144,6 +147,21 @@ def test_the_command(config, tmp_path, capsys):
     keys = {*STAGES, "as published", "end to end", "parts_ms", "peak_mb", "images_per_second"}
     assert settings["mine"].keys() >= keys
     assert settings["mine"]["parts_ms"].keys() == {"backbone", "encoder", "decoder"}
+
+
+def test_several_configs_at_their_own_sizes(config, tmp_path, capsys):
+    path, other = tmp_path / "speed.json", tmp_path / "large.yaml"
+    other.write_text(tiny_cfg("INPUT.MIN_SIZE_TEST", 160).dump())
+    first, others = config[1], config[2:]
+    assert benchmark.main(["--config-file", first, str(other), *others, "--json", str(path)]) == 0
+    assert "times as fast as tiny" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["configs"] == [first, str(other)]
+    assert written["batches"][0]["settings"].keys() == {"tiny", "large"}
+    compared = ["--json", str(path), "--compare", "eager", "fused"]
+    assert benchmark.main(["--config-file", first, str(other), *others, *compared]) == 0
+    settings = json.loads(path.read_text())["batches"][0]["settings"]
+    assert list(settings) == ["tiny eager", "tiny fused", "large eager", "large fused"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The meta-architectures SOLO and SOLOv2. Letters: sparseinst.structures."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -11,11 +11,12 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
-from sparseinst.config import check_values
+from sparseinst.config import check_values, value
 from sparseinst.modeling.auxiliary import build_backbone
-from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions
+from sparseinst.modeling.meta_arch import ImageObjects, InstanceSegmenter, OutputOptions
 from sparseinst.modeling.solo import config
 from sparseinst.modeling.solo.criterion import build_solo_criterion, count_targets
+from sparseinst.modeling.solo.data_fit import describe_fit, size_warnings
 from sparseinst.modeling.solo.dynamic_head import build_mask_feature_head
 from sparseinst.modeling.solo.example_outputs import draw_outputs
 from sparseinst.modeling.solo.heads import GridHead, build_solo_head
@@ -84,7 +85,7 @@ class SOLO(InstanceSegmenter):
         if not cfg.MODEL.MASK_ON:
             raise ValueError(f"MODEL.MASK_ON is False: {cls.__name__} predicts masks; set it to True")
         check_values(cfg)
-        node = cfg.MODEL[cls.node_name.removeprefix("MODEL.")]
+        node = value(cfg, cls.node_name)
         config.check_levels(node, cls.node_name)
         backbone = build_backbone(cfg)
         input_shape = backbone.output_shape()
@@ -109,6 +110,23 @@ class SOLO(InstanceSegmenter):
             ),
             "output": OutputOptions.from_config(cfg),
         }
+
+    @classmethod
+    def describe_objects(cls, cfg: CfgNode, images: Sequence[ImageObjects]) -> Iterator[str]:
+        """Yield the shares of objects in no range, on one level, in shared cells; see the base class."""
+        node = value(cfg, cls.node_name)
+        yield from describe_fit(images, cls.node_name, node.NUM_GRIDS, node.SCALE_RANGES, node.SIGMA)
+
+    @classmethod
+    def training_warnings(cls, cfg: CfgNode) -> Iterator[str]:
+        """Yield warnings where ranges and image sizes do not fit; see the base class."""
+        sizes = cfg.INPUT.MIN_SIZE_TRAIN
+        yield from size_warnings(
+            cls.node_name,
+            value(cfg, cls.node_name).SCALE_RANGES,
+            [sizes] if isinstance(sizes, int) else sizes,
+            cfg.INPUT.MAX_SIZE_TRAIN,
+        )
 
     @classmethod
     def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

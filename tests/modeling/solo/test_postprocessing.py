@@ -1,13 +1,13 @@
-"""Detections: points NMS, the area filter, blocks of cells, and NMS, worked by hand and against naive code."""
+"""Detections: points NMS, the area filter, blocks of cells, NMS; worked by hand and against straightforward code."""
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from sparseinst.modeling.solo import postprocessing
 from sparseinst.modeling.solo.postprocessing import DetectionOptions, candidate_cells, detect, points_nms
 from sparseinst.ops.masks import greedy_nms, mask_intersections, mask_nms, matrix_nms
 from tests.modeling.solo.tiny_solo import VARIANTS, tiny_solo
+from tests.oracles.solo_postprocessing import straightforward_detect
 
 
 def test_points_nms():
@@ -66,51 +66,9 @@ def test_intersections_by_tiles():
     assert torch.equal(mask_intersections(masks[:3]), (flat @ flat.T)[:3, :3])
 
 
-def naive_detect(head, outputs, image, options, padded_size, image_size, output_size):
-    """Do what `detect` does for the masks of all candidates at once, as the steps are written down."""
-    cells, classes, scores = candidate_cells(outputs["cate_logits"][image], head.num_grids, options.score_threshold)
-    size = tuple(side // 4 for side in padded_size)
-    masks, strides = [], []
-    start = 0
-    for level, count in enumerate(head.level_sizes):
-        own = cells[(cells >= start) & (cells < start + count)] - start
-        for cell in own:
-            masks.append(head.mask_probs(outputs, image, level, cell[None], size)[0])
-            strides.append(head.strides[level])
-        start += count
-    masks = torch.stack(masks) if masks else torch.zeros(0, *size)
-    binary = masks > options.mask_threshold
-    areas = binary.flatten(1).sum(1)
-    large = areas > torch.tensor(strides)
-    masks, binary, areas, classes, scores = masks[large], binary[large], areas[large], classes[large], scores[large]
-    scores = scores * (masks * binary).flatten(1).sum(1) / areas
-    order = scores.argsort(descending=True, stable=True)[: options.nms_pre]
-    masks, binary, classes, scores = masks[order], binary[order], classes[order], scores[order]
-    decayed = scores.clone()
-    for j in range(len(scores)):
-        factors = [1.0]
-        for i in range(j):
-            if classes[i] != classes[j]:
-                continue
-            overlaps = [
-                (binary[k] & binary[i]).sum() / (binary[k] | binary[i]).sum()
-                for k in range(i)
-                if classes[k] == classes[i]
-            ]
-            own, worst = (binary[i] & binary[j]).sum() / (binary[i] | binary[j]).sum(), max(overlaps, default=0.0)
-            factors.append(float(torch.exp(torch.as_tensor(-options.nms_sigma * (own**2 - worst**2)))))
-        decayed[j] = scores[j] * min(factors)
-    kept = (decayed >= options.update_threshold).nonzero()[:, 0]
-    kept = kept[decayed[kept].argsort(descending=True, stable=True)][: options.max_detections]
-    found = F.interpolate(masks[None, kept], size=padded_size, mode="bilinear")[:, :, : image_size[0], : image_size[1]]
-    found = F.interpolate(found, size=output_size, mode="bilinear")[0] > options.mask_threshold
-    has_pixels = found.flatten(1).any(1)
-    return decayed[kept][has_pixels], classes[kept][has_pixels], found[has_pixels]
-
-
 @pytest.mark.parametrize("variant", ["solo", "decoupled", "solov2"])
 @pytest.mark.parametrize("block", [2**25, 2**9], ids=["one block", "blocks"])
-def test_equals_naive_code(variant, block, monkeypatch):
+def test_equals_straightforward_code(variant, block, monkeypatch):
     monkeypatch.setattr(postprocessing, "MAX_PIXELS_AT_ONCE", block)
     model = tiny_solo(variant)
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -119,7 +77,7 @@ def test_equals_naive_code(variant, block, monkeypatch):
         outputs = model.network(images)
         sizes = {"padded_size": (64, 96), "image_size": (60, 90), "output_size": (80, 120)}
         found = detect(model.head, outputs, 0, options, **sizes)
-        scores, classes, masks = naive_detect(model.head, outputs, 0, options, **sizes)
+        scores, classes, masks = straightforward_detect(model.head, outputs, 0, options, **sizes)
     assert len(found.scores) > 3 and found.classes.tolist() == classes.tolist()
     assert torch.allclose(found.scores, scores, atol=1e-5)
     assert (found.masks != masks).flatten(1).sum(1).max() <= 2

@@ -1,0 +1,152 @@
+"""SOLO and SOLOv2 in every command: trained in parts and on two ranks, resumed, evaluated, drawn, timed, analyzed."""
+
+import json
+
+import cv2
+import pytest
+import torch
+
+from sparseinst.config import load_config
+from sparseinst.inference import Predictor
+from sparseinst.structures.rle_masks import RLEMasks
+from sparseinst.tools import analyze_model, benchmark, benchmark_training, demo, train_net
+from tests.faults.child import run_in_child
+from tests.loggers import loggers_restored
+from tests.modeling.solo.tiny_solo import VARIANTS, tiny_solo_cfg
+from tests.shapes_data import CLASS_NAMES, write_shapes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loggers():
+    with loggers_restored():
+        yield
+
+
+@pytest.fixture(scope="module", params=["decoupled_light", "solov2"])
+def workspace(request, tmp_path_factory):
+    """Return the folder with config.yaml, shapes and an output of two steps, and the node of the model's keys."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_shapes(folder, 6)
+    cfg = tiny_solo_cfg(
+        request.param, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.MAX_ITER", 2,
+        "SOLVER.STEPS", (), "MODEL.MIN_BACKBONE_COVERAGE", 0.0, "SEED", 1, "SOLVER.CHECKPOINT_PERIOD", 100,
+    )  # fmt: skip
+    (folder / "config.yaml").write_text(cfg.dump())
+    node = VARIANTS[request.param][0].upper()
+    train(folder, "OUTPUT_DIR", folder / "trained", f"MODEL.{node}.NUM_CLASSES", 4)
+    return folder, f"MODEL.{node}"
+
+
+def command(folder, *args):
+    data = (str(folder / "train.json"), str(folder / "train"))
+    return [
+        "--config-file", str(folder / "config.yaml"), "--train-json", data[0], "--train-images", data[1],
+        "--test-json", data[0], "--test-images", data[1], *map(str, args),
+    ]  # fmt: skip
+
+
+def train(folder, *args):
+    return train_net.main(train_net.build_parser().parse_args(command(folder, *args)))
+
+
+def saved_weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def of_checkpoint(workspace, *opts):
+    """Return the arguments by which commands find the trained checkpoint."""
+    folder, node = workspace
+    low = (f"{node}.SCORE_THRESHOLD", "0.001", f"{node}.NMS.UPDATE_THRESHOLD", "0.0")
+    return ["--opts", "MODEL.WEIGHTS", str(folder / "trained" / "model_final.pth"), *low, *opts]
+
+
+def test_resumed_bit_for_bit(workspace, tmp_path):
+    folder, node = workspace
+    classes = (f"{node}.NUM_CLASSES", 4)
+    train(folder, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 1, *classes)
+    half = saved_weights(tmp_path / "model_final.pth")
+    train(folder, "--resume", "OUTPUT_DIR", tmp_path, *classes)
+    whole, cut = (saved_weights(path / "model_final.pth") for path in (folder / "trained", tmp_path))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert not torch.equal(half["head.cate_pred.weight"], cut["head.cate_pred.weight"])
+
+
+def test_two_ranks_where_one_has_no_objects(workspace, tmp_path):
+    folder, node = workspace
+    content = json.loads((folder / "train.json").read_text())
+    annotated = content["images"][0]["id"]
+    content["annotations"] = [each for each in content["annotations"] if each["image_id"] == annotated]
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    args = [
+        "--config-file", folder / "config.yaml", "--train-json", tmp_path / "data.json",
+        "--train-images", folder / "train", "--num-gpus", 2, "--dist-url", "auto", "OUTPUT_DIR", tmp_path / "out",
+        "SOLVER.ACCUMULATE_STEPS", 1, "SOLVER.IMS_PER_BATCH", 2, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False,
+        f"{node}.NUM_CLASSES", 4, f"{node}.LOSS.GLOBAL_NORMALIZATION", True,
+    ]  # fmt: skip
+    ended = run_in_child(train_net.cli, list(map(str, args)), timeout=240)
+    assert ended.exit_code == 0, ended.output
+    saved = saved_weights(tmp_path / "out" / "model_final.pth")
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_evaluated_with_the_speed_table(workspace, tmp_path):
+    folder, node = workspace
+    results = train(
+        folder, "--eval-only", "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", folder / "trained" / "model_final.pth",
+        f"{node}.SCORE_THRESHOLD", 0.001, f"{node}.NMS.UPDATE_THRESHOLD", 0.0,
+    )  # fmt: skip
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["results"]["segm"]["AP"] == pytest.approx(results["segm"]["AP"])
+    assert list(written["speed"]["stages"]) == ["preprocessing", "network", "post-processing", "total"]
+
+
+def test_drawn_by_the_demo_with_the_checkpoints_classes(workspace, tmp_path):
+    folder, _ = workspace
+    image = next((folder / "train").glob("*.jpg"))
+    code = demo.main(
+        ["--config-file", str(folder / "config.yaml"), "--input", str(image), "--output", str(tmp_path / "out"),
+         "--json", str(tmp_path / "results.json"), "--confidence-threshold", "0.0", *of_checkpoint(workspace)]
+    )  # fmt: skip
+    assert code == 0
+    assert cv2.imread(str(tmp_path / "out" / image.name)) is not None
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results and {result["category_id"] for result in results} <= {1, 2, 3, 4}
+
+
+def test_predicted_as_masks_and_as_rle(workspace):
+    folder, _ = workspace
+    image = next((folder / "train").glob("*.jpg"))
+    cfg = load_config(str(folder / "config.yaml"), of_checkpoint(workspace)[1:])
+    predictor = Predictor(cfg)
+    assert predictor.classes.names == CLASS_NAMES
+    (instances,) = predictor([image])
+    assert len(instances) > 0 and instances.pred_masks.dtype == torch.bool
+    cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
+    (encoded,) = Predictor(cfg)([image])
+    assert isinstance(encoded.pred_masks, RLEMasks)
+    assert torch.equal(torch.from_numpy(encoded.pred_masks.__array__()), instances.pred_masks)
+
+
+def test_timed_and_analyzed(workspace, tmp_path, capsys):
+    folder, _ = workspace
+    config, size = ["--config-file", str(folder / "config.yaml")], ["--size", "64", "96"]
+    path = tmp_path / "speed.json"
+    compared = ["--repetitions", "2", "--json", str(path), "--compare", "eager", "configured"]
+    assert benchmark.main([*config, *size, *compared]) == 0
+    settings = json.loads(path.read_text())["batches"][0]["settings"]
+    assert "head" in settings["configured"]["parts_ms"] and settings["eager"]["network"]["median_ms"] > 0
+    path = tmp_path / "steps.json"
+    assert benchmark_training.main([*config, *size, "--repetitions", "1", "--warmup", "1", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["settings"]["configured"]["peak_mb"] > 0
+    assert analyze_model.main([*config, *size]) in (0, None)
+    assert "head" in capsys.readouterr().out
+
+
+def test_other_options_of_a_training(workspace, tmp_path):
+    folder, node = workspace
+    train(
+        folder, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 1, f"{node}.NUM_CLASSES", 4, "SOLVER.RECOMPUTE",
+        "['backbone']", "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16", "SOLVER.CHANNELS_LAST", True,
+        "VIS_PERIOD", 1, "TEST.PRECISE_BN.ENABLED", True, "SOLVER.ACCUMULATE_STEPS", 1,
+    )  # fmt: skip
+    assert (tmp_path / "model_final.pth").is_file()

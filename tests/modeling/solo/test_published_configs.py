@@ -1,0 +1,81 @@
+"""Every config file of the family at its full width: build, train a step, infer, save, load, optimise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from sparseinst.config import load_config
+from sparseinst.engine.optimizer import build_optimizer
+from sparseinst.modeling.solo.model import SOLO
+from sparseinst.runtime.optimize import optimize_for_inference
+from tests.parity.record import filled
+from tests.tiny_model import random_input
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+FILES = [
+    *sorted(path for folder in ("solo", "solov2") for path in (CONFIGS / folder).glob("[!B]*.yaml")),
+    CONFIGS / "small_data" / "solov2_light.yaml",
+]
+
+
+def load(file):
+    cfg = load_config(str(file), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    node = "SOLO" if cfg.MODEL.META_ARCHITECTURE == "SOLO" else "SOLOV2"
+    # Formulas in place of weights give few cells a high score.
+    cfg.merge_from_list([f"MODEL.{node}.SCORE_THRESHOLD", 0.01, f"MODEL.{node}.NMS.UPDATE_THRESHOLD", 0.001])
+    return cfg
+
+
+def predict(model, x):
+    with torch.no_grad():
+        return model.eval()([x])[0]["instances"]
+
+
+def test_all_published_configs_are_there():
+    assert len(FILES) == 17 + 2 + 1
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_step_an_answer_and_a_checkpoint(file, tmp_path):
+    cfg = load(file)
+    model = filled(build_model(cfg))
+    assert isinstance(model, SOLO)
+    num_classes = model.head.cate_pred.out_channels
+    inputs = [random_input(64, 96, num_instances=3, seed=seed) for seed in range(2)]
+    for x in inputs:
+        x["instances"].gt_classes %= num_classes
+    optimizer = build_optimizer(cfg, model)
+    losses = model.train()(inputs)
+    assert losses.keys() == {"loss_cate", "loss_mask"}
+    sum(losses.values()).backward()
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
+    assert frozen and all(name.startswith("backbone.bottom_up.") for name in frozen)
+    # Levels without an object have predictors of their own in SOLO: no gradient, or one of 0.
+    silent = {name for name, value in trained.items() if value.grad is None or not value.grad.any()}
+    assert all(name.startswith(("head.mask_pred", "backbone.bottom_up.")) for name in silent), silent
+    assert all(value.grad is None or torch.isfinite(value.grad).all() for value in trained.values())
+    before = {name: value.detach().clone() for name, value in trained.items()}
+    optimizer.step()
+    for name, value in trained.items():
+        assert torch.isfinite(value).all(), name
+        assert name in silent or not torch.equal(value, before[name]), name
+
+    x = {**inputs[1], "height": 100, "width": 180}
+    instances = predict(model, x)
+    assert len(instances) > 0 and instances.pred_masks.shape[1:] == (100, 180)
+    DetectionCheckpointer(model, str(tmp_path)).save("model")
+    images = model.preprocess([x]).tensor
+    with torch.no_grad():
+        expected = model.network(images)
+    loaded = build_model(cfg)
+    DetectionCheckpointer(loaded).load(str(tmp_path / "model.pth"))
+    again = predict(loaded, x)
+    for field in ("scores", "pred_classes", "pred_masks"):
+        assert torch.equal(again.get(field), instances.get(field)), field
+    del model, trained, optimizer, before, losses
+    for name, value in optimize_for_inference(loaded).network(images).items():
+        assert (value - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
