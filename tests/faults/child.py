@@ -21,8 +21,10 @@ EXIT_EXCEPTION = 70
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "detectron2.engine", "detectron2.evaluation", "pycocotools.mask", "sparseinst", "sparseinst.tools.demo",
-     "sparseinst.tools.train_net", "tests.faults.child"]
+    ["torch", "detectron2.engine", "detectron2.evaluation", "pycocotools.mask", "matplotlib.pyplot",
+     "torch.utils.tensorboard", "scipy.optimize", "sparseinst.backbones", "sparseinst.engine.trainer",
+     "sparseinst.engine.run_setup", "sparseinst.inference", "sparseinst.modeling.sparse_inst.model",
+     "sparseinst.tools.demo", "sparseinst.tools.train_net", "tests.faults.child"]
 )  # fmt: skip
 
 
@@ -115,6 +117,8 @@ def run_in_child(function: Callable[..., Any], *args: Any, timeout: float = 60) 
 
 def _run(output: str, function: Callable[..., Any], args: tuple) -> None:
     os.setpgid(0, 0)
+    # As in a command: data workers are forked. Those of a server would import everything anew, for 5 seconds each.
+    multiprocessing.set_start_method("fork", force=True)
     handle = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
