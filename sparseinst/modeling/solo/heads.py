@@ -256,8 +256,8 @@ class SOLOHead(GridHead):
         outputs = {"cate_logits": self.category_logits([resize(x, (s, s)) for x, s in zip(levels, self.num_grids)])}
         for index, (level, conv) in enumerate(zip(levels, self.mask_pred)):
             outputs[f"mask_features_{index}"] = self.mask_tower(torch.cat([level, coordinate_channels(level)], dim=1))
-            outputs[f"mask_weights_{index}"] = conv.weight.flatten(1).expand(len(level), -1, -1)
-            outputs[f"mask_biases_{index}"] = conv.bias.expand(len(level), -1)
+            outputs[f"mask_weights_{index}"] = conv.weight.flatten(1).expand(level.shape[0], -1, -1)
+            outputs[f"mask_biases_{index}"] = conv.bias.expand(level.shape[0], -1)
         return outputs
 
     def mask_logits(

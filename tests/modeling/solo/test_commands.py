@@ -5,12 +5,16 @@ import json
 import cv2
 import pytest
 import torch
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 
 from sparseinst.config import load_config
+from sparseinst.data.coco_json import register_coco_json
+from sparseinst.engine.trainer import Trainer
 from sparseinst.inference import Predictor
 from sparseinst.structures.rle_masks import RLEMasks
 from sparseinst.tools import analyze_model, benchmark, benchmark_training, demo, train_net
-from tests.faults.child import run_in_child
+from tests.distributed.ranks import run_ranks
 from tests.loggers import loggers_restored
 from tests.modeling.solo.tiny_solo import VARIANTS, tiny_solo_cfg
 from tests.shapes_data import CLASS_NAMES, write_shapes
@@ -27,14 +31,15 @@ def workspace(request, tmp_path_factory):
     """Return the folder with config.yaml, shapes and an output of two steps, and the node of the model's keys."""
     folder = tmp_path_factory.mktemp(request.param)
     write_shapes(folder, 6)
+    node = f"MODEL.{VARIANTS[request.param][0].upper()}"
     cfg = tiny_solo_cfg(
         request.param, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.MAX_ITER", 2,
-        "SOLVER.STEPS", (), "MODEL.MIN_BACKBONE_COVERAGE", 0.0, "SEED", 1, "SOLVER.CHECKPOINT_PERIOD", 100,
+        "SOLVER.STEPS", (), "SOLVER.WARMUP_ITERS", 0, "SOLVER.CHECKPOINT_PERIOD", 100,
+        "MODEL.MIN_BACKBONE_COVERAGE", 0.0, "SEED", 1, f"{node}.NUM_CLASSES", len(CLASS_NAMES),
     )  # fmt: skip
     (folder / "config.yaml").write_text(cfg.dump())
-    node = VARIANTS[request.param][0].upper()
-    train(folder, "OUTPUT_DIR", folder / "trained", f"MODEL.{node}.NUM_CLASSES", 4)
-    return folder, f"MODEL.{node}"
+    train(folder, "OUTPUT_DIR", folder / "trained")
+    return folder, node
 
 
 def command(folder, *args):
@@ -54,21 +59,34 @@ def saved_weights(path):
 
 
 def of_checkpoint(workspace, *opts):
-    """Return the arguments by which commands find the trained checkpoint."""
+    """Return the keys of the trained checkpoint, with thresholds that let an untrained model find something."""
     folder, node = workspace
-    low = (f"{node}.SCORE_THRESHOLD", "0.001", f"{node}.NMS.UPDATE_THRESHOLD", "0.0")
-    return ["--opts", "MODEL.WEIGHTS", str(folder / "trained" / "model_final.pth"), *low, *opts]
+    low = (f"{node}.SCORE_THRESHOLD", 0.001, f"{node}.NMS.UPDATE_THRESHOLD", 0.0, f"{node}.MASK_THRESHOLD", 1e-6)
+    return ["MODEL.WEIGHTS", str(folder / "trained" / "model_final.pth"), *map(str, (*low, *opts))]
 
 
 def test_resumed_bit_for_bit(workspace, tmp_path):
-    folder, node = workspace
-    classes = (f"{node}.NUM_CLASSES", 4)
-    train(folder, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 1, *classes)
+    folder, _ = workspace
+    train(folder, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 1)
     half = saved_weights(tmp_path / "model_final.pth")
-    train(folder, "--resume", "OUTPUT_DIR", tmp_path, *classes)
+    train(folder, "--resume", "OUTPUT_DIR", tmp_path)
     whole, cut = (saved_weights(path / "model_final.pth") for path in (folder / "trained", tmp_path))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
     assert not torch.equal(half["head.cate_pred.weight"], cut["head.cate_pred.weight"])
+
+
+def train_a_rank(config, json_file, images, output, node):
+    register_coco_json(json_file, json_file, images)
+    cfg = load_config(
+        config,
+        ["DATASETS.TRAIN", (json_file,), "DATASETS.TEST", (), "OUTPUT_DIR", output, "SOLVER.ACCUMULATE_STEPS", 1,
+         "SOLVER.IMS_PER_BATCH", 2, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False,
+         f"{node}.LOSS.GLOBAL_NORMALIZATION", True],
+    )  # fmt: skip
+    seed_all_rng(1 + comm.get_rank())
+    trainer = Trainer(cfg)
+    trainer.train()
+    return dict(trainer.checkpointer.model.named_parameters())
 
 
 def test_two_ranks_where_one_has_no_objects(workspace, tmp_path):
@@ -76,25 +94,18 @@ def test_two_ranks_where_one_has_no_objects(workspace, tmp_path):
     content = json.loads((folder / "train.json").read_text())
     annotated = content["images"][0]["id"]
     content["annotations"] = [each for each in content["annotations"] if each["image_id"] == annotated]
-    (tmp_path / "data.json").write_text(json.dumps(content))
-    args = [
-        "--config-file", folder / "config.yaml", "--train-json", tmp_path / "data.json",
-        "--train-images", folder / "train", "--num-gpus", 2, "--dist-url", "auto", "OUTPUT_DIR", tmp_path / "out",
-        "SOLVER.ACCUMULATE_STEPS", 1, "SOLVER.IMS_PER_BATCH", 2, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False,
-        f"{node}.NUM_CLASSES", 4, f"{node}.LOSS.GLOBAL_NORMALIZATION", True,
-    ]  # fmt: skip
-    ended = run_in_child(train_net.cli, list(map(str, args)), timeout=240)
-    assert ended.exit_code == 0, ended.output
-    saved = saved_weights(tmp_path / "out" / "model_final.pth")
-    assert all(value.isfinite().all() for value in saved.values())
+    json_file = tmp_path / "data.json"
+    json_file.write_text(json.dumps(content))
+    (tmp_path / "out").mkdir()
+    first, second = run_ranks(
+        2, train_a_rank, str(folder / "config.yaml"), str(json_file), str(folder / "train"), str(tmp_path / "out"), node
+    )
+    assert all(torch.equal(second[name], value) and value.isfinite().all() for name, value in first.items())
 
 
 def test_evaluated_with_the_speed_table(workspace, tmp_path):
-    folder, node = workspace
-    results = train(
-        folder, "--eval-only", "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", folder / "trained" / "model_final.pth",
-        f"{node}.SCORE_THRESHOLD", 0.001, f"{node}.NMS.UPDATE_THRESHOLD", 0.0,
-    )  # fmt: skip
+    folder, _ = workspace
+    results = train(folder, "--eval-only", "OUTPUT_DIR", tmp_path, *of_checkpoint(workspace))
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["results"]["segm"]["AP"] == pytest.approx(results["segm"]["AP"])
     assert list(written["speed"]["stages"]) == ["preprocessing", "network", "post-processing", "total"]
@@ -105,7 +116,7 @@ def test_drawn_by_the_demo_with_the_checkpoints_classes(workspace, tmp_path):
     image = next((folder / "train").glob("*.jpg"))
     code = demo.main(
         ["--config-file", str(folder / "config.yaml"), "--input", str(image), "--output", str(tmp_path / "out"),
-         "--json", str(tmp_path / "results.json"), "--confidence-threshold", "0.0", *of_checkpoint(workspace)]
+         "--json", str(tmp_path / "results.json"), "--confidence-threshold", "0.0", "--opts", *of_checkpoint(workspace)]
     )  # fmt: skip
     assert code == 0
     assert cv2.imread(str(tmp_path / "out" / image.name)) is not None
@@ -116,7 +127,7 @@ def test_drawn_by_the_demo_with_the_checkpoints_classes(workspace, tmp_path):
 def test_predicted_as_masks_and_as_rle(workspace):
     folder, _ = workspace
     image = next((folder / "train").glob("*.jpg"))
-    cfg = load_config(str(folder / "config.yaml"), of_checkpoint(workspace)[1:])
+    cfg = load_config(str(folder / "config.yaml"), of_checkpoint(workspace))
     predictor = Predictor(cfg)
     assert predictor.classes.names == CLASS_NAMES
     (instances,) = predictor([image])
@@ -127,9 +138,9 @@ def test_predicted_as_masks_and_as_rle(workspace):
     assert torch.equal(torch.from_numpy(encoded.pred_masks.__array__()), instances.pred_masks)
 
 
-def test_timed_and_analyzed(workspace, tmp_path, capsys):
-    folder, _ = workspace
-    config, size = ["--config-file", str(folder / "config.yaml")], ["--size", "64", "96"]
+def test_timed_and_analyzed(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(tiny_solo_cfg("solov2").dump())
+    config, size = ["--config-file", str(tmp_path / "config.yaml")], ["--size", "64", "96"]
     path = tmp_path / "speed.json"
     compared = ["--repetitions", "2", "--json", str(path), "--compare", "eager", "configured"]
     assert benchmark.main([*config, *size, *compared]) == 0
@@ -143,10 +154,10 @@ def test_timed_and_analyzed(workspace, tmp_path, capsys):
 
 
 def test_other_options_of_a_training(workspace, tmp_path):
-    folder, node = workspace
+    folder, _ = workspace
     train(
-        folder, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 1, f"{node}.NUM_CLASSES", 4, "SOLVER.RECOMPUTE",
-        "['backbone']", "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16", "SOLVER.CHANNELS_LAST", True,
-        "VIS_PERIOD", 1, "TEST.PRECISE_BN.ENABLED", True, "SOLVER.ACCUMULATE_STEPS", 1,
+        folder, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 1, "SOLVER.RECOMPUTE", "['backbone']",
+        "TEST.PRECISE_BN.NUM_ITER", 2, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16",
+        "SOLVER.CHANNELS_LAST", True, "VIS_PERIOD", 1, "TEST.PRECISE_BN.ENABLED", True, "SOLVER.ACCUMULATE_STEPS", 1,
     )  # fmt: skip
     assert (tmp_path / "model_final.pth").is_file()

@@ -28,7 +28,7 @@ def test_ranges_and_levels_are_counted():
 
 def test_a_shared_cell_counts_for_both_objects_and_the_earlier_one_is_lost():
     # On 10 x 10 cells of 10 pixels: the first two have cell (1, 1), the third one another cell.
-    images = [image((15, 15, 4), (16, 14, 4), (85, 85, 4))]
+    images = [image((15, 15, 4), (18, 12, 4), (85, 85, 4))]
     fit = measure_fit(images, [10], [(1, 100)], sigma=0.2)
     assert (fit.sharing, fit.lost) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     # Cells of 1 pixel hold them apart.
@@ -62,9 +62,9 @@ def test_proposed_ranges_cover_all_sizes_twice():
 
 
 def test_a_proposed_grid_is_the_smallest_that_holds_objects_apart():
-    # Two objects 10 pixels apart in 100: 8 cells of 12.5 hold both, 12 cells of 8.3 do not.
-    assert propose_grid([image((26, 26, 2), (36, 36, 2))], (1, 100), 0.2) == 8
-    assert propose_grid([image((26, 26, 2), (35, 35, 2))], (1, 100), 0.2) == 12
+    # Cells of 12.5 pixels hold 26 and 40 apart; 26 and 36 lie in one of them, and in two of 8.3.
+    assert propose_grid([image((26, 26, 2), (40, 40, 2))], (1, 100), 0.2) == 8
+    assert propose_grid([image((26, 26, 2), (36, 36, 2))], (1, 100), 0.2) == 12
     # No grid holds apart what has one center.
     assert propose_grid([image((26, 26, 2), (26, 26, 3))], (1, 100), 0.2) == 40
 

@@ -25,7 +25,10 @@ def load(file):
     cfg = load_config(str(file), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     node = "SOLO" if cfg.MODEL.META_ARCHITECTURE == "SOLO" else "SOLOV2"
     # Formulas in place of weights give few cells a high score.
-    cfg.merge_from_list([f"MODEL.{node}.SCORE_THRESHOLD", 0.01, f"MODEL.{node}.NMS.UPDATE_THRESHOLD", 0.001])
+    cfg.merge_from_list([f"MODEL.{node}.SCORE_THRESHOLD", 0.0, f"MODEL.{node}.NMS.UPDATE_THRESHOLD", 0.0])
+    cfg.MODEL[node].MASK_THRESHOLD = 0.001
+    # The towers run on the grids, whatever the size of the image: with the published ones for half a minute.
+    cfg.merge_from_list([f"MODEL.{node}.NUM_GRIDS", [5, 4, 3, 2, 2]])
     return cfg
 
 
