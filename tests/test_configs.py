@@ -1,4 +1,4 @@
-"""The published configs, each at its full width: build, train a step, infer, save, load."""
+"""The published configs, each at its full width: build, train a step, infer, save, load, optimize."""
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from detectron2.modeling import build_model
 
 from sparseinst import add_sparse_inst_config, get_config_file
 from sparseinst.engine.optimizer import build_optimizer
+from sparseinst.runtime.rewrites import winograd
 from tests.parity import filling
+from tests.runtime.optimized import assert_optimized_equals
 from tests.tiny_model import random_input
 
 PUBLISHED = [
@@ -89,7 +91,7 @@ def test_weights_are_those_of_the_backbone(config):
 
 
 @pytest.mark.parametrize("config", PUBLISHED)
-def test_a_step_an_answer_and_a_checkpoint(config, tmp_path):
+def test_a_step_an_answer_and_a_checkpoint(config, tmp_path, monkeypatch):
     torch.manual_seed(0)
     cfg = load(config)
     model = build_model(cfg)
@@ -125,3 +127,7 @@ def test_a_step_an_answer_and_a_checkpoint(config, tmp_path):
     again = predict(loaded, x)
     for field in ("scores", "pred_classes", "pred_masks"):
         assert torch.equal(again.get(field), instances.get(field)), field
+
+    # Images as small as these would never use Winograd's algorithm.
+    monkeypatch.setattr(winograd, "MIN_TILES", 1)
+    assert_optimized_equals(cfg, loaded)

@@ -72,12 +72,11 @@ def test_every_decoder(opts):
 @pytest.mark.parametrize(
     "opts",
     [
-        ("MODEL.BACKBONE.NAME", "build_pyramid_vision_transformer", "MODEL.PVT.NAME", "b0"),
         ("MODEL.BACKBONE.NAME", "build_pyramid_vision_transformer", "MODEL.PVT.NAME", "b0", "MODEL.PVT.LINEAR", True),
         ("MODEL.BACKBONE.NAME", "build_cspnet_backbone", "MODEL.CSPNET.NAME", "cspdarknet53"),
         ("MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "mobilenetv3_small_100"),
     ],
-    ids=["pvt", "pvt-linear", "cspdarknet53", "mobilenetv3"],
+    ids=["pvt-linear", "cspdarknet53", "mobilenetv3"],
 )
 def test_backbones(opts):
     pytest.importorskip("timm", reason="the package timm (extra 'timm') is not installed")

@@ -68,7 +68,7 @@ def test_optimized_equals_the_model(variant):
             assert (value - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
 
 
-@pytest.mark.parametrize("name", ["solo", "decoupled", "solov2"])
+@pytest.mark.parametrize("name", ["solo", "solov2"])
 def test_openvino(name):
     pytest.importorskip("openvino", reason="the package openvino (extra 'openvino') is not installed")
     model = tiny_solo(name)
