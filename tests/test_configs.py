@@ -1,5 +1,7 @@
 """The published configs, each at its full width: build, train a step, infer, save, load, optimize."""
 
+import copy
+
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -121,8 +123,9 @@ def test_a_step_an_answer_and_a_checkpoint(config, tmp_path, monkeypatch):
     instances = predict(model, x)
     assert len(instances) > 0 and instances.pred_masks.shape[1:] == (100, 180)
     DetectionCheckpointer(model, str(tmp_path)).save("model")
-    loaded = build_model(cfg)
-    assert not torch.equal(loaded.encoder.fusion.weight, model.encoder.fusion.weight)
+    loaded = copy.deepcopy(model)
+    for value in loaded.state_dict().values():
+        value.zero_()
     DetectionCheckpointer(loaded).load(str(tmp_path / "model.pth"))
     again = predict(loaded, x)
     for field in ("scores", "pred_classes", "pred_masks"):

@@ -31,7 +31,6 @@ BACKWARD = "backward"
 OPTIMIZER = "optimizer"
 REST = "unscale, clip, guard, log"
 STAGES = (DATA, COPY, NETWORK, TARGETS, LOSSES, BACKWARD, REST, OPTIMIZER)
-_FORWARD = "forward"
 # PyTorch records this name for each step of an optimizer.
 _OPTIMIZER_STEP = "Optimizer.step#"
 # Batches that are mapped beforehand where reading is not timed.
@@ -81,13 +80,12 @@ class SteppingTrainer:
         for _ in range(num_steps):
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 total = self.step()
-            found = dict.fromkeys((*STAGES, _FORWARD), 0.0)
+            found = dict.fromkeys(STAGES, 0.0)
             for event in profiler.key_averages():
                 name = OPTIMIZER if event.key.startswith(_OPTIMIZER_STEP) else event.key
                 if name in found:
                     found[name] += event.cpu_time_total / 1e6
             found[DATA] = self._storage.latest()["data_time"][0]
-            found[LOSSES] = found.pop(_FORWARD) - found[COPY] - found[NETWORK] - found[TARGETS]
             found[REST] = total - sum(found.values())
             stages.append([found[stage] for stage in STAGES])
         return dict(zip(STAGES, np.array(stages).T))
@@ -109,7 +107,7 @@ class SteppingTrainer:
             now(device)
             backward.close()
 
-        forward = recorded(model.forward, _FORWARD)
+        forward = model.forward
 
         def run_forward(*args):
             # Ends the backward pass of the previous part, with SOLVER.ACCUMULATE_STEPS.
@@ -121,6 +119,7 @@ class SteppingTrainer:
         model.preprocess = recorded(model.preprocess, COPY)
         model.network = recorded(model.network, NETWORK)
         model.prepare_targets = recorded(model.prepare_targets, TARGETS)
+        model.losses = recorded(model.losses, LOSSES)
         model.forward = run_forward
         self.trainer.register_hooks([_AfterBackward(end_backward)])
 

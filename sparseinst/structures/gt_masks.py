@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import torch
 from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to_bitmask
 
+# Pixels of whole masks that `padded_masks` yields at once; at least one mask is.
+PIXELS_AT_ONCE = 2**21
+
 
 def gt_masks_tensor(instances: Instances) -> torch.Tensor:
     """Return ground-truth masks (M, h, w) of one image.
@@ -38,24 +41,22 @@ def gt_masks_tensor(instances: Instances) -> torch.Tensor:
     return masks.to(device)
 
 
-def padded_masks(
-    instances: Instances, padded_size: tuple[int, int], device: torch.device, max_pixels: int = 2**21
-) -> Iterator[torch.Tensor]:
+def padded_masks(instances: Instances, padded_size: tuple[int, int], device: torch.device) -> Iterator[torch.Tensor]:
     """Yield ground-truth masks of any type on the canvas of the padded input, a few at a time to bound the memory.
 
     Args:
         instances: as in `gt_masks_tensor`.
         padded_size: (height, width) of the canvas; the image is at its top left.
         device: of the canvas.
-        max_pixels: most pixels of all masks that are yielded at once; at least one mask is.
 
     Yields:
-        (m, *padded_size) bool.
+        (m, *padded_size), bool, or of the type of a tensor of fractions.
     """
     height, width = instances.image_size
-    at_once = max(1, max_pixels // math.prod(padded_size))
+    at_once = max(1, PIXELS_AT_ONCE // math.prod(padded_size))
     for start in range(0, len(instances), at_once):
         masks = gt_masks_tensor(instances[start : start + at_once]).to(device, non_blocking=True)
-        canvas = torch.zeros((len(masks), *padded_size), dtype=torch.bool, device=device)
+        dtype = masks.dtype if masks.is_floating_point() else torch.bool
+        canvas = torch.zeros((len(masks), *padded_size), dtype=dtype, device=device)
         canvas[:, :height, :width] = masks
         yield canvas

@@ -189,12 +189,6 @@ def test_r50_has_the_published_numbers(r50):
     assert [round(count, 1) for count in counts] == [99.8, 45.0, 10.5, 44.3]
 
 
-def test_r101_has_the_published_number():
-    # Published is 140.6; it comes to 140.67.
-    total = analyze_config(load_config("sparse_inst_r101_giam")).modules[""]
-    assert total.multiply_adds / 1e9 == pytest.approx(140.6, abs=0.1)
-
-
 def test_cspdarknet53_has_the_published_number():
     pytest.importorskip("timm")
     opts = ["MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "cspdarknet53"]

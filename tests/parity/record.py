@@ -78,12 +78,11 @@ def summary(tensor: torch.Tensor) -> dict:
     }
 
 
-def record_outputs(model: nn.Module, images: torch.Tensor) -> dict:
+def record_outputs(model: nn.Module, images: torch.Tensor, outputs: dict[str, torch.Tensor]) -> dict:
     """Record features and head outputs of a batch."""
     head = model.head
     with torch.no_grad():
         features = model.backbone(images)
-        outputs = model.network(images)
         splits = {
             name: outputs[name].split(head.level_sizes, dim=2) for name in ("cate_logits", "kernels") if name in outputs
         }
@@ -200,7 +199,7 @@ def record(config: str) -> dict:
     return {
         "num_tensors": len(model.state_dict()),
         "parameters": numbers,
-        **record_outputs(model, images.tensor),
+        **record_outputs(model, images.tensor, outputs),
         **record_detections(model, outputs, batch, images),
         **record_training(model),
     }

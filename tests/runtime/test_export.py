@@ -56,12 +56,9 @@ def published(name, *opts):
 @pytest.mark.parametrize(
     "opts",
     [
-        (f"{TINY}NAME", "BaseIAMDecoder"),
-        (f"{TINY}NAME", "GroupIAMDecoder"),
-        (f"{TINY}NAME", "GroupIAMSoftDecoder"),
-        (f"{TINY}OUTPUT_IAM", True),
+        (f"{TINY}NAME", "BaseIAMDecoder", f"{TINY}NORM", "GN", f"{TINY}INST.DIM", 32, f"{TINY}MASK.DIM", 32),
+        (f"{TINY}NAME", "GroupIAMSoftDecoder", f"{TINY}OUTPUT_IAM", True),
         (f"{TINY}LOCATION_PRIOR", 1.0, f"{TINY}MASK_WINDOW", 0.5),
-        (f"{TINY}NORM", "GN", f"{TINY}INST.DIM", 32, f"{TINY}MASK.DIM", 32),
     ],
     ids=lambda opts: "-".join(str(value) for value in opts[1::2]),
 )
@@ -73,14 +70,13 @@ def test_every_decoder(opts):
     "opts",
     [
         ("MODEL.BACKBONE.NAME", "build_pyramid_vision_transformer", "MODEL.PVT.NAME", "b0", "MODEL.PVT.LINEAR", True),
-        ("MODEL.BACKBONE.NAME", "build_cspnet_backbone", "MODEL.CSPNET.NAME", "cspdarknet53"),
         ("MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "mobilenetv3_small_100"),
     ],
-    ids=["pvt-linear", "cspdarknet53", "mobilenetv3"],
+    ids=["pvt-linear", "mobilenetv3"],
 )
 def test_backbones(opts):
     pytest.importorskip("timm", reason="the package timm (extra 'timm') is not installed")
-    levels = {"pyramid": ["p2", "p3"], "cspnet": ["csp3", "csp4"], "timm": ["res4", "res5"]}
+    levels = {"pyramid": ["p2", "p3"], "timm": ["res4", "res5"]}
     (features,) = (names for part, names in levels.items() if part in opts[1])
     check_export(tiny_model(*opts, "MODEL.SPARSE_INST.ENCODER.IN_FEATURES", features))
 

@@ -79,6 +79,7 @@ def grid_targets(
     reduced: dict[int, list[torch.Tensor]] = {stride: [] for stride in strides}
     centers, mask_boxes = [], []
     for masks in padded_masks(instances, padded_size, device):
+        masks = masks >= 0.5 if masks.is_floating_point() else masks
         centers.append(centers_of_mass(masks))
         mask_boxes.append(masks_to_boxes(masks))
         for stride in strides:

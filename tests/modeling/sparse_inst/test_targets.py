@@ -10,7 +10,7 @@ from pycocotools import mask as mask_api
 from torch.nn import functional as F
 
 from sparseinst.data import SparseInstDatasetMapper
-from sparseinst.modeling.sparse_inst import model as sparse_inst
+from sparseinst.structures import gt_masks
 from sparseinst.structures.gt_masks import gt_masks_tensor
 from tests.tiny_model import random_input, tiny_model
 
@@ -89,7 +89,7 @@ def check_targets(model, batch, images, mask_size):
 @pytest.mark.parametrize("mapper_name", MAPPERS)
 def test_equal_the_naive_targets_bit_for_bit(mapper_name, model_name, antialiased, dataset_dicts, monkeypatch):
     # Two or three masks at once.
-    monkeypatch.setattr(sparse_inst, "PIXELS_AT_ONCE", 25_000)
+    monkeypatch.setattr(gt_masks, "PIXELS_AT_ONCE", 25_000)
     model = tiny_model("MODEL.SPARSE_INST.ANTIALIASED_TARGETS", antialiased, *MODELS[model_name]).train()
     batch = map_images(dataset_dicts, MAPPERS[mapper_name])
     assert len(batch[2]["instances"]) >= 20
@@ -143,9 +143,9 @@ def test_whole_masks_are_made_a_few_at_a_time(make, monkeypatch):
         counts.append(len(instances))
         return gt_masks_tensor(instances)
 
-    monkeypatch.setattr(sparse_inst, "gt_masks_tensor", counted)
+    monkeypatch.setattr(gt_masks, "gt_masks_tensor", counted)
     # The image is padded to 64 x 96.
-    monkeypatch.setattr(sparse_inst, "PIXELS_AT_ONCE", 3 * 64 * 96 + 10)
+    monkeypatch.setattr(gt_masks, "PIXELS_AT_ONCE", 3 * 64 * 96 + 10)
     check_targets(model, [x], model.preprocess([x]), (16, 24))
     assert counts == [3, 3, 1]
 
