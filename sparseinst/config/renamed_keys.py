@@ -56,7 +56,7 @@ def rename_keys(content: dict, path: str) -> Iterator[str]:
         path: of the file, for messages.
 
     Raises:
-        ValueError: a value has no equivalent, or two old keys give one new key different values.
+        ValueError: a value has no equivalent, or two keys, old or new, give one new key different values.
     """
     assigned: dict[str, tuple[str, object]] = {}
     for old, row in renamed_keys().items():
@@ -70,7 +70,9 @@ def rename_keys(content: dict, path: str) -> Iterator[str]:
         if row.new is None:
             yield f"{old} -> removed ({row.reason})"
             continue
-        other, other_value = assigned.setdefault(row.new, (old, new_value))
+        given = _get_key(content, row.new)
+        first = (old, new_value) if row.new == old or given is None else (row.new, given)
+        other, other_value = assigned.setdefault(row.new, first)
         if other_value != new_value:
             raise ValueError(
                 f"In the config file {path}: {other} is {other_value} and {old} is {new_value}; both are {row.new} "
@@ -92,6 +94,13 @@ def pop_key(content: dict, key: str) -> object:
     if not content[group]:
         del content[group]
     return value
+
+
+def _get_key(content: dict, key: str) -> object:
+    group, _, rest = key.partition(".")
+    if not rest:
+        return content.get(group)
+    return _get_key(content[group], rest) if isinstance(content.get(group), dict) else None
 
 
 def _set_key(content: dict, key: str, value: object) -> None:

@@ -19,9 +19,20 @@ def maskness(mask_probs: torch.Tensor, mask_threshold: float) -> torch.Tensor:
     Returns:
         (n,) in [0, 1]; 0 where no pixel is above the threshold.
     """
+    areas, sums = areas_and_sums(mask_probs, mask_threshold)
+    return sums / (areas + MASKNESS_EPS)
+
+
+def areas_and_sums(mask_probs: torch.Tensor, mask_threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the number (n,) of the pixels above the threshold, and the sum (n,) of their probabilities.
+
+    Args:
+        mask_probs: (n, Hm, Wm) in [0, 1].
+        mask_threshold: in [0, 1).
+    """
     probs_above = F.threshold(mask_probs, mask_threshold, 0.0)
     # Ceilings of the probabilities are 1; summing them takes an eighth of the time of summing booleans.
-    return probs_above.sum((1, 2)) / (probs_above.ceil().sum((1, 2)) + MASKNESS_EPS)
+    return probs_above.ceil().sum((1, 2)), probs_above.sum((1, 2))
 
 
 def mask_nms(masks: torch.Tensor, classes: torch.Tensor, iou_threshold: float) -> torch.Tensor:

@@ -178,9 +178,12 @@ def broken_images(surveys: list[ImageSurvey], absent: list[str], cfg: CfgNode) -
 
 
 def describe_content(
-    content: Any, surveys: list[ImageSurvey], cfg: CfgNode, remedy: str, keeps_all: bool
+    content: Any, surveys: list[ImageSurvey], cfg: CfgNode, remedy: str | None, keeps_all: bool
 ) -> Iterator[str]:
-    """Yield lines about the content of a data set; with the remedy, or where keeps_all, the targets lose no object."""
+    """Yield lines about the content of a data set.
+
+    With the remedy, or where keeps_all, the mask grid loses no object; without a remedy the model has no such grid.
+    """
     categories, annotations = _entries(content, "categories"), _entries(content, "annotations")
     num_crowds = sum(bool(annotation.get("iscrowd", 0)) for annotation in annotations)
     num_images = len(_entries(content, "images"))
@@ -205,7 +208,9 @@ def describe_content(
         f"  objects by size: {small:.1%} small (below 32 x 32 pixels), {medium:.1%} medium, {large:.1%} large (from "
         f"96 x 96); without a pixel: {(areas == 0).sum()}"
     )
-    if keeps_all:
+    if remedy is None:
+        pass
+    elif keeps_all:
         yield f"  objects that the mask grid loses: none, with {remedy}"
     else:
         num_lost, num_drawn = sum(survey.num_vanished for survey in surveys), (areas > 0).sum()
@@ -273,7 +278,8 @@ def run(args: argparse.Namespace) -> int:
     findings += [Finding("image sizes", warning, stops=False) for warning in model.training_warnings(cfg)]
     findings += trait_findings([survey.traits for survey in surveys if survey.traits is not None])
     print(args.json)
-    for line in describe_content(content, surveys, cfg, f"{model.lossless_targets_key} True", is_in_target is None):
+    remedy = model.lossless_targets_key and f"{model.lossless_targets_key} True"
+    for line in describe_content(content, surveys, cfg, remedy, is_in_target is None):
         print(line)
     for line in model.describe_objects(cfg, [survey.objects for survey in surveys if survey.objects is not None]):
         print(line)

@@ -154,3 +154,11 @@ def test_new_keys_exist():
         if row.new:
             cfg.merge_from_list([row.new, eval(f"cfg.{row.new}", {"cfg": cfg})])
         assert row.new or row.reason, old
+
+
+def test_an_old_and_a_new_key_with_different_values(tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text("_BASE_: ADELAIDET\nMODEL: {SOLOV2: {NMS_PRE: 300, NMS: {PRE: 400}}}\n".replace(
+        "ADELAIDET", get_config_file("solov2/adelaidet_r50_3x")))  # fmt: skip
+    with pytest.raises(ValueError, match="NMS.PRE is 400 and MODEL.SOLOV2.NMS_PRE is 300.*must be equal"):
+        load_config(str(path))

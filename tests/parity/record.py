@@ -41,7 +41,9 @@ def build(config: str) -> nn.Module:
 def filled(model: nn.Module) -> nn.Module:
     """Fill a model by formula, in place, and return it."""
     state = {
-        name: torch.from_numpy(filling.tensor(name, tuple(value.shape))) if name.startswith(FILLED) else value
+        name: torch.from_numpy(filling.tensor(name, tuple(value.shape)))
+        if name.startswith(FILLED) and value.dim()
+        else value
         for name, value in model.state_dict().items()
     }
     model.load_state_dict(state)

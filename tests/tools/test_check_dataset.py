@@ -193,9 +193,9 @@ def test_an_image_of_the_training_s_size(config_file, tmp_path, capsys):
 def test_a_model_of_grids_says_how_the_objects_fit(tmp_path, capsys):
     files = write_shapes(tmp_path / "shapes", 3)
     _, output = check(capsys, *files, "--config-file", "small_data/solov2_light")
-    assert "MODEL.SOLOV2: 0.0% of the objects in no range" in output
+    assert "now: 0.0% of the objects in no range" in output and "mask grid" not in output
     assert "with MODEL.SOLOV2.SCALE_RANGES [[1, " in output and "SOLOV2.NUM_GRIDS [" in output
     _, output = check(capsys, *files, "--config-file", "small_data/solov2_light", "--opts",
                       "MODEL.SOLOV2.SCALE_RANGES", [[1, 4], *[[400, 800]] * 4])  # fmt: skip
-    assert "MODEL.SOLOV2: 100.0% of the objects in no range" in output
+    assert "now: 100.0% of the objects in no range" in output
     assert "SCALE_RANGES belong to larger images" in output

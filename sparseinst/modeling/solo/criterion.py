@@ -81,8 +81,7 @@ class SOLOCriterion(nn.Module):
             counts: ``num_positive`` and ``num_pairs`` of the whole step in this process; None: those of this batch.
 
         Returns:
-            ``loss_cate`` and ``loss_mask``: weighted scalars. Without any pair ``loss_mask`` is 0, with a gradient of 0
-            for every parameter.
+            ``loss_cate`` and ``loss_mask``: weighted scalars. Without any pair ``loss_mask`` is 0.
         """
         device = outputs["cate_logits"].device
         with no_autocast(device):
@@ -114,8 +113,7 @@ class SOLOCriterion(nn.Module):
     def _mask_loss(
         self, head: GridHead, outputs: dict[str, torch.Tensor], targets: Sequence[GridTargets]
     ) -> torch.Tensor:
-        # Empty slices connect every parameter with the loss, also those of levels without positive cells.
-        total = sum(output.flatten()[:0].float().sum() for output in head.mask_outputs(outputs))
+        total = outputs["cate_logits"].new_zeros((), dtype=torch.float32)
         for image, target in enumerate(targets):
             for level, (pairs, stride) in enumerate(zip(target.levels, head.mask_strides)):
                 if len(pairs.cells) == 0:

@@ -43,6 +43,7 @@ class SOLOv2Head(GridHead):
     """
 
     keeps_every_pair = True
+    needs_mask_features = True
 
     @configurable
     def __init__(
@@ -61,7 +62,7 @@ class SOLOv2Head(GridHead):
         return {
             **cls._config_arguments(node, input_shape),
             "kernel_dim": node.KERNEL_DIM,
-            "mask_stride": input_shape[node.MASK_FEATURES.IN_FEATURES[0]].stride,
+            "mask_stride": _check_features(node.MASK_FEATURES.IN_FEATURES, input_shape)[0],
         }
 
     def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,10 +92,6 @@ class SOLOv2Head(GridHead):
         probs = (kernels.T @ features.flatten(1)).sigmoid().unflatten(1, features.shape[1:])
         return resized_probs(probs, size)
 
-    def mask_outputs(self, outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return kernels and mask features."""
-        return [outputs["kernels"], outputs["mask_features"]]
-
 
 @MASK_FEATURE_HEAD_REGISTRY.register()
 class MaskFeatureHead(nn.Module):
@@ -111,6 +108,9 @@ class MaskFeatureHead(nn.Module):
 
     Attributes:
         stride: pixels of the input for each pixel of the output.
+
+    Raises:
+        ValueError: no feature, one that the backbone does not have, or one that is not half the size of the one before.
     """
 
     @configurable
@@ -127,6 +127,7 @@ class MaskFeatureHead(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features = tuple(in_features)
+        _check_features(self.in_features, input_shape)
         self.stride = input_shape[self.in_features[0]].stride
         deformable = (is_deformable, modulated)
         last = len(self.in_features) - 1
@@ -163,6 +164,18 @@ class MaskFeatureHead(nn.Module):
                     level = upsample(level)
             total = level if total is None else total + level
         return F.relu(self.output(total))
+
+
+def _check_features(names: Sequence[str], input_shape: dict[str, ShapeSpec]) -> list[int]:
+    """Return the strides of the mask-feature head's inputs."""
+    key = "MODEL.SOLOV2.MASK_FEATURES.IN_FEATURES"
+    missing = [name for name in names if name not in input_shape]
+    if missing or not names:
+        raise ValueError(f"{key} is {list(names)}; it must be one or more of the backbone's {', '.join(input_shape)}")
+    strides = [input_shape[name].stride for name in names]
+    if any(coarser != 2 * finer for finer, coarser in zip(strides, strides[1:])):
+        raise ValueError(f"{key} is {list(names)} with strides {strides}; each must be twice the one before it")
+    return strides
 
 
 def build_mask_feature_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:

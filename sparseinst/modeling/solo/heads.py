@@ -100,19 +100,20 @@ class GridHead(nn.Module, ABC):
         norm: their norm.
         deform, modulated: see `Tower`.
         prior_prob: score of every category before training.
-        category_in_channels: channels that the category tower reads; None: those of the features.
 
     Attributes:
         num_grids: S of each level.
         strides: stride of each level's map.
         mask_strides: pixels of the input for each pixel of the masks of `mask_probs`, by level.
         keeps_every_pair: whether a cell that two objects share learns both masks; otherwise the later object's.
+        needs_mask_features: whether `mask_probs` reads the output of a mask-feature head (SOLOv2).
 
     Raises:
         ValueError: a feature that the backbone does not have, or features of several widths.
     """
 
     keeps_every_pair = False
+    needs_mask_features = False
 
     def __init__(
         self,
@@ -218,10 +219,6 @@ class GridHead(nn.Module, ABC):
             (n, h, w) in [0, 1], over the padded input.
         """
 
-    @abstractmethod
-    def mask_outputs(self, outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return the outputs through which gradients reach the mask branch."""
-
 
 def _scaled(level: torch.Tensor, feature_stride: int, stride: int) -> tuple[int, int]:
     return tuple(side * feature_stride // stride for side in level.shape[-2:])
@@ -280,10 +277,6 @@ class SOLOHead(GridHead):
     ) -> torch.Tensor:
         """Return the sigmoids of the mask logits, then resize them; see the base class."""
         return resized_probs(self.mask_logits(outputs, image, level, cells).sigmoid(), size)
-
-    def mask_outputs(self, outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return features and rows of all levels."""
-        return [outputs[name] for name in outputs if name.startswith("mask_")]
 
 
 def resized_probs(probs: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
@@ -352,10 +345,6 @@ class DecoupledSOLOHead(GridHead):
             logits = outputs[f"mask_logits_{axis}_{level}"][image].index_select(0, used).float()
             factors.append(resized_probs(logits.sigmoid(), size).index_select(0, position))
         return factors[0] * factors[1]
-
-    def mask_outputs(self, outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return both kinds of maps of all levels."""
-        return [outputs[name] for name in outputs if name.startswith("mask_logits_")]
 
 
 @SOLO_HEAD_REGISTRY.register()

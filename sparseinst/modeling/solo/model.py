@@ -1,6 +1,7 @@
 """The meta-architectures SOLO and SOLOv2. Letters: sparseinst.structures."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -22,11 +23,12 @@ from sparseinst.modeling.solo.example_outputs import draw_outputs
 from sparseinst.modeling.solo.heads import GridHead, build_solo_head
 from sparseinst.modeling.solo.postprocessing import DetectionOptions, detect
 from sparseinst.modeling.solo.targets import GridSpec, GridTargets, grid_targets
+from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.detections import Detections
 
 logger = logging.getLogger(__name__)
 
-# Images are padded to a multiple of this, as the released models were trained.
+# Images are padded to a multiple of this and of the strides, as the released models were trained.
 SIZE_DIVISIBILITY = 32
 
 
@@ -66,7 +68,13 @@ class SOLO(InstanceSegmenter):
         mask_feature_head: nn.Module | None = None,
         output: OutputOptions | None = None,
     ) -> None:
-        super().__init__(pixel_mean=pixel_mean, pixel_std=pixel_std, size_divisibility=SIZE_DIVISIBILITY, output=output)
+        if head.needs_mask_features != (mask_feature_head is not None):
+            raise ValueError(
+                f"{type(head).__name__} is not a head of {type(self).__name__}: MODEL.SOLO.HEAD names a head of SOLO, "
+                "MODEL.SOLOV2.HEAD one of SOLOv2, which needs a mask_feature_head"
+            )
+        divisibility = math.lcm(SIZE_DIVISIBILITY, *head.strides)
+        super().__init__(pixel_mean=pixel_mean, pixel_std=pixel_std, size_divisibility=divisibility, output=output)
         self.backbone = backbone
         self.head = head
         self.mask_feature_head = mask_feature_head
@@ -115,7 +123,7 @@ class SOLO(InstanceSegmenter):
     def describe_objects(cls, cfg: CfgNode, images: Sequence[ImageObjects]) -> Iterator[str]:
         """Yield the shares of objects in no range, on one level, in shared cells; see the base class."""
         node = value(cfg, cls.node_name)
-        yield from describe_fit(images, cls.node_name, node.NUM_GRIDS, node.SCALE_RANGES, node.SIGMA)
+        yield from describe_fit(images, cls.node_name, node.STRIDES, node.NUM_GRIDS, node.SCALE_RANGES, node.SIGMA)
 
     @classmethod
     def training_warnings(cls, cfg: CfgNode) -> Iterator[str]:
@@ -169,7 +177,11 @@ class SOLO(InstanceSegmenter):
         if self.training and has_event_storage():
             overwritten = sum(level.num_overwritten for image in targets for level in image.levels)
             get_event_storage().put_scalar("solo/overwritten_cells", overwritten)
-        return self.criterion(self.head, outputs, targets, counts)
+        losses = self.criterion(self.head, outputs, targets, counts)
+        # Empty slices give every parameter a gradient, which DistributedDataParallel waits for: levels of the pyramid
+        # may be unused, and levels of the head without an object.
+        unused = sum(parameter.flatten()[:0].sum() for parameter in self.parameters() if parameter.requires_grad)
+        return {name: loss + unused for name, loss in losses.items()}
 
     def postprocess(
         self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
@@ -191,7 +203,9 @@ class SOLO(InstanceSegmenter):
                 max_mask_gib=self.output.max_mask_gib,
             )
 
-        return [{"instances": found} for found, _ in self.detect_each(detect_image, batched_inputs, images)]
+        # Areas and overlaps need more than the 11 bits of float16.
+        with no_autocast(self.device):
+            return [{"instances": found} for found, _ in self.detect_each(detect_image, batched_inputs, images)]
 
     def example_outputs(
         self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sparseinst.modeling.solo.heads import GridHead
 from sparseinst.ops.mask_output import output_masks
-from sparseinst.ops.masks import greedy_nms, mask_intersections, matrix_nms
+from sparseinst.ops.masks import areas_and_sums, greedy_nms, mask_intersections, matrix_nms
 from sparseinst.structures.detections import Detections
 
 # Float pixels of soft masks that exist at once before NMS.
@@ -161,11 +161,8 @@ def _score_masks(
     strides = cells.new_tensor(head.strides).repeat_interleave(cells.new_tensor(head.level_sizes))
     for part in cells.split(block) if len(cells) else ():
         masks = _soft_masks(head, outputs, image, part, size)
-        above = F.threshold(masks, mask_threshold, 0.0)
-        # Ceilings of the probabilities are 1; summing them is faster than summing booleans.
-        areas = above.ceil().sum((1, 2))
-        is_large = areas > strides[part]
-        maskness.append(torch.where(is_large, above.sum((1, 2)) / areas.clamp(min=1), 0.0))
+        areas, sums = areas_and_sums(masks, mask_threshold)
+        maskness.append(torch.where(areas > strides[part], sums / areas.clamp(min=1), 0.0))
     if masks is None:
         masks = torch.zeros((0, *size), device=cells.device)
     return torch.cat(maskness), masks if len(cells) <= block else None

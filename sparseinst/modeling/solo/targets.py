@@ -68,8 +68,8 @@ def grid_targets(
     """Return the targets of one image.
 
     Args:
-        instances: with ``gt_classes``, ``gt_masks`` and, where the loader gives them, ``gt_boxes``: the annotations'
-            boxes. Without them the masks give the boxes.
+        instances: with ``gt_classes``, ``gt_masks`` and, where the loader gives them, ``gt_boxes``: of Detectron2's
+            mapper those of the annotations, of ours those of the masks, as without ``gt_boxes``.
         padded_size: of the network's input: the grids cover the padding too, as published.
         spec: the grids.
         device: where the targets are wanted.
@@ -95,9 +95,6 @@ def grid_targets(
     levels = [
         _level_targets(classes, centers, boxes, padded_size, size, scale_range, spec, device)
         for size, scale_range in zip(spec.num_grids, spec.scale_ranges)
-    ]
-    levels = [
-        level._replace(**{name: getattr(level, name).to(device) for name in level._fields[:3]}) for level in levels
     ]
     return GridTargets(levels, {stride: torch.cat(parts) for stride, parts in reduced.items()})
 

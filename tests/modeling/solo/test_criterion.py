@@ -20,9 +20,6 @@ def test_dice():
 class OneMask:
     mask_strides = (4, 4)
 
-    def mask_outputs(self, outputs):
-        return []
-
 
 def test_focal_loss_over_all_cells():
     logits = torch.tensor([[[0.0, 1.0], [-2.0, 0.5]]])

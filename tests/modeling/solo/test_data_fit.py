@@ -45,34 +45,55 @@ def test_objects_of_different_images_share_no_cell():
 
 def test_without_objects_there_is_nothing_to_say():
     assert math.isnan(measure_fit([image()], [10], [(1, 100)], 0.2).sharing)
-    assert list(describe_fit([image()], "MODEL.SOLO", [10], [(1, 100)], 0.2)) == []
 
 
-def test_proposed_ranges_cover_all_sizes_twice():
+STRIDES = (8, 8, 16, 32, 32)
+
+
+def test_without_objects_nothing_is_proposed():
+    assert list(describe_fit([image()], "MODEL.SOLO", STRIDES, [10] * 5, [(1, 100)] * 5, 0.2)) == []
+    # Objects in every second image only, and more images than are measured.
+    images = [image(), image((50, 50, 30))] * 501
+    assert len(list(describe_fit(images, "MODEL.SOLO", STRIDES, [10] * 5, [(1, 100)] * 5, 0.2))) == 4
+
+
+@pytest.mark.parametrize(("smallest", "largest"), [(10, 600), (60, 90), (8, 12), (300, 700)])
+def test_proposed_ranges_cover_all_sizes(smallest, largest):
     random = np.random.default_rng(0)
-    sides = np.exp(random.uniform(math.log(10), math.log(600), 400))
+    sides = np.exp(random.uniform(math.log(smallest), math.log(largest), 400))
     images = [image(*[(400, 400, side) for side in sides], size=(800, 1344))]
-    ranges = propose_ranges(images, 5)
+    ranges = propose_ranges(images, STRIDES)
     assert ranges[0][0] == 1 and ranges[-1][1] >= 2048 and ranges == sorted(ranges)
+    assert all(low >= 2 * stride for (low, _), stride in zip(ranges[1:], STRIDES[1:]))
+    assert all(finer[1] >= 2 * coarser[0] for finer, coarser in zip(ranges, ranges[1:]))
     fit = measure_fit(images, [40] * 5, ranges, 0.2)
-    assert fit.in_no_range == 0 and fit.on_one_level < 0.25
-    # Objects of one size have ranges too.
-    ranges = propose_ranges([image((50, 50, 20))], 5)
-    assert any(low <= 20 <= high for low, high in ranges) and all(low <= high for low, high in ranges)
+    assert fit.in_no_range == 0 and (fit.on_one_level < 0.25 or largest < 16)
 
 
-def test_a_proposed_grid_is_the_smallest_that_holds_objects_apart():
-    # Cells of 12.5 pixels hold 26 and 40 apart; 26 and 36 lie in one of them, and in two of 8.3.
-    assert propose_grid([image((26, 26, 2), (40, 40, 2))], (1, 100), 0.2) == 8
-    assert propose_grid([image((26, 26, 2), (36, 36, 2))], (1, 100), 0.2) == 12
-    # No grid holds apart what has one center.
-    assert propose_grid([image((26, 26, 2), (26, 26, 3))], (1, 100), 0.2) == 40
+def test_a_proposed_grid_is_finer_than_the_objects_and_not_than_the_map():
+    # Objects of 96 pixels in 800: 5 cells each are 41.7; a map of stride 32 has 25 pixels.
+    assert propose_grid([image((400, 400, 90), size=(800, 800))], 8, (48, 192), 0.2) == 40
+    assert propose_grid([image((400, 400, 90), size=(800, 800))], 32, (48, 192), 0.2) == 28
+    assert propose_grid([image((400, 400, 500), size=(800, 800))], 32, (250, 2048), 0.2) == 8
+
+
+def test_a_proposed_grid_grows_where_the_levels_own_objects_are_lost():
+    # 1000 small objects are not of the level, and do not count.
+    others = [(y * 8.0, x * 8.0, 2) for y in range(10) for x in range(100)]
+    close = [(400, 400, 300), (420, 420, 300)]
+    alone = propose_grid([image((400, 400, 300), size=(800, 800))], 32, (250, 2048), 0.2)
+    assert alone == 8
+    together = propose_grid([image(*others, *close, size=(800, 800))], 32, (250, 2048), 0.2)
+    # 28, the size of the map, where no grid holds them apart: their boxes' middles overlap.
+    assert together > alone
 
 
 def test_the_lines_name_the_keys_and_both_fits():
-    lines = list(describe_fit([image((15, 15, 4), (16, 14, 4))], "MODEL.SOLOV2", [10], [(5, 9)], 0.2))
-    assert lines[0].startswith("MODEL.SOLOV2: 100.0% of the objects in no range")
-    assert "MODEL.SOLOV2.SCALE_RANGES [[1, " in lines[1] and "0.0% of the objects in no range" in lines[1]
+    lines = list(describe_fit([image((15, 15, 4), (16, 14, 4))], "MODEL.SOLOV2", [8], [10], [(5, 9)], 0.2))
+    assert lines[0].startswith("MODEL.SOLOV2, at the training's largest size")
+    assert "now: 100.0% of the objects in no range" in lines[1]
+    assert "MODEL.SOLOV2.SCALE_RANGES [[1, " in lines[2] and "MODEL.SOLOV2.NUM_GRIDS [" in lines[2]
+    assert "0.0% of the objects in no range" in lines[3]
 
 
 RANGES = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
@@ -82,7 +103,15 @@ RANGES = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
     ("ranges", "sizes", "longest", "expected"),
     [
         (RANGES, (640, 800), 1333, None),
-        (RANGES, (224, 288), 384, "larger images: no object is in [[384, 2048]]"),
+        (RANGES, (224, 288), 384, "larger images: the last one begins at 384 pixels"),
+        (RANGES, (352, 512), 768, "larger images"),
+        (((1, 56), (28, 112), (56, 224), (112, 448), (224, 896)), (352, 512), 768, None),
+        (
+            ((1, 56), (28, 112), (56, 224), (112, 448), (224, 896)),
+            (640, 800),
+            1333,
+            "smaller images: objects above 896",
+        ),
         (((1, 32), (16, 64)), (640, 800), 1333, "smaller images: objects above 64 pixels"),
         (RANGES, (0,), 1333, None),
     ],
@@ -96,5 +125,5 @@ def test_ranges_of_other_image_sizes_are_warned_of(ranges, sizes, longest, expec
 
 def test_the_model_reads_its_own_keys():
     cfg = tiny_solo_cfg("solo", "INPUT.MIN_SIZE_TRAIN", (32,), "INPUT.MAX_SIZE_TRAIN", 64)
-    assert "[[48, 192], [96, 2048]]" in next(SOLO.training_warnings(cfg))
-    assert next(SOLO.describe_objects(cfg, [image((15, 15, 4))])).startswith("MODEL.SOLO: 0.0%")
+    assert "begins at 96 pixels" in next(SOLO.training_warnings(cfg))
+    assert "now: 0.0% of the objects in no range" in list(SOLO.describe_objects(cfg, [image((15, 15, 4))]))[1]

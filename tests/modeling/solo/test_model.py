@@ -177,3 +177,36 @@ def test_another_solov2_that_was_registered_first(monkeypatch, caplog):
     finally:
         solo_model.SOLOv2.__name__ = name
         META_ARCH_REGISTRY._obj_map.pop("SOLOv2Segmenter", None)
+
+
+def test_a_head_of_the_other_architecture_is_refused():
+    for variant, key, head in (("solo", "MODEL.SOLO.HEAD", "SOLOv2Head"), ("solov2", "MODEL.SOLOV2.HEAD", "SOLOHead")):
+        with pytest.raises(ValueError, match=f"{head} is not a head of SOLO"):
+            build_model(tiny_solo_cfg(variant, key, head))
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [([], "it must be one or more"), (["p2", "p9"], "it must be one or more"), (["p2", "p4"], "each must be twice")],
+)
+def test_mask_features_that_do_not_fit(features, message):
+    with pytest.raises(ValueError, match=rf"MASK_FEATURES.IN_FEATURES is .*{message}"):
+        build_model(tiny_solo_cfg("solov2", "MODEL.SOLOV2.MASK_FEATURES.IN_FEATURES", features))
+
+
+def test_images_are_padded_to_the_largest_stride():
+    model = tiny_solo("solo", "MODEL.SOLO.STRIDES", [4, 8, 16, 32, 64]).train()
+    losses = model([random_input(96, 160, num_instances=2)])
+    assert model.preprocess([random_input(96, 160)]).tensor.shape[-2:] == (128, 192)
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_autocast_of_the_caller_does_not_reach_areas_and_overlaps(variant):
+    model = tiny_solo(variant, *low(variant))
+    images = model.preprocess([random_input(64, 96)])
+    with torch.no_grad():
+        outputs = model.network(images.tensor)
+        expected = model.postprocess(outputs, [{}], images)[0]["instances"]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.postprocess(outputs, [{}], images)[0]["instances"]
+    assert torch.equal(found.scores, expected.scores) and torch.equal(found.pred_masks, expected.pred_masks)
