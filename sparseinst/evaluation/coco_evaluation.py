@@ -164,7 +164,7 @@ class EncodedMaskEvaluator(COCOEvaluator):
                 figures[task] = coco_figures(evaluated, names)
         # TASKS ends with the masks.
         ids = self._coco_api.getCatIds() if self._category_ids is None else self._category_ids
-        self.outcome = Outcome(self._coco_api, results, evaluated, ids, list(names or map(str, ids)))
+        self.outcome = Outcome(self._coco_api, results, evaluated, ids, list(names or map(str, ids)), img_ids)
         return figures
 
     def _distinct_names(self) -> list[str] | None:

@@ -24,6 +24,7 @@ class Outcome(NamedTuple):
         evaluation: COCO's evaluation of the masks; None without predictions.
         category_ids: COCO's category id of each class.
         class_names: of each class.
+        image_ids: of the images that were evaluated, where they are a part of the json; None: all.
     """
 
     truth: COCO
@@ -31,6 +32,7 @@ class Outcome(NamedTuple):
     evaluation: COCOeval | None
     category_ids: list[int]
     class_names: list[str]
+    image_ids: Sequence[int] | None = None
 
 
 class ImageMatches(NamedTuple):
@@ -73,9 +75,8 @@ def match_masks(outcome: Outcome, min_score: float) -> list[ImageMatches]:
     for result in outcome.results:
         if result["score"] >= min_score:
             predictions.setdefault(result["image_id"], []).append(result)
-    return [
-        _match_image(outcome.truth, image_id, predictions.get(image_id, [])) for image_id in outcome.truth.getImgIds()
-    ]
+    image_ids = outcome.truth.getImgIds() if outcome.image_ids is None else outcome.image_ids
+    return [_match_image(outcome.truth, image_id, predictions.get(image_id, [])) for image_id in image_ids]
 
 
 def _match_image(truth: COCO, image_id: int, predictions: list[dict]) -> ImageMatches:

@@ -99,3 +99,12 @@ def test_the_best_score_separates_right_from_wrong(wrong_score, expected):
     precision = precision_and_recall(outcome.evaluation)
     assert precision.shape == (101, 2) and np.isnan(precision[:, 1]).all()
     assert precision[0, 0] == pytest.approx(1.0 if wrong_score < 0.6 else 0.8)
+
+
+def test_a_part_of_the_json_leaves_out_the_other_images():
+    outcome = outcome_of(
+        [annotation(1, 0, 3, 3), annotation(2, 0, 3, 3, image_id=2)], [result(0, 3, 3, 0.9, image_id=2)]
+    )
+    assert [len(match_masks(outcome._replace(image_ids=ids), 0.5)) for ids in (None, [2])] == [2, 1]
+    (match,) = match_masks(outcome._replace(image_ids=[2]), 0.5)
+    assert match.image_id == 2 and confusion_matrix([match], IDS).sum() == 1

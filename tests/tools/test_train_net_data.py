@@ -47,6 +47,8 @@ def test_no_key_needs_to_be_typed(trained):
     log = (output / "log.txt").read_text()
     assert f"{NUM_CLASSES} 3, the classes of DATASETS.TRAIN" in log and f"{NUM_MASKS} 40, the most objects" in log
     assert "6 images of" in log and "2 are evaluated on" in log
+    # Not those of the images that were trained on.
+    assert "not drawn" not in log and (output / "val_predictions.jpg").is_file()
     assert json.loads((output / "classes.json").read_text())["names"] == ["disc", "triangle", "cross"]
 
 
