@@ -29,6 +29,21 @@ def test_focal_loss_over_all_cells():
     assert losses["loss_cate"].item() == pytest.approx(0.3373, abs=1e-4) and losses["loss_mask"] == 0
 
 
+@pytest.mark.parametrize(
+    ("cell", "category", "logit", "term"),
+    [(0, 0, 0.0, 0.1300), (0, 1, -2.0, 0.0014), (1, 0, 1.0, 0.5264), (1, 1, 0.5, 0.0169)],
+)
+def test_terms_of_the_focal_loss(cell, category, logit, term):
+    # The other logits are certain and right, so that their terms are 0. Only (cell 1, class 1) is positive.
+    logits = torch.tensor([[[-50.0, -50.0], [-50.0, 50.0]]])
+    logits[0, category, cell] = logit
+    none = torch.zeros(0, dtype=torch.int64)
+    levels = [LevelTargets(torch.tensor([target]), none, none, 0) for target in (-1, 1)]
+    losses = SOLOCriterion()(OneMask(), {"cate_logits": logits}, [GridTargets(levels, {})])
+    # The divisor is one positive cell plus 1.
+    assert 2 * losses["loss_cate"].item() == pytest.approx(term, abs=5e-5)
+
+
 def batch_of(*numbers):
     return [random_input(64, 96, num_instances=number, seed=index) for index, number in enumerate(numbers)]
 

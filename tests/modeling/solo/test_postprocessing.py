@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
 
+from sparseinst.config import load_config
 from sparseinst.modeling.solo import postprocessing
+from sparseinst.modeling.solo.heads import build_solo_head
 from sparseinst.modeling.solo.postprocessing import DetectionOptions, candidate_cells, detect, points_nms
 from sparseinst.ops.masks import greedy_nms, mask_intersections, mask_nms, matrix_nms
 from tests.modeling.solo.tiny_solo import VARIANTS, tiny_solo
@@ -111,16 +114,74 @@ class FixedMasks:
         return masks.unflatten(1, size)
 
 
-@pytest.mark.parametrize(("level", "stride"), [(0, 8), (1, 16), (2, 32)])
-def test_masks_up_to_the_stride_are_dropped(level, stride):
-    for area, is_kept in ((stride, False), (stride + 1, True)):
-        logits = torch.full((1, 1, 192), -9.0)
-        logits[0, 0, 64 * level + area] = 9.0
-        found = detect(
-            FixedMasks(), {"cate_logits": logits}, 0, DetectionOptions(),
-            padded_size=(64, 64), image_size=(64, 64), output_size=(64, 64),
-        )  # fmt: skip
-        assert len(found.scores) == is_kept
+def published_head(config):
+    """Return a head with the published grids and strides, and a narrow tower."""
+    node_name = f"MODEL.{config.split('/')[0].upper()}"
+    cfg = load_config(config, [f"{node_name}.NUM_CLASSES", 1, f"{node_name}.NUM_CONVS", 1, f"{node_name}.CHANNELS", 32])
+    shapes = {f"p{level}": ShapeSpec(channels=32, stride=2**level) for level in range(2, 7)}
+    return build_solo_head(cfg, shapes, node_name)
+
+
+PUBLISHED_HEADS = ("solo/solo_r50_3x", "solo/decoupled_solo_r50_3x", "solov2/solov2_r50_3x")
+
+
+@pytest.mark.parametrize("config", PUBLISHED_HEADS)
+def test_masks_up_to_the_stride_are_dropped(config, monkeypatch):
+    head = published_head(config)
+    monkeypatch.setattr(head, "mask_probs", FixedMasks().mask_probs)
+    kept = {}
+    for level, start in enumerate((0, 1600, 2896, 3472, 3728)):
+        for area in (8, 9, 16, 17, 32, 33):
+            logits = torch.full((1, 1, 3872), -9.0)
+            logits[0, 0, start + area] = 9.0
+            found = detect(
+                head, {"cate_logits": logits}, 0, DetectionOptions(),
+                padded_size=(64, 64), image_size=(64, 64), output_size=(64, 64),
+            )  # fmt: skip
+            if len(found.scores):
+                kept.setdefault(level, []).append(area)
+    assert kept == {0: [9, 16, 17, 32, 33], 1: [9, 16, 17, 32, 33], 2: [17, 32, 33], 3: [33], 4: [33]}
+
+
+class OneSoftMask:
+    """Stands for a head with one cell, whose mask has 2x2 pixels."""
+
+    num_grids, mask_strides, level_sizes = (1,), (4,), [1]
+
+    def __init__(self, stride):
+        self.strides = (stride,)
+
+    def mask_probs(self, outputs, image, level, cells, size=None):
+        assert size == (2, 2) and cells.tolist() == [0]
+        return torch.tensor([[[0.6, 0.9], [0.4, 0.2]]])
+
+
+@pytest.mark.parametrize(("stride", "scores"), [(1, [0.8 * 0.75]), (2, [])])
+def test_maskness(stride, scores):
+    # 0.6 and 0.9 are above the threshold: area 2, maskness (0.6 + 0.9) / 2.
+    outputs = {"cate_logits": torch.tensor([[[0.8]]]).logit()}
+    found = detect(
+        OneSoftMask(stride), outputs, 0, DetectionOptions(), padded_size=(8, 8), image_size=(8, 8), output_size=(8, 8)
+    )
+    assert found.scores.tolist() == pytest.approx(scores, abs=1e-6)
+
+
+def test_a_decoupled_cell_is_a_row_and_a_column():
+    head = published_head("solo/decoupled_solo_r50_3x")
+    assert sum(head.num_grids) == 128 and sum(head.level_sizes) == 3872
+    # Cell 2000 is cell 400 of level 1, which follows 1600 cells and 40 channels: row 400 // 36 = 11, column 4.
+    outputs = {"cate_logits": torch.full((1, 1, 3872), 9.0)}
+    for axis, channel in (("x", 44), ("y", 51)):
+        logits = torch.full((1, 128, 8, 8), -20.0)
+        logits[:, channel] = 20.0
+        for level, part in enumerate(logits.split(head.num_grids, dim=1)):
+            outputs[f"mask_logits_{axis}_{level}"] = part
+    probs = torch.cat([head.mask_probs(outputs, 0, level, torch.arange(n)) for level, n in enumerate(head.level_sizes)])
+    assert (probs > 0.5).flatten(1).any(1).nonzero().tolist() == [[2000]] and probs[2000].min() > 0.99
+    found = detect(
+        head, outputs, 0, DetectionOptions(), padded_size=(32, 32), image_size=(32, 32), output_size=(32, 32)
+    )
+    assert found.prediction_idx.tolist() == [2000] and found.masks.all()
 
 
 def test_greedy_nms_by_key():
