@@ -55,7 +55,7 @@ help:
 quickstart: install
 	@echo '== 1 of 4: drawing the data set'
 	"$(VENV_PYTHON)" -m sparseinst.tools.make_shapes --output $(QUICK_DATA)
-	@echo '== 2 of 4: training from random weights, about 5 minutes on 2 cores'
+	@echo '== 2 of 4: training from random weights, about 3 minutes on 2 idle cores'
 	rm -rf $(QUICK_OUTPUT)
 	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) OUTPUT_DIR $(QUICK_OUTPUT)
 	@echo '== 3 of 4: evaluation on images of another seed'

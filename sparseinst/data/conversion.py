@@ -130,7 +130,7 @@ def convert(args: argparse.Namespace) -> dict:
     """
     kind = path_format(args.source)
     if kind is None:
-        raise ValueError(f"{args.source}: no labelme, VIA or YOLO annotations and no masks; see docs/own_data.md")
+        raise ValueError(f"{args.source}: no labelme, VIA or YOLO annotations and no masks; see docs/data_formats.md")
     paths = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     path_of_name = {**{path.stem: path for path in paths}, **{path.name: path for path in paths}}
 

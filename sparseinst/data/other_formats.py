@@ -12,14 +12,14 @@ from sparseinst.data.json_file import read_json
 LABELME, VIA, YOLO, MASKS = "labelme", "VIA", "YOLO", "masks"
 
 _EXPECTED = "; expected a COCO json in the instances format"
-_EXPORT = f"{_EXPECTED}: export the data as 'COCO' from the annotation tool, see docs/own_data.md"
+_EXPORT = f"{_EXPECTED}: export the data as 'COCO' from the annotation tool, see docs/data_formats.md"
 _MOST_FILES = 100
 
 
 def convert_hint(source: str | Path) -> str:
     """Return the end of a message that names the command for a source."""
     command = f"python -m sparseinst.tools.to_coco {source} IMAGES --output train.json"
-    return f"{_EXPECTED}. Convert it: {command} (see docs/own_data.md)"
+    return f"{_EXPECTED}. Convert it: {command} (see docs/data_formats.md)"
 
 
 def content_format(content: Any) -> str | None:

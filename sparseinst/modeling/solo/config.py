@@ -131,7 +131,7 @@ def _shared_keys(head: str, num_convs: int, channels: int) -> CfgNode:
     # Cells along each side of a level's grid (S).
     node.NUM_GRIDS = [40, 36, 24, 16, 12]
     # Objects that a level learns: smallest and largest sqrt(width * height) of the box, pixels of the resized image,
-    # both included. They belong to the input size: see docs/own_data.md.
+    # both included. They belong to the input size: see docs/solo.md.
     node.SCALE_RANGES = [[1, 96], [48, 192], [96, 384], [192, 768], [384, 2048]]
     # Share of a box around the object's center of mass whose cells are positive, in (0, 1].
     node.SIGMA = 0.2
