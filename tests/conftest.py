@@ -2,7 +2,8 @@
 
 SLOWEST = (
     "test_trainer", "test_interrupted_runs", "test_finite", "test_benchmark_training", "test_quick", "test_train_net",
-    "test_launches", "test_seam", "test_killed_rank", "test_numbers", "test_export", "test_optimize", "test_shapes",
+    "test_launches", "test_seam", "test_learning", "test_solo", "test_published_configs", "test_configs",
+    "test_killed_rank", "test_numbers", "test_export", "test_optimize", "test_shapes",
 )  # fmt: skip
 
 
