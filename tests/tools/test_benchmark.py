@@ -158,6 +158,7 @@ def test_several_configs_at_their_own_sizes(config, tmp_path, capsys):
     written = json.loads(path.read_text())
     assert written["configs"] == [first, str(other)]
     assert written["batches"][0]["settings"].keys() == {"tiny", "large"}
+    assert written["batches"][0]["settings"]["tiny"]["peak_mb"] is None
     compared = ["--json", str(path), "--compare", "eager", "fused"]
     assert benchmark.main(["--config-file", first, str(other), *others, *compared]) == 0
     settings = json.loads(path.read_text())["batches"][0]["settings"]
