@@ -1,10 +1,7 @@
 """The published configs, each at its full width: build, train a step, infer, save, load, optimize."""
 
-import copy
-
 import pytest
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
@@ -13,6 +10,7 @@ from sparseinst.engine.optimizer import build_optimizer
 from sparseinst.runtime.rewrites import winograd
 from tests.parity import filling
 from tests.runtime.optimized import assert_optimized_equals
+from tests.saved_model import save_and_load
 from tests.tiny_model import random_input
 
 PUBLISHED = [
@@ -42,11 +40,6 @@ def load(config):
     cfg.merge_from_file(get_config_file(config))
     cfg.MODEL.DEVICE = "cpu"
     return cfg
-
-
-def predict(model, x):
-    with torch.no_grad():
-        return model.eval()([x])[0]["instances"]
 
 
 def test_all_published_configs_are_there():
@@ -120,16 +113,7 @@ def test_a_step_an_answer_and_a_checkpoint(config, tmp_path, monkeypatch):
         assert not torch.equal(parameter, before[name]) or name.endswith("softmax_bias"), name
 
     x = {**inputs[1], "height": 100, "width": 180}
-    instances = predict(model, x)
-    assert len(instances) > 0 and instances.pred_masks.shape[1:] == (100, 180)
-    DetectionCheckpointer(model, str(tmp_path)).save("model")
-    loaded = copy.deepcopy(model)
-    for value in loaded.state_dict().values():
-        value.zero_()
-    DetectionCheckpointer(loaded).load(str(tmp_path / "model.pth"))
-    again = predict(loaded, x)
-    for field in ("scores", "pred_classes", "pred_masks"):
-        assert torch.equal(again.get(field), instances.get(field)), field
+    loaded = save_and_load(model, x, tmp_path)
 
     # Images as small as these would never use Winograd's algorithm.
     monkeypatch.setattr(winograd, "MIN_TILES", 1)
