@@ -48,7 +48,7 @@ NO_WINDOW = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, and return its exit code: that of `run_images` or `run_video`, or 2 after a ValueError."""
+    """Run the command. Return the code of `run_images` or `run_video`, or 2 after a ValueError or ImportError."""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.INFO)
     try:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         set_model_keys(cfg, args)
         keep_freed_memory_for_inference(cfg)
         return run_video(args, cfg) if args.input is None else run_images(args, cfg)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

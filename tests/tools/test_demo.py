@@ -6,6 +6,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -36,6 +37,12 @@ def test_a_picture_is_drawn_in_its_colours(tmp_path, config_file, capsys):
     assert np.abs(picture[200, 300] - (250, 20, 20)).max() > 40
     assert np.abs(picture[350, 500] - (20, 20, 250)).max() <= 1
     assert "1 of 1 images" in (printed := capsys.readouterr().out) and str(output) in printed
+
+
+def test_a_missing_package_is_one_line(tmp_path, config_file, monkeypatch, capsys):
+    monkeypatch.setattr(demo_run, "Predictor", Mock(side_effect=ImportError("pip install timm")))
+    assert run(config_file, "--input", save_scene(tmp_path / "a.png"), "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err.endswith("error: pip install timm\n")
 
 
 def test_threshold(tmp_path, config_file):
