@@ -87,7 +87,7 @@ def load_config(
         )
     run_imports(modules, cfg, path)
     refuse_old_keys(opts)
-    if "full_model" in opts[1::2]:
+    if ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model") in zip(opts[::2], opts[1::2]):
         raise ValueError(
             "In the KEY VALUE overrides: SOLVER.CLIP_GRADIENTS.CLIP_TYPE full_model was renamed: set "
             "SOLVER.CLIP_TOTAL_NORM to the largest norm"
@@ -149,7 +149,7 @@ def _merge_file(cfg: CfgNode, content: dict) -> None:
 
 
 def _merge_overrides(cfg: CfgNode, opts: list[str]) -> None:
-    """Merge KEY VALUE pairs in place as ``CfgNode.merge_from_list`` does, and dicts into groups of keys."""
+    """Merge KEY VALUE pairs in place as ``CfgNode.merge_from_list`` does, and dicts into groups of explicit keys."""
     cfg.merge_from_list(opts[len(opts) // 2 * 2 :])
     for key, value in zip(opts[::2], opts[1::2]):
         *groups, name = key.split(".")
@@ -160,6 +160,7 @@ def _merge_overrides(cfg: CfgNode, opts: list[str]) -> None:
             if isinstance(value, dict):
                 nested = reduce(lambda inner, group: {group: inner}, reversed(groups), {name: value})
                 cfg.merge_from_other_cfg(CfgNode(nested))
+                mark_explicit(cfg, keys_of(nested))
                 continue
         cfg.merge_from_list([key, value])
 
@@ -306,7 +307,7 @@ def _translate_clipping(content: dict, inherited: dict) -> Iterator[str]:
     clip = solver.get("CLIP_GRADIENTS") if isinstance(solver, dict) else None
     if not isinstance(clip, dict) or "CLIP_TOTAL_NORM" in solver:
         return
-    base = inherited.get("SOLVER", {}).get("CLIP_TOTAL_NORM", 0.0)
+    base = inherited["SOLVER"].get("CLIP_TOTAL_NORM", 0.0) if isinstance(inherited.get("SOLVER"), dict) else 0.0
     if clip.get("CLIP_TYPE", "full_model" if base else "value") != "full_model":
         return
     if clip.get("NORM_TYPE", 2.0) != 2:

@@ -58,10 +58,10 @@ class BrokenImages:
             self.messages[file_name] = message
             count = len(self.messages)
             if count > self.limit:
-                listed = "\n  ".join(self.messages.values())
+                listed = "; ".join(self.messages.values())
                 raise DataError(
                     f"{count} images cannot be used, and DATALOADER.MAX_BROKEN_IMAGES is {self.limit}. Repair them, or "
-                    "raise it; python -m sparseinst.tools.check_dataset finds all broken images:\n  " + listed
+                    "raise it; python -m sparseinst.tools.check_dataset finds all broken images: " + listed
                 )
             _logger.warning("Broken image %d, skipped (the limit is %d): %s", count, self.limit, message)
 

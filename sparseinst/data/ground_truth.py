@@ -8,6 +8,7 @@ from detectron2.structures import Instances
 from sparseinst.data.coco_json import load_checked_json, to_dataset_dicts
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 from sparseinst.data.image_files import spellings
+from sparseinst.data.images import MAX_IMAGE_PIXELS
 
 
 class GroundTruth:
@@ -15,6 +16,7 @@ class GroundTruth:
 
     Args:
         json_file: in COCO's instances format.
+        max_image_pixels: larger images are refused before they are decoded (``INPUT.MAX_IMAGE_PIXELS``).
 
     Attributes:
         class_names: in the order of the class indices.
@@ -23,7 +25,7 @@ class GroundTruth:
         ValueError: the file does not exist, or has a flaw that stops (see sparseinst.data.coco_checks).
     """
 
-    def __init__(self, json_file: str | os.PathLike) -> None:
+    def __init__(self, json_file: str | os.PathLike, max_image_pixels: int = MAX_IMAGE_PIXELS) -> None:
         content, _ = load_checked_json(Path(json_file))
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
@@ -31,7 +33,9 @@ class GroundTruth:
         for image in to_dataset_dicts(content, ""):
             for name in {PurePath(name).name for name in spellings(image["file_name"])}:
                 self._images_of_name.setdefault(name, []).append(image)
-        self._mapper = SparseInstDatasetMapper(is_train=True, augmentations=[], image_format="RGB")
+        self._mapper = SparseInstDatasetMapper(
+            is_train=True, augmentations=[], image_format="RGB", max_image_pixels=max_image_pixels
+        )
 
     def find(self, path: str | os.PathLike) -> Instances | None:
         """Return the ``pred_boxes``, ``pred_masks`` and ``pred_classes`` of an image in its own size, without crowds.

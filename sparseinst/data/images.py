@@ -93,7 +93,7 @@ def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: 
         ValueError: another channel order.
     """
     check_channel_order(channel_order)
-    with _opened(path, max_pixels) as image:
+    with open_image(path, max_pixels) as image:
         _check_range(image)
         # Decoded before the EXIF entry is read, because decoding rotates a TIFF and removes the entry.
         image.load()
@@ -123,7 +123,7 @@ def read_header(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXELS) -> 
     Raises:
         ImageReadError: the header cannot be read, or declares an image that :func:`read_image` refuses.
     """
-    with _opened(path, max_pixels) as image:
+    with open_image(path, max_pixels) as image:
         _check_range(image)
         width, height = image.size
         orientation = _orientation(image)
@@ -134,14 +134,14 @@ def read_header(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXELS) -> 
 
 def read_16_bit_range(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """Return the least and the greatest value, 0 to 65535, of a 16-bit image; errors as :func:`read_image`."""
-    with _opened(path, max_pixels) as image:
+    with open_image(path, max_pixels) as image:
         values = np.asarray(image)
         return int(values.min()), int(values.max())
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image without decoding it; convert Pillow's errors inside to ImageReadError."""
+def open_image(path: str | os.PathLike, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image of FORMATS without decoding it; convert Pillow's errors inside to ImageReadError."""
     name = os.fspath(path)
     try:
         with PathManager.open(name, "rb") as file, _identified(file, name) as image:

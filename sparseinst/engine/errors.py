@@ -26,8 +26,8 @@ def setup_errors() -> Iterator[None]:
     """End this process with one line where arguments, config, data, weights or disk are wrong, before a step is run."""
     try:
         yield
-    # OSError: a builtin data set that is not on this machine, or a full disk.
-    except (ValueError, OSError) as error:
+    # OSError: a builtin data set that is not on this machine, or a full disk. ImportError: an extra, such as timm.
+    except (ValueError, ImportError, OSError) as error:
         exit_with_error(error)
 
 
@@ -44,8 +44,9 @@ def run_errors(output_dir: str) -> Iterator[None]:
         # A NonFiniteStepError, or that of Detectron2's trainers. All ranks raise it.
         exit_with_error(" ".join(str(error).split()))
     except RUN_ERRORS as error:
+        lines = str(error).strip().splitlines()
         # An error of Detectron2's loader starts with the traceback of its worker process.
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"error: {lines[-1] if lines[0].startswith('Caught ') else ' '.join(map(str.strip, lines))}")
     except TrainingInterrupted as error:
         # After an error of another rank the launcher would end rank 0, which may still be saving.
         if comm.get_local_rank() == 0:

@@ -29,7 +29,7 @@ class MetricsFile(EventWriter):
 
     Replaces Detectron2's JSONWriter, which leaves half a line on a full disk, and after --resume writes the iterations
     since the last checkpoint a second time. Here a line is written whole or not at all, and replaces the interrupted
-    run's lines of the same or a later iteration.
+    run's lines of a later iteration, and its values of the same one.
 
     Args:
         path: of the file.
@@ -52,8 +52,12 @@ class MetricsFile(EventWriter):
         if not entries:
             return
         if self._last is None:
-            earlier = [entry for entry in read_metrics(self._path) if entry["iteration"] < min(entries)]
-            write_text_atomically(self._path, "".join(map(_line, earlier)))
+            first, before = min(entries), read_metrics(self._path)
+            for entry in before:
+                if entry["iteration"] == first:
+                    # A resumed run may only repeat the evaluation of its first iteration.
+                    entries[first] = {**entry, **entries[first]}
+            write_text_atomically(self._path, "".join(_line(entry) for entry in before if entry["iteration"] < first))
         self._last = max(entries)
         _append(self._path, "".join(_line({**entries[key], "iteration": key}) for key in sorted(entries)))
 

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping, reduce_param_groups
 from torch import nn
 
-from sparseinst.config import check_keys
+from sparseinst.config import check_keys, value
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,30 @@ def _state_in_order(saved: dict, names: list[list[str]], saved_names: list[list[
             "learning rates and weight decay must be those of the interrupted run"
         )
     return saved["state"]
+
+
+def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
+    """Return the config with batch, learning rate and schedule scaled from SOLVER.REFERENCE_WORLD_SIZE processes.
+
+    Raises:
+        ValueError: REFERENCE_BATCH_SIZE scales the learning rate too, or a key cannot be scaled.
+    """
+    solver = cfg.SOLVER
+    reference = f"SOLVER.REFERENCE_WORLD_SIZE {solver.REFERENCE_WORLD_SIZE}"
+    if solver.REFERENCE_WORLD_SIZE and solver.REFERENCE_BATCH_SIZE:
+        raise ValueError(
+            f"{reference} and SOLVER.REFERENCE_BATCH_SIZE {solver.REFERENCE_BATCH_SIZE} both scale SOLVER.BASE_LR: set "
+            "one of them to 0"
+        )
+    if solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be divided by {reference}: change one")
+    scaled = DefaultTrainer.auto_scale_workers(cfg, num_processes)
+    for key in ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"):
+        if (before := value(cfg, key)) and not value(scaled, key):
+            raise ValueError(
+                f"{key} {before} becomes 0 where {reference} is scaled to {num_processes} processes: set a larger {key}"
+            )
+    return scaled
 
 
 def learning_rate(cfg: CfgNode) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
@@ -32,7 +32,13 @@ from sparseinst.engine.hooks import EvaluationHook, VisualizationHook
 from sparseinst.engine.host_memory import keep_freed_memory
 from sparseinst.engine.interruption import SaveOnSignal, SignalWatch, TrainingInterrupted
 from sparseinst.engine.metrics_file import build_writers
-from sparseinst.engine.optimizer import build_optimizer, clip_total_norm, parameter_names, resumed_state
+from sparseinst.engine.optimizer import (
+    build_optimizer,
+    clip_total_norm,
+    parameter_names,
+    resumed_state,
+    scale_to_processes,
+)
 from sparseinst.engine.output_folder import check_free_space
 from sparseinst.engine.progress import Progress
 from sparseinst.engine.recompute import prepare_as_configured
@@ -61,7 +67,7 @@ class Trainer(SimpleTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_to_processes(cfg, comm.get_world_size())
         check_config(cfg)
         classes = class_info(cfg.DATASETS.TRAIN[0])
         check_evaluation(cfg, classes.names)

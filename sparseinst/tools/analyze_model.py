@@ -30,13 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, without data, weights or GPU. Return 0, or 1 where a model cannot be built or analyzed."""
-    from sparseinst.checkpoint.atomic_write import write_text_atomically
-
     args = build_parser().parse_args(argv)
     prepare_console()
     import yaml
 
     from sparseinst.benchmarks.complexity import analyze_config
+    from sparseinst.checkpoint.atomic_write import write_text_atomically
     from sparseinst.config import load_config
 
     # Avoids the warning about a missing GPU.

@@ -46,9 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 2 where the arguments, the config or the video are wrong."""
     args = build_parser().parse_args(argv)
     prepare_console()
-    import torch
-
-    torch.set_num_threads(args.threads or torch.get_num_threads())
     try:
         run(args)
     except (ValueError, ImportError) as error:
@@ -79,7 +76,9 @@ def run(args: argparse.Namespace) -> None:
     from sparseinst.visualization import draw_instances
 
     counts = {"--frames": args.frames, "--repetitions": args.repetitions, "--objects": args.objects}
+    counts["--threads"] = torch.get_num_threads() if args.threads is None else args.threads
     check_least({flag: (value, 1) for flag, value in counts.items()})
+    torch.set_num_threads(counts["--threads"])
     cfg = load_config(args.config_file, args.opts, imports=args.imports)
     keep_freed_memory_for_inference(cfg)
     torch.manual_seed(0)

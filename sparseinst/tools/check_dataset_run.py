@@ -268,7 +268,10 @@ def run(args: argparse.Namespace) -> int:
     images = present_images(content, set(files.absent))
     images = [({**image, "file_name": files.found.get(image["file_name"], image["file_name"])}, annotations)
               for image, annotations in images]  # fmt: skip
-    model: type[InstanceSegmenter] = config.meta_architecture(cfg)
+    model = config.meta_architecture(cfg)
+    if not (isinstance(model, type) and issubclass(model, InstanceSegmenter)):
+        # The base class knows nothing about the targets.
+        model = InstanceSegmenter
     is_in_target = model.target_check(cfg)
     survey = partial(survey_image, image_root=args.images, cfg=cfg, is_in_target=is_in_target, is_quick=args.quick)
     # Without batches, collate_fn is called in a worker with each element.

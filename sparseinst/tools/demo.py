@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after the program's name; None: those of ``sys.argv``.
 
     Returns:
-        Exit code: 0; 1 where an image could not be read; 2 where the arguments, the config, the weights or the video
-        prevent a run; 130 after Ctrl-C, which keeps everything that was done.
+        Exit code: 0; 1 where an image or its ground truth could not be used, or a frame ended a video; 2 where the
+        arguments, the config, the weights or the video prevent a run; 130 after Ctrl-C. All but 2 keep what was done.
     """
     args = build_parser().parse_args(argv)
     prepare_console()

@@ -20,6 +20,7 @@ from sparseinst import config
 from sparseinst.config import load_config
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
+from sparseinst.data.images import DataError
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.inference import ImageReadError, Predictor, VideoReader, VideoWriter, read_image
 from sparseinst.inference.output_files import (
@@ -48,7 +49,7 @@ NO_WINDOW = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, and return its exit code: that of `run_images` or `run_video`, or 2 after a ValueError."""
+    """Run the command. Return the code of `run_images` or `run_video`, or 2 after a ValueError or ImportError."""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.INFO)
     try:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         set_model_keys(cfg, args)
         keep_freed_memory_for_inference(cfg)
         return run_video(args, cfg) if args.input is None else run_images(args, cfg)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -91,13 +92,13 @@ def set_model_keys(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
-    """Predict and draw images. Return the exit code: 0; 1 where an image could not be read; 130 after Ctrl-C."""
+    """Predict and draw images. Return the exit code: 0; 1 where an image could not be used; 130 after Ctrl-C."""
     paths = find_images(args.input)
     if args.output is not None:
         check_image_folder(args.output, paths)
     check_json(args, cfg, paths)
     predictor = Predictor(cfg)
-    truth = load_ground_truth(args.ground_truth, predictor.classes)
+    truth = load_ground_truth(args.ground_truth, predictor.classes, cfg.INPUT.MAX_IMAGE_PIXELS)
     timed = TimedPredictor(predictor, args.confidence_threshold)
     results = CocoResults(predictor.classes)
     failures: list[str] = []
@@ -107,7 +108,12 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
         drawings = {}
         if args.output is not None or args.json is None:
             drawings[name] = draw_instances(image, instances, predictor.metadata)
-            true_instances = None if truth is None else truth.find(path)
+            true_instances = None
+            if truth is not None:
+                try:
+                    true_instances = truth.find(path)
+                except DataError as error:
+                    failures.append(f"--ground-truth: {error}")
             if true_instances is not None:
                 drawn_truth = draw_instances(image, true_instances, predictor.metadata)
                 drawings[name] = draw_beside([(drawings[name], "predictions"), (drawn_truth, "ground truth")])
@@ -124,7 +130,7 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
 
     show = _show_all if args.output is None else None
     with Interruption() as interruption:
-        predicted = predict_images(paths, timed, failures)
+        predicted = predict_images(paths, timed, failures, cfg.INPUT.MAX_IMAGE_PIXELS)
         num_done, is_complete = run_stages(predicted, finish, show, IMAGE_QUEUE_LENGTH, interruption)
         if args.json is not None:
             results.write(args.json)
@@ -132,15 +138,13 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
             iams = f", their activation maps in {args.output / IAM_FOLDER}" if args.show_iams else ""
             print(f"{num_done} of {len(paths)} images are in {args.output}{iams}")
         print(timed.speed(num_done, "images"))
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    if not is_complete:
-        return EXIT_INTERRUPTED
-    return 1 if failures else 0
+    return _exit_code(failures, is_complete)
 
 
 def run_video(args: argparse.Namespace, cfg: CfgNode, predictor: Predictor | None = None) -> int:
-    """Predict and draw the frames of a video file or of a camera. Return the exit code: 0, or 130 after Ctrl-C.
+    """Predict and draw the frames of a video file or of a camera, up to a frame whose masks take too much memory.
+
+    Return the exit code: 0; 1 where a frame ended the video; 130 after Ctrl-C.
 
     Args:
         args: of the command.
@@ -160,6 +164,7 @@ def run_video(args: argparse.Namespace, cfg: CfgNode, predictor: Predictor | Non
         timed = TimedPredictor(predictor, args.confidence_threshold)
         results = CocoResults(predictor.classes)
         drawer = VideoDrawer(predictor.metadata)
+        failures: list[str] = []
         num_frames = 0
 
         def finish(predicted: tuple[np.ndarray, Instances]) -> np.ndarray:
@@ -178,16 +183,16 @@ def run_video(args: argparse.Namespace, cfg: CfgNode, predictor: Predictor | Non
         with Interruption() as interruption:
             with contextlib.nullcontext() if output is None else VideoWriter(output, reader.fps) as writer:
                 # The frames of a camera are shown without delay.
-                predicted = predict_frames(reader, timed, 0 if is_camera else QUEUE_LENGTH)
+                predicted = predict_frames(reader, timed, failures, 0 if is_camera else QUEUE_LENGTH)
                 num_done, is_complete = run_stages(predicted, finish, show, QUEUE_LENGTH, interruption)
-            if num_done == 0 and is_complete:
+            if num_done == 0 and is_complete and not failures:
                 raise ValueError(f"OpenCV could not read a single frame of {name}")
             if args.json is not None:
                 results.write(args.json)
             if output is not None and num_done > 0:
-                print(f"{'' if is_complete else 'The first '}{num_done} frames are in {output}")
+                print(f"{'' if is_complete and not failures else 'The first '}{num_done} frames are in {output}")
             print(timed.speed(num_done, "frames"))
-    return 0 if is_complete else EXIT_INTERRUPTED
+    return _exit_code(failures, is_complete)
 
 
 class TimedPredictor:
@@ -224,10 +229,10 @@ class TimedPredictor:
 
 
 def predict_images(
-    paths: Sequence[Path], timed: TimedPredictor, failures: list[str]
+    paths: Sequence[Path], timed: TimedPredictor, failures: list[str], max_pixels: int
 ) -> Generator[tuple[Path, str, np.ndarray, Instances], None, None]:
     """Yield path, output name, RGB image and instances of each image; append the errors of others to ``failures``."""
-    with contextlib.closing(read_ahead(map(_read, paths), IMAGE_QUEUE_LENGTH)) as images:
+    with contextlib.closing(read_ahead((_read(path, max_pixels) for path in paths), IMAGE_QUEUE_LENGTH)) as images:
         named = zip(paths, output_names(paths), images, strict=True)
         for path, name, image in tqdm(named, total=len(paths), unit="image"):
             try:
@@ -243,19 +248,27 @@ def predict_images(
 
 
 def predict_frames(
-    reader: VideoReader, timed: TimedPredictor, queue_length: int
+    reader: VideoReader, timed: TimedPredictor, failures: list[str], queue_length: int
 ) -> Generator[tuple[np.ndarray, Instances], None, None]:
-    """Yield each frame of a video with its instances; ``queue_length`` frames are read ahead."""
+    """Yield each frame of a video with its instances; ``queue_length`` frames are read ahead.
+
+    End at a frame whose masks take too much memory, and append the error to ``failures``.
+    """
     with contextlib.closing(read_ahead(reader, queue_length)) as frames:
-        for frame in tqdm(frames, total=reader.num_frames, unit="frame"):
-            yield frame, timed.predict(frame)
+        for number, frame in enumerate(tqdm(frames, total=reader.num_frames, unit="frame"), 1):
+            try:
+                instances = timed.predict(frame)
+            except MaskMemoryError as error:
+                failures.append(f"frame {number}: {error}")
+                return
+            yield frame, instances
 
 
-def load_ground_truth(path: Path | None, classes: ClassInfo) -> GroundTruth | None:
+def load_ground_truth(path: Path | None, classes: ClassInfo, max_pixels: int) -> GroundTruth | None:
     """Load the json of --ground-truth, if given. Raise ValueError where it has other classes than the model."""
     if path is None:
         return None
-    truth = GroundTruth(path)
+    truth = GroundTruth(path, max_pixels)
     if truth.class_names != classes.names:
         raise ValueError(
             f"--ground-truth {path} has the classes {truth.class_names[:5]}, ..., the model {classes.names[:5]}, ...: "
@@ -275,10 +288,18 @@ def _files_read(args: argparse.Namespace, cfg: CfgNode) -> list[str | Path | Non
     return [args.video_input, args.ground_truth, args.config_file, cfg.MODEL.WEIGHTS]
 
 
-def _read(path: Path) -> np.ndarray | ImageReadError:
+def _exit_code(failures: list[str], is_complete: bool) -> int:
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    if not is_complete:
+        return EXIT_INTERRUPTED
+    return 1 if failures else 0
+
+
+def _read(path: Path, max_pixels: int) -> np.ndarray | ImageReadError:
     # Returned, because a raised error would end the thread that reads the other images.
     try:
-        return read_image(path)
+        return read_image(path, max_pixels=max_pixels)
     except ImageReadError as error:
         return error
 

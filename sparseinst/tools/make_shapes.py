@@ -123,6 +123,8 @@ def make_shapes(output_dir: Path, num_images: dict[str, int], seeds: dict[str, i
     partial_dir = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial_dir, ignore_errors=True)
     try:
+        # An error must not follow a progress bar in its line.
+        partial_dir.mkdir(parents=True)
         for split, count in num_images.items():
             write_shapes_dataset(partial_dir, count, seeds[split], size, split=split, progress=True)
         (partial_dir / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
@@ -152,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     seeds = {"train": args.train_seed, "val": args.val_seed}
     try:
         written = make_shapes(args.output, {"train": args.train, "val": args.val}, seeds, args.size)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.output}: {args.train} + {args.val} images{'' if written else ' (already there)'}")

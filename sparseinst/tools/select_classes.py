@@ -45,10 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or files."""
-    from sparseinst.checkpoint.atomic_write import write_text_atomically
-
     args = build_parser().parse_args(argv)
     prepare_console()
+    from sparseinst.checkpoint.atomic_write import write_text_atomically
     from sparseinst.data.coco_json import load_checked_json
 
     try:

@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="COCO json to write")
     add("--classes", nargs="+", default=[], help="all class names, in the model's order (default: as found)")
     add("--values", choices=("objects", "classes"), default="objects", help="meaning of a mask's values")
+    add("--max-image-pixels", type=int, default=200_000_000, metavar="N", help="as INPUT.MAX_IMAGE_PIXELS")
     return parser
 
 
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"There is no file or folder {path}")
         if args.output.exists():
             raise ValueError(f"{args.output} already exists; remove it, or change --output")
-        content = convert(args)
+        by_class = args.values == "classes"
+        content = convert(args.source, args.images, args.classes, by_class=by_class, max_pixels=args.max_image_pixels)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(args.output, json.dumps(content))
     except (ValueError, OSError) as error:

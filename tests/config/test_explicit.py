@@ -31,6 +31,14 @@ def test_overrides_and_own_files_are_explicit(tmp_path):
     assert is_explicit(load_config(str(tmp_path / "config.yaml")), MAX_DETECTIONS)
 
 
+def test_the_keys_of_a_group_override_are_explicit():
+    cfg = load_config("quick/shapes", ["MODEL.SPARSE_INST", "{'DECODER': {'NUM_CLASSES': 5}, 'MAX_DETECTIONS': 7}"])
+    assert cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES == 5
+    assert is_explicit(cfg, NUM_CLASSES) and is_explicit(cfg, MAX_DETECTIONS) and not is_explicit(cfg, NUM_MASKS)
+    # The user's own number stays.
+    assert load_config("quick/shapes", ["TEST", "{'DETECTIONS_PER_IMAGE': 9}"]).MODEL.SPARSE_INST.MAX_DETECTIONS == 9
+
+
 def test_detectron2s_number_of_detections_sets_the_models(tmp_path):
     def most(*opts, file="quick/shapes"):
         return load_config(file, list(opts)).MODEL.SPARSE_INST.MAX_DETECTIONS

@@ -150,6 +150,17 @@ def test_files_that_cannot_be_read(tmp_path):
             resolve_config_file(name)
 
 
+def test_a_value_named_full_model():
+    assert load_config("Base-SparseInst", ["OUTPUT_DIR", "full_model"]).OUTPUT_DIR == "full_model"
+
+
+@pytest.mark.parametrize("solver", ["", "5"])
+def test_a_base_without_keys_of_the_solver(tmp_path, solver):
+    write(tmp_path / "base.yaml", f"SOLVER: {solver}\n")
+    path = write(tmp_path / "child.yaml", "_BASE_: base.yaml\nSOLVER: {CLIP_GRADIENTS: {CLIP_VALUE: 3.0}}\n")
+    assert load_config(path).SOLVER.CLIP_GRADIENTS.CLIP_VALUE == 3
+
+
 def test_each_base_is_read_once(tmp_path):
     # 10 to the power of 9 readings, and no circle.
     for level in range(9):

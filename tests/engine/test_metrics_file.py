@@ -36,6 +36,17 @@ def test_a_resumed_run_replaces_what_it_repeats_and_half_a_line(tmp_path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+def test_a_repeated_evaluation_keeps_the_losses_of_its_iteration(tmp_path):
+    path = tmp_path / "metrics.json"
+    write(path, [3, 2])
+    with EventStorage(1) as storage:
+        storage.put_scalars(AP=40, smoothing_hint=False)
+        storage.step()
+        storage.put_scalars(loss=1, smoothing_hint=False)
+        MetricsFile(path).write()
+    assert read_metrics(path)[1:] == [{"iteration": 1, "loss": 2, "AP": 40}, {"iteration": 2, "loss": 1}]
+
+
 def test_no_file_and_other_lines(tmp_path):
     assert read_metrics(tmp_path / "metrics.json") == []
     (tmp_path / "metrics.json").write_bytes(b'[1]\n\xff\n{"loss": 3}\n\n')

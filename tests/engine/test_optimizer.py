@@ -12,6 +12,7 @@ from sparseinst.engine.optimizer import (
     parameter_groups,
     parameter_names,
     resumed_state,
+    scale_to_processes,
 )
 from tests.tiny_model import tiny_cfg, tiny_model
 
@@ -80,6 +81,27 @@ def test_learning_rate_follows_the_batch():
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 64
     assert learning_rate(cfg) == pytest.approx(0.01 / 8)
     assert build_optimizer(cfg, _Model()).param_groups[0]["lr"] == pytest.approx(0.01 / 8)
+
+
+def test_the_schedule_follows_the_number_of_processes():
+    opts = ("SOLVER.REFERENCE_WORLD_SIZE", 4, "SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_ITER", 100)
+    cfg = scale_to_processes(tiny_cfg(*opts), 2)
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER) == (4, 200)
+    assert scale_to_processes(tiny_cfg(), 2) == tiny_cfg()
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("SOLVER.REFERENCE_BATCH_SIZE", 8), "both scale SOLVER.BASE_LR: set one of them to 0"),
+        (("SOLVER.IMS_PER_BATCH", 7), "IMS_PER_BATCH 7 cannot be divided by SOLVER.REFERENCE_WORLD_SIZE 4"),
+        (("SOLVER.CHECKPOINT_PERIOD", 1), "CHECKPOINT_PERIOD 1 becomes 0 where SOLVER.REFERENCE_WORLD_SIZE 4 .* 16"),
+        (("TEST.EVAL_PERIOD", 2), "EVAL_PERIOD 2 becomes 0"),
+    ],
+)
+def test_what_the_number_of_processes_cannot_scale(opts, message):
+    with pytest.raises(ValueError, match=message):
+        scale_to_processes(tiny_cfg("SOLVER.REFERENCE_WORLD_SIZE", 4, "SOLVER.IMS_PER_BATCH", 8, *opts), 16)
 
 
 @pytest.mark.parametrize("clip_type", ["total", "norm", "value"])

@@ -33,6 +33,7 @@ def test_table(arguments, capsys):
     [
         (["--frames", "0"], "--frames is 0"),
         (["--detections", "7"], "NUM_MASKS allows 0 to 6"),
+        (["--threads", "-1"], "--threads is -1"),
         (["--objects", "7"], "NUM_MASKS allows 0 to 6"),
         (["--video", "none.mp4"], "no video file none.mp4"),
     ],

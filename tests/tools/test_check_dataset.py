@@ -12,6 +12,7 @@ from sparseinst.modeling.sparse_inst.target_check import is_on_grid
 from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.tools import check_dataset
 from tests.data.flawed_json import CONTENT, annotation, flawed, write
+from tests.red_segmenter import red_segmenter_config
 from tests.shapes_data import write_shapes
 from tests.tiny_model import tiny_cfg
 
@@ -42,6 +43,13 @@ def test_counts_by_hand(config_file, tmp_path, capsys):
     assert "80.0% small (below 32 x 32 pixels), 20.0% medium, 0.0% large" in output
     assert "NUM_CLASSES 3; MODEL.SPARSE_INST.DECODER.NUM_MASKS 3 or more" in output and "(it is 6)" in output
     assert output.endswith("Nothing here stops a training.\n")
+
+
+def test_a_model_of_another_interface(tmp_path, capsys):
+    path = tmp_path / "red.yaml"
+    path.write_text(red_segmenter_config().dump())
+    code, output = check(capsys, *write(tmp_path, flawed("none")), "--config-file", path)
+    assert code == 1 and "there are 3 categories, but" in output and "mask grid" not in output
 
 
 def test_drawn_shapes_in_every_way(tmp_path, capsys):

@@ -6,6 +6,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
 from sparseinst.config import load_config
+from sparseinst.data.ground_truth import GroundTruth
+from sparseinst.data.images import DataError
 from sparseinst.inference import VideoReader, VideoWriter
+from sparseinst.ops.mask_output import MaskMemoryError
 from sparseinst.tools import demo_run
 from tests.tiny_model import tiny_cfg, tiny_model
 from tests.tools.demo_scenes import ground_truth_json, pixels_of, run, save_scene
@@ -38,6 +42,12 @@ def test_a_picture_is_drawn_in_its_colours(tmp_path, config_file, capsys):
     assert "1 of 1 images" in (printed := capsys.readouterr().out) and str(output) in printed
 
 
+def test_a_missing_package_is_one_line(tmp_path, config_file, monkeypatch, capsys):
+    monkeypatch.setattr(demo_run, "Predictor", Mock(side_effect=ImportError("pip install timm")))
+    assert run(config_file, "--input", save_scene(tmp_path / "a.png"), "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err.endswith("error: pip install timm\n")
+
+
 def test_threshold(tmp_path, config_file):
     path = save_scene(tmp_path / "in" / "a.png")
     assert run(config_file, "--input", path, "--output", tmp_path / "out", "--confidence-threshold", 0.2) == 0
@@ -56,6 +66,14 @@ def test_ground_truth_is_drawn_beside(tmp_path, config_file):
     assert np.abs(right[red_at] - (250, 20, 20)).max() <= 1 and np.abs(right[blue_at] - (20, 20, 250)).max() > 40
     # A picture that the json does not have stands alone.
     assert pixels_of(tmp_path / "out" / "b.png").shape == (480, 640, 3)
+
+
+def test_ground_truth_of_another_size_is_named(tmp_path, config_file, capsys):
+    paths = [save_scene(tmp_path / "in" / "a.png", size=(48, 66)), save_scene(tmp_path / "other" / "b.png")]
+    truth, output, file = ground_truth_json(tmp_path), tmp_path / "out", tmp_path / "found.json"
+    assert run(config_file, "--input", *paths, "--output", output, "--json", file, "--ground-truth", truth) == 1
+    assert "a.png has 48 x 66 pixels" in capsys.readouterr().err
+    assert {path.name for path in output.iterdir()} == {"a.png", "b.png"} and len(json.loads(file.read_text())) == 2
 
 
 def test_ground_truth_of_other_classes_is_refused(tmp_path, config_file, capsys):
@@ -137,6 +155,38 @@ def test_pictures_whose_masks_are_too_large_are_passed_and_named(tmp_path, tiny_
     captured = capsys.readouterr()
     assert "1 of 2 images" in captured.out and (tmp_path / "out" / "small.png").is_file()
     assert "large.png: 6 boolean masks of 1200x1000" in captured.err and "MAX_MASK_GIB" in captured.err
+
+
+def test_a_frame_whose_masks_are_too_large_ends_the_video(tmp_path, config_file, monkeypatch, capsys):
+    with VideoWriter(tmp_path / "clip.mp4", 10) as writer:
+        for _ in range(5):
+            writer.write(np.full((48, 64, 3), (250, 20, 20), np.uint8))
+    calls, predict = [], demo_run.TimedPredictor.predict
+
+    def predict_three(self, image):
+        calls.append(image)
+        if len(calls) == 4:
+            raise MaskMemoryError("9 boolean masks")
+        return predict(self, image)
+
+    monkeypatch.setattr(demo_run.TimedPredictor, "predict", predict_three)
+    file = tmp_path / "found.json"
+    arguments = ["--video-input", tmp_path / "clip.mp4", "--output", tmp_path / "out", "--json", file]
+    assert run(config_file, *arguments) == 1
+    captured = capsys.readouterr()
+    assert "The first 3 frames are in" in captured.out and "frame 4: 9 boolean masks" in captured.err
+    assert len(json.loads(file.read_text())) == 3
+    with VideoReader(tmp_path / "out" / "clip.mp4") as reader:
+        assert len(list(reader)) == 3
+
+
+def test_the_limit_of_pixels(tmp_path, config_file, capsys):
+    path, truth = save_scene(tmp_path / "in" / "a.png"), ground_truth_json(tmp_path)
+    arguments = ["--input", path, "--output", tmp_path / "out", "--opts", "INPUT.MAX_IMAGE_PIXELS"]
+    assert run(config_file, *arguments, "3071") == 1
+    assert "INPUT.MAX_IMAGE_PIXELS is 3071" in capsys.readouterr().err
+    with pytest.raises(DataError, match="INPUT.MAX_IMAGE_PIXELS is 3071"):
+        GroundTruth(truth, 3071).find(path)
 
 
 def test_iam_picture(tmp_path, config_file, capsys):

@@ -55,6 +55,13 @@ def test_files_of_the_user_are_kept(tmp_path, capsys):
     assert list(contents(tmp_path)) == ["thesis.txt"] and (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file" / "shapes") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(tmp_path / "file") in error and error.count("\n") == 1
+
+
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     write = make_shapes.write_shapes_dataset
 

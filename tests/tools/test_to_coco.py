@@ -121,6 +121,91 @@ def test_masks(files, options, expected, tmp_path, images):
     assert coco_mask.decode(content["annotations"][0]["segmentation"]).sum() == 100
 
 
+def file_names_of_objects(path):
+    content = json.loads(path.read_text())
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    return [names[annotation["image_id"]] for annotation in content["annotations"]]
+
+
+@pytest.mark.parametrize(
+    ("image_names", "masks", "expected"),
+    [
+        (["v1/0001.png", "v2/0001.png"], ["v1/0001.png", "v2/0001.png"], ["v1/0001.png", "v2/0001.png"]),
+        (["v1/0001.png", "v2/0001.png"], ["v1/0001/3.png", "v2/0001_3.png"], ["v1/0001.png", "v2/0001.png"]),
+        (["1.png", "2.png"], ["1/2.png"], ["1.png"]),  # mask 2 of image 1
+        (["1/1.png", "1/2.png"], ["1/2.png"], ["1/2.png"]),
+        (["1.png", "v/1.png"], ["1.png", "v/1.png"], ["1.png", "v/1.png"]),
+    ],
+)
+def test_folders_decide_between_images_of_one_name(image_names, masks, expected, tmp_path):
+    for name in image_names:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 20)).save(tmp_path / "images" / name)
+    for name in masks:
+        source = mask_file(tmp_path, name, (1, 2))
+    assert to_coco.main([str(source), str(tmp_path / "images"), "--output", str(tmp_path / "out.json")]) == 0
+    assert file_names_of_objects(tmp_path / "out.json") == expected
+
+
+def test_labelme_files_in_folders_of_equal_names(tmp_path):
+    for folder in ("v1", "v2"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 20)).save(tmp_path / "images" / folder / "a.png")
+        path = labelme(tmp_path / "images" / folder) / "a.json"
+        path.write_text(path.read_text("utf-8-sig").replace("..\\\\images\\\\a.png", "../a.jpg"))
+    assert to_coco.main([str(tmp_path / "images")] * 2 + ["--output", str(tmp_path / "out.json")]) == 0
+    assert file_names_of_objects(tmp_path / "out.json") == ["v1/a.png"] * 2 + ["v2/a.png"] * 2
+
+
+@pytest.mark.parametrize("other", ["a.jpg", "v/a.png"])
+def test_an_annotation_that_fits_several_images_is_refused(other, tmp_path, images, capsys):
+    (images / "v").mkdir()
+    Image.new("RGB", (40, 20)).save(images / other)
+    (images / "a.png").rename(images / "w.png" if other == "a.jpg" else images / "v" / "w.png")
+    Image.new("RGB", (40, 20)).save(images / "a.png" if other == "a.jpg" else images / "a.bmp")
+    source = mask_file(tmp_path, "train/a.png", (1, 2))
+    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json")]) == 2
+    assert (error := capsys.readouterr().err).count("\n") == 1
+    assert "annotates 'train/a', which may be" in error and str(images / other) in error
+
+
+def test_masks_in_jpeg_are_black_and_white(tmp_path, images):
+    (tmp_path / "masks").mkdir()
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[3:13, 2:12] = 255
+    Image.fromarray(pixels).save(tmp_path / "masks" / "a.jpg", quality=30)  # values near 0 too
+    arguments = [str(tmp_path / "masks"), str(images), "--output", str(tmp_path / "out.json"), "--values", "classes"]
+    assert to_coco.main(arguments) == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert [(a["bbox"], a["area"]) for a in content["annotations"]] == [([2, 3, 10, 10], 100)]
+    assert [category["name"] for category in content["categories"]] == ["class 1"]
+
+
+def test_the_yaml_of_yolo(tmp_path, images, capsys):
+    labels, output = yolo(tmp_path), ["--output", str(tmp_path / "out.json")]
+    (tmp_path / "other.yaml").write_text("key: !Tag [")  # not read
+    assert to_coco.main([str(labels), str(images), *output]) == 0
+    (tmp_path / "out.json").unlink()
+    for text, message in (("names: [", "not valid YAML"), ("- cat", "no class names"), ("", "no class names")):
+        (tmp_path / "data.yaml").write_text(text)
+        assert to_coco.main([str(labels), str(images), *output]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "data.yaml" in error and error.count("\n") == 1, error
+        assert to_coco.main([str(labels), str(images), *output, "--classes", "cat", "dog"]) == 0
+        (tmp_path / "out.json").unlink()
+        capsys.readouterr()
+    (tmp_path / "mine.yaml").write_text("names: [x, y]")
+    assert to_coco.main([str(tmp_path / "mine.yaml"), str(images), *output]) == 0
+    assert "(x 1, y 1)" in capsys.readouterr().out
+
+
+def test_the_limit_of_pixels(tmp_path, images, capsys):
+    source, output = mask_file(tmp_path, "a.png", (1, 2)), ["--output", str(tmp_path / "out.json")]
+    assert to_coco.main([str(source), str(images), *output, "--max-image-pixels", "799"]) == 2
+    assert "INPUT.MAX_IMAGE_PIXELS is 799" in capsys.readouterr().err
+    assert to_coco.main([str(source), str(images), *output, "--max-image-pixels", "800"]) == 0
+
+
 def test_what_cannot_be_converted(tmp_path, images, capsys):
     output = ["--output", str(tmp_path / "out.json")]
     (tmp_path / "empty").mkdir()
