@@ -162,7 +162,8 @@ class SparseInst(InstanceSegmenter):
     def loss_counts(self, targets: list[InstanceTargets]) -> dict[str, torch.Tensor]:
         """Count ground-truth instances and matched pairs, at most N for each image."""
         counts = torch.tensor([len(target.gt_classes) for target in targets])
-        most = getattr(self.decoder, "num_masks", None)
+        # A user's decoder need not tell its number of masks.
+        most = getattr(self.decoder, "num_masks", torch.iinfo(counts.dtype).max)
         return {"num_instances": counts.sum(), "num_matched": counts.clamp(max=most).sum()}
 
     def losses(
