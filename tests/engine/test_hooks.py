@@ -7,9 +7,7 @@ from sparseinst.engine import hooks
 from tests.tiny_model import random_input, tiny_model
 
 
-@pytest.mark.parametrize(
-    ("decoder", "expected"), [("GroupIAMDecoder", "sigmoid"), ("GroupIAMSoftDecoder", "softmax")]
-)
+@pytest.mark.parametrize(("decoder", "expected"), [("GroupIAMDecoder", "sigmoid"), ("GroupIAMSoftDecoder", "softmax")])
 def test_activation_maps_are_drawn_as_the_model_normalizes_them(decoder, expected, monkeypatch):
     drawn = []
     monkeypatch.setattr(hooks, "draw_iams", lambda *_, normalization="sigmoid": drawn.append(normalization))
