@@ -238,8 +238,7 @@ class InstanceSegmenter(nn.Module, ABC):
             images = self.preprocess(batched_inputs)
             part = TrainingPart(images, self.prepare_targets(batched_inputs, images))
         # Statistics of norms are measured without gradients, and need no compilation.
-        compiled = self._training_network if torch.is_grad_enabled() else None
-        network = compiled or self.network
+        network = self.training_network if torch.is_grad_enabled() else self.network
         return self.losses(network(part.images.tensor), part.targets, part.counts)
 
     def prepare_parts(self, batches: Sequence[list[dict]]) -> list[TrainingPart]:
@@ -354,6 +353,11 @@ class InstanceSegmenter(nn.Module, ABC):
             ValueError: the model cannot predict this number of instances.
         """
         return outputs
+
+    @property
+    def training_network(self) -> Network:
+        """Return the callable that runs in training mode: `network`, unless `set_training_network` replaced it."""
+        return self._training_network or self.network
 
     def set_training_network(self, network: Network) -> None:
         """Run this callable in place of `network` in training mode, for example a compiled one."""
