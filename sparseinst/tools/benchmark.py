@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> dict:
             warmup=args.warmup,
             median_area=args.area,
         )
-        if len(cfgs) > 1 and not cfg.MODEL.DEVICE.startswith("cuda"):
-            # The peak of the process is that of all models together.
+        if len(models) * len(args.batch_sizes) > 1 and not cfg.MODEL.DEVICE.startswith("cuda"):
+            # The peak of the process is that of all models and batches together.
             measurements = {name: each._replace(peak_bytes=None) for name, each in measurements.items()}
         figures = report(measurements)
         print(f"\nBatch of {batch_size}, {args.repetitions} repetitions after {args.warmup}, ms\n{table(figures)}")
