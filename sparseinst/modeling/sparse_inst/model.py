@@ -141,7 +141,7 @@ class SparseInst(InstanceSegmenter):
         """
         features = self.encoder(self.backbone(images))
         # The second argument only where it is needed, because a user's decoder may not take it.
-        return self.decoder(features, with_iams=True) if self.output.with_maps else self.decoder(features)
+        return self.decoder(features, with_iams=True) if self.with_maps else self.decoder(features)
 
     def prepare_targets(self, batched_inputs: list[dict], images: ImageList) -> list[InstanceTargets]:
         """Pad the ground truth as the images are padded, then reduce it to the mask grid.
