@@ -166,7 +166,8 @@ def test_several_configs_at_their_own_sizes(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "is_measured"), [([], True), (["--compare", "eager", "fused"], False), (["--batch-sizes", "2", "1"], False)]
+    ("args", "is_measured"),
+    [([], True), (["--compare", "eager", "fused"], False), (["--batch-sizes", "2", "1"], False)],
 )
 def test_on_the_cpu_the_peak_is_that_of_a_single_row(config, tmp_path, args, is_measured):
     path = tmp_path / "speed.json"
