@@ -12,12 +12,12 @@ from torch import nn
 from sparseinst.benchmarks.settings import Measurement
 from sparseinst.evaluation.stage_timer import StageTimer, now, peak_bytes
 
-STAGES = ("preprocessing", "network", "post-processing", "copy to host")
+INFERENCE_STAGES = ("preprocessing", "network", "post-processing", "copy to host")
 # Runs of the network whose parts are timed.
 _PART_RUNS = 3
 
 
-def measure(
+def measure_models(
     models: dict[str, nn.Module],
     images: Sequence[np.ndarray],
     augmentations: Mapping[str, T.AugmentationList],
@@ -38,8 +38,8 @@ def measure(
         warmup: repetitions before them.
 
     Returns:
-        Measurements by name, with STAGES, "as published" and "end to end". ``more`` has the median milliseconds of the
-        network's parts as "parts_ms", empty where the network runs as one program.
+        Measurements by name, with INFERENCE_STAGES, "as published" and "end to end". ``more`` has the median
+        milliseconds of the network's parts as "parts_ms", empty where the network runs as one program.
 
     Raises:
         ValueError: a model cannot have so many objects.
@@ -59,7 +59,7 @@ def measure(
                 peaks[name] = max(peaks[name], peak_bytes(model.device))
     measurements = {}
     for name, model in models.items():
-        stages = {stage: np.array(timers[name].seconds[stage][warmup:]) for stage in STAGES}
+        stages = {stage: np.array(timers[name].seconds[stage][warmup:]) for stage in INFERENCE_STAGES}
         # The paper's time excludes preprocessing and copy; end to end is from decoded images to masks on the host.
         total = sum(stages.values())
         stages |= {"as published": stages["network"] + stages["post-processing"], "end to end": total}

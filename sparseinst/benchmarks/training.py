@@ -20,7 +20,7 @@ from sparseinst.config import register_models
 from sparseinst.data.coco_json import register_user_datasets
 from sparseinst.data.loader import TrainLoader
 from sparseinst.engine.trainer import Trainer
-from sparseinst.evaluation.stage_timer import now, resident_bytes
+from sparseinst.evaluation.stage_timer import now, peak_bytes, resident_bytes
 
 DATA = "waiting for data"
 COPY = "copy and normalize"
@@ -30,7 +30,7 @@ LOSSES = "losses"
 BACKWARD = "backward"
 OPTIMIZER = "optimizer"
 REST = "unscale, clip, guard, log"
-STAGES = (DATA, COPY, NETWORK, TARGETS, LOSSES, BACKWARD, REST, OPTIMIZER)
+TRAINING_STAGES = (DATA, COPY, NETWORK, TARGETS, LOSSES, BACKWARD, REST, OPTIMIZER)
 # PyTorch records this name for each step of an optimizer.
 _OPTIMIZER_STEP = "Optimizer.step#"
 # Batches that are mapped beforehand where reading is not timed.
@@ -80,15 +80,15 @@ class SteppingTrainer:
         for _ in range(num_steps):
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 total = self.step()
-            found = dict.fromkeys(STAGES, 0.0)
+            found = dict.fromkeys(TRAINING_STAGES, 0.0)
             for event in profiler.key_averages():
                 name = OPTIMIZER if event.key.startswith(_OPTIMIZER_STEP) else event.key
                 if name in found:
                     found[name] += event.cpu_time_total / 1e6
             found[DATA] = self._storage.latest()["data_time"][0]
             found[REST] = total - sum(found.values())
-            stages.append([found[stage] for stage in STAGES])
-        return dict(zip(STAGES, np.array(stages).T))
+            stages.append([found[stage] for stage in TRAINING_STAGES])
+        return dict(zip(TRAINING_STAGES, np.array(stages).T))
 
     def _record_stages(self) -> None:
         """Name the stages of model and trainer for the profiler."""
@@ -117,7 +117,8 @@ class SteppingTrainer:
             return losses
 
         model.preprocess = recorded(model.preprocess, COPY)
-        model.network = recorded(model.network, NETWORK)
+        # With SOLVER.COMPILE this is the compiled network.
+        model.set_training_network(recorded(model.training_network, NETWORK))
         model.prepare_targets = recorded(model.prepare_targets, TARGETS)
         model.losses = recorded(model.losses, LOSSES)
         model.forward = run_forward
@@ -153,7 +154,7 @@ def as_training(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def measure(
+def measure_trainings(
     configs: Mapping[str, CfgNode], *, caches_batches: bool, repetitions: int, warmup: int = 1, with_memory: bool = True
 ) -> dict[str, Measurement]:
     """Take training steps of each config repeatedly, all configs in turn within each repetition.
@@ -166,14 +167,14 @@ def measure(
         with_memory: measure memory too, in a process for each config.
 
     Returns:
-        Measurements by name, with "step", and STAGES from further steps in the profiler. Memory is as in `peak_bytes`.
-        ``more`` has "share_of_all_but_the_network", the share of the step outside the network's forward pass and the
-        backward pass.
+        Measurements by name, with "step", and TRAINING_STAGES from further steps in the profiler. Memory is as in
+        `peak_bytes_of_steps`. ``more`` has "share_of_all_but_the_network", the share of the step outside the network's
+        forward pass and the backward pass.
 
     Raises:
         ValueError: a config cannot be trained, or there is too little memory.
     """
-    peaks = {name: peak_bytes(cfg, caches_batches) if with_memory else None for name, cfg in configs.items()}
+    peaks = {name: peak_bytes_of_steps(cfg, caches_batches) if with_memory else None for name, cfg in configs.items()}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: SteppingTrainer(cfg, folder, caches_batches) for name, cfg in configs.items()}
         seconds = [[trainer.step() for trainer in trainers.values()] for _ in range(warmup + repetitions)]
@@ -187,7 +188,7 @@ def measure(
         return measurements
 
 
-def peak_bytes(cfg: CfgNode, caches_batches: bool) -> int:
+def peak_bytes_of_steps(cfg: CfgNode, caches_batches: bool) -> int:
     """Return the peak memory of a training's first two steps: weights, gradients, optimizer, activations.
 
     The second step is the first one with the state of the optimizer. The steps run in a new process. On CUDA the figure
@@ -215,10 +216,10 @@ def _peak_here(cfg: CfgNode, caches_batches: bool, num_threads: int) -> int:
     torch.set_num_threads(num_threads)
     register_models(cfg)
     cfg = as_training(cfg)
-    is_cuda = cfg.MODEL.DEVICE.startswith("cuda")
-    before = 0 if is_cuda else resident_bytes("VmRSS")
+    device = torch.device(cfg.MODEL.DEVICE)
+    before = 0 if device.type == "cuda" else resident_bytes("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         trainer = SteppingTrainer(cfg, folder, caches_batches)
         trainer.step()
         trainer.step()
-    return torch.cuda.max_memory_allocated() if is_cuda else resident_bytes() - before
+    return peak_bytes(device) - before

@@ -42,7 +42,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Largest memory of the boolean masks of one image, in GiB; a prediction that needs more raises an error.
     # 100 masks of 42 megapixels fit.
     cfg.MODEL.OUTPUT.MAX_MASK_GIB = 4.0
-    # Instances with a final score at or below this are dropped, in [0, 1).
+    # Instances with a final score at or below this are dropped, in [0, 1].
     cfg.MODEL.OUTPUT.SCORE_THRESHOLD = 0.0
 
     # How the network runs at inference; see sparseinst.runtime.optimize.

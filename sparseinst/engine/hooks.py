@@ -16,7 +16,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import nn
 
-from sparseinst.visualization import draw_iams, draw_instances, ground_truth_instances
+from sparseinst.visualization import draw_iams, draw_instances, ground_truth_instances, iam_normalization
 
 MAX_DRAWN = 20
 
@@ -140,7 +140,8 @@ class VisualizationHook(HookBase):
             "predictions": draw_instances(image, predictions, self.metadata),
         }
         if predictions.has("pred_iams"):
-            drawings["activation_maps"] = draw_iams(image, predictions, self.metadata)
+            normalization = iam_normalization(self.model)
+            drawings["activation_maps"] = draw_iams(image, predictions, self.metadata, normalization=normalization)
         return drawings
 
     def _predict(self, x: dict) -> Instances:

@@ -93,7 +93,9 @@ class EncodedMaskEvaluator(COCOEvaluator):
         self._timer = timer or StageTimer()
         classes = self._metadata.get("thing_dataset_id_to_contiguous_id")
         self.outcome: Outcome | None = None
-        self._category_ids = None if classes is None else sorted(classes, key=classes.get)
+        # In the order of the data set's classes, and in that of the model's.
+        self._dataset_ids = None if classes is None else sorted(classes, key=classes.get)
+        self._category_ids = self._dataset_ids
         if class_names is not None:
             self._category_ids = class_info(dataset_name).category_ids_of(class_names, dataset_name)
 
@@ -163,7 +165,7 @@ class EncodedMaskEvaluator(COCOEvaluator):
                     )
                 figures[task] = coco_figures(evaluated, names)
         # TASKS ends with the masks.
-        ids = self._coco_api.getCatIds() if self._category_ids is None else self._category_ids
+        ids = sorted(self._coco_api.getCatIds()) if self._dataset_ids is None else self._dataset_ids
         self.outcome = Outcome(self._coco_api, results, evaluated, ids, list(names or map(str, ids)), img_ids)
         return figures
 

@@ -144,8 +144,10 @@ def best_score(outcome: Outcome) -> float:
         return 0.5
     precision = precision_and_recall(outcome.evaluation)
     scores = np.asarray(outcome.evaluation.eval["scores"])[0, :, :, 0, -1]
-    num_objects = Counter(a["category_id"] for a in outcome.truth.anns.values() if not a.get("iscrowd"))
-    objects = np.array([num_objects[category_id] for category_id in outcome.evaluation.params.catIds])
+    params = outcome.evaluation.params
+    annotations = (a for image_id in params.imgIds for a in outcome.truth.imgToAnns[image_id])
+    num_objects = Counter(a["category_id"] for a in annotations if not a.get("iscrowd"))
+    objects = np.array([num_objects[category_id] for category_id in params.catIds])
     # Highest first: the curves count wrong predictions down to the last right one only, so the first maximum is right.
     candidates = np.arange(1, 100)[::-1] / 100
     # (recalls, K, candidates): scores fall with the recall, and are 0 beyond the largest recall.

@@ -23,6 +23,7 @@ from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
 from sparseinst.runtime.optimize import optimize_as_configured
+from sparseinst.visualization import iam_normalization
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +103,7 @@ class Predictor:
     @property
     def iam_normalization(self) -> str:
         """The model's normalization of activation maps, "sigmoid" or "softmax"; "sigmoid" where it has none."""
-        for module in self.model.modules():
-            if hasattr(module, "iam_normalization"):
-                return module.iam_normalization
-        return "sigmoid"
+        return iam_normalization(self.model)
 
     def __call__(self, images: Iterable[str | os.PathLike | np.ndarray], channel_order: str = "BGR") -> list[Instances]:
         """Predict the instances of each image.

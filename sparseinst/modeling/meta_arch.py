@@ -71,6 +71,21 @@ def check_not_traced() -> None:
         )
 
 
+@contextlib.contextmanager
+def _value_of_thread(values: dict[int, Any], value: Any) -> Iterator[None]:
+    """Set the value of this thread in a with statement."""
+    thread = threading.get_ident()
+    before = values.get(thread)
+    values[thread] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del values[thread]
+        else:
+            values[thread] = before
+
+
 class TrainingPart(NamedTuple):
     """Inputs of one part of a training step, prepared before the network runs.
 
@@ -154,6 +169,7 @@ class InstanceSegmenter(nn.Module, ABC):
         self._output = output or OutputOptions()
         # Options that `output_as` has changed, by thread: one model may serve several.
         self._output_of_thread: dict[int, OutputOptions] = {}
+        self._maps_of_thread: dict[int, bool] = {}
         self._training_network: Network | None = None
 
     @classmethod
@@ -197,18 +213,21 @@ class InstanceSegmenter(nn.Module, ABC):
         changed = self._output_of_thread
         return changed.get(threading.get_ident(), self._output) if changed else self._output
 
+    @property
+    def with_maps(self) -> bool:
+        """Return ``output.with_maps``. Networks read this: in `output` torch.compile breaks its graph at the thread."""
+        changed, own = self._maps_of_thread, self._output.with_maps
+        return changed.get(threading.get_ident(), own) if changed else own
+
     @contextlib.contextmanager
     def output_as(self, **changes: Any) -> Iterator[None]:
         """Change fields of `output` for this thread in a with statement. Raises ValueError on a value out of range."""
-        thread = threading.get_ident()
-        before = self._output_of_thread.get(thread)
-        self._output_of_thread[thread] = dataclasses.replace(self.output, **changes)
-        try:
+        output = dataclasses.replace(self.output, **changes)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_value_of_thread(self._output_of_thread, output))
+            if "with_maps" in changes:
+                stack.enter_context(_value_of_thread(self._maps_of_thread, output.with_maps))
             yield
-        finally:
-            del self._output_of_thread[thread]
-            if before is not None:
-                self._output_of_thread[thread] = before
 
     def forward(
         self, batched_inputs: list[dict], part: TrainingPart | None = None
@@ -238,8 +257,7 @@ class InstanceSegmenter(nn.Module, ABC):
             images = self.preprocess(batched_inputs)
             part = TrainingPart(images, self.prepare_targets(batched_inputs, images))
         # Statistics of norms are measured without gradients, and need no compilation.
-        compiled = self._training_network if torch.is_grad_enabled() else None
-        network = compiled or self.network
+        network = self.training_network if torch.is_grad_enabled() else self.network
         return self.losses(network(part.images.tensor), part.targets, part.counts)
 
     def prepare_parts(self, batches: Sequence[list[dict]]) -> list[TrainingPart]:
@@ -354,6 +372,11 @@ class InstanceSegmenter(nn.Module, ABC):
             ValueError: the model cannot predict this number of instances.
         """
         return outputs
+
+    @property
+    def training_network(self) -> Network:
+        """Return the callable that runs in training mode: `network`, unless `set_training_network` replaced it."""
+        return self._training_network or self.network
 
     def set_training_network(self, network: Network) -> None:
         """Run this callable in place of `network` in training mode, for example a compiled one."""

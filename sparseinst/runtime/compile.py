@@ -68,14 +68,6 @@ def _without_onednn() -> Iterator[None]:
             torch.backends.mkldnn.enabled = before
 
 
-def _example_like(images: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
-    """Return the example with the batch size, type and layout of the images, which a compiled graph depends on."""
-    is_channels_last = images.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if is_channels_last else torch.contiguous_format
-    with torch.inference_mode(images.is_inference()):
-        return example.repeat(len(images), 1, 1, 1).to(images.dtype).contiguous(memory_format=layout)
-
-
 def _or_uncompiled(compiled_network: Network, network: Network) -> Network:
     current = compiled_network
 

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> dict:
     from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
     from detectron2.utils.logger import setup_logger
 
-    from sparseinst.benchmarks.inference import batched_inputs, measure
+    from sparseinst.benchmarks.inference import batched_inputs, measure_models
     from sparseinst.benchmarks.settings import check_least, machine, report, table
     from sparseinst.config import load_config
     from sparseinst.data.augmentations import build_test_augmentations
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> dict:
     sizes = ", ".join(sorted({f"{image.shape[0]}x{image.shape[1]}" for image in images}))
     print(f"{', '.join(cfgs)}, {found['machine']}, {args.detections} objects in each image of {sizes}")
     for batch_size in args.batch_sizes:
-        measurements = measure(
+        measurements = measure_models(
             models,
             [images[index % len(images)] for index in range(batch_size)],
             augmentations,
@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> dict:
             warmup=args.warmup,
             median_area=args.area,
         )
-        if len(cfgs) > 1 and not cfg.MODEL.DEVICE.startswith("cuda"):
-            # The peak of the process is that of all models together.
+        if len(models) * len(args.batch_sizes) > 1 and not cfg.MODEL.DEVICE.startswith("cuda"):
+            # The peak of the process is that of all models and batches together.
             measurements = {name: each._replace(peak_bytes=None) for name, each in measurements.items()}
         figures = report(measurements)
         print(f"\nBatch of {batch_size}, {args.repetitions} repetitions after {args.warmup}, ms\n{table(figures)}")

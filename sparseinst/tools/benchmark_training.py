@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> dict:
         ValueError: the arguments, the config or the data are wrong.
     """
     from sparseinst.benchmarks.settings import machine, report, table
-    from sparseinst.benchmarks.training import measure
+    from sparseinst.benchmarks.training import measure_trainings
 
     is_drawn = args.data == "ellipses"
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> dict:
         }[args.data]
         precision = cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else "float32"
         print(f"{args.config_file}, batch of {cfg.SOLVER.IMS_PER_BATCH}, {precision}, {machine(cfg)}; {data}")
-        measurements = measure(
+        measurements = measure_trainings(
             configs,
             caches_batches=is_drawn,
             repetitions=args.repetitions,

@@ -39,13 +39,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command with argv (default ``sys.argv``).
 
     Returns:
-        Exit code: 0, 1 where a training would stop, 2 where the arguments are wrong.
+        Exit code: 0, 1 where a training would stop, 2 where the arguments or the config are wrong.
     """
     args = build_parser().parse_args(argv)
     prepare_console()
     from sparseinst.tools.check_dataset_run import run
 
-    return run(args)
+    try:
+        return run(args)
+    # The targets depend on the model's keys, which are read after the data.
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,20 @@
 """Drawings of instances on images and videos."""
 
-from sparseinst.visualization.instances import draw_beside, draw_iams, draw_instances, ground_truth_instances
+from sparseinst.visualization.instances import (
+    draw_beside,
+    draw_iams,
+    draw_instances,
+    ground_truth_instances,
+    iam_normalization,
+)
 from sparseinst.visualization.video import VideoDrawer, draw_video
 
-__all__ = ["VideoDrawer", "draw_beside", "draw_iams", "draw_instances", "draw_video", "ground_truth_instances"]
+__all__ = [
+    "VideoDrawer",
+    "draw_beside",
+    "draw_iams",
+    "draw_instances",
+    "draw_video",
+    "ground_truth_instances",
+    "iam_normalization",
+]

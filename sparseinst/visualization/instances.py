@@ -11,6 +11,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_api
+from torch import nn
 from torch.nn import functional as F
 
 from sparseinst.structures.mask_window import MaskWindow
@@ -86,7 +87,7 @@ def draw_iams(
         instances: as the model returns them, with ``pred_iams`` (n, G, h, w): logits that cover the image.
         metadata: holds ``thing_classes``.
         max_instances: most rows; the first instances are drawn.
-        normalization: of the model's logits, "sigmoid" or "softmax". Each map is divided by its maximum.
+        normalization: of the model's logits, see `iam_normalization`. Each map is divided by its maximum.
 
     Returns:
         The grid, (H, W, 3) uint8, RGB.
@@ -119,6 +120,11 @@ def draw_iams(
             + [(_overlay_heat(image, heat), f"map {group + 1}") for group, heat in enumerate(heat_maps)]
         )
     return captioned_grid(rows)
+
+
+def iam_normalization(model: nn.Module) -> str:
+    """Return how a model normalizes activation maps, "sigmoid" or "softmax"; "sigmoid" where it has none."""
+    return next((m.iam_normalization for m in model.modules() if hasattr(m, "iam_normalization")), "sigmoid")
 
 
 def draw_beside(images: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:

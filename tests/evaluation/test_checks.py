@@ -139,14 +139,20 @@ class FirstObjects(torch.nn.Module):
 
 
 def test_another_order_of_the_classes_has_the_same_ap(reordered):
+    outcomes = []
+
     def figures(name, class_names):
         cfg = tiny_cfg("DATASETS.TEST", (name,), "OUTPUT_DIR", str(reordered / "out"), *NUM_CLASSES)
-        return evaluate(cfg, FirstObjects(class_names))["segm"]
+        return evaluate(cfg, FirstObjects(class_names), lambda _, outcome: outcomes.append(outcome))["segm"]
 
     expected = figures("checks_order", CLASS_NAMES)
     assert expected["AP"] > 90
     found = figures("checks_reordered", CLASS_NAMES)
     assert found["AP"] == expected["AP"] and found["AP-disc"] == expected["AP-disc"]
+    # The plots have each class's own name, and the data set's order, as the captions of the images.
+    for outcome in outcomes:
+        assert outcome.class_names == [outcome.truth.cats[id]["name"] for id in outcome.category_ids]
+    assert outcomes[1].class_names == CLASS_NAMES[::-1] == MetadataCatalog.get("checks_reordered").thing_classes
     # Without names nothing is known, and nothing is said.
     assert figures("checks_reordered", None)["AP"] < 50
     # A training with the two json.

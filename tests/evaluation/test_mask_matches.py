@@ -108,3 +108,15 @@ def test_a_part_of_the_json_leaves_out_the_other_images():
     assert [len(match_masks(outcome._replace(image_ids=ids), 0.5)) for ids in (None, [2])] == [2, 1]
     (match,) = match_masks(outcome._replace(image_ids=[2]), 0.5)
     assert match.image_id == 2 and confusion_matrix([match], IDS).sum() == 1
+
+
+def test_the_best_score_ignores_objects_of_other_images():
+    # One object is found at 0.9, the other at 0.2 after three wrong predictions: F1 is 2/3 from 0.9 and 4/7 from 0.2.
+    # Four more objects of the second class would raise the weight of its recall: 2/7 and 12/27.
+    annotations = [annotation(1, 0, 2, 3), annotation(2, 4, 6, 7)]
+    others = [annotation(3 + index, 2 * index, 2 * index + 2, 7, image_id=2) for index in range(4)]
+    results = [result(0, 2, 3, 0.9), result(4, 6, 7, 0.2), *[result(8, 10, 7, 0.3)] * 3]
+    alone = outcome_of(annotations, results)
+    both = outcome_of([*annotations, *others], results)
+    part = both._replace(image_ids=[1], evaluation=run_coco_eval(both.truth, results, "segm", img_ids=[1]))
+    assert best_score(part) == best_score(alone) == 0.9

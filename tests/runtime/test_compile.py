@@ -29,8 +29,15 @@ def test_it_compiles_for_the_first_size_and_once_for_all_others(counter):
         for size in SIZES:
             images = torch.randn(1, 3, *size)
             expected = model.network(images)
-            for name, value in optimized.network(images).items():
+            # As an evaluation does.
+            with optimized.output_as(mask_format="rle"):
+                outputs = optimized.network(images)
+            for name, value in outputs.items():
                 assert (value - expected[name]).abs().max() < 1e-4 * expected[name].abs().max()
             counts.append(counter.frame_count)
-    assert counts == [1, *[2] * (len(SIZES) - 1)]
+        assert "pred_iam" not in optimized.network(images)
+        counts.append(counter.frame_count)
+        with optimized.output_as(with_maps=True):
+            assert "pred_iam" in optimized.network(images)
+    assert counts == [1, *[2] * len(SIZES)]
     assert torch.backends.mkldnn.enabled

@@ -8,7 +8,7 @@ import torch
 from detectron2.data import transforms as T
 from torch import nn
 
-from sparseinst.benchmarks.inference import STAGES, example_outputs, measure
+from sparseinst.benchmarks.inference import INFERENCE_STAGES, example_outputs, measure_models
 from sparseinst.benchmarks.settings import Measurement, report
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.runtime.optimize import optimize_for_inference
@@ -90,22 +90,22 @@ def augmentations(*names):
 def test_measures_every_stage_of_any_model_in_turn():
     order = []
     models = {name: Stages(name, order) for name in "ab"}
-    found = measure(models, [IMAGE, IMAGE], augmentations(*models), num_detections=3, repetitions=2, warmup=1)
+    found = measure_models(models, [IMAGE, IMAGE], augmentations(*models), num_detections=3, repetitions=2, warmup=1)
     # Once for outputs to post-process, then the repetitions.
     assert order[:8] == ["a", "b"] * 4
     assert models["a"].postprocessed == [{"out": 0}.keys()] * 3
     for measured in found.values():
-        assert list(measured.stages) == [*STAGES, "as published", "end to end"]
+        assert list(measured.stages) == [*INFERENCE_STAGES, "as published", "end to end"]
         assert all(seconds.shape == (2,) and (seconds >= 0).all() for seconds in measured.stages.values())
         assert measured.batch_size == 2 and list(measured.more["parts_ms"]) == ["trunk", "head"]
-        assert np.allclose(measured.totals, sum(measured.stages[stage] for stage in STAGES))
+        assert np.allclose(measured.totals, sum(measured.stages[stage] for stage in INFERENCE_STAGES))
         published = measured.stages["network"] + measured.stages["post-processing"]
         assert np.allclose(measured.stages["as published"], published)
 
 
 def test_parts_of_an_optimized_model_keep_their_names_and_of_openvino_there_are_none():
     def parts(model):
-        found = measure({"a": model}, [IMAGE], augmentations("a"), num_detections=3, repetitions=1, warmup=0)
+        found = measure_models({"a": model}, [IMAGE], augmentations("a"), num_detections=3, repetitions=1, warmup=0)
         return list(found["a"].more["parts_ms"])
 
     assert parts(tiny_model()) == parts(optimize_for_inference(tiny_model())) == ["backbone", "encoder", "decoder"]
@@ -144,7 +144,7 @@ def test_the_command(config, tmp_path, capsys):
     settings = written["batches"][1]["settings"]
     assert settings.keys() == {"eager", "configured", "mine"}
     assert settings["eager"]["times_as_fast_as_first"]["median"] == 1
-    keys = {*STAGES, "as published", "end to end", "parts_ms", "peak_mb", "images_per_second"}
+    keys = {*INFERENCE_STAGES, "as published", "end to end", "parts_ms", "peak_mb", "images_per_second"}
     assert settings["mine"].keys() >= keys
     assert settings["mine"]["parts_ms"].keys() == {"backbone", "encoder", "decoder"}
 
@@ -163,6 +163,17 @@ def test_several_configs_at_their_own_sizes(config, tmp_path, capsys):
     assert benchmark.main(["--config-file", first, str(other), *others, *compared]) == 0
     settings = json.loads(path.read_text())["batches"][0]["settings"]
     assert list(settings) == ["tiny eager", "tiny fused", "large eager", "large fused"]
+
+
+@pytest.mark.parametrize(
+    ("args", "is_measured"),
+    [([], True), (["--compare", "eager", "fused"], False), (["--batch-sizes", "2", "1"], False)],
+)
+def test_on_the_cpu_the_peak_is_that_of_a_single_row(config, tmp_path, args, is_measured):
+    path = tmp_path / "speed.json"
+    assert benchmark.main([*config, "--json", str(path), *args]) == 0
+    for batch in json.loads(path.read_text())["batches"]:
+        assert all((each["peak_mb"] is not None) == is_measured for each in batch["settings"].values())
 
 
 @pytest.mark.parametrize(

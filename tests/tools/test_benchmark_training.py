@@ -1,6 +1,7 @@
 """The benchmark of training steps: what it times, its figures, its data and its errors; no test asserts a time."""
 
 import json
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -8,8 +9,16 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.utils.events import EventStorage
 
-from sparseinst.benchmarks.training import STAGES, SteppingTrainer, as_training, measure, peak_bytes
+from sparseinst.benchmarks import training
+from sparseinst.benchmarks.training import (
+    TRAINING_STAGES,
+    SteppingTrainer,
+    as_training,
+    measure_trainings,
+    peak_bytes_of_steps,
+)
 from sparseinst.data.coco_json import register_coco_json
+from sparseinst.engine import recompute
 from sparseinst.engine.trainer import Trainer
 from sparseinst.tools import benchmark_training
 from sparseinst.tools.make_shapes import write_ellipses
@@ -55,13 +64,16 @@ def test_a_timed_step_is_the_trainers_own(cfg, tmp_path):
         # On the CPU float16 is slow.
         ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16", "SOLVER.OPTIMIZER_IMPLEMENTATION", "fused"),
         ("SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.RECOMPUTE", ["decoder.*_branch", "encoder"]),
+        ("SOLVER.COMPILE", True),
     ],
 )
-def test_every_stage_has_its_time(cfg, opts, tmp_path):
+def test_every_stage_has_its_time(cfg, opts, tmp_path, monkeypatch):
+    # The compiler takes a minute.
+    monkeypatch.setattr(recompute, "compiled", lambda network: lambda images: network(images))
     cfg.merge_from_list(list(opts))
     trainer = SteppingTrainer(cfg, str(tmp_path), caches_batches=True)
     stages = trainer.profile_steps(2)
-    assert list(stages) == list(STAGES)
+    assert list(stages) == list(TRAINING_STAGES)
     assert all(seconds.shape == (2,) and (seconds > 0).all() for seconds in stages.values()), stages
     assert trainer.step() > 0
 
@@ -92,11 +104,12 @@ def test_settings_are_measured_in_turn(cfg, monkeypatch):
     monkeypatch.setattr(SteppingTrainer, "step", lambda self: order.append(rate(self)) or step(self))
     other = cfg.clone()
     other.SOLVER.BASE_LR = 2e-3
-    found = measure({"a": cfg, "b": other}, caches_batches=True, repetitions=2, warmup=1, with_memory=False)
+    found = measure_trainings({"a": cfg, "b": other}, caches_batches=True, repetitions=2, warmup=1, with_memory=False)
     # Then the profiled steps.
     assert order == [1e-3, 2e-3] * 3 + [1e-3] * 3 + [2e-3] * 3
     for measured in found.values():
-        assert list(measured.stages) == [*STAGES, "step"] and measured.batch_size == 2 and measured.peak_bytes is None
+        assert list(measured.stages) == [*TRAINING_STAGES, "step"]
+        assert measured.batch_size == 2 and measured.peak_bytes is None
         assert measured.totals.shape == (2,) and 0 < measured.more["share_of_all_but_the_network"] < 1
 
 
@@ -115,10 +128,19 @@ def test_ellipses(tmp_path):
 def test_memory_is_that_of_a_process_of_its_own(cfg):
     # Images of 43 times as many pixels take more.
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (64,), 96
-    small = peak_bytes(cfg, caches_batches=True)
+    small = peak_bytes_of_steps(cfg, caches_batches=True)
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (512,), 768
-    large = peak_bytes(cfg, caches_batches=True)
+    large = peak_bytes_of_steps(cfg, caches_batches=True)
     assert 2**20 < small < large - 50 * 2**20
+
+
+def test_memory_is_that_of_the_model_s_device(cfg, monkeypatch):
+    devices = []
+    monkeypatch.setattr(training, "SteppingTrainer", MagicMock())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: devices.append(device) or 7)
+    cfg.MODEL.DEVICE = "cuda:1"
+    assert training._peak_here(cfg, True, torch.get_num_threads()) == 7
+    assert devices == [torch.device("cuda:1")]
 
 
 def test_the_command(tmp_path, capsys):
@@ -137,7 +159,7 @@ def test_the_command(tmp_path, capsys):
     settings = json.loads(path.read_text())["settings"]
     assert settings.keys() == {"plain", "fused", "mine"}
     assert settings["plain"]["times_as_fast_as_first"]["median"] == 1
-    assert settings["mine"].keys() >= {*STAGES, "step", "share_of_all_but_the_network", "peak_mb"}
+    assert settings["mine"].keys() >= {*TRAINING_STAGES, "step", "share_of_all_but_the_network", "peak_mb"}
 
 
 def test_drawn_shapes_are_read_by_the_loader(tmp_path, capsys):

@@ -138,6 +138,13 @@ def test_wrong_arguments(tmp_path, capsys):
     ):
         assert check_dataset.main(list(map(str, arguments))) == 2
         assert message in (error := capsys.readouterr().err) and error.startswith("error: ")
+    for key, value, message in (
+        ("MODEL.BACKBONE.NAME", "build_none", "MODEL.BACKBONE.NAME is 'build_none'"),
+        ("MODEL.SPARSE_INST.ENCODER.IN_FEATURES", "['res9', 'res4']", "ENCODER.IN_FEATURES has ['res9']"),
+    ):
+        assert check_dataset.main([str(json_file), str(images), "--quick", "--opts", key, value]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert message in error and error.startswith("error: ")
     with pytest.raises(SystemExit) as error:
         check_dataset.main([])
     assert error.value.code == 2

@@ -141,7 +141,7 @@ class SparseInst(InstanceSegmenter):
         """
         features = self.encoder(self.backbone(images))
         # The second argument only where it is needed, because a user's decoder may not take it.
-        return self.decoder(features, with_iams=True) if self.output.with_maps else self.decoder(features)
+        return self.decoder(features, with_iams=True) if self.with_maps else self.decoder(features)
 
     def prepare_targets(self, batched_inputs: list[dict], images: ImageList) -> list[InstanceTargets]:
         """Pad the ground truth as the images are padded, then reduce it to the mask grid.
@@ -162,7 +162,8 @@ class SparseInst(InstanceSegmenter):
     def loss_counts(self, targets: list[InstanceTargets]) -> dict[str, torch.Tensor]:
         """Count ground-truth instances and matched pairs, at most N for each image."""
         counts = torch.tensor([len(target.gt_classes) for target in targets])
-        most = getattr(self.decoder, "num_masks", None)
+        # A user's decoder need not tell its number of masks.
+        most = getattr(self.decoder, "num_masks", torch.iinfo(counts.dtype).max)
         return {"num_instances": counts.sum(), "num_matched": counts.clamp(max=most).sum()}
 
     def losses(

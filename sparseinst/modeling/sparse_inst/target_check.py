@@ -5,9 +5,10 @@ from functools import partial
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
 from torch.nn import functional as F
 
+from sparseinst.modeling.auxiliary import build_backbone
+from sparseinst.modeling.sparse_inst.encoder import build_sparse_inst_encoder
 from sparseinst.structures.mask_window import MaskWindow
 
 # Images are padded to a multiple of this, so cells of the mask grid begin there.
@@ -18,12 +19,15 @@ def target_check(cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
     """Return a function from an object at the training size to whether the targets have a pixel of it.
 
     Return None where they keep every object (MODEL.SPARSE_INST.ANTIALIASED_TARGETS).
+
+    Raises:
+        ValueError: the backbone or the encoder cannot be built with the config.
     """
     sparse_inst = cfg.MODEL.SPARSE_INST
     if sparse_inst.ANTIALIASED_TARGETS:
         return None
-    stride = build_backbone(cfg).output_shape()[sparse_inst.ENCODER.IN_FEATURES[0]].stride
-    return partial(is_on_grid, pixels_per_cell=stride / sparse_inst.DECODER.SCALE_FACTOR)
+    encoder = build_sparse_inst_encoder(cfg, build_backbone(cfg).output_shape())
+    return partial(is_on_grid, pixels_per_cell=encoder.output_shape().stride / sparse_inst.DECODER.SCALE_FACTOR)
 
 
 def is_on_grid(window: MaskWindow, pixels_per_cell: float) -> bool:

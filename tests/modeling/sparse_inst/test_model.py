@@ -233,6 +233,11 @@ def test_the_losses_of_parts_add_up_to_those_of_the_whole():
     parts = [model(batch, part) for batch, part in zip(batches, model.prepare_parts(batches))]
     for name in LOSSES:
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
+    # A user's decoder need not say how many masks it predicts.
+    expected = [dict(part.counts) for part in model.prepare_parts(batches)]
+    model.decoder, scale_factor = torch.nn.Sequential(model.decoder), model.decoder.scale_factor
+    model.decoder.scale_factor = scale_factor
+    assert [part.counts for part in model.prepare_parts(batches)] == expected
 
 
 def test_pixel_statistics_follow_the_model_and_stay_out_of_checkpoints():
