@@ -82,9 +82,7 @@ def summary(tensor: torch.Tensor) -> dict:
     }
 
 
-def record_outputs(
-    model: nn.Module, features: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
-) -> dict:
+def record_outputs(model: nn.Module, features: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> dict:
     """Record features and head outputs of a batch."""
     head = model.head
     with torch.no_grad():
