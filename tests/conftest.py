@@ -1,9 +1,10 @@
 """The order of the test files: the slowest first, so that no worker waits for a long file at the end."""
 
 SLOWEST = (
-    "test_trainer", "test_interrupted_runs", "test_finite", "test_benchmark_training", "test_quick", "test_train_net",
-    "test_launches", "test_seam", "test_learning", "test_solo", "test_published_configs", "test_configs",
-    "test_killed_rank", "test_numbers", "test_export", "test_optimize", "test_shapes",
+    "test_published_configs", "test_solo", "test_configs", "test_benchmark_training", "test_trainer", "test_export",
+    "test_learning", "test_finite", "test_launches", "test_model", "test_interrupted_runs", "test_commands",
+    "test_names", "test_optimize", "test_console", "test_shapes", "test_complexity", "test_seam",
+    "test_killed_rank", "test_numbers", "test_train_net",
 )  # fmt: skip
 
 

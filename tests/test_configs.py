@@ -10,7 +10,7 @@ from sparseinst.engine.optimizer import build_optimizer
 from sparseinst.runtime.rewrites import winograd
 from tests.parity import filling
 from tests.runtime.optimized import assert_optimized_equals
-from tests.saved_model import save_and_load
+from tests.saved_model import no_random_weights, save_and_load
 from tests.tiny_model import random_input
 
 PUBLISHED = [
@@ -32,6 +32,16 @@ PUBLISHED = [
     "sparse_inst_pvt_b1_giam",
     "sparse_inst_pvt_b2_li_giam",
 ]
+# Configs of the same MODEL and optimizer: the step runs on one of them.
+SAME_MODEL = {
+    "sparse_inst_r50_giam_aug": "sparse_inst_r50_giam",
+    "sparse_inst_r50_giam_fp16": "sparse_inst_r50_giam",
+    "sparse_inst_r50vd_giam_aug": "sparse_inst_r50vd_giam",
+    "sparse_inst_r50vd_dcn_giam_aug": "sparse_inst_r50vd_dcn_giam",
+}
+# Configs that differ from another one in the backbone's depth and weights alone: the step runs on one R101.
+OF_ANOTHER_DEPTH = {"sparse_inst_r101_giam": "sparse_inst_r50_giam"}
+STEPPED = [config for config in PUBLISHED if config not in SAME_MODEL and config not in OF_ANOTHER_DEPTH]
 
 
 def load(config):
@@ -85,11 +95,24 @@ def test_weights_are_those_of_the_backbone(config):
         assert scheme == "detectron2" and name.startswith("ImageNetPretrained/torchvision/R-")
 
 
-@pytest.mark.parametrize("config", PUBLISHED)
+@pytest.mark.parametrize("pair", [*SAME_MODEL.items(), *OF_ANOTHER_DEPTH.items()], ids=lambda pair: pair[0])
+def test_configs_of_the_same_model(pair):
+    cfg, other = map(load, pair)
+    cfg.SOLVER.AMP.ENABLED = False
+    if pair[0] in OF_ANOTHER_DEPTH:
+        cfg.MODEL.DEVICE = "meta"
+        assert len(build_model(cfg).backbone.res4) == 23
+        cfg.MODEL.DEVICE = other.MODEL.DEVICE
+        cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.WEIGHTS = other.MODEL.RESNETS.DEPTH, other.MODEL.WEIGHTS
+    assert (cfg.MODEL, cfg.SOLVER) == (other.MODEL, other.SOLVER)
+
+
+@pytest.mark.parametrize("config", STEPPED)
 def test_a_step_an_answer_and_a_checkpoint(config, tmp_path, monkeypatch):
     torch.manual_seed(0)
     cfg = load(config)
-    model = build_model(cfg)
+    with no_random_weights():
+        model = build_model(cfg)
     # As at first they are, norms of zero end residual branches: nothing behind them would have a gradient.
     model.load_state_dict(
         {
@@ -113,8 +136,9 @@ def test_a_step_an_answer_and_a_checkpoint(config, tmp_path, monkeypatch):
         assert not torch.equal(parameter, before[name]) or name.endswith("softmax_bias"), name
 
     x = {**inputs[1], "height": 100, "width": 180}
-    loaded = save_and_load(model, x, tmp_path)
+    model.zero_grad()
+    save_and_load(model, x, tmp_path)
 
     # Images as small as these would never use Winograd's algorithm.
     monkeypatch.setattr(winograd, "MIN_TILES", 1)
-    assert_optimized_equals(cfg, loaded)
+    assert_optimized_equals(cfg, model)

@@ -15,6 +15,7 @@ import sparseinst
 from sparseinst.checkpoint import SparseInstCheckpointer, WeightsFileError, checkpointer_from_config
 from tests.checkpoint.sources import backbone_model, randomise
 from tests.checkpoint.test_files import flip_byte
+from tests.saved_model import no_random_weights
 from tests.tiny_model import tiny_cfg, tiny_model
 
 STATE_DICTS = Path(__file__).resolve().parents[1] / "state_dicts"
@@ -60,7 +61,8 @@ def test_published_checkpoints_fit_exactly(published, config, tmp_path, lines):
     sparseinst.add_sparse_inst_config(cfg)
     cfg.merge_from_file(sparseinst.get_config_file(config))
     cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
+    with no_random_weights():
+        model = build_model(cfg)
     checkpointer = checkpointer_from_config(cfg, model)
     assert checkpointer.load(str(save(state, tmp_path / "published.pth"))) == {}
     coverage = checkpointer.coverage

@@ -89,6 +89,8 @@ def test_the_terminal_shows_the_training(training, tmp_path):
     log = (tmp_path / "log.txt").read_text()
     for text in ("Environment info:", "Running with full config:", "Model:\n"):
         assert text in log and text not in result.stdout
+    assert "segm" in json.loads((tmp_path / "results.json").read_text())["results"] and "segm" in result.stdout
+    assert (tmp_path / "model_final.pth").is_file()
 
 
 @pytest.mark.parametrize("streams", ["2>&1 | true; exit ${PIPESTATUS[0]}", "<&- >&- 2>&-"])

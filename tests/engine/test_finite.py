@@ -13,8 +13,11 @@ from tests.shapes_data import register_shapes
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 SKIP = ("SOLVER.NONFINITE.ACTION", "skip")
-# Small images: CPUs have no fast convolution in float16.
-FLOAT16 = ("SOLVER.AMP.ENABLED", True, "INPUT.MIN_SIZE_TRAIN", (32,))
+# Small images and two stages: CPUs have no fast convolution in float16.
+FLOAT16 = (
+    "SOLVER.AMP.ENABLED", True, "INPUT.MIN_SIZE_TRAIN", (32,),
+    "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"], "MODEL.SPARSE_INST.ENCODER.IN_FEATURES", ["res2", "res3"],
+)  # fmt: skip
 NAN, INF = float("nan"), float("inf")
 
 

@@ -20,6 +20,13 @@ def shapes(tmp_path_factory):
     return register_shapes(folder, "trainer_train"), register_shapes(folder, "trainer_val", 4, seed=1)
 
 
+# Small images and two stages: CPUs have no fast convolution in float16.
+SMALL = (
+    "INPUT.MIN_SIZE_TRAIN", (32,),
+    "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"], "MODEL.SPARSE_INST.ENCODER.IN_FEATURES", ["res2", "res3"],
+)  # fmt: skip
+
+
 def make_cfg(shapes, output_dir, *opts):
     return tiny_cfg(
         "DATASETS.TRAIN", shapes[:1], "DATASETS.TEST", shapes[1:], "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4,
@@ -250,7 +257,7 @@ def test_options_give_the_same_weights(shapes, tmp_path, plain, opts, tolerance)
 @pytest.mark.parametrize("amp_dtype", [None, "bfloat16", "float16"])
 def test_the_gradients_are_clipped_after_they_are_unscaled(shapes, tmp_path, amp_dtype):
     amp = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", amp_dtype) if amp_dtype else ()
-    opts = ("DATASETS.TEST", (), "INPUT.MIN_SIZE_TRAIN", (32,), *SGD, *amp)
+    opts = ("DATASETS.TEST", (), *SMALL, *SGD, *amp)
     cfg = make_cfg(shapes, tmp_path, *opts)
     batch = next(iter(Trainer(cfg).data_loader))
     gradients, _ = step_gradients(cfg, [batch])
@@ -320,7 +327,7 @@ def test_accumulation_divides_the_batch(shapes, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_on_the_cpu(shapes, tmp_path, dtype):
     cfg = make_cfg(shapes, tmp_path, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", dtype, "DATASETS.TEST", (),
-                   "INPUT.MIN_SIZE_TRAIN", (32,))  # fmt: skip
+                   *SMALL)  # fmt: skip
     trainer, _ = run(cfg)
     assert trainer.grad_scaler.is_enabled() == (dtype == "float16")
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())

@@ -225,7 +225,7 @@ def test_the_faster_computation_has_the_same_figures(case, seed):
     pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed (extra fast-eval)")
     scores, most, limit, first_id = CASES[case]
     rng = np.random.default_rng([seed, len(case)])
-    truth = make_truth(rng, 200, first_id)
+    truth = make_truth(rng, 100, first_id)
     predictions = make_predictions(rng, truth, most, scores)
     for task in ("bbox", "segm"):
         plain, fast = (

@@ -56,7 +56,7 @@ def test_mixed_precision_trains_where_float32_does(tmp_path, dtype, size):
             "DATASETS.TRAIN_JSON", str(tmp_path / "train.json"), "DATASETS.TRAIN_IMAGES", str(tmp_path / "train"),
             "DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", "", "DATASETS.TEST", (),
             "OUTPUT_DIR", str(tmp_path / dtype), "SOLVER.MAX_ITER", num_cases(5, 200),
-            "INPUT.MIN_SIZE_TRAIN", (num_cases(32, size),),
+            "INPUT.MIN_SIZE_TRAIN", (num_cases(32, size),), "SOLVER.IMS_PER_BATCH", num_cases(2, 4),
             *precision_opts(dtype),
         )  # fmt: skip
         cfg = load_config(get_config_file("quick/shapes"), opts)

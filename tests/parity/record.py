@@ -21,6 +21,7 @@ from sparseinst.config import load_config
 from sparseinst.modeling.solo.postprocessing import DetectionOptions, candidate_cells
 from sparseinst.ops.deform_conv import published_name
 from tests.parity.solo import filling
+from tests.saved_model import no_random_weights
 
 FILLED = ("backbone.", "head.", "mask_feature_head.")
 GRADIENTS = ("head.", "mask_feature_head.", "backbone.fpn_", "backbone.bottom_up.res3.0.", "backbone.bottom_up.res5.1.")
@@ -35,7 +36,8 @@ for thresholds in THRESHOLDS.values():
 
 def build(config: str) -> nn.Module:
     """Build the model of a config on the CPU and fill it by formula."""
-    return filled(build_model(load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]))).eval()
+    with no_random_weights():
+        return filled(build_model(load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]))).eval()
 
 
 def filled(model: nn.Module) -> nn.Module:
@@ -80,11 +82,10 @@ def summary(tensor: torch.Tensor) -> dict:
     }
 
 
-def record_outputs(model: nn.Module, images: torch.Tensor, outputs: dict[str, torch.Tensor]) -> dict:
+def record_outputs(model: nn.Module, features: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> dict:
     """Record features and head outputs of a batch."""
     head = model.head
     with torch.no_grad():
-        features = model.backbone(images)
         splits = {
             name: outputs[name].split(head.level_sizes, dim=2) for name in ("cate_logits", "kernels") if name in outputs
         }
@@ -112,10 +113,22 @@ def all_mask_logits(model: nn.Module, outputs: dict[str, torch.Tensor], level: i
     return torch.stack([model.head.mask_logits(outputs, image, level, cells) for image in range(2)])
 
 
-def record_training(model: nn.Module) -> dict:
-    """Record targets, losses and gradients of a batch."""
+def record_training(model: nn.Module) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Record targets, losses and gradients of a batch; return the backbone's features and the outputs with them.
+
+    The norms are frozen or of groups, so that the outputs are those of the model in evaluation mode.
+    """
     batch = inputs(with_instances=True)
     targets = model.prepare_targets(batch, model.preprocess(batch))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name.startswith(GRADIENTS))
+    features, outputs = {}, {}
+    network = model.network
+    model.network = lambda images: outputs.update(network(images)) or outputs
+    hook = model.backbone.register_forward_hook(lambda module, args, output: features.update(output))
+    losses = model.train()(batch)
+    hook.remove()
+    model.network = network
     recorded = {
         "targets": [
             [
@@ -131,7 +144,6 @@ def record_training(model: nn.Module) -> dict:
         ],
         "num_positive": int(model.loss_counts(targets)["num_positive"]),
     }
-    losses = model.train()(batch)
     sum(losses.values()).backward()
     recorded["losses"] = {name: loss.item() for name, loss in losses.items()}
     recorded["grad_norms"] = {
@@ -140,7 +152,7 @@ def record_training(model: nn.Module) -> dict:
         if name.startswith(GRADIENTS) and parameter.grad is not None
     }
     model.eval()
-    return recorded
+    return recorded, *({name: value.detach() for name, value in found.items()} for found in (features, outputs))
 
 
 def record_detections(model: nn.Module, outputs: dict[str, torch.Tensor], batch: list[dict], images) -> dict:
@@ -196,14 +208,13 @@ def record(config: str) -> dict:
         for name, value in model.backbone.bottom_up.named_buffers()
         if name.endswith(("norm.weight", "norm.bias"))
     )
-    with torch.no_grad():
-        outputs = model.network(images.tensor)
+    training, features, outputs = record_training(model)
     return {
         "num_tensors": len(model.state_dict()),
         "parameters": numbers,
-        **record_outputs(model, images.tensor, outputs),
+        **record_outputs(model, features, outputs),
         **record_detections(model, outputs, batch, images),
-        **record_training(model),
+        **training,
     }
 
 

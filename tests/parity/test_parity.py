@@ -13,6 +13,7 @@ from detectron2.structures import BitMasks, Instances
 from sparseinst import add_sparse_inst_config, get_config_file
 from sparseinst.ops.coordinates import append_coordinates
 from tests.parity import filling
+from tests.saved_model import no_random_weights
 
 HERE = Path(__file__).parent
 CONFIGS = sorted(path.stem for path in HERE.glob("*.json"))
@@ -30,7 +31,8 @@ def build(config):
     add_sparse_inst_config(cfg)
     cfg.merge_from_file(get_config_file(config))
     cfg.MODEL.DEVICE = "cpu"
-    return build_model(cfg)
+    with no_random_weights():
+        return build_model(cfg)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -126,10 +126,10 @@ def test_ellipses(tmp_path):
 
 
 def test_memory_is_that_of_a_process_of_its_own(cfg):
-    # Images of 43 times as many pixels take more.
+    # Images of 16 times as many pixels take more.
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (64,), 96
     small = peak_bytes_of_steps(cfg, caches_batches=True)
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (512,), 768
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (256,), 384
     large = peak_bytes_of_steps(cfg, caches_batches=True)
     assert 2**20 < small < large - 50 * 2**20
 

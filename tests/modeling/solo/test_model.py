@@ -57,6 +57,16 @@ def test_an_image_does_not_depend_on_its_batch(variant):
     assert torch.allclose(alone.scores, together.scores, atol=1e-5)
 
 
+def test_training_mode_changes_no_output(variant):
+    """tests/parity compares the outputs of a training step, whose norms are as frozen as these."""
+    model = tiny_solo(variant, "MODEL.RESNETS.NORM", "FrozenBN")
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model.network(images), model.train().network(images)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
 def test_optimized_equals_the_model(variant):
     model = tiny_solo(variant)
     optimized = optimize_for_inference(model)

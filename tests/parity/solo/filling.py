@@ -4,6 +4,7 @@ Everything comes from numpy's legacy RandomState, whose stream is fixed for good
 CRC-32 of the tensor's name: no order of construction, no torch version, changes a value.
 """
 
+import functools
 import zlib
 
 import numpy as np
@@ -25,8 +26,10 @@ COORDINATE_GAIN = 6.0  # times this where a weight reads coordinates: their two 
 CATE_BIAS = -5.2  # scores are rare, as in a trained model
 
 
+# Models share most of their tensors; a ResNet-50 and its heads have fewer than 400.
+@functools.lru_cache(maxsize=400)
 def tensor(name, shape):
-    """Value of the parameter or buffer `name` (float32)."""
+    """Value of the parameter or buffer `name` (float32); not to be changed."""
     rng = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
     if name.endswith("running_var"):
         x = rng.uniform(0.5, 1.5, shape)
