@@ -37,12 +37,13 @@ QUICK_DATA := datasets/shapes
 QUICK_EXPECTED := [["segm", "AP", 53.0, 12.0], ["segm", "AP50", 78.0, 12.0]]
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-faults lint format clean install environment install-pinned install-beside-detectron2
+.PHONY: help quickstart test test-fast test-slow test-faults lint format clean install environment install-pinned install-beside-detectron2
 
 help:
 	@echo 'make quickstart   draw data, train a small SparseInst on the CPU, evaluate it, draw predictions; minutes'
-	@echo 'make test         run the whole test suite'
+	@echo 'make test         run the test suite, without the slow tests'
 	@echo 'make test-fast    run the tests of single functions and layers, in under a minute'
+	@echo 'make test-slow    run the slow tests of it: variants of published models, learning, statistics; minutes'
 	@echo 'make test-faults  run the slow fault tests: broken files, killed processes; most of an hour'
 	@echo 'make lint         check style and language'
 	@echo 'make format       rewrite the files in the style that make lint checks'
@@ -71,7 +72,12 @@ quickstart: install
 	@echo '         Drawn predictions: $(QUICK_OUTPUT)/drawn'
 
 test: install
-	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m 'not slow'
+
+# Those that tests/conftest.py names: variants of what `make test` shows, and what takes long.
+test-slow: install
+	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 
 # Tests of single functions, layers and config files; none trains through a command or starts processes.
 FAST_TESTS := tests/ops tests/structures tests/modeling tests/config tests/test_imports.py tests/test_language.py \

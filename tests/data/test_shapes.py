@@ -44,8 +44,17 @@ class Drawn(NamedTuple):
 
 @pytest.fixture(scope="module")
 def drawn() -> list[Drawn]:
+    return draw(NUM_IMAGES)
+
+
+@pytest.fixture(scope="module")
+def few() -> list[Drawn]:
+    return draw(100)
+
+
+def draw(num_images: int) -> list[Drawn]:
     sample = []
-    for index in range(NUM_IMAGES):
+    for index in range(num_images):
         rng = np.random.default_rng((SEED, index))
         scene = compose_scene(rng, SIZE, SIZE)
         sample.append(Drawn(scene, paint_scene(rng, scene), annotate_scene(scene)))
@@ -121,8 +130,8 @@ def test_a_quarter_of_the_objects_overlap_another(drawn):
     assert 0.15 <= num_overlapping / num_objects <= 0.35
 
 
-def test_visible_parts_do_not_overlap_and_boxes_are_tight(drawn):
-    for item in drawn[:100]:
+def test_visible_parts_do_not_overlap_and_boxes_are_tight(few):
+    for item in few:
         masks = [decode(annotation["segmentation"]) for annotation in item.annotations]
         for first, second in combinations(masks, 2):
             # Both polygons' boundaries run through the same pixels.
@@ -133,9 +142,9 @@ def test_visible_parts_do_not_overlap_and_boxes_are_tight(drawn):
             assert annotation["bbox"] == box and annotation["area"] == mask.sum()
 
 
-def test_polygons_are_the_pixels_that_are_drawn(drawn):
+def test_polygons_are_the_pixels_that_are_drawn(few):
     ious = []
-    for item in drawn[:40]:
+    for item in few[:40]:
         for index, annotation in enumerate(item.annotations):
             # The pixels that an object is drawn on are those that change with its color.
             painted = []
