@@ -34,6 +34,7 @@ COMMANDS = {
     "zoo": Command("zoo", "list or download published checkpoints"),
     "convert": Command("convert_weights", "describe a weights file, or convert it to a Detectron2 checkpoint"),
     "analyze": Command("analyze_model", "count parameters, multiply-adds and activations"),
+    "compare": Command("compare_recipes", "train recipes for equal times, and print a table of their AP"),
     "benchmark": Command("benchmark", "time a model stage by stage"),
     "benchmark-video": Command("benchmark_video", "compare the speed of predict on a video with the model's"),
     "benchmark-training": Command("benchmark_training", "time training steps"),

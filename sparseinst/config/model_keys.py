@@ -5,6 +5,14 @@ from functools import reduce
 
 from detectron2.config import CfgNode
 
+# What Detectron2's own classes would declare.
+_DETECTRON2_KEYS = {
+    "GeneralizedRCNN": {
+        "num_classes_key": "MODEL.ROI_HEADS.NUM_CLASSES",
+        "max_detections_key": "TEST.DETECTIONS_PER_IMAGE",
+    },
+}
+
 
 def registered(registry: Mapping, cfg: CfgNode, key: str) -> object:
     """Return what is registered under the name that a key holds.
@@ -84,7 +92,8 @@ def dataset_mapper(cfg: CfgNode) -> tuple[str, str]:
 
 
 def _declared(cfg: CfgNode, attribute: str) -> tuple[str, int] | None:
-    key = getattr(meta_architecture(cfg), attribute, None)
+    model_class = meta_architecture(cfg)
+    key = getattr(model_class, attribute, _DETECTRON2_KEYS.get(model_class.__name__, {}).get(attribute))
     return None if key is None else (key, value(cfg, key))
 
 

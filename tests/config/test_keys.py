@@ -109,7 +109,11 @@ def test_a_model_declares_its_keys():
     assert config.max_detections(cfg) == ("MODEL.SPARSE_INST.MAX_DETECTIONS", 100)
     cfg.MODEL.META_ARCHITECTURE = "ToyOfAnotherFamily"
     assert config.num_classes(cfg) == ("MODEL.RETINANET.NUM_CLASSES", 80) and config.max_instances(cfg) is None
+    # Detectron2's own class declares nothing.
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    assert config.num_classes(cfg) == ("MODEL.ROI_HEADS.NUM_CLASSES", 80) and config.max_instances(cfg) is None
+    assert config.max_detections(cfg) == ("TEST.DETECTIONS_PER_IMAGE", 100)
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
     assert config.num_classes(cfg) is None
     cfg.MODEL.META_ARCHITECTURE = "SparseInts"
     with pytest.raises(ValueError, match="MODEL.META_ARCHITECTURE is 'SparseInts'; it must be one of .*SparseInst"):

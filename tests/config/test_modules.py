@@ -114,7 +114,7 @@ def test_no_shipped_config_imports():
 @pytest.mark.parametrize(
     "tool",
     ["train_net", "demo", "benchmark", "benchmark_training", "benchmark_video", "analyze_model", "check_dataset",
-     "convert_weights"],
+     "convert_weights", "compare_recipes"],
 )  # fmt: skip
 def test_every_command_with_a_config_takes_import(tool):
     """The tools' sources are searched too, so that a new command is not forgotten."""

@@ -1,0 +1,257 @@
+"""Train recipes on data sets for equal times, and print a table of their AP.
+
+    python -m sparseinst.tools.compare_recipes --minutes 10 --seeds 1 2 3 \\
+        --data nuclei nuclei/train.json nuclei/images nuclei/val.json nuclei/images \\
+        --recipe "recipe: small_data/efficientnet_lite0" \\
+        --recipe "no window: small_data/efficientnet_lite0 MODEL.SPARSE_INST.DECODER.MASK_WINDOW 0.0" \\
+        --output output/comparison
+
+Each recipe gets the iterations that fit into the time, measured by a short training on the same data, or those of
+--iterations; its schedule is scaled to them. Each training runs in a process of one thread; evaluations do not count.
+Runs that have results are not repeated, and interrupted ones are continued, so the command can be given again with more
+seeds, recipes or data.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from sparseinst.config.arguments import add_import_argument
+from sparseinst.engine.console import prepare_console
+
+# Iterations of the training that measures the time of one.
+PACE_ITERATIONS = 40
+FIGURES = ("AP", "AP50", "AP75")
+# Output of a run.
+CONSOLE = "console.txt"
+
+
+class Data(NamedTuple):
+    """A data set: its name, and the arguments of the training command."""
+
+    name: str
+    arguments: list[str]
+
+
+class Recipe(NamedTuple):
+    """A config with overrides: its name in the table, config file, and KEY VALUE pairs."""
+
+    name: str
+    config_file: str
+    overrides: list[str]
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    data: Data
+    recipe: Recipe
+    seed: int
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's argument parser."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--data",
+        action="append",
+        required=True,
+        nargs="+",
+        metavar="NAME TRAIN_JSON TRAIN_IMAGES [TEST_JSON TEST_IMAGES]",
+        help="a data set; without test data, every fourth training image is kept for the evaluation; can be repeated",
+    )
+    add(
+        "--recipe",
+        action="append",
+        required=True,
+        metavar="'NAME: CONFIG [KEY VALUE ...]'",
+        help="a config file or its name, with overrides; can be repeated",
+    )
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
+    add("--minutes", type=float, default=10.0, help="of training, for each run (default 10)")
+    add("--iterations", type=int, metavar="N", help="of each run, in place of --minutes")
+    add("--jobs", type=int, default=2, metavar="N", help="runs at the same time (default 2)")
+    add_import_argument(parser)
+    add("--output", required=True, type=Path, metavar="FOLDER", help="gets a folder for each run, and comparison.json")
+    return parser
+
+
+def parse_data(values: Sequence[str]) -> Data:
+    """Return the data set of one ``--data``. Raise ValueError on another number of values."""
+    if len(values) not in (3, 5):
+        raise ValueError(f"--data {shlex.join(values)}: {len(values)} values; expected 3 or 5, see --help")
+    flags = ["--train-json", "--train-images", "--test-json", "--test-images"][: len(values) - 1]
+    arguments = [part for pair in zip(flags, values[1:]) for part in pair]
+    return Data(values[0], arguments if len(values) == 5 else [*arguments, "--val-share", "0.25"])
+
+
+def parse_recipe(value: str) -> Recipe:
+    """Return the recipe of one ``--recipe``. Raise ValueError where a name or a value is missing."""
+    name, found, rest = value.partition(":")
+    config_file, *overrides = shlex.split(rest) or [""]
+    if not found or not name.strip() or not config_file or len(overrides) % 2:
+        raise ValueError(f"--recipe {value!r}: expected 'NAME: CONFIG [KEY VALUE ...]'")
+    return Recipe(name.strip(), config_file, overrides)
+
+
+class Comparison:
+    """Trainings of every recipe on every data set with every seed, in one folder.
+
+    Args:
+        data, recipes, seeds: whose combinations are trained.
+        seconds: of one training; read where there are no iterations.
+        folder: gets DATA/RECIPE/seedN for each run.
+        iterations: of one training.
+        imports: modules that the recipes need.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Data],
+        recipes: Sequence[Recipe],
+        seeds: Sequence[int],
+        seconds: float,
+        folder: Path,
+        iterations: int | None = None,
+        imports: Sequence[str] = (),
+    ) -> None:
+        # Seeds last, so that a table of all recipes is there early.
+        self.runs = [Run(one, recipe, seed) for seed in seeds for one in data for recipe in recipes]
+        self.data, self.recipes, self.seconds, self.folder = data, recipes, seconds, folder
+        self._iterations, self._imports = iterations, imports
+
+    def folder_of(self, run: Run) -> Path:
+        """Return the OUTPUT_DIR of a run."""
+        return self.folder / run.data.name / run.recipe.name.replace(" ", "_") / f"seed{run.seed}"
+
+    def train_all(self, jobs: int) -> int:
+        """Train what has no results yet, ``jobs`` runs at a time. Return how many runs failed."""
+        waiting = [run for run in self.runs if self.figures(run) is None]
+        start, failed = time.monotonic(), 0
+        # The iterations of a recipe on a data set are measured beside as many other processes as train later.
+        with ThreadPoolExecutor(jobs) as pool:
+            pairs = {(run.data.name, run.recipe.name): run for run in waiting}
+            list(pool.map(self.iterations, pairs.values()))
+            for index, (run, error) in enumerate(zip(waiting, pool.map(self._train, waiting)), 1):
+                elapsed = time.monotonic() - start
+                left = elapsed / index * (len(waiting) - index) / 60
+                failed += bool(error)
+                figures = error or "AP {:.1f}, AP50 {:.1f}, AP75 {:.1f}".format(*self.figures(run))
+                print(f"[{index}/{len(waiting)}, {left:.0f} min left] {self.folder_of(run)}: {figures}", flush=True)
+        return failed
+
+    def iterations(self, run: Run) -> int:
+        """Return the iterations of a recipe that fit into the time on a data set; measured once. 0: it cannot train."""
+        if self._iterations:
+            return self._iterations
+        folder = self.folder_of(run).parent
+        path = folder / "pace.json"
+        if not path.is_file():
+            overrides = ["SOLVER.MAX_ITER", PACE_ITERATIONS, "SOLVER.STEPS", "()", "DATASETS.TEST", "()"]
+            arguments = run.data.arguments[:4]
+            error = self._run_training(run, folder / "pace", arguments, overrides)
+            if error:
+                return 0
+            pace = statistics.median(_metrics(folder / "pace", "time"))
+            path.write_text(json.dumps({"seconds": pace}))
+        return max(1, round(self.seconds / json.loads(path.read_text())["seconds"]))
+
+    def figures(self, run: Run) -> tuple[float, ...] | None:
+        """Return AP, AP50 and AP75 of the masks of a finished run, in percent; None of another one."""
+        path = self.folder_of(run) / "results.json"
+        if not path.is_file():
+            return None
+        results = json.loads(path.read_text())["results"]["segm"]
+        return tuple(results[name] for name in FIGURES)
+
+    def table(self) -> tuple[list[dict], str]:
+        """Return the means over the finished seeds of each recipe and data set, as rows and as a Markdown table."""
+        rows = []
+        for one in self.data:
+            for recipe in self.recipes:
+                runs = [run for run in self.runs if run.data is one and run.recipe is recipe and self.figures(run)]
+                if not runs:
+                    continue
+                figures = {name: [self.figures(run)[index] for run in runs] for index, name in enumerate(FIGURES)}
+                rows.append(
+                    {
+                        "data": one.name,
+                        "recipe": recipe.name,
+                        "iterations": self.iterations(runs[0]),
+                        "seeds": [run.seed for run in runs],
+                        **figures,
+                    }
+                )
+        lines = ["| data | recipe | iterations | AP | AP50 | AP75 |", "|---" * 6 + "|"]
+        for row in rows:
+            cells = [f"{statistics.mean(row[name]):.1f}" for name in FIGURES]
+            cells[0] += f" ({', '.join(f'{value:.1f}' for value in row['AP'])})"
+            lines.append(f"| {row['data']} | {row['recipe']} | {row['iterations']} | {' | '.join(cells)} |")
+        return rows, "\n".join(lines)
+
+    def _train(self, run: Run) -> str:
+        """Train and evaluate one run. Return an empty text, or what went wrong."""
+        iterations = self.iterations(run)
+        if not iterations:
+            return f"no time of an iteration, see {self.folder_of(run).parent / 'pace' / CONSOLE}"
+        return self._run_training(run, self.folder_of(run), run.data.arguments, self._schedule(run.recipe, iterations))
+
+    def _schedule(self, recipe: Recipe, iterations: int) -> list[object]:
+        from sparseinst import load_config
+
+        solver = load_config(recipe.config_file, recipe.overrides, imports=self._imports).SOLVER
+        steps = tuple(round(step * iterations / solver.MAX_ITER) for step in solver.STEPS)
+        return ["SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", str(steps)]
+
+    def _run_training(self, run: Run, folder: Path, arguments: Sequence[str], overrides: Sequence[object]) -> str:
+        command = [sys.executable, "-m", "sparseinst.tools.train_net", "--config-file", run.recipe.config_file]
+        fixed = ["OUTPUT_DIR", folder, "SEED", run.seed, "DATALOADER.NUM_WORKERS", 0, "TEST.EVAL_PERIOD", 0]
+        command += [part for name in self._imports for part in ("--import", name)]
+        command += ["--resume", *arguments, *run.recipe.overrides, *overrides, *fixed]
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / CONSOLE, "a") as console:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            code = subprocess.call(list(map(str, command)), stdout=console, stderr=console, env=environment)
+        return f"exit code {code}, see {folder / CONSOLE}" if code else ""
+
+
+def _metrics(folder: Path, name: str) -> Iterator[float]:
+    """Yield a figure of metrics.json, each the median of 20 iterations."""
+    for line in (folder / "metrics.json").read_text().splitlines():
+        entry = json.loads(line)
+        if name in entry:
+            yield entry[name]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return 1 where a run failed, and 2 where the arguments are wrong."""
+    args = build_parser().parse_args(argv)
+    prepare_console()
+    try:
+        data, recipes = list(map(parse_data, args.data)), list(map(parse_recipe, args.recipe))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    comparison = Comparison(
+        data, recipes, args.seeds, 60 * args.minutes, args.output, args.iterations, imports=args.imports
+    )
+    failed = comparison.train_all(args.jobs)
+    rows, table = comparison.table()
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "comparison.json").write_text(json.dumps({"minutes": args.minutes, "rows": rows}, indent=2) + "\n")
+    print(table)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The comparison of recipes, with trainings that write what the command reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparseinst.tools import compare_recipes
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Replace the trainings: record each command; an iteration takes 2 s, with "slow" in the recipe's folder 4 s."""
+    commands = []
+
+    def train(command, **_):
+        commands.append(command)
+        values = dict(zip(command, command[1:]))
+        folder = Path(values["OUTPUT_DIR"])
+        if "broken" in str(folder):
+            return 1
+        seconds = 4.0 if "slow" in str(folder) else 2.0
+        lines = [{"iteration": 0, "total_loss": 1.0}, {"iteration": 19, "time": seconds}]
+        (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if folder.name != "pace":
+            figures = {"AP": 10.0 * int(values["SEED"]), "AP50": 60.0, "AP75": 20.0}
+            (folder / "results.json").write_text(json.dumps({"results": {"segm": figures}}))
+        return 0
+
+    monkeypatch.setattr(compare_recipes.subprocess, "call", train)
+    return commands
+
+
+def run(tmp_path, *args):
+    data = ["--data", "cells", "train.json", "train", "val.json", "val"]
+    return compare_recipes.main([*data, *args, "--minutes", "1", "--jobs", "1", "--output", str(tmp_path)])
+
+
+RECIPES = ("--recipe", "fast: small_data/efficientnet_lite0", "--recipe", "slow: small_data/published_recipe SEED 7")
+
+
+def test_each_recipe_has_the_iterations_of_its_time(tmp_path, trainings, capsys):
+    assert run(tmp_path, *RECIPES, "--seeds", "1", "2") == 0
+    rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert [(row["recipe"], row["iterations"], row["AP"]) for row in rows] == [
+        ("fast", 30, [10.0, 20.0]), ("slow", 15, [10.0, 20.0])
+    ]  # fmt: skip
+    assert "| cells | slow | 15 | 15.0 (10.0, 20.0) | 60.0 | 20.0 |" in capsys.readouterr().out
+    # Two short trainings without an evaluation, then two seeds of each.
+    assert len(trainings) == 6 and [command[-1] for command in trainings] == ["0"] * 6
+    paces = [command for command in trainings if "pace" in command[command.index("OUTPUT_DIR") + 1]]
+    assert len(paces) == 2 and not any("val.json" in command for command in paces)
+    last = dict(zip(trainings[-1], trainings[-1][1:]))
+    # The schedule of 500 iterations with steps at 389 and 463 is scaled; the seed is the run's.
+    assert last["SOLVER.STEPS"] == "(12, 14)" and last["SEED"] == "2" and last["--test-images"] == "val"
+
+
+def test_equal_iterations_need_no_time(tmp_path, trainings, capsys):
+    assert run(tmp_path, *RECIPES, "--seeds", "1", "--iterations", "50") == 0
+    assert len(trainings) == 2 and "| cells | slow | 50 |" in capsys.readouterr().out
+
+
+def test_what_is_done_is_not_repeated(tmp_path, trainings):
+    run(tmp_path, *RECIPES, "--seeds", "1")
+    done = len(trainings)
+    assert run(tmp_path, *RECIPES, "--seeds", "1", "2") == 0
+    assert len(trainings) == done + 2 and all("seed2" in " ".join(command) for command in trainings[done:])
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, trainings, capsys):
+    recipes = ("--recipe", "broken: small_data/efficientnet_lite0", *RECIPES[:2])
+    assert run(tmp_path, *recipes, "--seeds", "1") == 1
+    output = capsys.readouterr().out
+    assert "no time of an iteration, see" in output and "| cells | fast | 30 |" in output
+
+
+def test_without_test_data_a_part_of_the_training_data_is_kept():
+    data = compare_recipes.parse_data(["mine", "a.json", "a"])
+    assert data.arguments == ["--train-json", "a.json", "--train-images", "a", "--val-share", "0.25"]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--recipe", "small_data/efficientnet_lite0"], "expected 'NAME: CONFIG [KEY VALUE ...]'"),
+        (["--recipe", "a: small_data/efficientnet_lite0 SEED"], "expected 'NAME: CONFIG [KEY VALUE ...]'"),
+        (["--recipe", "a:"], "expected 'NAME: CONFIG [KEY VALUE ...]'"),
+        (["--recipe", "a: b", "--data", "x", "y"], "2 values; expected 3 or 5"),
+    ],
+)
+def test_wrong_arguments(tmp_path, capsys, args, message):
+    assert run(tmp_path, *args) == 2
+    assert message in capsys.readouterr().err
