@@ -136,6 +136,8 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.INPUT.MAX_IMAGE_PIXELS = 200_000_000
     # Library that computes AP: "pycocotools", or "faster-coco-eval" (extra "fast-eval"), faster with equal results.
     cfg.TEST.COCO_EVAL = "pycocotools"
+    # End a training after so many evaluations (EVAL_PERIOD) without a better AP of the masks. 0: never.
+    cfg.TEST.PATIENCE = 0
     # Draw curves, predictions, precision-recall and confusion matrix into OUTPUT_DIR (docs/results.md).
     cfg.TEST.PLOTS = True
     # Largest number of broken images (truncated, or of another size than in the json) before a run stops. Each is

@@ -125,6 +125,7 @@ RANGES: Mapping[str, Range] = {
     "SOLVER.NONFINITE.ACTION": one_of("stop", "skip"),
     "SOLVER.NONFINITE.MAX_SKIPS": NOT_NEGATIVE,
     "TEST.EVAL_PERIOD": NOT_NEGATIVE,
+    "TEST.PATIENCE": NOT_NEGATIVE,
     "TEST.DETECTIONS_PER_IMAGE": COUNT,
     "TEST.COCO_EVAL": one_of("pycocotools", "faster-coco-eval"),
     "TEST.PRECISE_BN.NUM_ITER": COUNT,

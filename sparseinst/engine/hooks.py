@@ -28,17 +28,24 @@ class EvaluationHook(HookBase):
 
     Replaces Detectron2's EvalHook and BestCheckpointer, which forget the best score on --resume, so that a worse model
     overwrites model_best.pth, and skip an evaluation during which the run was killed. Here checkpoints hold the best
-    score, and a resumed run repeats an interrupted evaluation.
+    score, and a resumed run repeats an interrupted evaluation. It also ends a training that no longer improves.
 
     Args:
         period: iterations; 0: evaluate only at the end, and save no best model.
         evaluate: returns results as Detectron2's evaluators do; called on all ranks.
         checkpointer: saves the best model.
         metric: the score to maximize, as "task/name".
+        patience: the training ends after so many evaluations without a better score, by setting the trainer's
+            ``ends_early``; 0: never.
     """
 
     def __init__(
-        self, period: int, evaluate: Callable[[], dict], checkpointer: DetectionCheckpointer, metric: str = "segm/AP"
+        self,
+        period: int,
+        evaluate: Callable[[], dict],
+        checkpointer: DetectionCheckpointer,
+        metric: str = "segm/AP",
+        patience: int = 0,
     ) -> None:
         self._period = period
         self._evaluate = evaluate
@@ -46,6 +53,10 @@ class EvaluationHook(HookBase):
         self._metric = metric
         self._best = -math.inf
         self._best_iteration = -1
+        self._patience = patience
+        # Evaluations since the best one.
+        self._num_worse = 0
+        self._has_ended = False
 
     def before_train(self) -> None:
         """Repeat the evaluation of the last step, which may have been interrupted."""
@@ -61,17 +72,18 @@ class EvaluationHook(HookBase):
             self._run(self.trainer.iter)
 
     def after_train(self) -> None:
-        """Evaluate the final model of a training that reached its last step."""
-        if self.trainer.iter >= self.trainer.max_iter:
+        """Evaluate the final model of a training that reached its last step, unless it ended after an evaluation."""
+        if self.trainer.iter >= self.trainer.max_iter and not self._has_ended:
             self._run(self.trainer.max_iter - 1)
 
     def state_dict(self) -> dict:
-        """Return the best score so far and its iteration."""
-        return {"best": self._best, "best_iteration": self._best_iteration}
+        """Return the best score so far, its iteration, and the evaluations since then."""
+        return {"best": self._best, "best_iteration": self._best_iteration, "num_worse": self._num_worse}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore the values of :meth:`state_dict`."""
         self._best, self._best_iteration = state_dict["best"], state_dict["best_iteration"]
+        self._num_worse = state_dict.get("num_worse", 0)
 
     def _run(self, iteration: int) -> None:
         results = self._evaluate()
@@ -81,16 +93,25 @@ class EvaluationHook(HookBase):
             if self._period and comm.is_main_process():
                 self._keep_best(scores.get(self._metric), iteration)
         # Only rank 0 computes the score.
-        comm.synchronize()
+        self._num_worse = comm.all_gather(self._num_worse)[0]
+        if self._period and 0 < self._patience <= self._num_worse:
+            self._has_ended = self.trainer.ends_early = True
+            logger.info(
+                "No better %s in %d evaluations (TEST.PATIENCE): the training ends. model_best.pth has %.4f, of "
+                "iteration %d",
+                self._metric, self._num_worse, self._best, self._best_iteration,
+            )  # fmt: skip
 
     def _keep_best(self, score: float | None, iteration: int) -> None:
         if score is None:
             logger.warning("The evaluation has no %s, so no best model is saved", self._metric)
         elif score > self._best:  # False for NaN
             logger.info("%s %.4f is the best so far: saving model_best", self._metric, score)
-            self._best, self._best_iteration = float(score), iteration
+            self._best, self._best_iteration, self._num_worse = float(score), iteration, 0
             self._checkpointer.save("model_best", iteration=iteration)
         else:
+            # A resumed run repeats the last evaluation.
+            self._num_worse += iteration != self._best_iteration
             logger.info(
                 "%s %.4f; the best is %.4f, of iteration %d", self._metric, score, self._best, self._best_iteration
             )

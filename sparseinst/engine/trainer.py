@@ -117,6 +117,8 @@ class Trainer(SimpleTrainer):
         self.steps_done = 0
         # Set by a signal on any rank; SaveOnSignal ends the training after the step.
         self.stop_requested = False
+        # Set by EvaluationHook on all ranks: the model no longer improves.
+        self.ends_early = False
         self._periodic_checkpointer: hooks.PeriodicCheckpointer | None = None
         self._signals = SignalWatch()
         self._save_on_signal = SaveOnSignal(self._signals, self.checkpointer)
@@ -144,7 +146,11 @@ class Trainer(SimpleTrainer):
             result.append(checkpoints)
         if cfg.DATASETS.TEST:
             # After the checkpointer, because an evaluation takes long and may fail.
-            result.append(EvaluationHook(cfg.TEST.EVAL_PERIOD, lambda: self.evaluate(model), self.checkpointer))
+            result.append(
+                EvaluationHook(
+                    cfg.TEST.EVAL_PERIOD, lambda: self.evaluate(model), self.checkpointer, patience=cfg.TEST.PATIENCE
+                )
+            )
         if comm.is_main_process():
             if cfg.VIS_PERIOD:
                 result.append(VisualizationHook(cfg.VIS_PERIOD, model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN[0]))
@@ -212,6 +218,9 @@ class Trainer(SimpleTrainer):
             try:
                 self.before_train()
                 for iteration in range(self.start_iter, self.max_iter):
+                    if self.ends_early:
+                        self.checkpointer.save("model_final", iteration=self.iter)
+                        break
                     self.iter = iteration
                     self.before_step()
                     self.run_step()

@@ -8,7 +8,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from sparseinst.engine.hooks import EvaluationHook
 from sparseinst.engine.trainer import Trainer
 from tests.shapes_data import CLASS_NAMES, register_shapes
 from tests.tiny_model import tiny_cfg
@@ -133,41 +132,6 @@ def test_a_step_draws_the_same_random_numbers_whatever_came_before_it(shapes, tm
     for iteration in (2, 3):
         assert drawn[2, iteration][0] == drawn[0, iteration][0]
         assert all(map(torch.equal, drawn[2, iteration][1], drawn[0, iteration][1]))
-
-
-def test_a_resumed_run_keeps_the_best_score_and_the_number_of_checkpoints(shapes, tmp_path):
-    opts = ("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_CHECKPOINTS", 2, "TEST.EVAL_PERIOD", 2)
-    scores = iter([30.0, 20.0, 25.0, 25.0, 40.0])
-
-    def train(max_iter, resume):
-        trainer = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", max_iter))
-        for hook in trainer._hooks:
-            if isinstance(hook, EvaluationHook):
-                hook._evaluate = lambda: {"segm": {"AP": next(scores)}}
-        trainer.resume_or_load(resume=resume)
-        trainer.train()
-        return torch.load(tmp_path / "model_best.pth")["iteration"]
-
-    assert train(2, resume=False) == 1  # 30
-    # A resumed run repeats the last evaluation, which may have been interrupted: 20. Then 25, at the end.
-    assert train(4, resume=True) == 1
-    # 25 again, then 40 at the end.
-    assert train(5, resume=True) == 4
-    names = {path.name for path in tmp_path.glob("model_*.pth")}
-    assert names == {"model_0000003.pth", "model_0000004.pth", "model_best.pth", "model_final.pth"}
-
-
-def test_the_best_checkpoint_of_the_last_step_resumes_at_the_next_step(shapes, tmp_path):
-    opts = ("TEST.EVAL_PERIOD", 2, "DATASETS.TEST", shapes[1:])
-    trainer = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", 2))
-    (hook,) = [hook for hook in trainer._hooks if isinstance(hook, EvaluationHook)]
-    hook._evaluate = lambda: {"segm": {"AP": 30.0}}
-    trainer.train()
-    assert torch.load(tmp_path / "model_best.pth")["trainer"]["iteration"] == 1
-    (tmp_path / "last_checkpoint").write_text("model_best.pth")
-    resumed = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", 4))
-    resumed.resume_or_load(resume=True)
-    assert resumed.start_iter == 2
 
 
 def test_resuming_with_other_classes_is_refused(shapes, tmp_path):
