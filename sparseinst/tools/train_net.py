@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="YAML file, or the name of one that comes with the package")
+    add("--recipe", default="", metavar="NAME", help="own images, no --config-file: auto, ordinary or crowded")
     add("--resume", action="store_true", help="continue from the last checkpoint of OUTPUT_DIR, where it has one")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, without a training")
     add_import_argument(parser)
@@ -117,14 +118,23 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     from sparseinst.config import load_config, resolve_config_file
     from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
     from sparseinst.data.evaluation_data import choose_evaluation_data
+    from sparseinst.data.recipes import choose_recipe
     from sparseinst.engine.model_keys import set_model_keys
     from sparseinst.engine.output_folder import check_no_earlier_run, claimed
     from sparseinst.engine.processes import check_device
     from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
     from sparseinst.evaluation import check_test_config
 
+    recipe_notes = []
+    if args.recipe:
+        if args.config_file:
+            raise ValueError("--recipe and --config-file are both given: leave one out")
+        args.config_file, note = choose_recipe(args.recipe, args.train_json)
+        recipe_notes.append(note)
     if not args.config_file:
-        raise ValueError("--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam")
+        raise ValueError(
+            "--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam; or --recipe auto"
+        )
     args.config_file = resolve_config_file(args.config_file)
     flags = {name: repr(getattr(args, name)) for name in DATA_FLAGS if getattr(args, name)}
     flags |= {} if args.val_share is None else {"val_share": repr(args.val_share)}
@@ -141,7 +151,7 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
             raise ValueError("--eval-only has no data to evaluate on: give --test-json and --test-images")
     if not args.resume:
         check_weights_file(cfg.MODEL.WEIGHTS)
-    notes = set_model_keys(cfg, eval_only=args.eval_only, resume=args.resume)
+    notes = recipe_notes + set_model_keys(cfg, eval_only=args.eval_only, resume=args.resume)
     if not args.eval_only:
         check_num_classes(cfg, splits)
     cfg.freeze()

@@ -1,0 +1,50 @@
+"""The recipes for a user's own images, and the choice among them by the data."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from sparseinst.data.json_file import read_json
+
+# Name of a recipe to its config.
+RECIPES = {"ordinary": "small_data/efficientnet_lite0", "crowded": "small_data/efficientnet_lite0_crowded"}
+AUTO = "auto"
+# The recipe for ordinary images predicts 64 objects. One-to-one matching needs more predictions than objects.
+MOST_ORDINARY = 30
+
+
+def choose_recipe(name: str, train_json: str) -> tuple[str, str]:
+    """Return the config of a recipe, and a line for the log that says why.
+
+    Args:
+        name: of RECIPES, or "auto": crowded where a twentieth of the images with objects has more than MOST_ORDINARY.
+        train_json: read for "auto" alone; a COCO json.
+
+    Raises:
+        ValueError: an unknown name; a json that is missing or cannot be read.
+    """
+    known = ", ".join([AUTO, *RECIPES])
+    if name in RECIPES:
+        return RECIPES[name], f"Recipe {name}: {RECIPES[name]}"
+    if name != AUTO:
+        raise ValueError(f"--recipe is {name!r}; it must be one of {known}")
+    if not train_json:
+        raise ValueError(f"--recipe auto looks at the data: give --train-json, or one of {known}")
+    counts = _objects_of_images(train_json)
+    typical = float(np.percentile(counts, 95)) if counts else 0.0
+    chosen = "crowded" if typical > MOST_ORDINARY else "ordinary"
+    return RECIPES[chosen], (
+        f"Recipe auto: {RECIPES[chosen]}, because 95 % of the images with objects have at most {typical:.0f} "
+        f"({chosen}: {'above' if chosen == 'crowded' else 'up to'} {MOST_ORDINARY})"
+    )
+
+
+def _objects_of_images(path: str) -> list[int]:
+    """Return the numbers of objects of the images that have any. What else is wrong, the check of the json says."""
+    content = read_json(Path(path))
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
+        raise ValueError(f"{path} is not a COCO json: it has no list 'annotations'")
+    objects = [entry for entry in annotations if isinstance(entry, dict) and not entry.get("iscrowd")]
+    return list(Counter(str(entry.get("image_id")) for entry in objects).values())
