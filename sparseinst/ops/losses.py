@@ -9,6 +9,10 @@ import torch.nn.functional as F
 DICE_EPS = 1e-4
 IOU_EPS = 1e-6
 IAM_INSIDE_FLOOR = 1e-6
+# Of the Gaussians of a heat map, over the instance's own standard deviation in y and x.
+CENTER_SPREAD = 0.5
+# In cells: instances of less than a cell have a Gaussian, too.
+MIN_SPREAD = 0.3
 
 
 def pairwise_dice_score(mask_probs: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
@@ -106,3 +110,60 @@ def activation_loss(iam_weights: torch.Tensor, gt_masks: torch.Tensor) -> torch.
     """
     inside = (iam_weights * gt_masks[:, None]).flatten(2).sum(2)
     return -inside.clamp(min=IAM_INSIDE_FLOOR, max=1.0).log().mean(1)
+
+
+def center_heatmap(
+    gt_masks: torch.Tensor, gt_classes: torch.Tensor, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the heat map of the centers of one image's instances.
+
+    The center is the covered cell that is nearest to the center of mass, so that it lies inside of rings, too.
+
+    Args:
+        gt_masks: (M, H, W) in [0, 1], the share of each cell that the instance covers.
+        gt_classes: (M,) int64 in [0, K).
+        num_classes: K.
+
+    Returns:
+        (K, H, W) float32 in [0, 1]: Gaussians around the centers, the largest where they overlap; (K, H, W) bool: True
+        at the centers.
+    """
+    height, width = gt_masks.shape[1:]
+    heat = gt_masks.new_zeros((num_classes, height, width))
+    is_center = torch.zeros_like(heat, dtype=torch.bool)
+    if not len(gt_masks):
+        return heat, is_center
+    y, x = (torch.arange(size, dtype=torch.float32, device=gt_masks.device) for size in (height, width))
+    area = gt_masks.sum((1, 2)).clamp(min=IOU_EPS)
+    spread, means = [], []
+    for marginal, steps in ((gt_masks.sum(2), y), (gt_masks.sum(1), x)):
+        means.append((marginal @ steps / area)[:, None])
+        variance = (marginal * (steps - means[-1]).square()).sum(1) / area
+        spread.append(CENTER_SPREAD * variance.sqrt().clamp(min=MIN_SPREAD)[:, None])
+    distance = (y - means[0]).square()[:, :, None] + (x - means[1]).square()[:, None]
+    is_covered = gt_masks >= 0.5 * gt_masks.amax((1, 2), keepdim=True)
+    cells = torch.where(is_covered, distance, torch.inf).flatten(1).argmin(1)
+    rows, columns = cells // width, cells % width
+    fall_y = ((y - rows[:, None]) / spread[0]).square()
+    fall_x = ((x - columns[:, None]) / spread[1]).square()
+    gaussians = torch.exp(-0.5 * (fall_y[:, :, None] + fall_x[:, None]))
+    heat.scatter_reduce_(0, gt_classes[:, None, None].expand_as(gaussians), gaussians, "amax")
+    is_center[gt_classes, rows, columns] = True
+    return heat, is_center
+
+
+def center_focal_loss(logits: torch.Tensor, heat: torch.Tensor, is_center: torch.Tensor) -> torch.Tensor:
+    """Return the penalty-reduced focal loss of a heat map (CenterNet, arXiv 1904.07850, equation 1), summed.
+
+    Args:
+        logits: any shape.
+        heat: the same shape, in [0, 1]; cells near a center count less as background.
+        is_center: the same shape, bool.
+
+    Returns:
+        A scalar, at least 0.
+    """
+    probs = logits.sigmoid()
+    centers = (1 - probs).square() * F.logsigmoid(logits)
+    background = (1 - heat) ** 4 * probs.square() * F.logsigmoid(-logits)
+    return -torch.where(is_center, centers, background).sum()

@@ -101,7 +101,8 @@ def add_keys(cfg: CfgNode) -> None:
 
     sparse_inst.LOSS = CfgNode()
     sparse_inst.LOSS.NAME = "SparseInstCriterion"
-    # "labels": loss_ce; "masks": loss_mask, loss_dice, loss_objectness.
+    # "labels": loss_ce; "heatmap": loss_heatmap, in its place for a PlacedIAMDecoder; "masks": loss_mask, loss_dice,
+    # loss_objectness.
     sparse_inst.LOSS.ITEMS = ("labels", "masks")
     sparse_inst.LOSS.CLASS_WEIGHT = 2.0
     sparse_inst.LOSS.MASK_PIXEL_WEIGHT = 5.0

@@ -12,7 +12,15 @@ from torch.nn import functional as F
 
 from sparseinst.config import registered
 from sparseinst.modeling.sparse_inst.matcher import MatchedPairs, build_sparse_inst_matcher
-from sparseinst.ops.losses import activation_loss, binary_mask_iou, dice_loss, mask_bce_loss, masks_on_grid
+from sparseinst.ops.losses import (
+    activation_loss,
+    binary_mask_iou,
+    center_focal_loss,
+    center_heatmap,
+    dice_loss,
+    mask_bce_loss,
+    masks_on_grid,
+)
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.targets import InstanceTargets
 
@@ -22,7 +30,7 @@ Criteria: modules called as ``criterion(outputs, targets, counts)`` with the dec
 each image, and the counts of the whole step or None; return a dict of weighted scalar losses. Built as ``Name(cfg)``.
 """
 
-LOSS_ITEMS = ("labels", "masks")
+LOSS_ITEMS = ("labels", "heatmap", "masks")
 # As published (arXiv 1708.02002).
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
@@ -36,8 +44,9 @@ class SparseInstCriterion(nn.Module):
 
     Args:
         matcher: assigns predictions to instances.
-        items: which losses: "labels" (``loss_ce``) and "masks" (the other three).
-        class_weight: weight of ``loss_ce``.
+        items: which losses: "labels" (``loss_ce``), "heatmap" (``loss_heatmap``: classes of a `PlacedIAMDecoder`) and
+            "masks" (the other three).
+        class_weight: weight of ``loss_ce`` and ``loss_heatmap``.
         mask_pixel_weight: weight of ``loss_mask``.
         mask_dice_weight: weight of ``loss_dice``.
         objectness_weight: weight of ``loss_objectness``.
@@ -53,7 +62,7 @@ class SparseInstCriterion(nn.Module):
         self,
         *,
         matcher,
-        items: Sequence[str] = LOSS_ITEMS,
+        items: Sequence[str] = ("labels", "masks"),
         class_weight: float = 2.0,
         mask_pixel_weight: float = 5.0,
         mask_dice_weight: float = 2.0,
@@ -102,9 +111,9 @@ class SparseInstCriterion(nn.Module):
                 of it (gradient accumulation). By default those of this batch.
 
         Returns:
-            ``loss_ce`` where items has "labels"; ``loss_objectness``, ``loss_dice`` and ``loss_mask`` where it has
-            "masks"; ``loss_iam`` where it has a weight. Scalars, weighted. Without any instance all but ``loss_ce`` are
-            0, with a gradient of 0.
+            ``loss_ce`` where items has "labels"; ``loss_heatmap`` where it has "heatmap"; ``loss_objectness``,
+            ``loss_dice`` and ``loss_mask`` where it has "masks"; ``loss_iam`` where it has a weight. Scalars, weighted.
+            Without any instance the losses of pairs are 0, with a gradient of 0.
         """
         device = outputs["pred_logits"].device
         with no_autocast(device):
@@ -119,6 +128,9 @@ class SparseInstCriterion(nn.Module):
             if "labels" in self.items:
                 class_logits = outputs["pred_logits"].float()
                 losses["loss_ce"] = self.class_weight * _class_loss(class_logits, targets, pairs, divisors[0])
+            if "heatmap" in self.items:
+                loss = _heatmap_loss(outputs["heat_logits"].float(), targets)
+                losses["loss_heatmap"] = self.class_weight * loss / divisors[0]
             # Only matched maps are copied to float32.
             gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
             if "masks" in self.items:
@@ -166,6 +178,14 @@ def _class_loss(
     one_hot = one_hot.view(class_logits.shape)
     loss = sigmoid_focal_loss(class_logits, one_hot, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
     return loss / num_instances
+
+
+def _heatmap_loss(heat_logits: torch.Tensor, targets: list[InstanceTargets]) -> torch.Tensor:
+    num_classes, *size = heat_logits.shape[1:]
+    heat, is_center = zip(
+        *(center_heatmap(masks_on_grid(one.gt_masks, tuple(size)), one.gt_classes, num_classes) for one in targets)
+    )
+    return center_focal_loss(heat_logits, torch.stack(heat), torch.stack(is_center))
 
 
 def joint_prediction_idx(pairs: list[MatchedPairs], num_maps: int) -> torch.Tensor:

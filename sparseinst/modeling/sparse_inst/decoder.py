@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sparseinst.config import registered
 from sparseinst.modeling.sparse_inst.fused import FusedDecoder
-from sparseinst.modeling.sparse_inst.location_prior import location_prior, window_logits
+from sparseinst.modeling.sparse_inst.location_prior import WindowHead, location_prior, window_logits
 from sparseinst.ops.coordinates import append_coordinates
 from sparseinst.ops.precision import no_autocast
 
@@ -140,14 +140,14 @@ class InstanceBranch(nn.Module):
         self.iam_normalization = iam_normalization
         self.location_prior = location_prior
 
-        self.inst_convs = _conv_stack(in_channels + 2, dim, num_convs, norm)
+        self.inst_convs = conv_stack(in_channels + 2, dim, num_convs, norm)
         self.iam_conv = nn.Conv2d(dim, num_groups * num_masks, 3, padding=1, groups=num_groups)
         vector_dim = num_groups * dim
         self.fc = nn.Linear(vector_dim, vector_dim) if with_fc else None
         self.cls_score = nn.Linear(vector_dim, num_classes)
         self.mask_kernel = nn.Linear(vector_dim, kernel_dim)
         self.objectness = nn.Linear(vector_dim, 1)
-        self.mask_window = nn.Linear(vector_dim, 2) if mask_window > 0 else None
+        self.mask_window = WindowHead(vector_dim, mask_window) if mask_window > 0 else None
         if iam_normalization == "softmax":
             # Published checkpoints hold it, although the softmax cancels it.
             self.softmax_bias = nn.Parameter(torch.ones(1))
@@ -161,10 +161,6 @@ class InstanceBranch(nn.Module):
         nn.init.zeros_(self.mask_kernel.bias)
         if self.fc is not None:
             c2_xavier_fill(self.fc)
-        if self.mask_window is not None:
-            nn.init.normal_(self.mask_window.weight, std=0.01)
-            # The inverse of softplus.
-            self.mask_window.bias.data = torch.tensor([math.log(math.expm1(mask_window)), 0.0])
 
     def forward(self, features: torch.Tensor) -> InstanceBranchOutput:
         """Predict the instances.
@@ -191,10 +187,7 @@ class InstanceBranch(nn.Module):
         vectors = vectors.unflatten(1, (self.num_groups, -1)).transpose(1, 2).flatten(2)
         if self.fc is not None:
             vectors = F.relu(self.fc(vectors))
-        windows = None
-        if self.mask_window is not None:
-            sharpness, bias = self.mask_window(vectors).unbind(2)
-            windows = torch.stack([F.softplus(sharpness), bias], dim=2)
+        windows = None if self.mask_window is None else self.mask_window(vectors)
         return InstanceBranchOutput(
             self.cls_score(vectors),
             self.mask_kernel(vectors),
@@ -220,13 +213,28 @@ class MaskBranch(nn.Module):
         self, *, in_channels: int, dim: int = 256, num_convs: int = 4, kernel_dim: int = 128, norm: str = ""
     ) -> None:
         super().__init__()
-        self.mask_convs = _conv_stack(in_channels + 2, dim, num_convs, norm)
+        self.mask_convs = conv_stack(in_channels + 2, dim, num_convs, norm)
         self.projection = nn.Conv2d(dim, kernel_dim, 1)
         c2_msra_fill(self.projection)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return mask features (B, D, H, W) of a map (B, 2 + C, H, W) with coordinates first."""
         return self.projection(self.mask_convs(features))
+
+
+def instance_branch_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+    """Return the arguments that instance branches of all decoders share."""
+    decoder = cfg.MODEL.SPARSE_INST.DECODER
+    return {
+        "in_channels": input_shape.channels,
+        "dim": decoder.INST.DIM,
+        "num_convs": decoder.INST.CONVS,
+        "num_masks": decoder.NUM_MASKS,
+        "num_classes": decoder.NUM_CLASSES,
+        "kernel_dim": decoder.KERNEL_DIM,
+        "norm": decoder.NORM,
+        "mask_window": decoder.MASK_WINDOW,
+    }
 
 
 @SPARSE_INST_DECODER_REGISTRY.register()
@@ -256,19 +264,7 @@ class BaseIAMDecoder(nn.Module):
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         decoder = cfg.MODEL.SPARSE_INST.DECODER
         return {
-            "inst_branch": InstanceBranch(
-                in_channels=input_shape.channels,
-                dim=decoder.INST.DIM,
-                num_convs=decoder.INST.CONVS,
-                num_masks=decoder.NUM_MASKS,
-                num_classes=decoder.NUM_CLASSES,
-                kernel_dim=decoder.KERNEL_DIM,
-                norm=decoder.NORM,
-                iam_init_std=decoder.IAM_INIT_STD,
-                location_prior=decoder.LOCATION_PRIOR,
-                mask_window=decoder.MASK_WINDOW,
-                **cls.instance_branch_variant(cfg),
-            ),
+            "inst_branch": cls.build_instance_branch(cfg, input_shape),
             "mask_branch": MaskBranch(
                 in_channels=input_shape.channels,
                 dim=decoder.MASK.DIM,
@@ -278,6 +274,17 @@ class BaseIAMDecoder(nn.Module):
             ),
             "scale_factor": decoder.SCALE_FACTOR,
         }
+
+    @classmethod
+    def build_instance_branch(cls, cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
+        """Build the instance branch."""
+        decoder = cfg.MODEL.SPARSE_INST.DECODER
+        return InstanceBranch(
+            **instance_branch_arguments(cfg, input_shape),
+            iam_init_std=decoder.IAM_INIT_STD,
+            location_prior=decoder.LOCATION_PRIOR,
+            **cls.instance_branch_variant(cfg),
+        )
 
     @staticmethod
     def instance_branch_variant(cfg: CfgNode) -> dict:
@@ -341,7 +348,8 @@ class GroupIAMSoftDecoder(GroupIAMDecoder):
         return {**GroupIAMDecoder.instance_branch_variant(cfg), "iam_normalization": "softmax"}
 
 
-def _conv_stack(in_channels: int, dim: int, num_convs: int, norm: str) -> nn.Sequential:
+def conv_stack(in_channels: int, dim: int, num_convs: int, norm: str) -> nn.Sequential:
+    """Return 3x3 convolutions, each with a ReLU, of one of the decoder's branches. Raise ValueError without any."""
     if num_convs < 1:
         raise ValueError(
             f"A decoder branch has {num_convs} convolutions; MODEL.SPARSE_INST.DECODER.INST.CONVS and MASK.CONVS must "

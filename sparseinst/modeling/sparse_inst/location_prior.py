@@ -7,6 +7,8 @@ Letters: sparseinst.structures.
 import math
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from sparseinst.ops.coordinates import relative_centers
 from sparseinst.ops.precision import no_autocast
@@ -47,6 +49,26 @@ def location_prior(num_masks: int, height: int, width: int, device: torch.device
     y, x = cell_coordinates(num_masks, height, width, device)
     distance_y, distance_x = y - cell_y[:, None], x - cell_x[:, None]
     return -(distance_y.square()[:, :, None] + distance_x.square()[:, None, :])
+
+
+class WindowHead(nn.Linear):
+    """Predict the windows of `window_logits` from pooled vectors.
+
+    Args:
+        vector_dim: C.
+        sharpness: initial one, above 0.
+    """
+
+    def __init__(self, vector_dim: int, sharpness: float) -> None:
+        super().__init__(vector_dim, 2)
+        nn.init.normal_(self.weight, std=0.01)
+        # The inverse of softplus.
+        self.bias.data = torch.tensor([math.log(math.expm1(sharpness)), 0.0])
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return the windows (B, N, 2) of vectors (B, N, C): sharpness and bias."""
+        sharpness, bias = super().forward(vectors).unbind(2)
+        return torch.stack([F.softplus(sharpness), bias], dim=2)
 
 
 def window_logits(windows: torch.Tensor, iam_weights: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sparseinst.config import check_values
 from sparseinst.modeling.auxiliary import build_backbone
 from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions, check_not_traced
-from sparseinst.modeling.sparse_inst import config
+from sparseinst.modeling.sparse_inst import config, placed_decoder  # noqa: F401 (registers it)
 from sparseinst.modeling.sparse_inst.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.sparse_inst.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.sparse_inst.encoder import build_sparse_inst_encoder
@@ -112,6 +112,10 @@ class SparseInst(InstanceSegmenter):
     def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Return the numbers of classes and of masks; see the base class."""
         branch = "decoder.inst_branch."
+        heatmap = tensors.get(f"{branch}heatmap.weight")
+        if heatmap is not None and heatmap.dim() == 4 and len(heatmap):
+            # The number of peaks is free.
+            return {cls.num_classes_key: len(heatmap)}
         names = [f"{branch}{name}.weight" for name in ("cls_score", "iam_conv")]
         if any(name not in tensors for name in names):
             return {}

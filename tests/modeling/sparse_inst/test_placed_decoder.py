@@ -1,0 +1,138 @@
+"""Maps at the peaks of a heat map: peaks against brute force, the heat map's targets and loss by hand, the model."""
+
+import math
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from sparseinst.modeling.sparse_inst.model import SparseInst
+from sparseinst.modeling.sparse_inst.placed_decoder import highest_peaks, placed_maps
+from sparseinst.ops.losses import center_focal_loss, center_heatmap
+from tests.runtime.test_export import check_export
+from tests.tiny_model import random_input, tiny_cfg
+
+PLACED = (
+    "MODEL.SPARSE_INST.DECODER.NAME", "PlacedIAMDecoder",
+    "MODEL.SPARSE_INST.DECODER.MASK_WINDOW", 0.25,
+    "MODEL.SPARSE_INST.LOSS.ITEMS", ("heatmap", "masks"),
+    "MODEL.SPARSE_INST.MATCHER.GAMMA", 0.8,
+)  # fmt: skip
+
+
+def placed_model(*opts, seed=0):
+    torch.manual_seed(seed)
+    model = build_model(tiny_cfg("MODEL.RESNETS.NORM", "FrozenBN", *PLACED, *opts)).eval()
+    torch.nn.init.normal_(model.decoder.inst_branch.heatmap.weight, std=0.3)
+    torch.nn.init.zeros_(model.decoder.inst_branch.heatmap.bias)
+    # Without norms of a batch the features are large.
+    torch.nn.init.zeros_(model.decoder.inst_branch.objectness.weight)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_peaks_equal_brute_force(seed):
+    heat = torch.randn(1, 2, 6, 9, generator=torch.Generator().manual_seed(seed))
+    best = heat[0].amax(0)
+    peaks = [
+        (-best[row, column].item(), row * 9 + column)
+        for row in range(6)
+        for column in range(9)
+        if best[row, column] == best[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].max()
+    ]
+    expected = [cell for _, cell in sorted(peaks)]
+    found = highest_peaks(heat, len(expected) + 3)[0].tolist()
+    assert found[: len(expected)] == expected
+    others = sorted((-best.flatten()[cell].item(), cell) for cell in set(range(54)) - set(expected))
+    assert found[len(expected) :] == [cell for _, cell in others[:3]]
+
+
+def test_more_peaks_than_cells():
+    cells = highest_peaks(torch.randn(2, 1, 2, 3), 8)
+    assert cells.shape == (2, 8) and (cells[:, 6:] == 5).all()
+    assert all(sorted(row[:6].tolist()) == list(range(6)) for row in cells)
+
+
+def test_each_map_is_highest_at_its_cell():
+    maps = placed_maps(torch.tensor([[0, 7, 11]]), 3, 4)
+    assert maps.shape == (1, 3, 3, 4) and maps.flatten(2).argmax(2).tolist() == [[0, 7, 11]]
+    # One row and two columns from the cell: minus 5 over twice the squared radius.
+    assert maps[0, 0, 1, 2].item() == pytest.approx(-5 / (2 * 1.5**2))
+
+
+def test_center_of_a_ring_lies_on_it():
+    mask = torch.ones(1, 7, 7)
+    mask[:, 1:6, 1:6] = 0
+    heat, is_center = center_heatmap(mask, torch.tensor([1]), 3)
+    assert is_center.sum() == 1 and heat[0].sum() == heat[2].sum() == 0
+    (cell,) = is_center[1].nonzero().tolist()
+    assert mask[0][tuple(cell)] == 1 and heat[1][tuple(cell)] == 1 == heat.max()
+
+
+def test_heat_map_by_hand():
+    # Columns 1 to 3 of row 2: variance 2/3 in x, and the least spread, 0.3 cells, in y; both halved.
+    mask = torch.zeros(1, 5, 5)
+    mask[0, 2, 1:4] = 1
+    heat, is_center = center_heatmap(mask, torch.tensor([0]), 1)
+    assert is_center[0].nonzero().tolist() == [[2, 2]]
+    assert heat[0, 2, 3].item() == pytest.approx(math.exp(-0.5 / (0.25 * 2 / 3)))
+    assert heat[0, 1, 2].item() == pytest.approx(math.exp(-0.5 / (0.25 * 0.09)))
+    overlapping, centers = center_heatmap(torch.cat([mask, mask.roll(1, 2)]), torch.tensor([0, 0]), 1)
+    assert centers.sum() == 2 and overlapping.max() == 1 and (overlapping >= heat).all()
+
+
+def test_no_instances_make_an_empty_heat_map():
+    heat, is_center = center_heatmap(torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.int64), 2)
+    assert heat.shape == is_center.shape == (2, 4, 5) and not heat.any() and not is_center.any()
+
+
+def test_focal_loss_by_hand():
+    logits, heat = torch.tensor([0.0, 0.0, 2.0]), torch.tensor([1.0, 0.5, 0.0])
+    is_center = torch.tensor([True, False, False])
+    p = 1 / (1 + math.exp(-2))
+    expected = -(0.25 * math.log(0.5) + 0.5**4 * 0.25 * math.log(0.5) + p**2 * math.log(1 - p))
+    assert center_focal_loss(logits, heat, is_center).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (0, 3), (0, 0)])
+def test_every_parameter_has_a_gradient(counts):
+    model = placed_model().train()
+    losses = model([random_input(64, 96, num_instances=count, seed=count) for count in counts])
+    assert losses.keys() == {"loss_heatmap", "loss_objectness", "loss_dice", "loss_mask"}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None] == []
+
+
+def test_the_losses_of_parts_add_up_to_those_of_the_whole():
+    model = placed_model().train()
+    inputs = [random_input(num_instances=count, seed=count) for count in (1, 4, 2)]
+    whole = model(inputs)
+    batches = [inputs[:1], inputs[1:]]
+    parts = [model(batch, part) for batch, part in zip(batches, model.prepare_parts(batches))]
+    for name, loss in whole.items():
+        torch.testing.assert_close(parts[0][name] + parts[1][name], loss)
+
+
+def test_scores_are_those_of_the_peaks():
+    model = placed_model("MODEL.SPARSE_INST.DECODER.OUTPUT_IAM", True, "MODEL.SPARSE_INST.DECODER.MASK_WINDOW", 0.0)
+    images = model.preprocess([random_input(64, 96)]).tensor
+    heat = []
+    model.decoder.inst_branch.heatmap.register_forward_hook(lambda module, args, output: heat.append(output))
+    with torch.no_grad():
+        outputs = model.network(images)
+    cells = highest_peaks(heat[0], 6)
+    assert torch.equal(outputs["pred_logits"][0].T, heat[0][0].flatten(1)[:, cells[0]])
+    assert outputs["pred_iam"].shape == outputs["pred_masks"].shape == (1, 6, 16, 24)
+    (instances,) = model([random_input(64, 96)])
+    assert len(instances["instances"]) > 0
+
+
+def test_a_checkpoint_tells_the_number_of_classes_alone():
+    keys = SparseInst.trained_keys(placed_model().state_dict())
+    assert keys == {"MODEL.SPARSE_INST.DECODER.NUM_CLASSES": 3}
+
+
+def test_the_network_exports_with_any_size():
+    # Images of 64 x 64 pixels have 64 cells, fewer than these peaks.
+    check_export(placed_model("MODEL.SPARSE_INST.DECODER.NUM_MASKS", 80))
