@@ -5,6 +5,7 @@ Source: equations of the paper (arXiv 2203.12827, section 3.4). The focal loss i
 
 import torch
 import torch.nn.functional as F
+from fvcore.nn import giou_loss
 
 DICE_EPS = 1e-4
 IOU_EPS = 1e-6
@@ -167,3 +168,33 @@ def center_focal_loss(logits: torch.Tensor, heat: torch.Tensor, is_center: torch
     centers = (1 - probs).square() * F.logsigmoid(logits)
     background = (1 - heat) ** 4 * probs.square() * F.logsigmoid(-logits)
     return -torch.where(is_center, centers, background).sum()
+
+
+def center_box_loss(boxes: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
+    """Return the loss of boxes against the tight boxes of masks, summed: GIoU, and half of the smooth L1 of the edges.
+
+    The edges' distances are in heights and widths of the true box. Pairs whose mask has no cell above 0.5 do not count.
+
+    Args:
+        boxes: (P, 4) center y, x, height, width in shares of the map.
+        gt_masks: (P, H, W) in [0, 1].
+
+    Returns:
+        A scalar, at least 0.
+    """
+    edges, are_there = [], []
+    for is_inside in ((gt_masks > 0.5).any(2), (gt_masks > 0.5).any(1)):
+        size = is_inside.shape[1]
+        first, after_last = is_inside.float().argmax(1), size - is_inside.flip(1).float().argmax(1)
+        edges.append((first / size, after_last / size))
+        are_there.append(is_inside.any(1))
+    (top, bottom), (left, right) = edges
+    there = are_there[0] & are_there[1]
+    expected = torch.stack([left, top, right, bottom], dim=1)[there]
+    center_y, center_x, height, width = boxes[there].unbind(1)
+    found = torch.stack(
+        [center_x - width / 2, center_y - height / 2, center_x + width / 2, center_y + height / 2], dim=1
+    )
+    size = (expected[:, 2:] - expected[:, :2]).repeat(1, 2)
+    distance = F.smooth_l1_loss(found / size, expected / size, beta=0.1, reduction="sum")
+    return giou_loss(found, expected, reduction="sum") + 0.5 * distance

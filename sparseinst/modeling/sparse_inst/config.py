@@ -20,10 +20,13 @@ _RANGES = {
     "ENCODER.NUM_CHANNELS": COUNT,
     **{f"DECODER.{name}": COUNT for name in ("NUM_MASKS", "NUM_CLASSES", "KERNEL_DIM", "GROUPS")},
     "DECODER.SCALE_FACTOR": POSITIVE,
+    "DECODER.ELLIPSE_SIZE": Range(lambda value: 0 < value <= 1, "in (0, 1]"),
     "DECODER.NORM": NORM,
     **{f"DECODER.{name}": NOT_NEGATIVE for name in ("IAM_INIT_STD", "LOCATION_PRIOR", "MASK_WINDOW")},
     **{f"DECODER.{branch}.{name}": COUNT for branch in ("INST", "MASK") for name in ("DIM", "CONVS")},
-    **{f"LOSS.{name}_WEIGHT": NOT_NEGATIVE for name in ("CLASS", "MASK_PIXEL", "MASK_DICE", "OBJECTNESS", "IAM")},
+    **{
+        f"LOSS.{name}_WEIGHT": NOT_NEGATIVE for name in ("CLASS", "MASK_PIXEL", "MASK_DICE", "OBJECTNESS", "BOX", "IAM")
+    },
     **{f"MATCHER.{name}": NOT_NEGATIVE for name in ("ALPHA", "BETA", "GAMMA")},
 }
 # The values that the keys accept; `sparseinst.config.check_values` refuses others.
@@ -92,6 +95,8 @@ def add_keys(cfg: CfgNode) -> None:
     # maps' center of mass, in the same cells. The sharpness is learned for each instance, and starts with this. 0: off,
     # as published.
     sparse_inst.DECODER.MASK_WINDOW = 0.0
+    # PlacedIAMDecoder: initial height and width of an object's box, as a share of the image's; in (0, 1].
+    sparse_inst.DECODER.ELLIPSE_SIZE = 0.25
     sparse_inst.DECODER.INST = CfgNode()
     sparse_inst.DECODER.INST.DIM = 256
     sparse_inst.DECODER.INST.CONVS = 4
@@ -101,13 +106,14 @@ def add_keys(cfg: CfgNode) -> None:
 
     sparse_inst.LOSS = CfgNode()
     sparse_inst.LOSS.NAME = "SparseInstCriterion"
-    # "labels": loss_ce; "heatmap": loss_heatmap, in its place for a PlacedIAMDecoder; "masks": loss_mask, loss_dice,
-    # loss_objectness.
+    # "labels": loss_ce; "masks": loss_mask, loss_dice, loss_objectness. Of a PlacedIAMDecoder: "heatmap", in place of
+    # "labels": loss_heatmap; "boxes": loss_box.
     sparse_inst.LOSS.ITEMS = ("labels", "masks")
     sparse_inst.LOSS.CLASS_WEIGHT = 2.0
     sparse_inst.LOSS.MASK_PIXEL_WEIGHT = 5.0
     sparse_inst.LOSS.MASK_DICE_WEIGHT = 2.0
     sparse_inst.LOSS.OBJECTNESS_WEIGHT = 1.0
+    sparse_inst.LOSS.BOX_WEIGHT = 1.0
     # Weight of loss_iam, which draws each activation map into its instance. 0: no such loss, as published.
     sparse_inst.LOSS.IAM_WEIGHT = 0.0
     # Several processes: divide by the instances and pairs of all of them, so that their gradients equal those of one

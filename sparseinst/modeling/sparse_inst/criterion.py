@@ -15,6 +15,7 @@ from sparseinst.modeling.sparse_inst.matcher import MatchedPairs, build_sparse_i
 from sparseinst.ops.losses import (
     activation_loss,
     binary_mask_iou,
+    center_box_loss,
     center_focal_loss,
     center_heatmap,
     dice_loss,
@@ -30,7 +31,7 @@ Criteria: modules called as ``criterion(outputs, targets, counts)`` with the dec
 each image, and the counts of the whole step or None; return a dict of weighted scalar losses. Built as ``Name(cfg)``.
 """
 
-LOSS_ITEMS = ("labels", "heatmap", "masks")
+LOSS_ITEMS = ("labels", "heatmap", "boxes", "masks")
 # As published (arXiv 1708.02002).
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
@@ -44,12 +45,13 @@ class SparseInstCriterion(nn.Module):
 
     Args:
         matcher: assigns predictions to instances.
-        items: which losses: "labels" (``loss_ce``), "heatmap" (``loss_heatmap``: classes of a `PlacedIAMDecoder`) and
-            "masks" (the other three).
+        items: which losses: "labels" (``loss_ce``), "masks" (``loss_mask``, ``loss_dice``, ``loss_objectness``); of a
+            `PlacedIAMDecoder` also "heatmap" (``loss_heatmap``, for the classes) and "boxes" (``loss_box``).
         class_weight: weight of ``loss_ce`` and ``loss_heatmap``.
         mask_pixel_weight: weight of ``loss_mask``.
         mask_dice_weight: weight of ``loss_dice``.
         objectness_weight: weight of ``loss_objectness``.
+        box_weight: weight of ``loss_box``.
         iam_weight: weight of ``loss_iam``, see `activation_loss`; 0, as published, omits this loss.
         global_normalization: divide by the counts of all ranks together, see `divisors_over_ranks`.
 
@@ -67,6 +69,7 @@ class SparseInstCriterion(nn.Module):
         mask_pixel_weight: float = 5.0,
         mask_dice_weight: float = 2.0,
         objectness_weight: float = 1.0,
+        box_weight: float = 1.0,
         iam_weight: float = 0.0,
         global_normalization: bool = False,
     ) -> None:
@@ -79,6 +82,7 @@ class SparseInstCriterion(nn.Module):
         self.mask_pixel_weight = mask_pixel_weight
         self.mask_dice_weight = mask_dice_weight
         self.objectness_weight = objectness_weight
+        self.box_weight = box_weight
         self.iam_weight = iam_weight
         self.global_normalization = global_normalization
 
@@ -92,6 +96,7 @@ class SparseInstCriterion(nn.Module):
             "mask_pixel_weight": loss.MASK_PIXEL_WEIGHT,
             "mask_dice_weight": loss.MASK_DICE_WEIGHT,
             "objectness_weight": loss.OBJECTNESS_WEIGHT,
+            "box_weight": loss.BOX_WEIGHT,
             "iam_weight": loss.IAM_WEIGHT,
             "global_normalization": loss.GLOBAL_NORMALIZATION,
         }
@@ -111,9 +116,10 @@ class SparseInstCriterion(nn.Module):
                 of it (gradient accumulation). By default those of this batch.
 
         Returns:
-            ``loss_ce`` where items has "labels"; ``loss_heatmap`` where it has "heatmap"; ``loss_objectness``,
-            ``loss_dice`` and ``loss_mask`` where it has "masks"; ``loss_iam`` where it has a weight. Scalars, weighted.
-            Without any instance the losses of pairs are 0, with a gradient of 0.
+            ``loss_ce`` where items has "labels"; ``loss_heatmap`` where it has "heatmap"; ``loss_box`` where
+            it has "boxes"; ``loss_objectness``, ``loss_dice`` and ``loss_mask`` where it has "masks"; ``loss_iam``
+            where it has a weight. Scalars, weighted. Without any instance the losses of pairs are 0, with a gradient of
+            0.
         """
         device = outputs["pred_logits"].device
         with no_autocast(device):
@@ -137,6 +143,9 @@ class SparseInstCriterion(nn.Module):
                 mask_logits = matched_predictions(outputs["pred_masks"], pairs)[:, 0].float()
                 objectness_logits = matched_predictions(outputs["pred_scores"], pairs)[:, 0, 0].float()
                 losses.update(self._mask_losses(mask_logits, objectness_logits, gt_masks, *divisors))
+            if "boxes" in self.items:
+                loss = center_box_loss(matched_predictions(outputs["boxes"], pairs)[:, 0], gt_masks)
+                losses["loss_box"] = self.box_weight * loss / divisors[1]
             if self.iam_weight > 0:
                 iam_weights = outputs["iam_weights"]
                 num_groups = iam_weights.shape[1] // outputs["pred_logits"].shape[1]

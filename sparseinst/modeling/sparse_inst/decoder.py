@@ -77,7 +77,7 @@ class InstanceBranchOutput(NamedTuple):
         objectness_logits: (B, N, 1).
         iam_logits: (B, G * N, H, W), group-major.
         iam_weights: (B, G * N, H, W) float32, normalized maps; each sums to 1.
-        windows: (B, N, 2), see `window_logits`; None without windows.
+        windows: what ties each mask to the location of its maps, (B, N, ...) as the decoder reads it; None for nothing.
     """
 
     class_logits: torch.Tensor
@@ -233,8 +233,24 @@ def instance_branch_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         "num_classes": decoder.NUM_CLASSES,
         "kernel_dim": decoder.KERNEL_DIM,
         "norm": decoder.NORM,
-        "mask_window": decoder.MASK_WINDOW,
     }
+
+
+def mask_branch_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+    """Return the arguments of the mask branch."""
+    decoder = cfg.MODEL.SPARSE_INST.DECODER
+    return {
+        "in_channels": input_shape.channels,
+        "dim": decoder.MASK.DIM,
+        "num_convs": decoder.MASK.CONVS,
+        "kernel_dim": decoder.KERNEL_DIM,
+        "norm": decoder.NORM,
+    }
+
+
+def dynamic_masks(mask_kernels: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
+    """Return the products (B, N, H, W) of kernels (B, N, D) and features (B, D, H, W)."""
+    return torch.bmm(mask_kernels, mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
 
 
 @SPARSE_INST_DECODER_REGISTRY.register()
@@ -262,17 +278,10 @@ class BaseIAMDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
-        decoder = cfg.MODEL.SPARSE_INST.DECODER
         return {
             "inst_branch": cls.build_instance_branch(cfg, input_shape),
-            "mask_branch": MaskBranch(
-                in_channels=input_shape.channels,
-                dim=decoder.MASK.DIM,
-                num_convs=decoder.MASK.CONVS,
-                kernel_dim=decoder.KERNEL_DIM,
-                norm=decoder.NORM,
-            ),
-            "scale_factor": decoder.SCALE_FACTOR,
+            "mask_branch": MaskBranch(**mask_branch_arguments(cfg, input_shape)),
+            "scale_factor": cfg.MODEL.SPARSE_INST.DECODER.SCALE_FACTOR,
         }
 
     @classmethod
@@ -283,6 +292,7 @@ class BaseIAMDecoder(nn.Module):
             **instance_branch_arguments(cfg, input_shape),
             iam_init_std=decoder.IAM_INIT_STD,
             location_prior=decoder.LOCATION_PRIOR,
+            mask_window=decoder.MASK_WINDOW,
             **cls.instance_branch_variant(cfg),
         )
 
@@ -305,12 +315,9 @@ class BaseIAMDecoder(nn.Module):
         self, instances: InstanceBranchOutput, mask_features: torch.Tensor, with_iams: bool = False
     ) -> dict[str, torch.Tensor]:
         """Combine the outputs of both branches, mask features (B, D, H, W), into the decoder's dict."""
-        mask_logits = torch.bmm(instances.mask_kernels, mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
-        if instances.windows is not None:
-            mask_logits = mask_logits + window_logits(instances.windows, instances.iam_weights)
         outputs = {
             "pred_logits": instances.class_logits,
-            "pred_masks": self._to_mask_grid(mask_logits),
+            "pred_masks": self.mask_logits(instances, mask_features),
             "pred_scores": instances.objectness_logits,
         }
         if self.training:
@@ -318,6 +325,13 @@ class BaseIAMDecoder(nn.Module):
         if with_iams:
             outputs["pred_iam"] = self._to_mask_grid(instances.iam_logits)
         return outputs
+
+    def mask_logits(self, instances: InstanceBranchOutput, mask_features: torch.Tensor) -> torch.Tensor:
+        """Return the masks (B, N, Hm, Wm) of mask features (B, D, H, W)."""
+        logits = dynamic_masks(instances.mask_kernels, mask_features)
+        if instances.windows is not None:
+            logits = logits + window_logits(instances.windows, instances.iam_weights)
+        return self._to_mask_grid(logits)
 
     def fuse(self) -> nn.Module:
         """Return an equal, cheaper module for inference, or this one where a norm or a subclass prevents it."""

@@ -2,10 +2,13 @@
 
 Learned maps must find the objects, and matching tells each map which one: on a few hundred images that takes most of
 the training. Here a heat map with a loss on every cell, that of CenterNet (arXiv 1904.07850), finds the centers of the
-objects and their classes. Each of its highest peaks places one activation map. Letters: sparseinst.structures.
+objects and their classes. Each of its highest peaks places one activation map. A box at the peak, with a loss of its
+own, and a quadratic in the box's coordinates give the mask its location and first shape, an ellipse. The mask features
+add the outline. Letters: sparseinst.structures.
 """
 
 import math
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -18,16 +21,24 @@ from sparseinst.modeling.sparse_inst.decoder import (
     SPARSE_INST_DECODER_REGISTRY,
     BaseIAMDecoder,
     InstanceBranchOutput,
+    MaskBranch,
     conv_stack,
+    dynamic_masks,
     instance_branch_arguments,
+    mask_branch_arguments,
     normalize_iams,
     pool_instances,
 )
-from sparseinst.modeling.sparse_inst.location_prior import WindowHead
-from sparseinst.ops.coordinates import append_coordinates
+from sparseinst.ops.coordinates import append_coordinates, relative_centers
+from sparseinst.ops.precision import no_autocast
 
 # Standard deviation of the Gaussian of each activation map, in cells.
 MAP_RADIUS = 1.5
+# Initial factors of 1, v, u, v ** 2, u ** 2, u * v, see `ellipse_logits`: 0 on the ellipse in the box, 2 in its center.
+ELLIPSE = (2.0, 0.0, 0.0, -2.0, -2.0, 0.0)
+# Coordinates of boxes end here, in halves of a box, so that logits stay finite in float16.
+FARTHEST = 3.0
+MAX_LOG_SIZE = 4.0
 # Cells that are no peaks rank behind those that are.
 NOT_A_PEAK = 100.0
 
@@ -43,7 +54,7 @@ class PlacedInstanceBranch(nn.Module):
         num_classes: K.
         kernel_dim: D.
         norm: norm of the 3x3 convolutions, "" for none.
-        mask_window: initial sharpness of the windows of `WindowHead`; 0 for none.
+        ellipse_size: initial height and width of the boxes, as a share of the map's.
     """
 
     iam_normalization = "softmax"
@@ -58,7 +69,7 @@ class PlacedInstanceBranch(nn.Module):
         num_classes: int = 80,
         kernel_dim: int = 128,
         norm: str = "",
-        mask_window: float = 0.0,
+        ellipse_size: float = 0.25,
     ) -> None:
         super().__init__()
         self.num_masks = num_masks
@@ -68,11 +79,14 @@ class PlacedInstanceBranch(nn.Module):
         self.peak_fc = nn.Linear(dim, dim)
         self.mask_kernel = nn.Linear(dim, kernel_dim)
         self.objectness = nn.Linear(dim, 1)
-        self.mask_window = WindowHead(dim, mask_window) if mask_window > 0 else None
+        self.ellipse_size = ellipse_size
+        self.box = nn.Linear(dim, 4)
+        self.ellipse = nn.Linear(dim, len(ELLIPSE))
 
-        for layer in (self.heatmap, self.saliency, self.mask_kernel):
+        for layer in (self.heatmap, self.saliency, self.mask_kernel, self.box, self.ellipse):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+        self.ellipse.bias.data = torch.tensor(ELLIPSE)
         nn.init.constant_(self.heatmap.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
 
     def forward(self, features: torch.Tensor) -> tuple[InstanceBranchOutput, torch.Tensor]:
@@ -94,11 +108,40 @@ class PlacedInstanceBranch(nn.Module):
             for maps in (features, heat_logits)
         )
         vectors = F.relu(pool_instances(iam_weights, features) + self.peak_fc(own))
-        windows = None if self.mask_window is None else self.mask_window(vectors)
+        windows = torch.cat([self._boxes(vectors, cells, *features.shape[-2:]), self.ellipse(vectors).float()], dim=2)
         predictions = InstanceBranchOutput(
             class_logits, self.mask_kernel(vectors), self.objectness(vectors), iam_logits, iam_weights, windows
         )
         return predictions, heat_logits
+
+    def _boxes(self, vectors: torch.Tensor, cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Return boxes (B, N, 4) float32: center y, x, height, width in shares of the map, near the peaks' cells."""
+        with no_autocast(vectors.device):
+            y, x = (relative_centers(size, cells.device) for size in (height, width))
+            peaks = torch.stack([y[cells // width], x[cells % width]], dim=2)
+            offsets, log_sizes = self.box(vectors.float()).split(2, dim=2)
+            sizes = self.ellipse_size * log_sizes.clamp(max=MAX_LOG_SIZE).exp()
+            return torch.cat([peaks + self.ellipse_size * offsets, sizes], dim=2)
+
+
+def ellipse_logits(windows: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return mask logits that are quadratic in the coordinates of each instance's box.
+
+    Args:
+        windows: (B, N, 10) float32: the box (center y, x, height, width in shares of the map), and the factors of 1, v,
+            u, v ** 2, u ** 2 and u * v, where v and u are -1 and 1 at the edges of the box.
+        height, width: of the masks.
+
+    Returns:
+        (B, N, height, width) float32.
+    """
+    center_y, center_x, box_height, box_width, *factors = windows[..., None].unbind(2)
+    v = 2 * (relative_centers(height, windows.device) - center_y) / box_height
+    u = 2 * (relative_centers(width, windows.device) - center_x) / box_width
+    v, u = v.clamp(-FARTHEST, FARTHEST), u.clamp(-FARTHEST, FARTHEST)
+    rows = factors[0] + factors[1] * v + factors[3] * v.square()
+    columns = factors[2] * u + factors[4] * u.square()
+    return rows[..., None] + columns[..., None, :] + (factors[5] * v)[..., None] * u[..., None, :]
 
 
 @torch.no_grad()
@@ -126,11 +169,37 @@ def placed_maps(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return scale * y.square()[..., :, None] + scale * x.square()[..., None, :]
 
 
+class SubpixelMaskBranch(MaskBranch):
+    """Compute mask features on a finer grid than the decoder's.
+
+    Args:
+        upscale: the finer grid over the decoder's, a whole number.
+        kernel_dim: D.
+        kwargs: as those of `MaskBranch`.
+
+    Raises:
+        ValueError: ``upscale`` is not a whole number.
+    """
+
+    def __init__(self, *, upscale: float, kernel_dim: int, **kwargs: Any) -> None:
+        if upscale != int(upscale):
+            raise ValueError(
+                f"MODEL.SPARSE_INST.DECODER.SCALE_FACTOR is {upscale}; a PlacedIAMDecoder needs a whole number"
+            )
+        self.upscale = int(upscale)
+        super().__init__(kernel_dim=kernel_dim * self.upscale**2, **kwargs)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return mask features (B, D, Hm, Wm) of a map (B, 2 + C, H, W) with coordinates first."""
+        return F.pixel_shuffle(super().forward(features), self.upscale)
+
+
 @SPARSE_INST_DECODER_REGISTRY.register()
 class PlacedIAMDecoder(BaseIAMDecoder):
     """Decode with one activation map at each peak of a heat map.
 
-    Measured in docs/own_data.md. The heat map is trained by the item "heatmap" of LOSS.ITEMS, in place of "labels".
+    Measured in docs/own_data.md. The heat map is trained by the item "heatmap" of LOSS.ITEMS, in place of "labels", and
+    the boxes by the item "boxes". Mask features are on the mask grid (sub-pixel convolution, arXiv 1609.05158).
 
     Args:
         inst_branch: instance branch.
@@ -139,14 +208,27 @@ class PlacedIAMDecoder(BaseIAMDecoder):
     """
 
     @classmethod
-    def build_instance_branch(cls, cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
-        return PlacedInstanceBranch(**instance_branch_arguments(cfg, input_shape))
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        decoder = cfg.MODEL.SPARSE_INST.DECODER
+        return {
+            "inst_branch": PlacedInstanceBranch(
+                **instance_branch_arguments(cfg, input_shape), ellipse_size=decoder.ELLIPSE_SIZE
+            ),
+            "mask_branch": SubpixelMaskBranch(**mask_branch_arguments(cfg, input_shape), upscale=decoder.SCALE_FACTOR),
+            "scale_factor": decoder.SCALE_FACTOR,
+        }
 
     def forward(self, features: torch.Tensor, with_iams: bool = False) -> dict[str, torch.Tensor]:
-        """Decode as the base class does; in training with ``heat_logits`` (B, K, H, W)."""
+        """Decode as the base class does; in training with ``heat_logits`` (B, K, H, W) and ``boxes`` (B, N, 4)."""
         features = append_coordinates(features)
         instances, heat_logits = self.inst_branch(features)
         outputs = self.combine(instances, self.mask_branch(features), with_iams)
         if self.training:
             outputs["heat_logits"] = heat_logits
+            outputs["boxes"] = instances.windows[..., :4]
         return outputs
+
+    def mask_logits(self, instances: InstanceBranchOutput, mask_features: torch.Tensor) -> torch.Tensor:
+        """Return the masks (B, N, Hm, Wm) of mask features (B, D, Hm, Wm)."""
+        ellipses = ellipse_logits(instances.windows, *mask_features.shape[-2:])
+        return dynamic_masks(instances.mask_kernels, mask_features) + ellipses

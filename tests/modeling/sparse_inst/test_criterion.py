@@ -68,7 +68,7 @@ def test_items():
     assert set(make_criterion(items=("labels",))(outputs, targets)) == {"loss_ce"}
     assert set(make_criterion(items=["masks"])(outputs, targets)) == LOSSES - {"loss_ce"}
     with pytest.raises(ValueError, match="LOSS.ITEMS"):
-        make_criterion(items=("labels", "boxes"))
+        make_criterion(items=("labels", "points"))
 
 
 def test_without_instances_only_the_negatives_count_and_all_gets_a_gradient():

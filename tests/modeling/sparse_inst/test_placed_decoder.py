@@ -7,15 +7,14 @@ import torch
 from detectron2.modeling import build_model
 
 from sparseinst.modeling.sparse_inst.model import SparseInst
-from sparseinst.modeling.sparse_inst.placed_decoder import highest_peaks, placed_maps
-from sparseinst.ops.losses import center_focal_loss, center_heatmap
+from sparseinst.modeling.sparse_inst.placed_decoder import ELLIPSE, ellipse_logits, highest_peaks, placed_maps
+from sparseinst.ops.losses import center_box_loss, center_focal_loss, center_heatmap
 from tests.runtime.test_export import check_export
 from tests.tiny_model import random_input, tiny_cfg
 
 PLACED = (
     "MODEL.SPARSE_INST.DECODER.NAME", "PlacedIAMDecoder",
-    "MODEL.SPARSE_INST.DECODER.MASK_WINDOW", 0.25,
-    "MODEL.SPARSE_INST.LOSS.ITEMS", ("heatmap", "masks"),
+    "MODEL.SPARSE_INST.LOSS.ITEMS", ("heatmap", "boxes", "masks"),
     "MODEL.SPARSE_INST.MATCHER.GAMMA", 0.8,
 )  # fmt: skip
 
@@ -94,11 +93,41 @@ def test_focal_loss_by_hand():
     assert center_focal_loss(logits, heat, is_center).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_an_ellipse_fills_its_box():
+    # A map of 8 x 16 cells; the box has its center in the map's, 4 rows and 12 columns.
+    logits = ellipse_logits(torch.tensor([[[0.5, 0.5, 0.5, 0.75, *ELLIPSE]]]), 8, 16)
+    y, x = torch.arange(8) + 0.5 - 4, torch.arange(16) + 0.5 - 8
+    inside = (y / 2).square()[:, None] + (x / 6).square() < 1
+    assert torch.equal(logits[0, 0] > 0, inside) and inside.sum() > 30
+    # By hand, one cell: v = 0.25, u = 1.5 / 6 with all factors.
+    factors = [0.5, 1.0, -2.0, 3.0, -1.0, 4.0]
+    value = ellipse_logits(torch.tensor([[[0.5, 0.5, 0.5, 0.75, *factors]]]), 8, 16)[0, 0, 4, 9].item()
+    v, u = 0.5 / 2, 1.5 / 6
+    assert value == pytest.approx(0.5 + v - 2 * u + 3 * v**2 - u**2 + 4 * u * v)
+
+
+def test_box_loss_by_hand():
+    mask = torch.zeros(1, 8, 8)
+    mask[0, 2:6, 1:5] = 1
+    # The true box has edges 2, 6, 1, 5 of 8.
+    assert center_box_loss(torch.tensor([[0.5, 0.375, 0.5, 0.5]]), mask).item() == pytest.approx(0, abs=1e-6)
+    # One half wider on each side: IoU 1 / 2, and two edges are off by half a width.
+    wide = center_box_loss(torch.tensor([[0.5, 0.375, 0.5, 1.0]]), mask).item()
+    assert wide == pytest.approx(0.5 + 0.5 * 2 * (0.5 - 0.05), rel=1e-5)
+    # Nothing of this mask is on the grid.
+    assert center_box_loss(torch.rand(1, 4), torch.full((1, 8, 8), 0.2)).item() == 0
+
+
+def test_boxes_need_a_whole_scale_factor():
+    with pytest.raises(ValueError, match="SCALE_FACTOR is 1.5"):
+        placed_model("MODEL.SPARSE_INST.DECODER.SCALE_FACTOR", 1.5)
+
+
 @pytest.mark.parametrize("counts", [(2, 1), (0, 3), (0, 0)])
 def test_every_parameter_has_a_gradient(counts):
     model = placed_model().train()
     losses = model([random_input(64, 96, num_instances=count, seed=count) for count in counts])
-    assert losses.keys() == {"loss_heatmap", "loss_objectness", "loss_dice", "loss_mask"}
+    assert losses.keys() == {"loss_heatmap", "loss_box", "loss_objectness", "loss_dice", "loss_mask"}
     sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None] == []
@@ -115,7 +144,7 @@ def test_the_losses_of_parts_add_up_to_those_of_the_whole():
 
 
 def test_scores_are_those_of_the_peaks():
-    model = placed_model("MODEL.SPARSE_INST.DECODER.OUTPUT_IAM", True, "MODEL.SPARSE_INST.DECODER.MASK_WINDOW", 0.0)
+    model = placed_model("MODEL.SPARSE_INST.DECODER.OUTPUT_IAM", True)
     images = model.preprocess([random_input(64, 96)]).tensor
     heat = []
     model.decoder.inst_branch.heatmap.register_forward_hook(lambda module, args, output: heat.append(output))
