@@ -39,7 +39,7 @@ ELLIPSE = (2.0, 0.0, 0.0, -2.0, -2.0, 0.0)
 # Coordinates of boxes end here, in halves of a box, so that logits stay finite in float16.
 FARTHEST = 3.0
 MAX_LOG_SIZE = 4.0
-# Cells that are no peaks rank behind those that are.
+# Subtracted from other cells, so that they rank behind the peaks.
 NOT_A_PEAK = 100.0
 
 
