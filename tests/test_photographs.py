@@ -32,7 +32,6 @@ def make_cfg(output_dir, *opts):
         "DATASETS.TRAIN_JSON", str(COCO_MINI / "instances_train.json"),
         "DATASETS.TRAIN_IMAGES", str(COCO_MINI / "images"),
         "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 80, "MODEL.SPARSE_INST.DECODER.NUM_MASKS", 30,
-        "MODEL.SPARSE_INST.DECODER.IAM_INIT_STD", 1.0,
         # So few steps teach no more than that most pixels are background; low thresholds find something all the same.
         "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0, "MODEL.SPARSE_INST.MASK_THRESHOLD", 0.1,
         "INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MAX_SIZE_TRAIN", 160, "INPUT.MIN_SIZE_TEST", 96,

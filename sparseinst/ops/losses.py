@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from fvcore.nn import giou_loss
 
+from sparseinst.ops.masks import masks_to_boxes
+
 DICE_EPS = 1e-4
+# Around the box of `box_bce_loss`: as a share of its size, and in cells.
+BOX_MARGIN, MIN_BOX_MARGIN = 0.25, 2.0
 IOU_EPS = 1e-6
-IAM_INSIDE_FLOOR = 1e-6
 # Of the Gaussians of a heat map, over the instance's own standard deviation in y and x.
 CENTER_SPREAD = 0.5
 # In cells: instances of less than a cell have a Gaussian, too.
@@ -63,6 +66,30 @@ def mask_bce_loss(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> torch.Te
     return loss / mask_logits.flatten(1).shape[1]
 
 
+def box_bce_loss(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
+    """Return the binary cross-entropy, averaged over the box of each pair's instance and summed over the pairs.
+
+    The box is enlarged on each side by a quarter of its size, and by two cells at least. For a mask without a cell
+    above 0.5 it is the image. In the mean over the image the outline of a small object counts little.
+
+    Args:
+        mask_logits: (P, H, W) one mask per pair.
+        gt_masks: (P, H, W) in [0, 1].
+
+    Returns:
+        A scalar, at least 0.
+    """
+    left, top, right, bottom = masks_to_boxes(gt_masks > 0.5).unbind(1)
+    windows = []
+    for size, first, after_last in zip(gt_masks.shape[1:], (top, left), (bottom, right)):
+        margin = (BOX_MARGIN * (after_last - first)).clamp(min=MIN_BOX_MARGIN)
+        steps = torch.arange(size, device=gt_masks.device)
+        windows.append((steps >= (first - margin)[:, None]) & (steps < (after_last + margin)[:, None]))
+    window = windows[0][:, :, None] & windows[1][:, None]
+    loss = F.binary_cross_entropy_with_logits(mask_logits, gt_masks, reduction="none")
+    return ((loss * window).sum((1, 2)) / window.sum((1, 2))).sum()
+
+
 @torch.no_grad()
 def binary_mask_iou(
     mask_probs: torch.Tensor,
@@ -96,29 +123,33 @@ def masks_on_grid(gt_masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
     return F.interpolate(gt_masks[:, None], size=size, mode="area")[:, 0]
 
 
-def activation_loss(iam_weights: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
-    """Return -log of the share of each pair's activation maps that lies inside the instance, averaged over groups.
+@torch.no_grad()
+def center_cells(gt_masks: torch.Tensor) -> torch.Tensor:
+    """Return the cell of the center of each instance: the covered cell that is nearest to its center of mass.
 
-    Not in the paper. A map that is spread over the image pools every object at once: masks can be learned from the
-    pooled vector, classes cannot.
+    So it lies inside of rings, too.
 
     Args:
-        iam_weights: (P, G, H, W), each map summing to 1.
-        gt_masks: (P, H, W) in [0, 1].
+        gt_masks: (M, H, W) in [0, 1], the share of each cell that the instance covers.
 
     Returns:
-        (P,) in [0, -log(1e-6)]; the largest value where nothing lies inside.
+        (M,) int64 in [0, H * W).
     """
-    inside = (iam_weights * gt_masks[:, None]).flatten(2).sum(2)
-    return -inside.clamp(min=IAM_INSIDE_FLOOR, max=1.0).log().mean(1)
+    distances = []
+    for marginal in (gt_masks.sum(2), gt_masks.sum(1)):
+        steps = torch.arange(marginal.shape[1], dtype=torch.float32, device=gt_masks.device)
+        mean = marginal @ steps / marginal.sum(1).clamp(min=IOU_EPS)
+        distances.append((steps - mean[:, None]).square())
+    is_covered = gt_masks >= 0.5 * gt_masks.flatten(1).amax(1)[:, None, None]
+    distance = distances[0][:, :, None] + distances[1][:, None]
+    return torch.where(is_covered, distance, torch.inf).flatten(1).argmin(1)
 
 
+@torch.no_grad()
 def center_heatmap(
     gt_masks: torch.Tensor, gt_classes: torch.Tensor, num_classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the heat map of the centers of one image's instances.
-
-    The center is the covered cell that is nearest to the center of mass, so that it lies inside of rings, too.
+    """Return the heat map of the centers of one image's instances, see `center_cells`.
 
     Args:
         gt_masks: (M, H, W) in [0, 1], the share of each cell that the instance covers.
@@ -136,14 +167,12 @@ def center_heatmap(
         return heat, is_center
     y, x = (torch.arange(size, dtype=torch.float32, device=gt_masks.device) for size in (height, width))
     area = gt_masks.sum((1, 2)).clamp(min=IOU_EPS)
-    spread, means = [], []
+    spread = []
     for marginal, steps in ((gt_masks.sum(2), y), (gt_masks.sum(1), x)):
-        means.append((marginal @ steps / area)[:, None])
-        variance = (marginal * (steps - means[-1]).square()).sum(1) / area
+        mean = marginal @ steps / area
+        variance = (marginal * (steps - mean[:, None]).square()).sum(1) / area
         spread.append(CENTER_SPREAD * variance.sqrt().clamp(min=MIN_SPREAD)[:, None])
-    distance = (y - means[0]).square()[:, :, None] + (x - means[1]).square()[:, None]
-    is_covered = gt_masks >= 0.5 * gt_masks.amax((1, 2), keepdim=True)
-    cells = torch.where(is_covered, distance, torch.inf).flatten(1).argmin(1)
+    cells = center_cells(gt_masks)
     rows, columns = cells // width, cells % width
     fall_y = ((y - rows[:, None]) / spread[0]).square()
     fall_x = ((x - columns[:, None]) / spread[1]).square()
@@ -182,15 +211,10 @@ def center_box_loss(boxes: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor
     Returns:
         A scalar, at least 0.
     """
-    edges, are_there = [], []
-    for is_inside in ((gt_masks > 0.5).any(2), (gt_masks > 0.5).any(1)):
-        size = is_inside.shape[1]
-        first, after_last = is_inside.float().argmax(1), size - is_inside.flip(1).float().argmax(1)
-        edges.append((first / size, after_last / size))
-        are_there.append(is_inside.any(1))
-    (top, bottom), (left, right) = edges
-    there = are_there[0] & are_there[1]
-    expected = torch.stack([left, top, right, bottom], dim=1)[there]
+    is_inside = gt_masks > 0.5
+    there = is_inside.flatten(1).any(1)
+    height, width = gt_masks.shape[-2:]
+    expected = masks_to_boxes(is_inside[there]) / gt_masks.new_tensor([width, height, width, height])
     center_y, center_x, height, width = boxes[there].unbind(1)
     found = torch.stack(
         [center_x - width / 2, center_y - height / 2, center_x + width / 2, center_y + height / 2], dim=1

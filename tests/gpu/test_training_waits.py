@@ -19,7 +19,7 @@ def sync_debug_mode():
 
 def test_only_the_matcher_waits(tmp_path, sync_debug_mode):
     images = DatasetCatalog.get(register_shapes(tmp_path, "waits_train", 2))
-    opts = ["MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "MODEL.SPARSE_INST.LOSS.IAM_WEIGHT", 1.0]
+    opts = ["MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4]
     model = tiny_model(*opts).cuda().train()
     mapper = SparseInstDatasetMapper(tiny_cfg(*opts), is_train=True)
     batch = [mapper(image) for image in images]

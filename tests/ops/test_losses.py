@@ -6,7 +6,7 @@ import pytest
 import torch
 from fvcore.nn import sigmoid_focal_loss
 
-from sparseinst.ops.losses import activation_loss, binary_mask_iou, dice_loss, mask_bce_loss, pairwise_dice_score
+from sparseinst.ops.losses import binary_mask_iou, dice_loss, mask_bce_loss, pairwise_dice_score
 
 # 4x4 masks. The prediction has probability 0.5 on its 8 left pixels and (nearly) 0 elsewhere.
 LEFT_HALF = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand(4, 4)
@@ -78,13 +78,3 @@ def test_saturated_logits_are_finite(logit):
         )
         (gradient,) = torch.autograd.grad(total, logits)
         assert torch.isfinite(total) and torch.isfinite(gradient).all()
-
-
-def test_activation_loss_by_hand():
-    # Two groups on a 2x2 grid, the instance covers the left column. Map 1 has 0.5 inside, map 2 all of it; on the
-    # second pair both have nothing inside, which costs the floor's -log(1e-6).
-    left, right = torch.tensor([[0.5, 0.0], [0.5, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    maps = torch.stack([torch.stack([torch.full((2, 2), 0.25), left]), torch.stack([right, right])])
-    masks = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).expand(2, 2, 2)
-    expected = torch.tensor([math.log(2) / 2, -math.log(1e-6)])
-    torch.testing.assert_close(activation_loss(maps, masks), expected)

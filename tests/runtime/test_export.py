@@ -58,7 +58,6 @@ def published(name, *opts):
     [
         (f"{TINY}NAME", "BaseIAMDecoder", f"{TINY}NORM", "GN", f"{TINY}INST.DIM", 32, f"{TINY}MASK.DIM", 32),
         (f"{TINY}NAME", "GroupIAMSoftDecoder", f"{TINY}OUTPUT_IAM", True),
-        (f"{TINY}LOCATION_PRIOR", 1.0, f"{TINY}MASK_WINDOW", 0.5),
     ],
     ids=lambda opts: "-".join(str(value) for value in opts[1::2]),
 )

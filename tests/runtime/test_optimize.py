@@ -83,15 +83,6 @@ def test_norms_of_encoder_and_decoder(norm):
         assert_close(optimize_for_inference(model).network(images), model.network(images))
 
 
-def test_options_for_small_data():
-    model = give_character(
-        tiny_model("MODEL.SPARSE_INST.DECODER.LOCATION_PRIOR", 1.0, "MODEL.SPARSE_INST.DECODER.MASK_WINDOW", 0.5)
-    )
-    images = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        assert_close(optimize_for_inference(model).network(images), model.network(images))
-
-
 @pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02)])
 def test_half_precision_within_its_rounding(model, precision, tolerance):
     images = torch.randn(1, 3, 64, 96)

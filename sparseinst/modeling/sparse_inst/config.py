@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode
 
 from sparseinst.config.renamed_keys import RenamedKey
-from sparseinst.config.values import COUNT, FRACTION, NORM, NOT_NEGATIVE, POSITIVE, Range
+from sparseinst.config.values import COUNT, FRACTION, NORM, NOT_NEGATIVE, POSITIVE, Range, one_of
 
 NUM_CLASSES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
 MAX_INSTANCES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
@@ -22,15 +22,20 @@ _RANGES = {
     "DECODER.SCALE_FACTOR": POSITIVE,
     "DECODER.ELLIPSE_SIZE": Range(lambda value: 0 < value <= 1, "in (0, 1]"),
     "DECODER.NORM": NORM,
-    **{f"DECODER.{name}": NOT_NEGATIVE for name in ("IAM_INIT_STD", "LOCATION_PRIOR", "MASK_WINDOW")},
     **{f"DECODER.{branch}.{name}": COUNT for branch in ("INST", "MASK") for name in ("DIM", "CONVS")},
-    **{
-        f"LOSS.{name}_WEIGHT": NOT_NEGATIVE for name in ("CLASS", "MASK_PIXEL", "MASK_DICE", "OBJECTNESS", "BOX", "IAM")
-    },
-    **{f"MATCHER.{name}": NOT_NEGATIVE for name in ("ALPHA", "BETA", "GAMMA")},
+    **{f"LOSS.{name}_WEIGHT": NOT_NEGATIVE for name in ("CLASS", "MASK_PIXEL", "MASK_DICE", "OBJECTNESS", "BOX")},
+    "LOSS.MASK_PIXEL_REGION": one_of("image", "box"),
+    **{f"MATCHER.{name}": NOT_NEGATIVE for name in ("ALPHA", "BETA")},
 }
 # The values that the keys accept; `sparseinst.config.check_values` refuses others.
 RANGES = {f"MODEL.SPARSE_INST.{key}": accepted for key, accepted in _RANGES.items()}
+
+
+def _only_off(value: float) -> None:
+    """Refuse a removed option where it is on, because a model with it would be another one."""
+    if float(value) != 0:
+        raise ValueError("the option was removed, and models that were trained with it run with earlier versions only")
+
 
 _RUNTIME = ("ENGINE", "PRECISION", "FUSE", "CHANNELS_LAST", "WINOGRAD", "COMPILE", "KEEP_FREED_MEMORY")
 RENAMED_KEYS = {
@@ -42,6 +47,11 @@ RENAMED_KEYS = {
     "MODEL.SPARSE_INST.INFERENCE.CUDA_GRAPHS": RenamedKey(
         None, reason="CUDA graphs were removed; RUNTIME.COMPILE replaces them"
     ),
+    **{
+        f"MODEL.SPARSE_INST.{key}": RenamedKey(None, _only_off, "PlacedIAMDecoder replaces the options of learned maps")
+        for key in ("DECODER.LOCATION_PRIOR", "DECODER.MASK_WINDOW", "LOSS.IAM_WEIGHT", "MATCHER.GAMMA")
+    },
+    "MODEL.SPARSE_INST.DECODER.IAM_INIT_STD": RenamedKey(None, reason="it counted at the start of a training alone"),
 }
 
 
@@ -86,15 +96,6 @@ def add_keys(cfg: CfgNode) -> None:
     sparse_inst.DECODER.GROUPS = 4
     # Norm of the 3x3 convolutions of both branches. Published models have none.
     sparse_inst.DECODER.NORM = ""
-    # Standard deviation of the initial weights of iam_conv.
-    sparse_inst.DECODER.IAM_INIT_STD = 0.01
-    # Tie each instance's maps to a location: instances stand on a grid over the image, and their logits fall by this
-    # times the squared distance, in grid cells. 0: no location is preferred, as published.
-    sparse_inst.DECODER.LOCATION_PRIOR = 0.0
-    # Tie each mask to the location of its maps: mask logits fall by a sharpness times the squared distance from the
-    # maps' center of mass, in the same cells. The sharpness is learned for each instance, and starts with this. 0: off,
-    # as published.
-    sparse_inst.DECODER.MASK_WINDOW = 0.0
     # PlacedIAMDecoder: initial height and width of an object's box, as a share of the image's; in (0, 1].
     sparse_inst.DECODER.ELLIPSE_SIZE = 0.25
     sparse_inst.DECODER.INST = CfgNode()
@@ -111,19 +112,18 @@ def add_keys(cfg: CfgNode) -> None:
     sparse_inst.LOSS.ITEMS = ("labels", "masks")
     sparse_inst.LOSS.CLASS_WEIGHT = 2.0
     sparse_inst.LOSS.MASK_PIXEL_WEIGHT = 5.0
+    # Over what loss_mask averages the pixels: "image", as published, or "box": around the instance.
+    sparse_inst.LOSS.MASK_PIXEL_REGION = "image"
     sparse_inst.LOSS.MASK_DICE_WEIGHT = 2.0
     sparse_inst.LOSS.OBJECTNESS_WEIGHT = 1.0
     sparse_inst.LOSS.BOX_WEIGHT = 1.0
-    # Weight of loss_iam, which draws each activation map into its instance. 0: no such loss, as published.
-    sparse_inst.LOSS.IAM_WEIGHT = 0.0
     # Several processes: divide by the instances and pairs of all of them, so that their gradients equal those of one
     # process with the whole batch. False: loss_mask and loss_objectness by each process's own pairs, as published.
     sparse_inst.LOSS.GLOBAL_NORMALIZATION = False
 
     sparse_inst.MATCHER = CfgNode()
+    # "CenterMatcher" for a PlacedIAMDecoder, which predicts at the centers of the instances.
     sparse_inst.MATCHER.NAME = "SparseInstMatcher"
     # Matching score = class probability ** BETA * DICE ** ALPHA.
     sparse_inst.MATCHER.ALPHA = 0.8
     sparse_inst.MATCHER.BETA = 0.2
-    # ... times the share of the activation maps that lies inside the instance, ** GAMMA. 0: off, as published.
-    sparse_inst.MATCHER.GAMMA = 0.0

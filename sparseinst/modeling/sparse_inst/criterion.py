@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from sparseinst.config import registered
 from sparseinst.modeling.sparse_inst.matcher import MatchedPairs, build_sparse_inst_matcher
 from sparseinst.ops.losses import (
-    activation_loss,
     binary_mask_iou,
+    box_bce_loss,
     center_box_loss,
     center_focal_loss,
     center_heatmap,
@@ -31,6 +31,7 @@ Criteria: modules called as ``criterion(outputs, targets, counts)`` with the dec
 each image, and the counts of the whole step or None; return a dict of weighted scalar losses. Built as ``Name(cfg)``.
 """
 
+PIXEL_LOSSES = {"image": mask_bce_loss, "box": box_bce_loss}
 LOSS_ITEMS = ("labels", "heatmap", "boxes", "masks")
 # As published (arXiv 1708.02002).
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
@@ -49,14 +50,15 @@ class SparseInstCriterion(nn.Module):
             `PlacedIAMDecoder` also "heatmap" (``loss_heatmap``, for the classes) and "boxes" (``loss_box``).
         class_weight: weight of ``loss_ce`` and ``loss_heatmap``.
         mask_pixel_weight: weight of ``loss_mask``.
+        mask_pixel_region: over what ``loss_mask`` averages the pixels: "image", as published, or "box", see
+            `box_bce_loss`.
         mask_dice_weight: weight of ``loss_dice``.
         objectness_weight: weight of ``loss_objectness``.
         box_weight: weight of ``loss_box``.
-        iam_weight: weight of ``loss_iam``, see `activation_loss`; 0, as published, omits this loss.
         global_normalization: divide by the counts of all ranks together, see `divisors_over_ranks`.
 
     Raises:
-        ValueError: an unknown item.
+        ValueError: an unknown item or region.
     """
 
     @configurable
@@ -67,23 +69,28 @@ class SparseInstCriterion(nn.Module):
         items: Sequence[str] = ("labels", "masks"),
         class_weight: float = 2.0,
         mask_pixel_weight: float = 5.0,
+        mask_pixel_region: str = "image",
         mask_dice_weight: float = 2.0,
         objectness_weight: float = 1.0,
         box_weight: float = 1.0,
-        iam_weight: float = 0.0,
         global_normalization: bool = False,
     ) -> None:
         super().__init__()
         if not items or set(items) - set(LOSS_ITEMS):
             raise ValueError(f"MODEL.SPARSE_INST.LOSS.ITEMS is {tuple(items)}; known items are {LOSS_ITEMS}")
+        if mask_pixel_region not in PIXEL_LOSSES:
+            raise ValueError(
+                f"MODEL.SPARSE_INST.LOSS.MASK_PIXEL_REGION is {mask_pixel_region!r}; it must be one of "
+                f"{', '.join(PIXEL_LOSSES)}"
+            )
         self.matcher = matcher
         self.items = tuple(items)
         self.class_weight = class_weight
         self.mask_pixel_weight = mask_pixel_weight
+        self.pixel_loss = PIXEL_LOSSES[mask_pixel_region]
         self.mask_dice_weight = mask_dice_weight
         self.objectness_weight = objectness_weight
         self.box_weight = box_weight
-        self.iam_weight = iam_weight
         self.global_normalization = global_normalization
 
     @classmethod
@@ -94,10 +101,10 @@ class SparseInstCriterion(nn.Module):
             "items": loss.ITEMS,
             "class_weight": loss.CLASS_WEIGHT,
             "mask_pixel_weight": loss.MASK_PIXEL_WEIGHT,
+            "mask_pixel_region": loss.MASK_PIXEL_REGION,
             "mask_dice_weight": loss.MASK_DICE_WEIGHT,
             "objectness_weight": loss.OBJECTNESS_WEIGHT,
             "box_weight": loss.BOX_WEIGHT,
-            "iam_weight": loss.IAM_WEIGHT,
             "global_normalization": loss.GLOBAL_NORMALIZATION,
         }
 
@@ -117,9 +124,8 @@ class SparseInstCriterion(nn.Module):
 
         Returns:
             ``loss_ce`` where items has "labels"; ``loss_heatmap`` where it has "heatmap"; ``loss_box`` where
-            it has "boxes"; ``loss_objectness``, ``loss_dice`` and ``loss_mask`` where it has "masks"; ``loss_iam``
-            where it has a weight. Scalars, weighted. Without any instance the losses of pairs are 0, with a gradient of
-            0.
+            it has "boxes"; ``loss_objectness``, ``loss_dice`` and ``loss_mask`` where it has "masks". Scalars,
+            weighted. Without any instance the losses of pairs are 0, with a gradient of 0.
         """
         device = outputs["pred_logits"].device
         with no_autocast(device):
@@ -140,20 +146,12 @@ class SparseInstCriterion(nn.Module):
             # Only matched maps are copied to float32.
             gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
             if "masks" in self.items:
-                mask_logits = matched_predictions(outputs["pred_masks"], pairs)[:, 0].float()
-                objectness_logits = matched_predictions(outputs["pred_scores"], pairs)[:, 0, 0].float()
+                mask_logits = matched_predictions(outputs["pred_masks"], pairs).float()
+                objectness_logits = matched_predictions(outputs["pred_scores"], pairs)[:, 0].float()
                 losses.update(self._mask_losses(mask_logits, objectness_logits, gt_masks, *divisors))
             if "boxes" in self.items:
-                loss = center_box_loss(matched_predictions(outputs["boxes"], pairs)[:, 0], gt_masks)
+                loss = center_box_loss(matched_predictions(outputs["boxes"], pairs), gt_masks)
                 losses["loss_box"] = self.box_weight * loss / divisors[1]
-            if self.iam_weight > 0:
-                iam_weights = outputs["iam_weights"]
-                num_groups = iam_weights.shape[1] // outputs["pred_logits"].shape[1]
-                loss = activation_loss(
-                    matched_predictions(iam_weights, pairs, num_groups).float(),
-                    masks_on_grid(gt_masks, iam_weights.shape[-2:]),
-                )
-                losses["loss_iam"] = self.iam_weight * loss.sum() / divisors[1]
         return losses
 
     def _mask_losses(
@@ -172,7 +170,7 @@ class SparseInstCriterion(nn.Module):
         return {
             "loss_objectness": self.objectness_weight * objectness_loss / num_matched,
             "loss_dice": self.mask_dice_weight * dice_loss(mask_probs, gt_masks).sum() / num_instances,
-            "loss_mask": self.mask_pixel_weight * mask_bce_loss(mask_logits, gt_masks) / num_matched,
+            "loss_mask": self.mask_pixel_weight * self.pixel_loss(mask_logits, gt_masks) / num_matched,
         }
 
 
@@ -207,24 +205,20 @@ def joint_prediction_idx(pairs: list[MatchedPairs], num_maps: int) -> torch.Tens
     return torch.cat([pair.prediction_idx + image * num_maps for image, pair in enumerate(pairs)])
 
 
-def matched_predictions(predictions: torch.Tensor, pairs: list[MatchedPairs], num_groups: int = 1) -> torch.Tensor:
+def matched_predictions(predictions: torch.Tensor, pairs: list[MatchedPairs]) -> torch.Tensor:
     """Select the matched predictions of all images.
 
     One index_select for the batch: its backward pass fills one tensor of zeros, where a selection for each image would
     fill one for each.
 
     Args:
-        predictions: (B, G * N, ...), group-major.
+        predictions: (B, N, ...).
         pairs: of each image.
-        num_groups: G.
 
     Returns:
-        (P, G, ...); P pairs in all.
+        (P, ...); P pairs in all.
     """
-    num_maps = predictions.shape[1]
-    groups = torch.arange(num_groups, device=predictions.device) * (num_maps // num_groups)
-    idx = joint_prediction_idx(pairs, num_maps)[:, None] + groups
-    return predictions.flatten(0, 1).index_select(0, idx.flatten()).unflatten(0, idx.shape)
+    return predictions.flatten(0, 1).index_select(0, joint_prediction_idx(pairs, predictions.shape[1]))
 
 
 def divisors_over_ranks(

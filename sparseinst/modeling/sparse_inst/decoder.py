@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from sparseinst.config import registered
 from sparseinst.modeling.sparse_inst.fused import FusedDecoder
-from sparseinst.modeling.sparse_inst.location_prior import WindowHead, location_prior, window_logits
 from sparseinst.ops.coordinates import append_coordinates
 from sparseinst.ops.precision import no_autocast
 
@@ -76,16 +75,12 @@ class InstanceBranchOutput(NamedTuple):
         mask_kernels: (B, N, D).
         objectness_logits: (B, N, 1).
         iam_logits: (B, G * N, H, W), group-major.
-        iam_weights: (B, G * N, H, W) float32, normalized maps; each sums to 1.
-        windows: what ties each mask to the location of its maps, (B, N, ...) as the decoder reads it; None for nothing.
     """
 
     class_logits: torch.Tensor
     mask_kernels: torch.Tensor
     objectness_logits: torch.Tensor
     iam_logits: torch.Tensor
-    iam_weights: torch.Tensor
-    windows: torch.Tensor | None
 
 
 class InstanceBranch(nn.Module):
@@ -102,9 +97,6 @@ class InstanceBranch(nn.Module):
         iam_normalization: "sigmoid" or "softmax", see `normalize_iams`.
         with_fc: put a linear layer and ReLU between the pooled vectors and the heads.
         norm: norm of the 3x3 convolutions, "" for none as published.
-        iam_init_std: standard deviation of ``iam_conv``'s initial weights.
-        location_prior: factor of `location_prior`, which is added to the logits; 0 for none as published.
-        mask_window: initial sharpness of the windows of `window_logits`; 0 for none as published.
 
     Raises:
         ValueError: ``dim`` is not a multiple of ``num_groups``; an unknown normalization.
@@ -123,9 +115,6 @@ class InstanceBranch(nn.Module):
         iam_normalization: str = "sigmoid",
         with_fc: bool = False,
         norm: str = "",
-        iam_init_std: float = 0.01,
-        location_prior: float = 0.0,
-        mask_window: float = 0.0,
     ) -> None:
         super().__init__()
         if num_groups < 1 or dim % num_groups:
@@ -138,7 +127,6 @@ class InstanceBranch(nn.Module):
         self.num_masks = num_masks
         self.num_groups = num_groups
         self.iam_normalization = iam_normalization
-        self.location_prior = location_prior
 
         self.inst_convs = conv_stack(in_channels + 2, dim, num_convs, norm)
         self.iam_conv = nn.Conv2d(dim, num_groups * num_masks, 3, padding=1, groups=num_groups)
@@ -147,13 +135,12 @@ class InstanceBranch(nn.Module):
         self.cls_score = nn.Linear(vector_dim, num_classes)
         self.mask_kernel = nn.Linear(vector_dim, kernel_dim)
         self.objectness = nn.Linear(vector_dim, 1)
-        self.mask_window = WindowHead(vector_dim, mask_window) if mask_window > 0 else None
         if iam_normalization == "softmax":
             # Published checkpoints hold it, although the softmax cancels it.
             self.softmax_bias = nn.Parameter(torch.ones(1))
 
         prior_bias = -math.log((1 - PRIOR_PROB) / PRIOR_PROB)
-        nn.init.normal_(self.iam_conv.weight, std=iam_init_std)
+        nn.init.normal_(self.iam_conv.weight, std=0.01)
         nn.init.constant_(self.iam_conv.bias, prior_bias)
         nn.init.normal_(self.cls_score.weight, std=0.01)
         nn.init.constant_(self.cls_score.bias, prior_bias)
@@ -178,23 +165,13 @@ class InstanceBranch(nn.Module):
         iam_logits = self.iam_conv(features)
         if self.iam_normalization == "softmax":
             iam_logits = iam_logits + self.softmax_bias
-        if self.location_prior > 0:
-            prior = location_prior(self.num_masks, *iam_logits.shape[-2:], device=iam_logits.device)
-            iam_logits = iam_logits + self.location_prior * prior.repeat(self.num_groups, 1, 1)
-        iam_weights = normalize_iams(iam_logits, self.iam_normalization)
-        vectors = pool_instances(iam_weights, features)
+        vectors = pool_instances(normalize_iams(iam_logits, self.iam_normalization), features)
         # Map g * N + n is group g of instance n; the vectors of an instance are concatenated in group order.
         vectors = vectors.unflatten(1, (self.num_groups, -1)).transpose(1, 2).flatten(2)
         if self.fc is not None:
             vectors = F.relu(self.fc(vectors))
-        windows = None if self.mask_window is None else self.mask_window(vectors)
         return InstanceBranchOutput(
-            self.cls_score(vectors),
-            self.mask_kernel(vectors),
-            self.objectness(vectors),
-            iam_logits,
-            iam_weights,
-            windows,
+            self.cls_score(vectors), self.mask_kernel(vectors), self.objectness(vectors), iam_logits
         )
 
 
@@ -287,14 +264,7 @@ class BaseIAMDecoder(nn.Module):
     @classmethod
     def build_instance_branch(cls, cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
         """Build the instance branch."""
-        decoder = cfg.MODEL.SPARSE_INST.DECODER
-        return InstanceBranch(
-            **instance_branch_arguments(cfg, input_shape),
-            iam_init_std=decoder.IAM_INIT_STD,
-            location_prior=decoder.LOCATION_PRIOR,
-            mask_window=decoder.MASK_WINDOW,
-            **cls.instance_branch_variant(cfg),
-        )
+        return InstanceBranch(**instance_branch_arguments(cfg, input_shape), **cls.instance_branch_variant(cfg))
 
     @staticmethod
     def instance_branch_variant(cfg: CfgNode) -> dict:
@@ -320,18 +290,13 @@ class BaseIAMDecoder(nn.Module):
             "pred_masks": self.mask_logits(instances, mask_features),
             "pred_scores": instances.objectness_logits,
         }
-        if self.training:
-            outputs["iam_weights"] = instances.iam_weights
         if with_iams:
             outputs["pred_iam"] = self._to_mask_grid(instances.iam_logits)
         return outputs
 
     def mask_logits(self, instances: InstanceBranchOutput, mask_features: torch.Tensor) -> torch.Tensor:
         """Return the masks (B, N, Hm, Wm) of mask features (B, D, H, W)."""
-        logits = dynamic_masks(instances.mask_kernels, mask_features)
-        if instances.windows is not None:
-            logits = logits + window_logits(instances.windows, instances.iam_weights)
-        return self._to_mask_grid(logits)
+        return self._to_mask_grid(dynamic_masks(instances.mask_kernels, mask_features))
 
     def fuse(self) -> nn.Module:
         """Return an equal, cheaper module for inference, or this one where a norm or a subclass prevents it."""

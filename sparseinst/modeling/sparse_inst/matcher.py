@@ -9,7 +9,7 @@ from detectron2.utils.registry import Registry
 from scipy.optimize import linear_sum_assignment
 
 from sparseinst.config import registered
-from sparseinst.ops.losses import masks_on_grid, pairwise_dice_score
+from sparseinst.ops.losses import pairwise_dice_score
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.targets import InstanceTargets
 
@@ -41,14 +41,10 @@ def matching_scores(
     targets: InstanceTargets,
     alpha: float = 0.8,
     beta: float = 0.2,
-    iam_weights: torch.Tensor | None = None,
-    gamma: float = 0.0,
 ) -> torch.Tensor:
     """Score every prediction against every instance of one image: p(class)^beta * DICE^alpha (paper, equation 4).
 
-    The paper ties the exponents (beta = 1 - alpha); the published code does not. Not in the paper: with
-    ``iam_weights`` the score is multiplied by the share of the prediction's activation maps inside the instance, to the
-    power gamma.
+    The paper ties the exponents (beta = 1 - alpha); the published code does not.
 
     Args:
         class_logits: (N, K).
@@ -56,8 +52,6 @@ def matching_scores(
         targets: the image's ground truth.
         alpha: exponent of the DICE score.
         beta: exponent of the class probability.
-        iam_weights: (G * N, H, W), group-major, each map summing to 1.
-        gamma: exponent of the share inside.
 
     Returns:
         (N, M) float32 in [0, 1].
@@ -65,14 +59,7 @@ def matching_scores(
     with no_autocast(class_logits.device):
         class_probs = class_logits[:, targets.gt_classes].float().sigmoid()
         dice = pairwise_dice_score(mask_logits.float().flatten(1).sigmoid(), targets.gt_masks.flatten(1))
-        scores = class_probs**beta * dice**alpha
-        if iam_weights is not None:
-            gt_masks = masks_on_grid(targets.gt_masks, iam_weights.shape[-2:]).flatten(1)
-            # The mean over groups comes after the product, because before it all maps would be copied.
-            inside = gt_masks @ iam_weights.float().flatten(1).T
-            inside = inside.unflatten(1, (-1, len(class_logits))).mean(1).T
-            scores = scores * inside.clamp(0, 1) ** gamma
-        return scores
+        return class_probs**beta * dice**alpha
 
 
 @SPARSE_INST_MATCHER_REGISTRY.register()
@@ -82,40 +69,33 @@ class SparseInstMatcher:
     Args:
         alpha: exponent of the DICE score (MATCHER.ALPHA).
         beta: exponent of the class probability (MATCHER.BETA).
-        gamma: exponent of the share of the activation maps inside the instance (MATCHER.GAMMA); 0, as published, does
-            not use the maps.
     """
 
     @configurable
-    def __init__(self, *, alpha: float = 0.8, beta: float = 0.2, gamma: float = 0.0) -> None:
+    def __init__(self, *, alpha: float = 0.8, beta: float = 0.2) -> None:
         self.alpha = alpha
         self.beta = beta
-        self.gamma = gamma
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         matcher = cfg.MODEL.SPARSE_INST.MATCHER
-        return {"alpha": matcher.ALPHA, "beta": matcher.BETA, "gamma": matcher.GAMMA}
+        return {"alpha": matcher.ALPHA, "beta": matcher.BETA}
 
     @torch.no_grad()
     def __call__(self, outputs: dict[str, torch.Tensor], targets: list[InstanceTargets]) -> list[MatchedPairs]:
         """Match one batch.
 
         Args:
-            outputs: the decoder's dict; ``pred_logits`` (B, N, K), ``pred_masks`` (B, N, Hm, Wm) and, with gamma,
-                ``iam_weights`` (B, G * N, H, W) are read.
+            outputs: the decoder's dict; ``pred_logits`` (B, N, K) and ``pred_masks`` (B, N, Hm, Wm) are read.
             targets: ground truth of each image.
 
         Returns:
             min(N, M) pairs for each image, on the outputs' device. Predictions whose score is NaN or Inf are matched
             first, so that they reach a loss.
         """
-        iam_weights = outputs["iam_weights"] if self.gamma > 0 else [None] * len(targets)
         scores = [
-            matching_scores(class_logits, mask_logits, target, self.alpha, self.beta, maps, self.gamma)
-            for class_logits, mask_logits, target, maps in zip(
-                outputs["pred_logits"], outputs["pred_masks"], targets, iam_weights
-            )
+            matching_scores(class_logits, mask_logits, target, self.alpha, self.beta)
+            for class_logits, mask_logits, target in zip(outputs["pred_logits"], outputs["pred_masks"], targets)
         ]
         return self.assign(scores)
 

@@ -140,8 +140,8 @@ class SparseInst(InstanceSegmenter):
         Returns:
             The published dict: ``pred_logits`` (B, N, K) class logits, ``pred_masks`` (B, N, Hm, Wm) mask logits,
             ``pred_scores`` (B, N, 1) objectness logits. With ``output.with_maps`` also ``pred_iam``
-            (B, G * N, Hm, Wm), raw logits of the activation maps, group-major. In training also ``iam_weights``
-            (B, G * N, H, W), the normalized activation maps, each summing to 1.
+            (B, G * N, Hm, Wm), raw logits of the activation maps, group-major. In training a decoder with a method
+            ``training_outputs(outputs, targets)`` may return what that method turns into this dict.
         """
         features = self.encoder(self.backbone(images))
         # The second argument only where it is needed, because a user's decoder may not take it.
@@ -176,7 +176,9 @@ class SparseInst(InstanceSegmenter):
         targets: list[InstanceTargets],
         counts: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Compute the criterion's weighted losses."""
+        """Compute the criterion's weighted losses; where the decoder has ``training_outputs``, of what it returns."""
+        if hasattr(self.decoder, "training_outputs"):
+            outputs = self.decoder.training_outputs(outputs, targets)
         # A user's criterion need not take counts as long as each step has one part.
         return self.criterion(outputs, targets, *([] if counts is None else [counts]))
 

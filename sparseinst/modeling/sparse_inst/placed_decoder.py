@@ -2,9 +2,10 @@
 
 Learned maps must find the objects, and matching tells each map which one: on a few hundred images that takes most of
 the training. Here a heat map with a loss on every cell, that of CenterNet (arXiv 1904.07850), finds the centers of the
-objects and their classes. Each of its highest peaks places one activation map. A box at the peak, with a loss of its
-own, and a quadratic in the box's coordinates give the mask its location and first shape, an ellipse. The mask features
-add the outline. Letters: sparseinst.structures.
+objects and their classes. Each of its highest peaks places one activation map; in training the centers of the ground
+truth do, so nothing is matched. A box at the center, with a loss of its own, and a quadratic in the box's coordinates
+give the mask its location and first shape, an ellipse. The mask features add the outline. Letters:
+sparseinst.structures.
 """
 
 import math
@@ -20,7 +21,6 @@ from sparseinst.modeling.sparse_inst.decoder import (
     PRIOR_PROB,
     SPARSE_INST_DECODER_REGISTRY,
     BaseIAMDecoder,
-    InstanceBranchOutput,
     MaskBranch,
     conv_stack,
     dynamic_masks,
@@ -29,8 +29,11 @@ from sparseinst.modeling.sparse_inst.decoder import (
     normalize_iams,
     pool_instances,
 )
+from sparseinst.modeling.sparse_inst.matcher import SPARSE_INST_MATCHER_REGISTRY, MatchedPairs
 from sparseinst.ops.coordinates import append_coordinates, relative_centers
+from sparseinst.ops.losses import center_cells, masks_on_grid
 from sparseinst.ops.precision import no_autocast
+from sparseinst.structures.targets import InstanceTargets
 
 # Standard deviation of the Gaussian of each activation map, in cells.
 MAP_RADIUS = 1.5
@@ -44,13 +47,13 @@ NOT_A_PEAK = 100.0
 
 
 class PlacedInstanceBranch(nn.Module):
-    """Find the peaks of a class heat map, pool a vector around each, and predict mask kernel and objectness from it.
+    """Predict a class heat map, pool a vector around cells of it, and predict mask kernel and objectness from it.
 
     Args:
         in_channels: channels of the encoder's map, without coordinates.
         dim: channels of the convolutions.
         num_convs: 3x3 convolutions before the heat map.
-        num_masks: peaks, N.
+        num_masks: cells, N: the decoder chooses them.
         num_classes: K.
         kernel_dim: D.
         norm: norm of the 3x3 convolutions, "" for none.
@@ -89,55 +92,59 @@ class PlacedInstanceBranch(nn.Module):
         self.ellipse.bias.data = torch.tensor(ELLIPSE)
         nn.init.constant_(self.heatmap.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
 
-    def forward(self, features: torch.Tensor) -> tuple[InstanceBranchOutput, torch.Tensor]:
-        """Predict the instances.
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features (B, dim, H, W) and the heat map's logits (B, K, H, W) of a map (B, 2 + C, H, W)."""
+        features = self.inst_convs(features)
+        return features, self.heatmap(features)
+
+    def predict(
+        self, features: torch.Tensor, heat_logits: torch.Tensor, cells: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Predict the instances at cells of the map.
 
         Args:
-            features: (B, 2 + C, H, W), coordinates first.
+            features, heat_logits: what `forward` returned.
+            cells: (B, N) int64, in [0, H * W).
 
         Returns:
-            The predictions of the peaks, and the heat map's logits (B, K, H, W).
+            ``pred_logits`` and ``pred_scores`` of `SparseInst.network` with ``pred_iam`` (B, N, H, W); the mask kernels
+            (B, N, D); the ellipses (B, N, 10) of `ellipse_logits`.
         """
-        features = self.inst_convs(features)
-        heat_logits = self.heatmap(features)
-        cells = highest_peaks(heat_logits, self.num_masks)
         iam_logits = self.saliency(features) + placed_maps(cells, *features.shape[-2:])
-        iam_weights = normalize_iams(iam_logits, self.iam_normalization)
         own, class_logits = (
             maps.flatten(2).gather(2, cells[:, None].expand(-1, maps.shape[1], -1)).transpose(1, 2)
             for maps in (features, heat_logits)
         )
-        vectors = F.relu(pool_instances(iam_weights, features) + self.peak_fc(own))
-        windows = torch.cat([self._boxes(vectors, cells, *features.shape[-2:]), self.ellipse(vectors).float()], dim=2)
-        predictions = InstanceBranchOutput(
-            class_logits, self.mask_kernel(vectors), self.objectness(vectors), iam_logits, iam_weights, windows
-        )
-        return predictions, heat_logits
+        pooled = pool_instances(normalize_iams(iam_logits, self.iam_normalization), features)
+        vectors = F.relu(pooled + self.peak_fc(own))
+        ellipses = torch.cat([self._boxes(vectors, cells, *features.shape[-2:]), self.ellipse(vectors).float()], dim=2)
+        outputs = {"pred_logits": class_logits, "pred_scores": self.objectness(vectors), "pred_iam": iam_logits}
+        return outputs, self.mask_kernel(vectors), ellipses
 
     def _boxes(self, vectors: torch.Tensor, cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Return boxes (B, N, 4) float32: center y, x, height, width in shares of the map, near the peaks' cells."""
+        """Return boxes (B, N, 4) float32: center y, x, height, width in shares of the map, near the cells."""
         with no_autocast(vectors.device):
             y, x = (relative_centers(size, cells.device) for size in (height, width))
-            peaks = torch.stack([y[cells // width], x[cells % width]], dim=2)
+            centers = torch.stack([y[cells // width], x[cells % width]], dim=2)
             offsets, log_sizes = self.box(vectors.float()).split(2, dim=2)
             sizes = self.ellipse_size * log_sizes.clamp(max=MAX_LOG_SIZE).exp()
-            return torch.cat([peaks + self.ellipse_size * offsets, sizes], dim=2)
+            return torch.cat([centers + self.ellipse_size * offsets, sizes], dim=2)
 
 
-def ellipse_logits(windows: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def ellipse_logits(ellipses: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return mask logits that are quadratic in the coordinates of each instance's box.
 
     Args:
-        windows: (B, N, 10) float32: the box (center y, x, height, width in shares of the map), and the factors of 1, v,
-            u, v ** 2, u ** 2 and u * v, where v and u are -1 and 1 at the edges of the box.
+        ellipses: (B, N, 10) float32: the box (center y, x, height, width in shares of the map), and the factors of 1,
+            v, u, v ** 2, u ** 2 and u * v, where v and u are -1 and 1 at the edges of the box.
         height, width: of the masks.
 
     Returns:
         (B, N, height, width) float32.
     """
-    center_y, center_x, box_height, box_width, *factors = windows[..., None].unbind(2)
-    v = 2 * (relative_centers(height, windows.device) - center_y) / box_height
-    u = 2 * (relative_centers(width, windows.device) - center_x) / box_width
+    center_y, center_x, box_height, box_width, *factors = ellipses[..., None].unbind(2)
+    v = 2 * (relative_centers(height, ellipses.device) - center_y) / box_height
+    u = 2 * (relative_centers(width, ellipses.device) - center_x) / box_width
     v, u = v.clamp(-FARTHEST, FARTHEST), u.clamp(-FARTHEST, FARTHEST)
     rows = factors[0] + factors[1] * v + factors[3] * v.square()
     columns = factors[2] * u + factors[4] * u.square()
@@ -196,10 +203,10 @@ class SubpixelMaskBranch(MaskBranch):
 
 @SPARSE_INST_DECODER_REGISTRY.register()
 class PlacedIAMDecoder(BaseIAMDecoder):
-    """Decode with one activation map at each peak of a heat map.
+    """Decode with one activation map at each peak of a heat map, in training at each center of the ground truth.
 
-    Measured in docs/own_data.md. The heat map is trained by the item "heatmap" of LOSS.ITEMS, in place of "labels", and
-    the boxes by the item "boxes". Mask features are on the mask grid (sub-pixel convolution, arXiv 1609.05158).
+    Measured in docs/own_data.md. It needs MATCHER.NAME CenterMatcher, and "heatmap" in place of "labels" in LOSS.ITEMS;
+    "boxes" trains the boxes. Mask features are on the mask grid (sub-pixel convolution, arXiv 1609.05158).
 
     Args:
         inst_branch: instance branch.
@@ -209,7 +216,14 @@ class PlacedIAMDecoder(BaseIAMDecoder):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
-        decoder = cfg.MODEL.SPARSE_INST.DECODER
+        decoder, loss = cfg.MODEL.SPARSE_INST.DECODER, cfg.MODEL.SPARSE_INST.LOSS
+        matcher = cfg.MODEL.SPARSE_INST.MATCHER.NAME
+        if (matcher, loss.NAME) == ("SparseInstMatcher", "SparseInstCriterion") or "labels" in loss.ITEMS:
+            raise ValueError(
+                f"MODEL.SPARSE_INST has DECODER.NAME {decoder.NAME} with MATCHER.NAME {matcher} and LOSS.ITEMS "
+                f"{tuple(loss.ITEMS)}; set MATCHER.NAME to CenterMatcher and LOSS.ITEMS to "
+                "('heatmap', 'boxes', 'masks') there"
+            )
         return {
             "inst_branch": PlacedInstanceBranch(
                 **instance_branch_arguments(cfg, input_shape), ellipse_size=decoder.ELLIPSE_SIZE
@@ -219,16 +233,59 @@ class PlacedIAMDecoder(BaseIAMDecoder):
         }
 
     def forward(self, features: torch.Tensor, with_iams: bool = False) -> dict[str, torch.Tensor]:
-        """Decode as the base class does; in training with ``heat_logits`` (B, K, H, W) and ``boxes`` (B, N, 4)."""
+        """Decode as the base class does; in training return the maps that `training_outputs` reads."""
         features = append_coordinates(features)
-        instances, heat_logits = self.inst_branch(features)
-        outputs = self.combine(instances, self.mask_branch(features), with_iams)
+        mask_features = self.mask_branch(features)
+        features, heat_logits = self.inst_branch(features)
         if self.training:
-            outputs["heat_logits"] = heat_logits
-            outputs["boxes"] = instances.windows[..., :4]
+            return {"inst_features": features, "heat_logits": heat_logits, "mask_features": mask_features}
+        outputs, _ = self._decode(features, heat_logits, mask_features, highest_peaks(heat_logits, self.num_masks))
+        iam_logits = outputs.pop("pred_iam")
+        if with_iams:
+            outputs["pred_iam"] = self._to_mask_grid(iam_logits)
         return outputs
 
-    def mask_logits(self, instances: InstanceBranchOutput, mask_features: torch.Tensor) -> torch.Tensor:
-        """Return the masks (B, N, Hm, Wm) of mask features (B, D, Hm, Wm)."""
-        ellipses = ellipse_logits(instances.windows, *mask_features.shape[-2:])
-        return dynamic_masks(instances.mask_kernels, mask_features) + ellipses
+    def training_outputs(
+        self, outputs: dict[str, torch.Tensor], targets: list[InstanceTargets]
+    ) -> dict[str, torch.Tensor]:
+        """Decode at the centers of the ground truth.
+
+        Args:
+            outputs: what `forward` returned in training.
+            targets: ground truth of each image. Of more than N instances in an image the first N count.
+
+        Returns:
+            The dict of `SparseInst.network` with ``heat_logits`` (B, K, H, W) and ``boxes`` (B, N, 4); prediction i is
+            that of instance i, with as many as the image with the most instances has, and at least one.
+        """
+        heat_logits = outputs["heat_logits"]
+        cells = [
+            center_cells(masks_on_grid(target.gt_masks[: self.num_masks], tuple(heat_logits.shape[-2:])))
+            for target in targets
+        ]
+        most = max(1, *(len(image_cells) for image_cells in cells))
+        padded = torch.stack([F.pad(image_cells, (0, most - len(image_cells))) for image_cells in cells])
+        decoded, boxes = self._decode(outputs["inst_features"], heat_logits, outputs["mask_features"], padded)
+        return {**decoded, "heat_logits": heat_logits, "boxes": boxes}
+
+    def _decode(
+        self, features: torch.Tensor, heat_logits: torch.Tensor, mask_features: torch.Tensor, cells: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return the dict, with ``pred_iam`` on the decoder's grid, and the boxes (B, N, 4)."""
+        outputs, mask_kernels, ellipses = self.inst_branch.predict(features, heat_logits, cells)
+        shapes = ellipse_logits(ellipses, *mask_features.shape[-2:])
+        return {**outputs, "pred_masks": dynamic_masks(mask_kernels, mask_features) + shapes}, ellipses[..., :4]
+
+
+@SPARSE_INST_MATCHER_REGISTRY.register()
+class CenterMatcher:
+    """Pair prediction i with instance i: a `PlacedIAMDecoder` predicts at the centers of the instances."""
+
+    def __init__(self, cfg: CfgNode | None = None) -> None:
+        pass
+
+    def __call__(self, outputs: dict[str, torch.Tensor], targets: list[InstanceTargets]) -> list[MatchedPairs]:
+        """Return the pairs of each image: at most as many as there are predictions."""
+        class_logits = outputs["pred_logits"]
+        steps = torch.arange(class_logits.shape[1], device=class_logits.device)
+        return [MatchedPairs(*[steps[: len(target.gt_classes)]] * 2) for target in targets]

@@ -152,24 +152,3 @@ def test_arguments_are_not_changed():
     make_criterion()(outputs, targets)
     assert all(torch.equal(outputs[name], value) for name, value in outputs_before.items())
     assert all(torch.equal(target.gt_masks, value) for target, value in zip(targets, masks_before))
-
-
-def test_activation_maps_are_drawn_into_their_instances():
-    # Three masks, two groups, a decoder grid of half the mask grid; the maps of each pair are those of its prediction.
-    outputs, targets = (
-        make_outputs(num_masks=3, size=(6, 4)),
-        [make_targets(2, size=(6, 4)), make_targets(0, size=(6, 4))],
-    )
-    outputs["iam_weights"] = torch.rand(2, 6, 3, 2)
-    outputs["iam_weights"] /= outputs["iam_weights"].sum((2, 3), keepdim=True)
-    criterion = make_criterion(iam_weight=0.5)
-    (pair, _) = criterion.matcher(outputs, targets)
-    expected = 0.0
-    for prediction, gt in zip(pair.prediction_idx, pair.gt_idx):
-        coarse = F.avg_pool2d(targets[0].gt_masks[gt][None], 2)[0]
-        for group in range(2):
-            expected -= (outputs["iam_weights"][0, group * 3 + prediction] * coarse).sum().log().item()
-    losses = criterion(outputs, targets)
-    # Mean over two groups and two pairs, times the weight.
-    assert losses["loss_iam"].item() == pytest.approx(0.5 * expected / 4, rel=1e-5)
-    assert "loss_iam" not in make_criterion()(outputs, targets)

@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from sparseinst.modeling.sparse_inst.decoder import (
-    BaseIAMDecoder,
     InstanceBranch,
-    MaskBranch,
     normalize_iams,
     pool_instances,
 )
-from sparseinst.modeling.sparse_inst.location_prior import window_logits
 from sparseinst.ops.coordinates import append_coordinates
 
 
@@ -107,92 +104,3 @@ def test_softmax_bias_does_nothing():
         branch.softmax_bias += 3
     for old, new in zip(before[:3], branch(features)[:3]):
         torch.testing.assert_close(old, new)
-
-
-def test_location_prior_moves_the_maps_of_every_group():
-    branch = make_branch(num_groups=2, num_masks=4, location_prior=3.0).eval()
-    features = append_coordinates(torch.zeros(1, 6, 8, 8))
-    weights = branch(features).iam_weights.unflatten(1, (2, 4))[0]
-    for group in weights:
-        # The quarter of the picture that the instance stands in has most of the weight.
-        quarters = [group[i, 4 * (i // 2) :, 4 * (i % 2) :][:4, :4].sum() for i in range(4)]
-        assert min(quarters) > 0.5
-
-
-def test_mask_window_starts_as_asked_and_draws_the_maps():
-    torch.manual_seed(0)
-    decoder = BaseIAMDecoder(
-        inst_branch=make_branch(mask_window=0.3, location_prior=1.0, num_masks=6),
-        mask_branch=MaskBranch(in_channels=6, dim=8, num_convs=1, kernel_dim=4),
-    )
-    torch.nn.init.zeros_(decoder.inst_branch.mask_window.weight)
-    torch.nn.init.zeros_(decoder.inst_branch.mask_kernel.weight)
-    features = torch.randn(2, 6, 8, 12)
-    outputs = decoder(features)
-    windows = torch.tensor([0.3, 0.0]).expand(2, 6, 2)
-    expected = window_logits(windows, outputs["iam_weights"])
-    torch.testing.assert_close(
-        outputs["pred_masks"],
-        torch.nn.functional.interpolate(expected, scale_factor=2, mode="bilinear", align_corners=False),
-    )
-    # A mask that is too far to the right moves the maps.
-    outputs["pred_masks"][:, 0, :, :12].sum().backward()
-    assert decoder.inst_branch.iam_conv.weight.grad[0].abs().sum() > 0
-    assert decoder.inst_branch.mask_window.weight.grad is not None
-
-
-def test_no_window_no_parameter():
-    assert not [name for name, _ in make_branch().named_parameters() if "window" in name]
-
-
-def test_output_dict_and_mask_product():
-    decoder = BaseIAMDecoder(
-        inst_branch=make_branch(), mask_branch=MaskBranch(in_channels=6, dim=8, num_convs=1, kernel_dim=4)
-    ).eval()
-    features = torch.randn(2, 6, 5, 7)
-    outputs = decoder(features)
-    assert {name: tuple(value.shape) for name, value in outputs.items()} == {
-        "pred_logits": (2, 5, 3),
-        "pred_masks": (2, 5, 10, 14),
-        "pred_scores": (2, 5, 1),
-    }
-    assert decoder.train()(features)["iam_weights"].shape == (2, 5, 5, 7)
-    with_coordinates = append_coordinates(features)
-    kernels, mask_features = decoder.inst_branch(with_coordinates)[1], decoder.mask_branch(with_coordinates)
-    masks = torch.einsum("bnd,bdhw->bnhw", kernels, mask_features)
-    masks = torch.nn.functional.interpolate(masks, scale_factor=2, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(outputs["pred_masks"], masks)
-
-
-def test_output_iam():
-    decoder = BaseIAMDecoder(
-        inst_branch=make_branch(num_groups=4),
-        mask_branch=MaskBranch(in_channels=6, dim=8, num_convs=1, kernel_dim=4),
-    ).eval()
-    assert "pred_iam" not in decoder(torch.randn(1, 6, 5, 7))
-    assert decoder(torch.randn(1, 6, 5, 7), with_iams=True)["pred_iam"].shape == (1, 20, 10, 14)
-
-
-def test_initialisation():
-    torch.manual_seed(0)
-    branch = InstanceBranch(in_channels=64, dim=64, num_groups=4, with_fc=True, iam_normalization="softmax")
-    prior = -math.log(99)
-    for layer in (branch.iam_conv, branch.cls_score):
-        assert layer.bias.unique().item() == pytest.approx(prior)
-    for layer in (branch.iam_conv, branch.cls_score, branch.mask_kernel):
-        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.05)
-    assert branch.mask_kernel.bias.abs().max() == 0
-    assert branch.softmax_bias.item() == 1
-    # MSRA: N(0, 2 / fan_out).
-    assert branch.inst_convs[2].weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.05)
-    # Xavier as fvcore has it: U(-b, b) with b = sqrt(3 / fan_in).
-    assert branch.fc.weight.abs().max().item() == pytest.approx(math.sqrt(3 / 256), rel=0.01)
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="INST.DIM is 8.*GROUPS, 3"):
-        make_branch(num_groups=3)
-    with pytest.raises(ValueError, match="iam_normalization"):
-        make_branch(iam_normalization="tanh")
-    with pytest.raises(ValueError, match="CONVS"):
-        make_branch(num_convs=0)

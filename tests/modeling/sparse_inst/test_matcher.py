@@ -88,23 +88,3 @@ def test_scores_that_are_not_finite_are_matched_first(name, num_instances):
     outputs[name][0, 1] = float("nan")
     (pair,) = SparseInstMatcher()(outputs, [targets])
     assert len(pair.gt_idx) == num_instances and 1 in pair.prediction_idx.tolist()
-
-
-def test_activation_maps_count_with_gamma():
-    # Two predictions with equal classes and masks; the instance is the left column of a 2x2 grid (4x4 mask grid).
-    # The maps of prediction 0 (two groups) have 1/2 and 1 inside, mean 3/4; those of prediction 1 have 1/4 and 0.
-    inside, half = torch.tensor([[0.5, 0.0], [0.5, 0.0]]), torch.full((2, 2), 0.25)
-    quarter, outside = torch.tensor([[0.25, 0.25], [0.0, 0.5]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    maps = torch.stack([half, quarter, inside, outside])  # group-major
-    gt_masks = torch.zeros(1, 4, 4)
-    gt_masks[:, :, :2] = 1
-    targets = InstanceTargets(torch.tensor([0]), gt_masks)
-    plain = matching_scores(torch.zeros(2, 1), torch.zeros(2, 4, 4), targets)
-    weighted = matching_scores(torch.zeros(2, 1), torch.zeros(2, 4, 4), targets, iam_weights=maps, gamma=2.0)
-    torch.testing.assert_close(weighted, plain * torch.tensor([[0.75**2], [0.125**2]]))
-    outputs = {"pred_logits": torch.zeros(1, 2, 1), "pred_masks": torch.zeros(1, 2, 4, 4), "iam_weights": maps[None]}
-    (pair,) = SparseInstMatcher(gamma=2.0)(outputs, [targets])
-    assert pair.prediction_idx.tolist() == [0]
-    outputs["iam_weights"] = maps[[1, 0, 3, 2]][None]
-    (pair,) = SparseInstMatcher(gamma=2.0)(outputs, [targets])
-    assert pair.prediction_idx.tolist() == [1]

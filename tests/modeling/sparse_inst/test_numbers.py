@@ -15,7 +15,6 @@ from sparseinst.modeling.sparse_inst.decoder import (
     pool_instances,
 )
 from sparseinst.modeling.sparse_inst.encoder import InstanceContextEncoder
-from sparseinst.modeling.sparse_inst.location_prior import window_logits
 from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher, matching_scores
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.targets import InstanceTargets
@@ -26,15 +25,12 @@ HALF_MAX = 65504.0
 EXTREMES = [0.0, 1e4, -1e4, HALF_MAX, -HALF_MAX, 1e30, -1e30]
 
 
-def make_outputs(size=(6, 5), batch=1, num_masks=4, num_groups=2, num_classes=3, seed=0, scale=3.0):
+def make_outputs(size=(6, 5), batch=1, num_masks=4, num_classes=3, seed=0, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
-    iam_size = (max(1, size[0] // 2), max(1, size[1] // 2))
-    logits = torch.randn(batch, num_groups * num_masks, *iam_size, generator=generator) * scale
     return {
         "pred_logits": torch.randn(batch, num_masks, num_classes, generator=generator) * scale,
         "pred_masks": torch.randn(batch, num_masks, *size, generator=generator) * scale,
         "pred_scores": torch.randn(batch, num_masks, 1, generator=generator) * scale,
-        "iam_weights": normalize_iams(logits),
     }
 
 
@@ -45,18 +41,12 @@ def make_targets(count, size=(6, 5), num_classes=3, seed=0):
     )
 
 
-def full_criterion():
-    """With every loss and every term of the matching score."""
-    return SparseInstCriterion(matcher=SparseInstMatcher(gamma=0.8), iam_weight=1.0)
-
-
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_what_sums_and_what_takes_powers_is_float32_under_autocast(dtype):
     """The same as in float32 on the same inputs, to the last bit; the inputs are what autocast would hand over."""
     logits, features = torch.randn(2, 6, 9, 8).to(dtype), torch.randn(2, 5, 9, 8).to(dtype)
     outputs = {name: value.to(dtype) for name, value in make_outputs(batch=2).items()}
     targets = [make_targets(2), make_targets(5, seed=1)]
-    windows = torch.randn(2, 3, 2).to(dtype)
 
     def computed(cast):
         results = {}
@@ -64,15 +54,11 @@ def test_what_sums_and_what_takes_powers_is_float32_under_autocast(dtype):
             weights = normalize_iams(cast(logits), normalization)
             results[f"weights {normalization}"] = weights
             results[f"vectors {normalization}"] = pool_instances(weights, cast(features))
-        results["windows"] = window_logits(cast(windows), results["weights sigmoid"])
         cast_outputs = {name: cast(value) for name, value in outputs.items()}
-        results["scores"] = matching_scores(
-            cast_outputs["pred_logits"][1], cast_outputs["pred_masks"][1], targets[1],
-            iam_weights=cast_outputs["iam_weights"][1], gamma=0.8,
-        )  # fmt: skip
-        pairs = SparseInstMatcher(gamma=0.8)(cast_outputs, targets)
+        results["scores"] = matching_scores(cast_outputs["pred_logits"][1], cast_outputs["pred_masks"][1], targets[1])
+        pairs = SparseInstMatcher()(cast_outputs, targets)
         results.update({f"pairs {index}": torch.stack(pair) for index, pair in enumerate(pairs)})
-        return {**results, **full_criterion()(cast_outputs, targets)}
+        return {**results, **SparseInstCriterion(matcher=SparseInstMatcher())(cast_outputs, targets)}
 
     expected = computed(lambda value: value.float())
     with torch.autocast("cpu", dtype=dtype):
@@ -87,9 +73,11 @@ def test_what_sums_and_what_takes_powers_is_float32_under_autocast(dtype):
 def test_gradients_of_the_losses_are_those_of_float32_under_autocast(dtype):
     outputs = {name: value.detach().requires_grad_() for name, value in make_outputs(batch=2).items()}
     targets = [make_targets(2), make_targets(0)]
-    expected = torch.autograd.grad(sum(full_criterion()(outputs, targets).values()), list(outputs.values()))
+    expected = torch.autograd.grad(
+        sum(SparseInstCriterion(matcher=SparseInstMatcher())(outputs, targets).values()), list(outputs.values())
+    )
     with torch.autocast("cpu", dtype=dtype):
-        total = sum(full_criterion()(outputs, targets).values())
+        total = sum(SparseInstCriterion(matcher=SparseInstMatcher())(outputs, targets).values())
     for value, gradient in zip(expected, torch.autograd.grad(total, list(outputs.values()))):
         assert gradient.dtype == torch.float32 and torch.equal(value, gradient)
 
@@ -117,7 +105,7 @@ def test_maps_that_are_all_equal_and_logits_that_are_saturated(value, size, coun
             iam_logits = torch.full((1, 8, *size), value, requires_grad=True)
             targets = InstanceTargets(torch.arange(count) % 3, torch.full((count, *size), target))
             weights = normalize_iams(iam_logits, normalization)
-            losses = full_criterion()({**outputs, "iam_weights": weights}, [targets])
+            losses = SparseInstCriterion(matcher=SparseInstMatcher())(outputs, [targets])
             assert all(torch.isfinite(loss) and loss >= 0 for loss in losses.values()), losses
             total = sum(losses.values()) + pool_instances(weights, torch.zeros(1, 2, *size)).sum()
             for gradient in torch.autograd.grad(total, [*outputs.values(), iam_logits]):
@@ -133,7 +121,7 @@ def test_encoder_and_decoder_on_single_pixels_and_on_equal_features(dtype, size,
     encoder = InstanceContextEncoder(input_shape=shapes, in_features=("res3", "res4"), num_channels=8)
     branches = {"in_channels": 8, "dim": 8, "num_convs": 1, "kernel_dim": 4}
     decoder = BaseIAMDecoder(
-        inst_branch=InstanceBranch(**branches, num_masks=4, num_classes=3, mask_window=1.0, location_prior=1.0),
+        inst_branch=InstanceBranch(**branches, num_masks=4, num_classes=3),
         mask_branch=MaskBranch(**branches),
     )
     model = nn.Sequential(encoder, decoder).train()
@@ -144,7 +132,7 @@ def test_encoder_and_decoder_on_single_pixels_and_on_equal_features(dtype, size,
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         outputs = model(features)
         targets = [make_targets(2, outputs["pred_masks"].shape[-2:]), make_targets(0, outputs["pred_masks"].shape[-2:])]
-        losses = SparseInstCriterion(matcher=SparseInstMatcher(), iam_weight=1.0)(outputs, targets)
+        losses = SparseInstCriterion(matcher=SparseInstMatcher())(outputs, targets)
     assert all(torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
@@ -177,7 +165,7 @@ def test_the_whole_model_on_images_of_one_colour(pixel, size, counts):
 
 @pytest.mark.parametrize("decoder", ["BaseIAMDecoder", "GroupIAMDecoder", "GroupIAMSoftDecoder"])
 def test_an_image_alone_and_in_a_batch_of_equal_sizes(decoder):
-    model = tiny_model("MODEL.SPARSE_INST.DECODER.NAME", decoder, "MODEL.SPARSE_INST.DECODER.LOCATION_PRIOR", 1.0)
+    model = tiny_model("MODEL.SPARSE_INST.DECODER.NAME", decoder)
     inputs = [random_input(50, 70, num_instances=count, seed=count) for count in (2, 3, 7, 1)]
     with torch.no_grad():
         together, apart = model(inputs), [model([x])[0] for x in inputs]

@@ -7,15 +7,29 @@ import torch
 from detectron2.modeling import build_model
 
 from sparseinst.modeling.sparse_inst.model import SparseInst
-from sparseinst.modeling.sparse_inst.placed_decoder import ELLIPSE, ellipse_logits, highest_peaks, placed_maps
-from sparseinst.ops.losses import center_box_loss, center_focal_loss, center_heatmap
+from sparseinst.modeling.sparse_inst.placed_decoder import (
+    ELLIPSE,
+    CenterMatcher,
+    ellipse_logits,
+    highest_peaks,
+    placed_maps,
+)
+from sparseinst.ops.losses import (
+    box_bce_loss,
+    center_box_loss,
+    center_cells,
+    center_focal_loss,
+    center_heatmap,
+    masks_on_grid,
+)
 from tests.runtime.test_export import check_export
 from tests.tiny_model import random_input, tiny_cfg
 
 PLACED = (
+    "MODEL.SPARSE_INST.LOSS.MASK_PIXEL_REGION", "box",
     "MODEL.SPARSE_INST.DECODER.NAME", "PlacedIAMDecoder",
     "MODEL.SPARSE_INST.LOSS.ITEMS", ("heatmap", "boxes", "masks"),
-    "MODEL.SPARSE_INST.MATCHER.GAMMA", 0.8,
+    "MODEL.SPARSE_INST.MATCHER.NAME", "CenterMatcher",
 )  # fmt: skip
 
 
@@ -116,6 +130,49 @@ def test_box_loss_by_hand():
     assert wide == pytest.approx(0.5 + 0.5 * 2 * (0.5 - 0.05), rel=1e-5)
     # Nothing of this mask is on the grid.
     assert center_box_loss(torch.rand(1, 4), torch.full((1, 8, 8), 0.2)).item() == 0
+
+
+def test_box_bce_by_hand():
+    # The box has rows 2 to 4 and columns 3 to 10 of 8 x 16. Two more rows and, a quarter of 8, two more columns count on
+    # each side: rows 0 to 6, columns 1 to 12.
+    mask = torch.zeros(2, 8, 16)
+    mask[0, 2:5, 3:11] = 1
+    logits = torch.full((2, 8, 16), 3.0)
+    logits[0, :7, 1:13] = 0
+    logits[0, 3, 5] = 1
+    inside = (83 * math.log(2) + math.log(1 + math.exp(-1))) / 84
+    # Nothing of the second mask is on the grid: its box is the image.
+    outside = 3 + math.log(1 + math.exp(-3))
+    assert box_bce_loss(logits, mask).item() == pytest.approx(inside + outside, rel=1e-6)
+    assert box_bce_loss(logits[:0], mask[:0]).item() == 0
+
+
+def test_the_centers_of_the_ground_truth_place_the_predictions():
+    model = placed_model().train()
+    inputs = [random_input(64, 96, num_instances=count, seed=count) for count in (2, 0, 9)]
+    images = model.preprocess(inputs)
+    targets = model.prepare_targets(inputs, images)
+    maps = model.network(images.tensor)
+    outputs = model.decoder.training_outputs(maps, targets)
+    # Of nine instances the first six count, as many as there are masks.
+    assert outputs["pred_masks"].shape[:2] == outputs["boxes"].shape[:2] == (3, 6)
+    cells = center_cells(masks_on_grid(targets[2].gt_masks, tuple(maps["heat_logits"].shape[-2:])))[:6]
+    assert torch.equal(outputs["pred_logits"][2].T, maps["heat_logits"][2].flatten(1)[:, cells])
+    pairs = CenterMatcher()(outputs, targets)
+    assert [pair.gt_idx.tolist() for pair in pairs] == [[0, 1], [], [*range(6)]]
+    assert all(torch.equal(*pair) for pair in pairs)
+    alone = model.decoder.training_outputs({name: value[:1] for name, value in maps.items()}, targets[:1])
+    difference = alone["pred_masks"][0] - outputs["pred_masks"][0, :2]
+    assert difference.abs().max() <= 1e-5 * alone["pred_masks"].abs().max()
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [("MODEL.SPARSE_INST.MATCHER.NAME", "SparseInstMatcher"), ("MODEL.SPARSE_INST.LOSS.ITEMS", ("labels", "masks"))],
+)
+def test_the_matching_and_the_class_loss_of_learned_maps_are_refused(opts):
+    with pytest.raises(ValueError, match="CenterMatcher.*heatmap"):
+        placed_model(*opts)
 
 
 def test_boxes_need_a_whole_scale_factor():

@@ -10,21 +10,18 @@ from sparseinst.modeling.sparse_inst.criterion import SparseInstCriterion, match
 from sparseinst.modeling.sparse_inst.matcher import MatchedPairs, SparseInstMatcher
 from sparseinst.structures.targets import InstanceTargets
 
-NUM_MASKS, NUM_CLASSES, NUM_GROUPS, SIZE = 9, 5, 2, (14, 10)
+NUM_MASKS, NUM_CLASSES, SIZE = 9, 5, (14, 10)
 
 
 def make_problem(counts, seed=0, dtype=torch.float32, memory_format=torch.contiguous_format):
     generator = torch.Generator().manual_seed(seed)
-    batch, coarse = len(counts), [side // 2 for side in SIZE]
-    maps = torch.rand(batch, NUM_GROUPS * NUM_MASKS, *coarse, generator=generator)
+    batch = len(counts)
     outputs = {
         "pred_logits": torch.randn(batch, NUM_MASKS, NUM_CLASSES, generator=generator) * 2,
         "pred_masks": torch.randn(batch, NUM_MASKS, *SIZE, generator=generator) * 3,
         "pred_scores": torch.randn(batch, NUM_MASKS, 1, generator=generator) * 2,
-        "iam_weights": maps / maps.sum((2, 3), keepdim=True),
     }
-    for name in ("pred_masks", "iam_weights"):
-        outputs[name] = outputs[name].contiguous(memory_format=memory_format)
+    outputs["pred_masks"] = outputs["pred_masks"].contiguous(memory_format=memory_format)
     targets = [
         InstanceTargets(
             torch.randint(NUM_CLASSES, (count,), generator=generator),
@@ -35,26 +32,22 @@ def make_problem(counts, seed=0, dtype=torch.float32, memory_format=torch.contig
     return {name: value.to(dtype).requires_grad_() for name, value in outputs.items()}, targets
 
 
-def plain_pairs(outputs, targets, gamma):
-    """As published: p^0.2 * DICE^0.8, times the share of the maps inside; an image's block of the batch's table."""
+def plain_pairs(outputs, targets):
+    """As published: p^0.2 * DICE^0.8; an image's block of the batch's table."""
     gt_masks = torch.cat([target.gt_masks for target in targets]).flatten(1)
     gt_classes = torch.cat([target.gt_classes for target in targets])
     probs = outputs["pred_masks"].flatten(0, 1).flatten(1).sigmoid()
     dice = 2 * probs @ gt_masks.T / ((probs**2).sum(1)[:, None] + (gt_masks**2).sum(1) + 1e-4)
     scores = outputs["pred_logits"].flatten(0, 1).sigmoid()[:, gt_classes] ** 0.2 * dice**0.8
-    if gamma:
-        maps = outputs["iam_weights"].unflatten(1, (NUM_GROUPS, NUM_MASKS)).mean(1).flatten(0, 1)
-        coarse = F.avg_pool2d(gt_masks.unflatten(1, SIZE)[:, None], 2)
-        scores = scores * (maps.flatten(1) @ coarse.flatten(1).T) ** gamma
     counts = [len(target.gt_classes) for target in targets]
     blocks = scores.unflatten(0, (-1, NUM_MASKS)).split(counts, dim=2)
     chosen = [linear_sum_assignment(block[image].numpy(), maximize=True) for image, block in enumerate(blocks)]
     return [MatchedPairs(torch.as_tensor(rows), torch.as_tensor(columns)) for rows, columns in chosen]
 
 
-def plain_losses(outputs, targets, gamma=0.8):
+def plain_losses(outputs, targets):
     outputs = {name: value.float() for name, value in outputs.items()}
-    pairs = plain_pairs({name: value.detach() for name, value in outputs.items()}, targets, gamma)
+    pairs = plain_pairs({name: value.detach() for name, value in outputs.items()}, targets)
     chosen = [(image, pair.prediction_idx) for image, pair in enumerate(pairs)]
     gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
     masks = torch.cat([outputs["pred_masks"][image][idx] for image, idx in chosen])
@@ -74,16 +67,12 @@ def plain_losses(outputs, targets, gamma=0.8):
     predicted, covered = probs >= 0.4, truth > 0.5
     iou = (predicted & covered).sum(1) / ((predicted | covered).sum(1) + 1e-6)
     bce = F.binary_cross_entropy_with_logits(masks, gt_masks, reduction="none").flatten(1).mean(1)
-    maps = outputs["iam_weights"].unflatten(1, (NUM_GROUPS, NUM_MASKS)).transpose(1, 2)
-    maps = torch.cat([maps[image][idx] for image, idx in chosen])
-    inside = (maps * F.avg_pool2d(gt_masks[:, None], 2)).sum((2, 3))
     objectness_loss = F.binary_cross_entropy_with_logits(objectness, iou.detach(), reduction="none")
     return {
         "loss_ce": 2 * focal.sum() / num_instances,
         "loss_objectness": objectness_loss.sum() / num_pairs,
         "loss_dice": 2 * dice.sum() / num_instances,
         "loss_mask": 5 * bce.sum() / num_pairs,
-        "loss_iam": 0.5 * -inside.clamp(min=1e-6).log().mean(1).sum() / num_pairs,
     }
 
 
@@ -91,7 +80,7 @@ def plain_losses(outputs, targets, gamma=0.8):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("counts", [(0, 0), (1,), (0, 3, 1), (30, 2), (9, 7, 12)], ids=str)
 def test_losses_and_gradients_are_those_of_the_plain_way(counts, dtype, memory_format):
-    criterion = SparseInstCriterion(matcher=SparseInstMatcher(gamma=0.8), iam_weight=0.5)
+    criterion = SparseInstCriterion(matcher=SparseInstMatcher())
     for seed in range(4):
         outputs, targets = make_problem(counts, seed, dtype, memory_format)
         expected, losses = plain_losses(outputs, targets), criterion(outputs, targets)
@@ -108,31 +97,26 @@ def test_losses_and_gradients_are_those_of_the_plain_way(counts, dtype, memory_f
 
 
 def test_pairs_are_those_of_the_plain_way():
-    for gamma in (0.0, 0.8):
-        for seed in range(10):
-            outputs, targets = make_problem((4, 0, 12, 1), seed)
-            outputs = {name: value.detach() for name, value in outputs.items()}
-            for pair, expected in zip(
-                SparseInstMatcher(gamma=gamma)(outputs, targets), plain_pairs(outputs, targets, gamma)
-            ):
-                assert all(torch.equal(a, b) for a, b in zip(pair, expected))
+    for seed in range(10):
+        outputs, targets = make_problem((4, 0, 12, 1), seed)
+        outputs = {name: value.detach() for name, value in outputs.items()}
+        for pair, expected in zip(SparseInstMatcher()(outputs, targets), plain_pairs(outputs, targets)):
+            assert all(torch.equal(a, b) for a, b in zip(pair, expected))
 
 
-def test_matched_predictions_are_each_image_s_own_group_by_group():
-    maps = torch.arange(2 * 6).view(2, 6, 1)
+def test_matched_predictions_are_each_image_s_own():
+    maps = torch.arange(2 * 3 * 2).view(2, 3, 2)
     pairs = [
         MatchedPairs(torch.tensor([0, 2]), torch.tensor([1, 0])),
         MatchedPairs(torch.tensor([1]), torch.tensor([0])),
     ]
-    # Three predictions, two groups: prediction n has the maps n and 3 + n.
-    assert matched_predictions(maps, pairs, 2)[..., 0].tolist() == [[0, 3], [2, 5], [7, 10]]
-    assert matched_predictions(maps, pairs).shape == (3, 1, 1)
+    assert matched_predictions(maps, pairs).tolist() == [[0, 1], [4, 5], [8, 9]]
 
 
 def test_nothing_asks_the_device_for_a_number():
     """Each such question waits for all that the device still has to do. One copy of the scores is made, and no more."""
     outputs, targets = make_problem((4, 0, 12, 1))
-    criterion = SparseInstCriterion(matcher=SparseInstMatcher(gamma=0.8), iam_weight=0.5)
+    criterion = SparseInstCriterion(matcher=SparseInstMatcher())
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         losses = criterion(outputs, targets)
         sum(losses.values()).backward()

@@ -11,7 +11,6 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
 from sparseinst.modeling.sparse_inst.criterion import SparseInstCriterion
-from sparseinst.modeling.sparse_inst.decoder import normalize_iams
 from sparseinst.modeling.sparse_inst.matcher import SparseInstMatcher, matching_scores
 from sparseinst.structures.targets import InstanceTargets
 
@@ -39,7 +38,6 @@ def problems(draw, max_masks=4, max_instances=6, max_batch=2):
         "pred_logits": draw_tensor(draw, (batch, num_masks, num_classes), logit),
         "pred_masks": draw_tensor(draw, (batch, num_masks, *size), logit),
         "pred_scores": draw_tensor(draw, (batch, num_masks, 1), logit),
-        "iam_logits": draw_tensor(draw, (batch, 2 * num_masks, *size), logit),
     }
     targets = []
     for _ in range(batch):
@@ -50,29 +48,21 @@ def problems(draw, max_masks=4, max_instances=6, max_batch=2):
     return {name: value.requires_grad_() for name, value in outputs.items()}, targets
 
 
-def with_iam_weights(outputs):
-    weights = normalize_iams(outputs["iam_logits"])
-    return {**{name: value for name, value in outputs.items() if name != "iam_logits"}, "iam_weights": weights}
-
-
 def permuted(targets, order):
     return InstanceTargets(*(field[order] for field in targets))
 
 
-def scores_of(outputs, targets, gamma):
+def scores_of(outputs, targets):
     """Scores of a batch of one image."""
-    maps = outputs["iam_weights"][0] if gamma else None
-    return matching_scores(
-        outputs["pred_logits"][0], outputs["pred_masks"][0], targets, iam_weights=maps, gamma=gamma
-    ).detach()
+    return matching_scores(outputs["pred_logits"][0], outputs["pred_masks"][0], targets).detach()
 
 
 @settings(max_examples=100, deadline=None)
-@given(problems(), st.sampled_from([0.0, 0.8]))
-def test_losses_and_gradients_are_finite_and_losses_not_negative(problem, gamma):
+@given(problems())
+def test_losses_and_gradients_are_finite_and_losses_not_negative(problem):
     outputs, targets = problem
-    criterion = SparseInstCriterion(matcher=SparseInstMatcher(gamma=gamma), iam_weight=1.0)
-    losses = criterion(with_iam_weights(outputs), targets)
+    criterion = SparseInstCriterion(matcher=SparseInstMatcher())
+    losses = criterion(outputs, targets)
     for name, loss in losses.items():
         assert torch.isfinite(loss) and loss >= -ROUNDING, (name, loss)
     sum(losses.values()).backward()
@@ -81,11 +71,11 @@ def test_losses_and_gradients_are_finite_and_losses_not_negative(problem, gamma)
 
 
 @settings(max_examples=100, deadline=None)
-@given(problems(), st.sampled_from([0.0, 0.8]))
-def test_pairs_are_one_to_one_and_as_many_as_can_be(problem, gamma):
+@given(problems())
+def test_pairs_are_one_to_one_and_as_many_as_can_be(problem):
     outputs, targets = problem
     num_masks, num_classes = outputs["pred_logits"].shape[1:]
-    pairs = SparseInstMatcher(gamma=gamma)(with_iam_weights(outputs), targets)
+    pairs = SparseInstMatcher()(outputs, targets)
     assert len(pairs) == len(targets)
     for pair, target in zip(pairs, targets):
         predictions, instances = pair.prediction_idx.tolist(), pair.gt_idx.tolist()
@@ -95,12 +85,11 @@ def test_pairs_are_one_to_one_and_as_many_as_can_be(problem, gamma):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(max_masks=3, max_instances=4, max_batch=1), st.sampled_from([0.0, 0.8]))
-def test_no_other_assignment_scores_more(problem, gamma):
+@given(problems(max_masks=3, max_instances=4, max_batch=1))
+def test_no_other_assignment_scores_more(problem):
     outputs, (targets,) = problem
-    outputs = with_iam_weights(outputs)
-    scores = scores_of(outputs, targets, gamma)
-    (pair,) = SparseInstMatcher(gamma=gamma)(outputs, [targets])
+    scores = scores_of(outputs, targets)
+    (pair,) = SparseInstMatcher()(outputs, [targets])
     num_masks, num_instances = scores.shape
     best = max(
         sum((scores[row, column].item() for row, column in zip(rows, columns)), 0.0)
@@ -115,11 +104,10 @@ def test_no_other_assignment_scores_more(problem, gamma):
 @given(problems(max_batch=1), st.randoms(use_true_random=False))
 def test_the_order_of_the_ground_truth_does_not_matter(problem, random):
     outputs, (targets,) = problem
-    outputs = with_iam_weights(outputs)
     order = list(range(len(targets.gt_classes)))
     random.shuffle(order)
     order = torch.tensor(order, dtype=torch.int64)
-    scores = scores_of(outputs, targets, 0.0)
+    scores = scores_of(outputs, targets)
     matcher = SparseInstMatcher()
     (pair,), (other,) = matcher(outputs, [targets]), matcher(outputs, [permuted(targets, order)])
     total = scores[pair.prediction_idx, pair.gt_idx].sum()
