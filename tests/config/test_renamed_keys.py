@@ -136,6 +136,19 @@ def test_values_without_an_equivalent_are_refused(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
+    "key", ["DECODER.LOCATION_PRIOR", "DECODER.MASK_WINDOW", "DECODER.IAM_INIT_STD", "LOSS.IAM_WEIGHT", "MATCHER.GAMMA"]
+)
+def test_removed_options_of_learned_maps(tmp_path, key, caplog):
+    group, name = key.split(".")
+    text = f"MODEL:\n  META_ARCHITECTURE: SparseInst\n  SPARSE_INST:\n    {group}:\n      {name}: "
+    load_config(write(tmp_path / "off.yaml", f"{text}0.0\n"))
+    assert f"MODEL.SPARSE_INST.{key} -> removed" in caplog.text
+    if name != "IAM_INIT_STD":
+        with pytest.raises(ValueError, match=f"on.yaml: MODEL.SPARSE_INST.{key} is '0.8'; the option was removed"):
+            load_config(write(tmp_path / "on.yaml", f"{text}0.8\n"))
+
+
+@pytest.mark.parametrize(
     ("key", "text"),
     [
         ("MODEL.SOLOV2.SCORE_THR", "renamed: set MODEL.SOLOV2.SCORE_THRESHOLD"),

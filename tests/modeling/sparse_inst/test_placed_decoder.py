@@ -133,8 +133,8 @@ def test_box_loss_by_hand():
 
 
 def test_box_bce_by_hand():
-    # The box has rows 2 to 4 and columns 3 to 10 of 8 x 16. Two more rows and, a quarter of 8, two more columns count on
-    # each side: rows 0 to 6, columns 1 to 12.
+    # The box has rows 2 to 4 and columns 3 to 10 of 8 x 16. Two more rows and, a quarter of 8, two more columns
+    # count on each side: rows 0 to 6, columns 1 to 12.
     mask = torch.zeros(2, 8, 16)
     mask[0, 2:5, 3:11] = 1
     logits = torch.full((2, 8, 16), 3.0)
