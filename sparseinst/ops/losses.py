@@ -7,11 +7,7 @@ import torch
 import torch.nn.functional as F
 from fvcore.nn import giou_loss
 
-from sparseinst.ops.masks import masks_to_boxes
-
 DICE_EPS = 1e-4
-# Around the box of `box_bce_loss`: as a share of its size, and in cells.
-BOX_MARGIN, MIN_BOX_MARGIN = 0.25, 2.0
 IOU_EPS = 1e-6
 # Of the Gaussians of a heat map, over the instance's own standard deviation in y and x.
 CENTER_SPREAD = 0.5
@@ -66,30 +62,6 @@ def mask_bce_loss(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> torch.Te
     return loss / mask_logits.flatten(1).shape[1]
 
 
-def box_bce_loss(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
-    """Return the binary cross-entropy, averaged over the box of each pair's instance and summed over the pairs.
-
-    The box is enlarged on each side by a quarter of its size, and by two cells at least. For a mask without a cell
-    above 0.5 it is the image. In the mean over the image the outline of a small object counts little.
-
-    Args:
-        mask_logits: (P, H, W) one mask per pair.
-        gt_masks: (P, H, W) in [0, 1].
-
-    Returns:
-        A scalar, at least 0.
-    """
-    left, top, right, bottom = masks_to_boxes(gt_masks > 0.5).unbind(1)
-    windows = []
-    for size, first, after_last in zip(gt_masks.shape[1:], (top, left), (bottom, right)):
-        margin = (BOX_MARGIN * (after_last - first)).clamp(min=MIN_BOX_MARGIN)
-        steps = torch.arange(size, device=gt_masks.device)
-        windows.append((steps >= (first - margin)[:, None]) & (steps < (after_last + margin)[:, None]))
-    window = windows[0][:, :, None] & windows[1][:, None]
-    loss = F.binary_cross_entropy_with_logits(mask_logits, gt_masks, reduction="none")
-    return ((loss * window).sum((1, 2)) / window.sum((1, 2))).sum()
-
-
 @torch.no_grad()
 def binary_mask_iou(
     mask_probs: torch.Tensor,
@@ -124,32 +96,12 @@ def masks_on_grid(gt_masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
 
 
 @torch.no_grad()
-def center_cells(gt_masks: torch.Tensor) -> torch.Tensor:
-    """Return the cell of the center of each instance: the covered cell that is nearest to its center of mass.
-
-    So it lies inside of rings, too.
-
-    Args:
-        gt_masks: (M, H, W) in [0, 1], the share of each cell that the instance covers.
-
-    Returns:
-        (M,) int64 in [0, H * W).
-    """
-    distances = []
-    for marginal in (gt_masks.sum(2), gt_masks.sum(1)):
-        steps = torch.arange(marginal.shape[1], dtype=torch.float32, device=gt_masks.device)
-        mean = marginal @ steps / marginal.sum(1).clamp(min=IOU_EPS)
-        distances.append((steps - mean[:, None]).square())
-    is_covered = gt_masks >= 0.5 * gt_masks.flatten(1).amax(1)[:, None, None]
-    distance = distances[0][:, :, None] + distances[1][:, None]
-    return torch.where(is_covered, distance, torch.inf).flatten(1).argmin(1)
-
-
-@torch.no_grad()
 def center_heatmap(
     gt_masks: torch.Tensor, gt_classes: torch.Tensor, num_classes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the heat map of the centers of one image's instances, see `center_cells`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the heat map of the centers of one image's instances.
+
+    The center is the covered cell that is nearest to the center of mass, so that it lies inside of rings, too.
 
     Args:
         gt_masks: (M, H, W) in [0, 1], the share of each cell that the instance covers.
@@ -158,28 +110,30 @@ def center_heatmap(
 
     Returns:
         (K, H, W) float32 in [0, 1]: Gaussians around the centers, the largest where they overlap; (K, H, W) bool: True
-        at the centers.
+        at the centers; (M,) int64 in [0, H * W): the cells of the centers.
     """
     height, width = gt_masks.shape[1:]
     heat = gt_masks.new_zeros((num_classes, height, width))
     is_center = torch.zeros_like(heat, dtype=torch.bool)
-    if not len(gt_masks):
-        return heat, is_center
-    y, x = (torch.arange(size, dtype=torch.float32, device=gt_masks.device) for size in (height, width))
     area = gt_masks.sum((1, 2)).clamp(min=IOU_EPS)
-    spread = []
-    for marginal, steps in ((gt_masks.sum(2), y), (gt_masks.sum(1), x)):
-        mean = marginal @ steps / area
-        variance = (marginal * (steps - mean[:, None]).square()).sum(1) / area
-        spread.append(CENTER_SPREAD * variance.sqrt().clamp(min=MIN_SPREAD)[:, None])
-    cells = center_cells(gt_masks)
-    rows, columns = cells // width, cells % width
-    fall_y = ((y - rows[:, None]) / spread[0]).square()
-    fall_x = ((x - columns[:, None]) / spread[1]).square()
+    distances, falls = [], []
+    for marginal in (gt_masks.sum(2), gt_masks.sum(1)):
+        steps = torch.arange(marginal.shape[1], dtype=torch.float32, device=gt_masks.device)
+        mean = (marginal @ steps / area)[:, None]
+        distances.append((steps - mean).square())
+        variance = (marginal * distances[-1]).sum(1) / area
+        falls.append((steps, CENTER_SPREAD * variance.sqrt().clamp(min=MIN_SPREAD)[:, None]))
+    is_covered = gt_masks >= 0.5 * gt_masks.flatten(1).amax(1)[:, None, None]
+    distance = distances[0][:, :, None] + distances[1][:, None]
+    cells = torch.where(is_covered, distance, torch.inf).flatten(1).argmin(1)
+    fall_y, fall_x = (
+        ((steps - center[:, None]) / spread).square()
+        for (steps, spread), center in zip(falls, (cells // width, cells % width))
+    )
     gaussians = torch.exp(-0.5 * (fall_y[:, :, None] + fall_x[:, None]))
     heat.scatter_reduce_(0, gt_classes[:, None, None].expand_as(gaussians), gaussians, "amax")
-    is_center[gt_classes, rows, columns] = True
-    return heat, is_center
+    is_center[gt_classes, cells // width, cells % width] = True
+    return heat, is_center, cells
 
 
 def center_focal_loss(logits: torch.Tensor, heat: torch.Tensor, is_center: torch.Tensor) -> torch.Tensor:
@@ -199,26 +153,16 @@ def center_focal_loss(logits: torch.Tensor, heat: torch.Tensor, is_center: torch
     return -torch.where(is_center, centers, background).sum()
 
 
-def center_box_loss(boxes: torch.Tensor, gt_masks: torch.Tensor) -> torch.Tensor:
-    """Return the loss of boxes against the tight boxes of masks, summed: GIoU, and half of the smooth L1 of the edges.
-
-    The edges' distances are in heights and widths of the true box. Pairs whose mask has no cell above 0.5 do not count.
+def box_loss(boxes: torch.Tensor, gt_boxes: torch.Tensor) -> torch.Tensor:
+    """Return GIoU loss plus half of the smooth L1 loss of the edges, in widths and heights of the true box, summed.
 
     Args:
-        boxes: (P, 4) center y, x, height, width in shares of the map.
-        gt_masks: (P, H, W) in [0, 1].
+        boxes: (P, 4) x0, y0, x1, y1.
+        gt_boxes: (P, 4), with an area.
 
     Returns:
         A scalar, at least 0.
     """
-    is_inside = gt_masks > 0.5
-    there = is_inside.flatten(1).any(1)
-    height, width = gt_masks.shape[-2:]
-    expected = masks_to_boxes(is_inside[there]) / gt_masks.new_tensor([width, height, width, height])
-    center_y, center_x, height, width = boxes[there].unbind(1)
-    found = torch.stack(
-        [center_x - width / 2, center_y - height / 2, center_x + width / 2, center_y + height / 2], dim=1
-    )
-    size = (expected[:, 2:] - expected[:, :2]).repeat(1, 2)
-    distance = F.smooth_l1_loss(found / size, expected / size, beta=0.1, reduction="sum")
-    return giou_loss(found, expected, reduction="sum") + 0.5 * distance
+    size = (gt_boxes[:, 2:] - gt_boxes[:, :2]).repeat(1, 2)
+    distance = F.smooth_l1_loss(boxes / size, gt_boxes / size, beta=0.1, reduction="sum")
+    return giou_loss(boxes, gt_boxes, reduction="sum") + 0.5 * distance

@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode
 
 from sparseinst.config.renamed_keys import RenamedKey
-from sparseinst.config.values import COUNT, FRACTION, NORM, NOT_NEGATIVE, POSITIVE, Range, one_of
+from sparseinst.config.values import COUNT, FRACTION, NORM, NOT_NEGATIVE, POSITIVE, Range
 
 NUM_CLASSES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
 MAX_INSTANCES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
@@ -24,7 +24,6 @@ _RANGES = {
     "DECODER.NORM": NORM,
     **{f"DECODER.{branch}.{name}": COUNT for branch in ("INST", "MASK") for name in ("DIM", "CONVS")},
     **{f"LOSS.{name}_WEIGHT": NOT_NEGATIVE for name in ("CLASS", "MASK_PIXEL", "MASK_DICE", "OBJECTNESS", "BOX")},
-    "LOSS.MASK_PIXEL_REGION": one_of("image", "box"),
     **{f"MATCHER.{name}": NOT_NEGATIVE for name in ("ALPHA", "BETA")},
 }
 # The values that the keys accept; `sparseinst.config.check_values` refuses others.
@@ -106,23 +105,22 @@ def add_keys(cfg: CfgNode) -> None:
     sparse_inst.DECODER.MASK.CONVS = 4
 
     sparse_inst.LOSS = CfgNode()
+    # "PlacedCriterion" for a PlacedIAMDecoder.
     sparse_inst.LOSS.NAME = "SparseInstCriterion"
-    # "labels": loss_ce; "masks": loss_mask, loss_dice, loss_objectness. Of a PlacedIAMDecoder: "heatmap", in place of
-    # "labels": loss_heatmap; "boxes": loss_box.
+    # "labels": loss_ce; "masks": loss_mask, loss_dice, loss_objectness. A PlacedCriterion has all of its losses.
     sparse_inst.LOSS.ITEMS = ("labels", "masks")
+    # Of loss_ce, or of PlacedCriterion's loss_heatmap.
     sparse_inst.LOSS.CLASS_WEIGHT = 2.0
     sparse_inst.LOSS.MASK_PIXEL_WEIGHT = 5.0
-    # Over what loss_mask averages the pixels: "image", as published, or "box": around the instance.
-    sparse_inst.LOSS.MASK_PIXEL_REGION = "image"
     sparse_inst.LOSS.MASK_DICE_WEIGHT = 2.0
     sparse_inst.LOSS.OBJECTNESS_WEIGHT = 1.0
+    # Of PlacedCriterion's loss_box.
     sparse_inst.LOSS.BOX_WEIGHT = 1.0
     # Several processes: divide by the instances and pairs of all of them, so that their gradients equal those of one
     # process with the whole batch. False: loss_mask and loss_objectness by each process's own pairs, as published.
     sparse_inst.LOSS.GLOBAL_NORMALIZATION = False
 
     sparse_inst.MATCHER = CfgNode()
-    # "CenterMatcher" for a PlacedIAMDecoder, which predicts at the centers of the instances.
     sparse_inst.MATCHER.NAME = "SparseInstMatcher"
     # Matching score = class probability ** BETA * DICE ** ALPHA.
     sparse_inst.MATCHER.ALPHA = 0.8

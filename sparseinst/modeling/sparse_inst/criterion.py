@@ -14,13 +14,8 @@ from sparseinst.config import registered
 from sparseinst.modeling.sparse_inst.matcher import MatchedPairs, build_sparse_inst_matcher
 from sparseinst.ops.losses import (
     binary_mask_iou,
-    box_bce_loss,
-    center_box_loss,
-    center_focal_loss,
-    center_heatmap,
     dice_loss,
     mask_bce_loss,
-    masks_on_grid,
 )
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.targets import InstanceTargets
@@ -31,8 +26,7 @@ Criteria: modules called as ``criterion(outputs, targets, counts)`` with the dec
 each image, and the counts of the whole step or None; return a dict of weighted scalar losses. Built as ``Name(cfg)``.
 """
 
-PIXEL_LOSSES = {"image": mask_bce_loss, "box": box_bce_loss}
-LOSS_ITEMS = ("labels", "heatmap", "boxes", "masks")
+LOSS_ITEMS = ("labels", "masks")
 # As published (arXiv 1708.02002).
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
@@ -46,19 +40,15 @@ class SparseInstCriterion(nn.Module):
 
     Args:
         matcher: assigns predictions to instances.
-        items: which losses: "labels" (``loss_ce``), "masks" (``loss_mask``, ``loss_dice``, ``loss_objectness``); of a
-            `PlacedIAMDecoder` also "heatmap" (``loss_heatmap``, for the classes) and "boxes" (``loss_box``).
-        class_weight: weight of ``loss_ce`` and ``loss_heatmap``.
+        items: which losses: "labels" (``loss_ce``), "masks" (``loss_mask``, ``loss_dice``, ``loss_objectness``).
+        class_weight: weight of ``loss_ce``.
         mask_pixel_weight: weight of ``loss_mask``.
-        mask_pixel_region: over what ``loss_mask`` averages the pixels: "image", as published, or "box", see
-            `box_bce_loss`.
         mask_dice_weight: weight of ``loss_dice``.
         objectness_weight: weight of ``loss_objectness``.
-        box_weight: weight of ``loss_box``.
         global_normalization: divide by the counts of all ranks together, see `divisors_over_ranks`.
 
     Raises:
-        ValueError: an unknown item or region.
+        ValueError: an unknown item.
     """
 
     @configurable
@@ -69,28 +59,19 @@ class SparseInstCriterion(nn.Module):
         items: Sequence[str] = ("labels", "masks"),
         class_weight: float = 2.0,
         mask_pixel_weight: float = 5.0,
-        mask_pixel_region: str = "image",
         mask_dice_weight: float = 2.0,
         objectness_weight: float = 1.0,
-        box_weight: float = 1.0,
         global_normalization: bool = False,
     ) -> None:
         super().__init__()
         if not items or set(items) - set(LOSS_ITEMS):
             raise ValueError(f"MODEL.SPARSE_INST.LOSS.ITEMS is {tuple(items)}; known items are {LOSS_ITEMS}")
-        if mask_pixel_region not in PIXEL_LOSSES:
-            raise ValueError(
-                f"MODEL.SPARSE_INST.LOSS.MASK_PIXEL_REGION is {mask_pixel_region!r}; it must be one of "
-                f"{', '.join(PIXEL_LOSSES)}"
-            )
         self.matcher = matcher
         self.items = tuple(items)
         self.class_weight = class_weight
         self.mask_pixel_weight = mask_pixel_weight
-        self.pixel_loss = PIXEL_LOSSES[mask_pixel_region]
         self.mask_dice_weight = mask_dice_weight
         self.objectness_weight = objectness_weight
-        self.box_weight = box_weight
         self.global_normalization = global_normalization
 
     @classmethod
@@ -101,10 +82,8 @@ class SparseInstCriterion(nn.Module):
             "items": loss.ITEMS,
             "class_weight": loss.CLASS_WEIGHT,
             "mask_pixel_weight": loss.MASK_PIXEL_WEIGHT,
-            "mask_pixel_region": loss.MASK_PIXEL_REGION,
             "mask_dice_weight": loss.MASK_DICE_WEIGHT,
             "objectness_weight": loss.OBJECTNESS_WEIGHT,
-            "box_weight": loss.BOX_WEIGHT,
             "global_normalization": loss.GLOBAL_NORMALIZATION,
         }
 
@@ -123,38 +102,39 @@ class SparseInstCriterion(nn.Module):
                 of it (gradient accumulation). By default those of this batch.
 
         Returns:
-            ``loss_ce`` where items has "labels"; ``loss_heatmap`` where it has "heatmap"; ``loss_box`` where
-            it has "boxes"; ``loss_objectness``, ``loss_dice`` and ``loss_mask`` where it has "masks". Scalars,
-            weighted. Without any instance the losses of pairs are 0, with a gradient of 0.
+            ``loss_ce`` where items has "labels"; ``loss_objectness``, ``loss_dice`` and ``loss_mask`` where it has
+            "masks". Scalars, weighted. Without any instance the losses of pairs are 0, with a gradient of 0.
         """
         device = outputs["pred_logits"].device
         with no_autocast(device):
             pairs = self.matcher(outputs, targets)
-            if counts is None:
-                num_instances = sum(len(target.gt_classes) for target in targets)
-                num_matched = sum(len(pair.gt_idx) for pair in pairs)
-            else:
-                num_instances, num_matched = int(counts["num_instances"]), int(counts["num_matched"])
-            divisors = divisors_over_ranks(num_instances, num_matched, device, self.global_normalization)
+            divisors = self.divisors(counts, targets, sum(len(pair.gt_idx) for pair in pairs), device)
             losses = {}
             if "labels" in self.items:
                 class_logits = outputs["pred_logits"].float()
                 losses["loss_ce"] = self.class_weight * _class_loss(class_logits, targets, pairs, divisors[0])
-            if "heatmap" in self.items:
-                loss = _heatmap_loss(outputs["heat_logits"].float(), targets)
-                losses["loss_heatmap"] = self.class_weight * loss / divisors[0]
             # Only matched maps are copied to float32.
             gt_masks = torch.cat([target.gt_masks[pair.gt_idx] for target, pair in zip(targets, pairs)])
             if "masks" in self.items:
                 mask_logits = matched_predictions(outputs["pred_masks"], pairs).float()
                 objectness_logits = matched_predictions(outputs["pred_scores"], pairs)[:, 0].float()
-                losses.update(self._mask_losses(mask_logits, objectness_logits, gt_masks, *divisors))
-            if "boxes" in self.items:
-                loss = center_box_loss(matched_predictions(outputs["boxes"], pairs), gt_masks)
-                losses["loss_box"] = self.box_weight * loss / divisors[1]
+                losses.update(self.mask_losses(mask_logits, objectness_logits, gt_masks, *divisors))
         return losses
 
-    def _mask_losses(
+    def divisors(
+        self,
+        counts: dict[str, torch.Tensor] | None,
+        targets: list[InstanceTargets],
+        num_matched: int,
+        device: torch.device,
+    ) -> tuple[float, float]:
+        """Return what `divisors_over_ranks` returns for the counts of the step, or for this batch without any."""
+        num_instances = sum(len(target.gt_classes) for target in targets)
+        if counts is not None:
+            num_instances, num_matched = int(counts["num_instances"]), int(counts["num_matched"])
+        return divisors_over_ranks(num_instances, num_matched, device, self.global_normalization)
+
+    def mask_losses(
         self,
         mask_logits: torch.Tensor,
         objectness_logits: torch.Tensor,
@@ -162,6 +142,14 @@ class SparseInstCriterion(nn.Module):
         num_instances: float,
         num_matched: float,
     ) -> dict[str, torch.Tensor]:
+        """Compute the losses of pairs.
+
+        Args:
+            mask_logits: (P, H, W) float32, one mask per pair.
+            objectness_logits: (P,) float32.
+            gt_masks: (P, H, W) in [0, 1].
+            num_instances, num_matched: divisors, see `divisors_over_ranks`.
+        """
         # Sums over zero pairs are 0 and stay in the graph, so that every parameter gets a gradient.
         mask_probs = mask_logits.sigmoid()
         objectness_loss = F.binary_cross_entropy_with_logits(
@@ -170,7 +158,7 @@ class SparseInstCriterion(nn.Module):
         return {
             "loss_objectness": self.objectness_weight * objectness_loss / num_matched,
             "loss_dice": self.mask_dice_weight * dice_loss(mask_probs, gt_masks).sum() / num_instances,
-            "loss_mask": self.mask_pixel_weight * self.pixel_loss(mask_logits, gt_masks) / num_matched,
+            "loss_mask": self.mask_pixel_weight * mask_bce_loss(mask_logits, gt_masks) / num_matched,
         }
 
 
@@ -185,14 +173,6 @@ def _class_loss(
     one_hot = one_hot.view(class_logits.shape)
     loss = sigmoid_focal_loss(class_logits, one_hot, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
     return loss / num_instances
-
-
-def _heatmap_loss(heat_logits: torch.Tensor, targets: list[InstanceTargets]) -> torch.Tensor:
-    num_classes, *size = heat_logits.shape[1:]
-    heat, is_center = zip(
-        *(center_heatmap(masks_on_grid(one.gt_masks, tuple(size)), one.gt_classes, num_classes) for one in targets)
-    )
-    return center_focal_loss(heat_logits, torch.stack(heat), torch.stack(is_center))
 
 
 def joint_prediction_idx(pairs: list[MatchedPairs], num_maps: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sparseinst.config import check_values
 from sparseinst.modeling.auxiliary import build_backbone
 from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions, check_not_traced
-from sparseinst.modeling.sparse_inst import config, placed_decoder  # noqa: F401 (registers it)
+from sparseinst.modeling.sparse_inst import config, placed_criterion, placed_decoder  # noqa: F401 (registers them)
 from sparseinst.modeling.sparse_inst.criterion import build_sparse_inst_criterion
 from sparseinst.modeling.sparse_inst.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.sparse_inst.encoder import build_sparse_inst_encoder

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import roi_align
 
 from sparseinst.modeling.sparse_inst.decoder import (
     PRIOR_PROB,
@@ -29,9 +30,9 @@ from sparseinst.modeling.sparse_inst.decoder import (
     normalize_iams,
     pool_instances,
 )
-from sparseinst.modeling.sparse_inst.matcher import SPARSE_INST_MATCHER_REGISTRY, MatchedPairs
 from sparseinst.ops.coordinates import append_coordinates, relative_centers
-from sparseinst.ops.losses import center_cells, masks_on_grid
+from sparseinst.ops.losses import center_heatmap, masks_on_grid
+from sparseinst.ops.masks import masks_to_boxes
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.targets import InstanceTargets
 
@@ -42,6 +43,11 @@ ELLIPSE = (2.0, 0.0, 0.0, -2.0, -2.0, 0.0)
 # Coordinates of boxes end here, in halves of a box, so that logits stay finite in float16.
 FARTHEST = 3.0
 MAX_LOG_SIZE = 4.0
+# Masks are trained on a grid of this many rows and columns over the instance's box, as Mask R-CNN's are: for a small
+# object the mean over the image would hide the outline, and for many objects it takes longer. The box is enlarged on
+# each side by this share of its size, and by this many cells.
+CROP_SIZE = 28
+CROP_MARGIN, MIN_CROP_MARGIN = 0.25, 2.0
 # Subtracted from other cells, so that they rank behind the peaks.
 NOT_A_PEAK = 100.0
 
@@ -131,20 +137,20 @@ class PlacedInstanceBranch(nn.Module):
             return torch.cat([centers + self.ellipse_size * offsets, sizes], dim=2)
 
 
-def ellipse_logits(ellipses: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def ellipse_logits(ellipses: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return mask logits that are quadratic in the coordinates of each instance's box.
 
     Args:
         ellipses: (B, N, 10) float32: the box (center y, x, height, width in shares of the map), and the factors of 1,
             v, u, v ** 2, u ** 2 and u * v, where v and u are -1 and 1 at the edges of the box.
-        height, width: of the masks.
+        y, x: rows and columns of the logits in shares of the map, (..., H) and (..., W): one grid for all instances, or
+            with (B, N) in front one for each.
 
     Returns:
-        (B, N, height, width) float32.
+        (B, N, H, W) float32.
     """
     center_y, center_x, box_height, box_width, *factors = ellipses[..., None].unbind(2)
-    v = 2 * (relative_centers(height, ellipses.device) - center_y) / box_height
-    u = 2 * (relative_centers(width, ellipses.device) - center_x) / box_width
+    v, u = 2 * (y - center_y) / box_height, 2 * (x - center_x) / box_width
     v, u = v.clamp(-FARTHEST, FARTHEST), u.clamp(-FARTHEST, FARTHEST)
     rows = factors[0] + factors[1] * v + factors[3] * v.square()
     columns = factors[2] * u + factors[4] * u.square()
@@ -205,8 +211,8 @@ class SubpixelMaskBranch(MaskBranch):
 class PlacedIAMDecoder(BaseIAMDecoder):
     """Decode with one activation map at each peak of a heat map, in training at each center of the ground truth.
 
-    Measured in docs/own_data.md. It needs MATCHER.NAME CenterMatcher, and "heatmap" in place of "labels" in LOSS.ITEMS;
-    "boxes" trains the boxes. Mask features are on the mask grid (sub-pixel convolution, arXiv 1609.05158).
+    Measured in docs/own_data.md. It is trained by LOSS.NAME PlacedCriterion. Mask features are on the mask grid
+    (sub-pixel convolution, arXiv 1609.05158).
 
     Args:
         inst_branch: instance branch.
@@ -216,13 +222,11 @@ class PlacedIAMDecoder(BaseIAMDecoder):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
-        decoder, loss = cfg.MODEL.SPARSE_INST.DECODER, cfg.MODEL.SPARSE_INST.LOSS
-        matcher = cfg.MODEL.SPARSE_INST.MATCHER.NAME
-        if (matcher, loss.NAME) == ("SparseInstMatcher", "SparseInstCriterion") or "labels" in loss.ITEMS:
+        decoder = cfg.MODEL.SPARSE_INST.DECODER
+        if cfg.MODEL.SPARSE_INST.LOSS.NAME == "SparseInstCriterion":
             raise ValueError(
-                f"MODEL.SPARSE_INST has DECODER.NAME {decoder.NAME} with MATCHER.NAME {matcher} and LOSS.ITEMS "
-                f"{tuple(loss.ITEMS)}; set MATCHER.NAME to CenterMatcher and LOSS.ITEMS to "
-                "('heatmap', 'boxes', 'masks') there"
+                f"MODEL.SPARSE_INST.LOSS.NAME is SparseInstCriterion with DECODER.NAME {decoder.NAME}; set it to "
+                "PlacedCriterion"
             )
         return {
             "inst_branch": PlacedInstanceBranch(
@@ -239,8 +243,11 @@ class PlacedIAMDecoder(BaseIAMDecoder):
         features, heat_logits = self.inst_branch(features)
         if self.training:
             return {"inst_features": features, "heat_logits": heat_logits, "mask_features": mask_features}
-        outputs, _ = self._decode(features, heat_logits, mask_features, highest_peaks(heat_logits, self.num_masks))
+        cells = highest_peaks(heat_logits, self.num_masks)
+        outputs, mask_kernels, ellipses = self.inst_branch.predict(features, heat_logits, cells)
         iam_logits = outputs.pop("pred_iam")
+        y, x = (relative_centers(size, features.device) for size in mask_features.shape[-2:])
+        outputs["pred_masks"] = dynamic_masks(mask_kernels, mask_features) + ellipse_logits(ellipses, y, x)
         if with_iams:
             outputs["pred_iam"] = self._to_mask_grid(iam_logits)
         return outputs
@@ -255,37 +262,80 @@ class PlacedIAMDecoder(BaseIAMDecoder):
             targets: ground truth of each image. Of more than N instances in an image the first N count.
 
         Returns:
-            The dict of `SparseInst.network` with ``heat_logits`` (B, K, H, W) and ``boxes`` (B, N, 4); prediction i is
-            that of instance i, with as many as the image with the most instances has, and at least one.
+            For M, the number of instances in the image with the most, and at least 1: ``pred_scores`` (B, M, 1);
+            ``boxes`` and ``gt_boxes`` (B, M, 4) float32 x0, y0, x1, y1 in shares of the map; ``pred_masks`` and
+            ``gt_masks`` (B, M, S, S) float32 logits and targets on a grid over the true box, enlarged;
+            ``heat_logits``, ``heat`` and ``is_center`` (B, K, H, W), see `center_heatmap`. Row i is instance i.
         """
-        heat_logits = outputs["heat_logits"]
-        cells = [
-            center_cells(masks_on_grid(target.gt_masks[: self.num_masks], tuple(heat_logits.shape[-2:])))
-            for target in targets
-        ]
-        most = max(1, *(len(image_cells) for image_cells in cells))
-        padded = torch.stack([F.pad(image_cells, (0, most - len(image_cells))) for image_cells in cells])
-        decoded, boxes = self._decode(outputs["inst_features"], heat_logits, outputs["mask_features"], padded)
-        return {**decoded, "heat_logits": heat_logits, "boxes": boxes}
+        heat_logits, mask_features = outputs["heat_logits"], outputs["mask_features"]
+        most = max(1, *(min(len(target.gt_classes), self.num_masks) for target in targets))
+        centers, gt_boxes, gt_masks = [], [], []
+        with no_autocast(heat_logits.device):
+            for target in targets:
+                masks, classes = (field[: self.num_masks] for field in (target.gt_masks, target.gt_classes))
+                coarse = masks_on_grid(masks, tuple(heat_logits.shape[-2:]))
+                heat, is_center, cells = center_heatmap(coarse, classes, heat_logits.shape[1])
+                centers.append((heat, is_center, F.pad(cells, (0, most - len(cells)))))
+                boxes = masks_to_boxes(masks > 0.5) / _map_size(masks)
+                # The rows without an instance have the whole map as their box.
+                missing = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(most - len(boxes), 4)
+                gt_boxes.append(torch.cat([boxes, missing]))
+                gt_masks.append(F.pad(masks, (0, 0, 0, 0, 0, most - len(masks))))
+            heat, is_center, cells = (torch.stack(parts) for parts in zip(*centers))
+            gt_boxes, gt_masks = torch.stack(gt_boxes), torch.stack(gt_masks)
+        decoded, mask_kernels, ellipses = self.inst_branch.predict(outputs["inst_features"], heat_logits, cells)
+        masks = dynamic_masks(mask_kernels, mask_features)
+        with no_autocast(heat_logits.device):
+            windows = enlarged(gt_boxes, _map_size(masks))
+            steps = (torch.arange(CROP_SIZE, device=windows.device) + 0.5) / CROP_SIZE
+            x, y = (
+                windows[..., first, None] + steps * (windows[..., first + 2] - windows[..., first])[..., None]
+                for first in (0, 1)
+            )
+            center, size = (ellipses[..., part].flip(-1) for part in (slice(2), slice(2, 4)))
+            return {
+                "pred_scores": decoded["pred_scores"],
+                "boxes": torch.cat([center - size / 2, center + size / 2], dim=2),
+                "gt_boxes": gt_boxes,
+                "pred_masks": crop(masks.float(), windows) + ellipse_logits(ellipses, y, x),
+                "gt_masks": crop(gt_masks, windows),
+                "heat_logits": heat_logits,
+                "heat": heat,
+                "is_center": is_center,
+            }
 
-    def _decode(
-        self, features: torch.Tensor, heat_logits: torch.Tensor, mask_features: torch.Tensor, cells: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return the dict, with ``pred_iam`` on the decoder's grid, and the boxes (B, N, 4)."""
-        outputs, mask_kernels, ellipses = self.inst_branch.predict(features, heat_logits, cells)
-        shapes = ellipse_logits(ellipses, *mask_features.shape[-2:])
-        return {**outputs, "pred_masks": dynamic_masks(mask_kernels, mask_features) + shapes}, ellipses[..., :4]
+
+def _map_size(masks: torch.Tensor) -> torch.Tensor:
+    """Return width, height, width, height of maps (..., H, W), for boxes in cells."""
+    height, width = masks.shape[-2:]
+    return torch.tensor([width, height, width, height], dtype=torch.float32, device=masks.device)
 
 
-@SPARSE_INST_MATCHER_REGISTRY.register()
-class CenterMatcher:
-    """Pair prediction i with instance i: a `PlacedIAMDecoder` predicts at the centers of the instances."""
+def enlarged(boxes: torch.Tensor, map_size: torch.Tensor) -> torch.Tensor:
+    """Enlarge boxes (..., 4) on each side by a quarter of their size, and by two cells at least, inside the map.
 
-    def __init__(self, cfg: CfgNode | None = None) -> None:
-        pass
+    Args:
+        boxes: x0, y0, x1, y1 in shares of the map.
+        map_size: width, height, width, height in cells.
+    """
+    size = (boxes[..., 2:] - boxes[..., :2]).repeat_interleave(2, -1)[..., [0, 2, 1, 3]]
+    margin = torch.maximum(CROP_MARGIN * size, MIN_CROP_MARGIN / map_size)
+    return (boxes + margin * margin.new_tensor([-1.0, -1.0, 1.0, 1.0])).clamp(0, 1)
 
-    def __call__(self, outputs: dict[str, torch.Tensor], targets: list[InstanceTargets]) -> list[MatchedPairs]:
-        """Return the pairs of each image: at most as many as there are predictions."""
-        class_logits = outputs["pred_logits"]
-        steps = torch.arange(class_logits.shape[1], device=class_logits.device)
-        return [MatchedPairs(*[steps[: len(target.gt_classes)]] * 2) for target in targets]
+
+def crop(masks: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """Sample masks on a grid over their windows, bilinearly.
+
+    Args:
+        masks: (B, N, H, W) float32.
+        windows: (B, N, 4) x0, y0, x1, y1 in shares of the map.
+
+    Returns:
+        (B, N, S, S) float32.
+    """
+    batch, num_masks = masks.shape[:2]
+    rois = (windows * _map_size(masks)).flatten(0, 1)
+    rois = torch.cat([torch.arange(len(rois), dtype=rois.dtype, device=rois.device)[:, None], rois], dim=1)
+    # One sample in the middle of each of S x S bins.
+    crops = roi_align(masks.flatten(0, 1)[:, None], rois, CROP_SIZE, sampling_ratio=1, aligned=True)
+    return crops[:, 0].unflatten(0, (batch, num_masks))
