@@ -276,7 +276,9 @@ class PlacedIAMDecoder(BaseIAMDecoder):
                 coarse = masks_on_grid(masks, tuple(heat_logits.shape[-2:]))
                 heat, is_center, cells = center_heatmap(coarse, classes, heat_logits.shape[1])
                 centers.append((heat, is_center, F.pad(cells, (0, most - len(cells)))))
-                boxes = masks_to_boxes(masks > 0.5) / _map_size(masks)
+                # An object that covers no cell by half has a box, too.
+                is_inside = masks > 0.5 * masks.flatten(1).amax(1)[:, None, None]
+                boxes = masks_to_boxes(is_inside) / _map_size(masks)
                 # The rows without an instance have the whole map as their box.
                 missing = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(most - len(boxes), 4)
                 gt_boxes.append(torch.cat([boxes, missing]))

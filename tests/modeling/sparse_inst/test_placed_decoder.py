@@ -8,28 +8,22 @@ from detectron2.modeling import build_model
 
 from sparseinst.modeling.sparse_inst.model import SparseInst
 from sparseinst.modeling.sparse_inst.placed_decoder import (
+    CROP_SIZE,
     ELLIPSE,
-    CenterMatcher,
+    crop,
     ellipse_logits,
+    enlarged,
     highest_peaks,
     placed_maps,
 )
-from sparseinst.ops.losses import (
-    box_bce_loss,
-    center_box_loss,
-    center_cells,
-    center_focal_loss,
-    center_heatmap,
-    masks_on_grid,
-)
+from sparseinst.ops.coordinates import relative_centers
+from sparseinst.ops.losses import box_loss, center_focal_loss, center_heatmap
+from sparseinst.structures.targets import InstanceTargets
 from tests.runtime.test_export import check_export
-from tests.tiny_model import random_input, tiny_cfg
+from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 PLACED = (
-    "MODEL.SPARSE_INST.LOSS.MASK_PIXEL_REGION", "box",
-    "MODEL.SPARSE_INST.DECODER.NAME", "PlacedIAMDecoder",
-    "MODEL.SPARSE_INST.LOSS.ITEMS", ("heatmap", "boxes", "masks"),
-    "MODEL.SPARSE_INST.MATCHER.NAME", "CenterMatcher",
+    "MODEL.SPARSE_INST.DECODER.NAME", "PlacedIAMDecoder", "MODEL.SPARSE_INST.LOSS.NAME", "PlacedCriterion",
 )  # fmt: skip
 
 
@@ -76,9 +70,10 @@ def test_each_map_is_highest_at_its_cell():
 def test_center_of_a_ring_lies_on_it():
     mask = torch.ones(1, 7, 7)
     mask[:, 1:6, 1:6] = 0
-    heat, is_center = center_heatmap(mask, torch.tensor([1]), 3)
+    heat, is_center, cells = center_heatmap(mask, torch.tensor([1]), 3)
     assert is_center.sum() == 1 and heat[0].sum() == heat[2].sum() == 0
     (cell,) = is_center[1].nonzero().tolist()
+    assert cells.tolist() == [7 * cell[0] + cell[1]]
     assert mask[0][tuple(cell)] == 1 and heat[1][tuple(cell)] == 1 == heat.max()
 
 
@@ -86,16 +81,17 @@ def test_heat_map_by_hand():
     # Columns 1 to 3 of row 2: variance 2/3 in x, and the least spread, 0.3 cells, in y; both halved.
     mask = torch.zeros(1, 5, 5)
     mask[0, 2, 1:4] = 1
-    heat, is_center = center_heatmap(mask, torch.tensor([0]), 1)
+    heat, is_center, _ = center_heatmap(mask, torch.tensor([0]), 1)
     assert is_center[0].nonzero().tolist() == [[2, 2]]
     assert heat[0, 2, 3].item() == pytest.approx(math.exp(-0.5 / (0.25 * 2 / 3)))
     assert heat[0, 1, 2].item() == pytest.approx(math.exp(-0.5 / (0.25 * 0.09)))
-    overlapping, centers = center_heatmap(torch.cat([mask, mask.roll(1, 2)]), torch.tensor([0, 0]), 1)
+    overlapping, centers, _ = center_heatmap(torch.cat([mask, mask.roll(1, 2)]), torch.tensor([0, 0]), 1)
     assert centers.sum() == 2 and overlapping.max() == 1 and (overlapping >= heat).all()
 
 
 def test_no_instances_make_an_empty_heat_map():
-    heat, is_center = center_heatmap(torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.int64), 2)
+    heat, is_center, cells = center_heatmap(torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.int64), 2)
+    assert len(cells) == 0
     assert heat.shape == is_center.shape == (2, 4, 5) and not heat.any() and not is_center.any()
 
 
@@ -109,70 +105,102 @@ def test_focal_loss_by_hand():
 
 def test_an_ellipse_fills_its_box():
     # A map of 8 x 16 cells; the box has its center in the map's, 4 rows and 12 columns.
-    logits = ellipse_logits(torch.tensor([[[0.5, 0.5, 0.5, 0.75, *ELLIPSE]]]), 8, 16)
+    logits = ellipse_logits(torch.tensor([[[0.5, 0.5, 0.5, 0.75, *ELLIPSE]]]), *map(relative_centers, (8, 16)))
     y, x = torch.arange(8) + 0.5 - 4, torch.arange(16) + 0.5 - 8
     inside = (y / 2).square()[:, None] + (x / 6).square() < 1
     assert torch.equal(logits[0, 0] > 0, inside) and inside.sum() > 30
     # By hand, one cell: v = 0.25, u = 1.5 / 6 with all factors.
     factors = [0.5, 1.0, -2.0, 3.0, -1.0, 4.0]
-    value = ellipse_logits(torch.tensor([[[0.5, 0.5, 0.5, 0.75, *factors]]]), 8, 16)[0, 0, 4, 9].item()
+    ellipses = torch.tensor([[[0.5, 0.5, 0.5, 0.75, *factors]]])
+    value = ellipse_logits(ellipses, *map(relative_centers, (8, 16)))[0, 0, 4, 9].item()
     v, u = 0.5 / 2, 1.5 / 6
     assert value == pytest.approx(0.5 + v - 2 * u + 3 * v**2 - u**2 + 4 * u * v)
 
 
 def test_box_loss_by_hand():
-    mask = torch.zeros(1, 8, 8)
-    mask[0, 2:6, 1:5] = 1
-    # The true box has edges 2, 6, 1, 5 of 8.
-    assert center_box_loss(torch.tensor([[0.5, 0.375, 0.5, 0.5]]), mask).item() == pytest.approx(0, abs=1e-6)
-    # One half wider on each side: IoU 1 / 2, and two edges are off by half a width.
-    wide = center_box_loss(torch.tensor([[0.5, 0.375, 0.5, 1.0]]), mask).item()
+    expected = torch.tensor([[1.0, 2.0, 5.0, 6.0]]) / 8
+    assert box_loss(expected, expected).item() == pytest.approx(0, abs=1e-6)
+    # Twice as wide: IoU 1 / 2, and two edges are off by half a width.
+    wide = box_loss(torch.tensor([[-1.0, 2.0, 7.0, 6.0]]) / 8, expected).item()
     assert wide == pytest.approx(0.5 + 0.5 * 2 * (0.5 - 0.05), rel=1e-5)
-    # Nothing of this mask is on the grid.
-    assert center_box_loss(torch.rand(1, 4), torch.full((1, 8, 8), 0.2)).item() == 0
+    assert box_loss(expected[:0], expected[:0]).item() == 0
 
 
-def test_box_bce_by_hand():
-    # The box has rows 2 to 4 and columns 3 to 10 of 8 x 16. Two more rows and, a quarter of 8, two more columns
-    # count on each side: rows 0 to 6, columns 1 to 12.
-    mask = torch.zeros(2, 8, 16)
-    mask[0, 2:5, 3:11] = 1
-    logits = torch.full((2, 8, 16), 3.0)
-    logits[0, :7, 1:13] = 0
-    logits[0, 3, 5] = 1
-    inside = (83 * math.log(2) + math.log(1 + math.exp(-1))) / 84
-    # Nothing of the second mask is on the grid: its box is the image.
-    outside = 3 + math.log(1 + math.exp(-3))
-    assert box_bce_loss(logits, mask).item() == pytest.approx(inside + outside, rel=1e-6)
-    assert box_bce_loss(logits[:0], mask[:0]).item() == 0
+def test_enlarged_boxes_by_hand():
+    # On a map of 16 x 40 cells: a quarter of a width of 20 cells; two cells, more than a quarter of a height of 4. The
+    # second box reaches the edges of the map.
+    boxes = torch.tensor([[10.0, 6, 30, 10], [0, 0, 40, 15]])
+    map_size = torch.tensor([40.0, 16, 40, 16])
+    found = enlarged(boxes / map_size, map_size) * map_size
+    torch.testing.assert_close(found, torch.tensor([[5.0, 4, 35, 12], [0, 0, 40, 16]]))
 
 
-def test_the_centers_of_the_ground_truth_place_the_predictions():
+def test_a_crop_of_a_plane_is_the_plane():
+    # Bilinear samples of a linear function are exact between the centers of the outer cells.
+    y, x = torch.arange(12.0)[:, None] + 0.5, torch.arange(20.0) + 0.5
+    maps = torch.stack([2 * y + 3 * x, y - x])[None]
+    windows = torch.tensor([[[2.0, 1, 9, 11], [0.5, 0.5, 19.5, 11.5]]]) / torch.tensor([20.0, 12, 20, 12])
+    crops = crop(maps, windows)
+    assert crops.shape == (1, 2, CROP_SIZE, CROP_SIZE)
+    steps = (torch.arange(CROP_SIZE) + 0.5) / CROP_SIZE
+    torch.testing.assert_close(crops[0, 0], 2 * (1 + 10 * steps)[:, None] + 3 * (2 + 7 * steps))
+    torch.testing.assert_close(crops[0, 1], (0.5 + 11 * steps)[:, None] - (0.5 + 19 * steps))
+
+
+def test_training_predicts_at_the_centers_what_inference_predicts_at_peaks(monkeypatch):
     model = placed_model().train()
     inputs = [random_input(64, 96, num_instances=count, seed=count) for count in (2, 0, 9)]
     images = model.preprocess(inputs)
     targets = model.prepare_targets(inputs, images)
-    maps = model.network(images.tensor)
-    outputs = model.decoder.training_outputs(maps, targets)
+    outputs = model.decoder.training_outputs(model.network(images.tensor), targets)
     # Of nine instances the first six count, as many as there are masks.
-    assert outputs["pred_masks"].shape[:2] == outputs["boxes"].shape[:2] == (3, 6)
-    cells = center_cells(masks_on_grid(targets[2].gt_masks, tuple(maps["heat_logits"].shape[-2:])))[:6]
-    assert torch.equal(outputs["pred_logits"][2].T, maps["heat_logits"][2].flatten(1)[:, cells])
-    pairs = CenterMatcher()(outputs, targets)
-    assert [pair.gt_idx.tolist() for pair in pairs] == [[0, 1], [], [*range(6)]]
-    assert all(torch.equal(*pair) for pair in pairs)
-    alone = model.decoder.training_outputs({name: value[:1] for name, value in maps.items()}, targets[:1])
-    difference = alone["pred_masks"][0] - outputs["pred_masks"][0, :2]
-    assert difference.abs().max() <= 1e-5 * alone["pred_masks"].abs().max()
+    assert outputs["pred_masks"].shape == outputs["gt_masks"].shape == (3, 6, CROP_SIZE, CROP_SIZE)
+    masks = targets[2].gt_masks[:6]
+    windows = enlarged(outputs["gt_boxes"][2:], torch.tensor([24.0, 16, 24, 16]))
+    torch.testing.assert_close(outputs["gt_masks"][2:], crop(masks[None], windows))
+    # The same cells as peaks.
+    coarse = torch.nn.functional.avg_pool2d(masks[:, None], 2)[:, 0]
+    cells = center_heatmap(coarse, targets[2].gt_classes[:6], 3)[2]
+    monkeypatch.setattr("sparseinst.modeling.sparse_inst.placed_decoder.highest_peaks", lambda *args: cells[None])
+    with torch.no_grad():
+        found = model.eval().network(images.tensor[2:])
+    torch.testing.assert_close(outputs["pred_scores"][2:], found["pred_scores"])
+    expected = crop(found["pred_masks"], windows)
+    # The ellipse is not linear between the cells.
+    assert (outputs["pred_masks"][2:] - expected).abs().median() <= 0.02 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    "opts",
-    [("MODEL.SPARSE_INST.MATCHER.NAME", "SparseInstMatcher"), ("MODEL.SPARSE_INST.LOSS.ITEMS", ("labels", "masks"))],
-)
-def test_the_matching_and_the_class_loss_of_learned_maps_are_refused(opts):
-    with pytest.raises(ValueError, match="CenterMatcher.*heatmap"):
-        placed_model(*opts)
+def test_the_losses_by_hand():
+    model = placed_model()
+    criterion = model.criterion
+    outputs = {
+        "heat_logits": torch.zeros(1, 3, 2, 2),
+        "heat": torch.zeros(1, 3, 2, 2),
+        "is_center": torch.zeros(1, 3, 2, 2, dtype=torch.bool),
+        "pred_scores": torch.zeros(1, 2, 1),
+        "boxes": torch.tensor([[[0.0, 0, 1, 1], [0, 0, 0.5, 1]]]),
+        "gt_boxes": torch.tensor([[[0.0, 0, 1, 1], [0, 0, 1, 1]]]),
+        "pred_masks": torch.zeros(1, 2, 4, 4),
+        "gt_masks": torch.zeros(1, 2, 4, 4),
+    }
+    # The second row is no instance: its box does not count.
+    target = InstanceTargets(torch.tensor([1]), torch.zeros(1, 8, 8))
+    losses = criterion(outputs, [target])
+    assert losses["loss_box"].item() == pytest.approx(0, abs=1e-6)
+    # Twelve cells of background with a probability of 1/2, class weight 2; 16 pixels at ln 2, weight 5.
+    assert losses["loss_heatmap"].item() == pytest.approx(2 * 12 * 0.25 * math.log(2))
+    assert losses["loss_mask"].item() == pytest.approx(5 * math.log(2))
+    two = criterion(outputs, [InstanceTargets(torch.tensor([1, 1]), torch.zeros(2, 8, 8))])
+    assert two["loss_box"].item() == pytest.approx((0.5 + 0.5 * (0.5 - 0.05)) / 2)
+    assert two["loss_heatmap"].item() == pytest.approx(12 * 0.25 * math.log(2))
+
+
+def test_the_criterion_of_another_decoder_is_refused():
+    with pytest.raises(ValueError, match="LOSS.NAME is SparseInstCriterion.*set it to PlacedCriterion"):
+        placed_model("MODEL.SPARSE_INST.LOSS.NAME", "SparseInstCriterion")
+    model = tiny_model("MODEL.SPARSE_INST.LOSS.NAME", "PlacedCriterion").train()
+    with pytest.raises(ValueError, match="set DECODER.NAME to PlacedIAMDecoder"):
+        model([random_input(num_instances=2)])
 
 
 def test_boxes_need_a_whole_scale_factor():
