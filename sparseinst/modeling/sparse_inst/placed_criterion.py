@@ -48,7 +48,7 @@ class PlacedCriterion(SparseInstCriterion):
             Scalars, weighted. Without any instance the losses of pairs are 0, with a gradient of 0.
 
         Raises:
-            ValueError: the outputs are those of another decoder.
+            ValueError: another decoder made the outputs.
         """
         if "heat_logits" not in outputs:
             raise ValueError(
