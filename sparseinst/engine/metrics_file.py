@@ -1,6 +1,5 @@
 """Write the scalars of a training to metrics.json and TensorBoard; a full disk does not end the training."""
 
-import errno
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
 
-from sparseinst.checkpoint.atomic_write import write_text_atomically
+from sparseinst.checkpoint.atomic_write import append_whole, write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class MetricsFile(EventWriter):
                     entries[first] = {**entry, **entries[first]}
             write_text_atomically(self._path, "".join(_line(entry) for entry in before if entry["iteration"] < first))
         self._last = max(entries)
-        _append(self._path, "".join(_line({**entries[key], "iteration": key}) for key in sorted(entries)))
+        append_whole(self._path, "".join(_line({**entries[key], "iteration": key}) for key in sorted(entries)))
 
 
 class OptionalWriter(EventWriter):
@@ -114,16 +113,3 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
 
 def _line(entry: dict[str, float]) -> str:
     return json.dumps(entry, sort_keys=True) + "\n"
-
-
-def _append(path: Path, text: str) -> None:
-    """Append a text whole, or raise OSError and leave the file as it was."""
-    content = text.encode()
-    with path.open("ab", buffering=0) as file:
-        size = file.tell()
-        try:
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            file.truncate(size)
-            raise
