@@ -44,10 +44,7 @@ class MetricsFile(EventWriter):
         Raises:
             OSError: the disk is full.
         """
-        entries: dict[int, dict[str, float]] = defaultdict(dict)
-        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(20).items():
-            if self._last is None or iteration > self._last:
-                entries[iteration][name] = value
+        entries = new_scalars(self._last)
         if not entries:
             return
         if self._last is None:
@@ -62,16 +59,18 @@ class MetricsFile(EventWriter):
 
 
 class OptionalWriter(EventWriter):
-    """Call a writer until it fails because of the disk: then log one WARNING and leave it out.
+    """Call a writer until it fails: then log one WARNING and leave it out.
 
     Args:
         writer: any.
         name: of what it writes.
+        errors: that end it; by default those of a full disk.
     """
 
-    def __init__(self, writer: EventWriter, name: str) -> None:
+    def __init__(self, writer: EventWriter, name: str, errors: tuple[type[Exception], ...] = (OSError,)) -> None:
         self._writer = writer
         self._name = name
+        self._errors = errors
         self._has_failed = False
 
     def write(self) -> None:
@@ -87,9 +86,22 @@ class OptionalWriter(EventWriter):
             return
         try:
             call()
-        except OSError as error:
+        except self._errors as error:
             self._has_failed = True
             logger.warning("%s ends here, and the training goes on: %s", self._name, error)
+
+
+def new_scalars(last: int | None) -> dict[int, dict[str, float]]:
+    """Return the scalars of the event storage by iteration; losses and times as medians of 20 iterations.
+
+    Args:
+        last: iterations up to this one are left out; None: none.
+    """
+    entries: dict[int, dict[str, float]] = defaultdict(dict)
+    for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(20).items():
+        if last is None or iteration > last:
+            entries[iteration][name] = value
+    return entries
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:

@@ -1,7 +1,6 @@
 """Predict many images into a file of lines, in one or several processes, so that a killed run can go on."""
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ class Summary(NamedTuple):
     """What one process has done.
 
     Attributes:
-        num_before: images that had a line in some file at the start.
+        num_before: images of this process that had a line at the start.
         num_done: images that got a line now.
         failures: the errors of those that could not be used.
         is_interrupted: Ctrl-C ended the work.
@@ -58,11 +57,13 @@ def predict_many(
         OSError: the output cannot be written.
     """
     run = header(cfg, names, predictor.classes)
-    timed = TimedPredictor(predictor, threshold=0.0)
+    # Models of Detectron2 do not read the key.
+    timed = TimedPredictor(predictor, cfg.MODEL.OUTPUT.SCORE_THRESHOLD)
     failures: list[str] = []
     with ResumableFile(output, run, rank, num_ranks) as file, Interruption() as interruption:
         done = file.done()
-        remaining = [name for name in itertools.islice(names, rank, None, num_ranks) if name not in done]
+        share = names[rank::num_ranks]
+        remaining = [name for name in share if name not in done]
 
         def write(predicted: tuple[str, Instances | Exception]) -> None:
             name, result = predicted
@@ -77,7 +78,7 @@ def predict_many(
             num_done = sum(1 for _ in tqdm(written, total=len(remaining), unit="image", disable=rank != 0))
         speed = timed.speed(num_done, "images")
     is_complete = merge(output, run, names)
-    return Summary(len(done), num_done, failures, interruption.requested, is_complete, speed)
+    return Summary(len(share) - len(remaining), num_done, failures, interruption.requested, is_complete, speed)
 
 
 def _predict_each(
