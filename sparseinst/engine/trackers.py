@@ -48,7 +48,7 @@ class TrackerWriter(EventWriter):
 
 
 def wandb_writer(output_dir: str, config: str, run_id: str | None) -> TrackerWriter:
-    """Start or continue a run of Weights & Biases; project and mode are those of its environment variables."""
+    """Start or continue a run of Weights & Biases; its environment variables set project and mode."""
     import wandb
     import yaml
 
@@ -57,7 +57,7 @@ def wandb_writer(output_dir: str, config: str, run_id: str | None) -> TrackerWri
 
 
 def mlflow_writer(output_dir: str, config: str, run_id: str | None) -> TrackerWriter:
-    """Start or continue a run of MLflow; server and experiment are those of its environment variables."""
+    """Start or continue a run of MLflow; its environment variables set server and experiment."""
     # A server that does not answer would stop the training for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

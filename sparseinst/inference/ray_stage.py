@@ -24,7 +24,7 @@ from sparseinst.ops.mask_output import MaskMemoryError
 class PredictStage:
     """A callable class for ``map_batches`` of a data set that ``read_binary_files(..., include_paths=True)`` made.
 
-    The lines are those of ``sparseinst predict``. This module does not import Ray.
+    Makes the same lines as ``sparseinst predict``. This module does not import Ray.
 
     Args:
         cfg: with MODEL.WEIGHTS, a path that each machine can read. Masks are encoded whatever MASK_FORMAT says.
