@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from sparseinst.inference import VideoWriter
+from sparseinst.tools import predict
 from tests.tiny_model import tiny_cfg, tiny_model
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -77,7 +78,6 @@ def test_ray(workplace):
 
 
 def test_reading_the_lines(workplace):
-    from sparseinst.tools import predict
 
     predict.main(
         "--config-file tiny.yaml --input photos --output found.jsonl --opts MODEL.WEIGHTS model_final.pth".split()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from sparseinst import load_config
 from sparseinst.inference.ray_stage import PredictStage
@@ -23,8 +24,6 @@ def local_ray():
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    import torch
-
     folder = tmp_path_factory.mktemp("ray")
     for index in range(NUM_IMAGES):
         save_scene(folder / "in" / f"{index}.png", (90, 100 + 10 * index, 90), size=(48 + index, 64))
