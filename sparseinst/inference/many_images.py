@@ -10,7 +10,7 @@ from detectron2.structures import Instances
 from tqdm import tqdm
 
 from sparseinst.data.images import ImageReadError
-from sparseinst.inference.pipeline import QUEUE_LENGTH, Interruption, read_images_ahead, work_behind
+from sparseinst.inference.pipeline import IMAGE_QUEUE_LENGTH, QUEUE_LENGTH, Interruption, read_images_ahead, work_behind
 from sparseinst.inference.prediction_lines import error_line, header, prediction_line
 from sparseinst.inference.predictor import Predictor
 from sparseinst.inference.resumable_file import ResumableFile, merge
@@ -85,7 +85,7 @@ def _predict_each(
     timed: TimedPredictor, names: Sequence[str], max_pixels: int, interruption: Interruption
 ) -> Iterator[tuple[str, Instances | Exception]]:
     """Yield the instances of each image, or the error where it cannot be used, until Ctrl-C."""
-    with contextlib.closing(read_images_ahead(names, max_pixels, QUEUE_LENGTH)) as images:
+    with contextlib.closing(read_images_ahead(names, max_pixels, IMAGE_QUEUE_LENGTH)) as images:
         for name, image in zip(names, images):
             if interruption.requested:
                 return

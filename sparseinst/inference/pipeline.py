@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 
 # Items that may wait between two stages.
 QUEUE_LENGTH = 3
+# Images that wait: fewer than frames, because they can be large.
+IMAGE_QUEUE_LENGTH = 1
 # After a prediction with larger boolean masks, the next one is made when it is finished.
 LARGE_MASK_BYTES = 2**28
 _END = object()

@@ -33,14 +33,19 @@ from sparseinst.inference.output_files import (
     save_image,
     video_file,
 )
-from sparseinst.inference.pipeline import QUEUE_LENGTH, Interruption, read_ahead, read_images_ahead, run_stages
+from sparseinst.inference.pipeline import (
+    IMAGE_QUEUE_LENGTH,
+    QUEUE_LENGTH,
+    Interruption,
+    read_ahead,
+    read_images_ahead,
+    run_stages,
+)
 from sparseinst.inference.timed_predictor import TimedPredictor
 from sparseinst.inference.video import without_password
 from sparseinst.ops.mask_output import MaskMemoryError
 from sparseinst.visualization import VideoDrawer, draw_beside, draw_iams, draw_instances
 
-# Images that are read ahead, and that may wait until they are drawn: fewer than frames, because they can be large.
-IMAGE_QUEUE_LENGTH = 1
 EXIT_INTERRUPTED = 130
 NO_WINDOW = (
     "A window cannot be opened: either this OpenCV is built without windows (install opencv-python in place of "
