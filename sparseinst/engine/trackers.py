@@ -49,6 +49,8 @@ class TrackerWriter(EventWriter):
 
 def wandb_writer(output_dir: str, config: str, run_id: str | None) -> TrackerWriter:
     """Start or continue a run of Weights & Biases; its environment variables set project and mode."""
+    # In a terminal it asks for a login, and the training waits.
+    os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")
     import wandb
     import yaml
 
