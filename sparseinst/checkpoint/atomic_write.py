@@ -1,6 +1,7 @@
 """Write files atomically: a stopped process or machine leaves the old file or the new one."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -51,6 +52,23 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
 def write_text_atomically(path: str | os.PathLike, text: str) -> None:
     """Write a text file in UTF-8 as :func:`write_atomically` does."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def append_whole(path: str | os.PathLike, text: str) -> None:
+    """Append a text in UTF-8 to a file. On a full disk the file stays as it was; a killed process leaves a part.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    content = text.encode()
+    with Path(path).open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:

@@ -35,6 +35,10 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # where it has one, adds its own keys.
     cfg.IMPORTS = []
 
+    # Services that get the scalars of a training besides metrics.json and TensorBoard: "wandb", "mlflow" (extras of the
+    # same names). Their own environment variables set project and server.
+    cfg.TRACKERS = []
+
     # Format and limits of the predictions.
     cfg.MODEL.OUTPUT = CfgNode()
     # "bitmask": boolean masks; "rle": COCO RLEs, which need memory for one mask at a time.

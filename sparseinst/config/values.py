@@ -54,6 +54,7 @@ NORM = one_of("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSync
 # The keys of Detectron2 and of all models; a family's module adds RANGES of its own.
 RANGES: Mapping[str, Range] = {
     "SEED": Range(lambda seed: seed < 2**31, "below 2147483648 (negative: drawn at the start)"),
+    "TRACKERS": Range(lambda names: set(names) <= {"wandb", "mlflow"}, "a list of names, each 'wandb' or 'mlflow'"),
     "VIS_PERIOD": NOT_NEGATIVE,
     "MODEL.PIXEL_MEAN": each(Range(math.isfinite, "a number")),
     "MODEL.PIXEL_STD": each(POSITIVE),

@@ -1,6 +1,5 @@
 """Write the scalars of a training to metrics.json and TensorBoard; a full disk does not end the training."""
 
-import errno
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
 
-from sparseinst.checkpoint.atomic_write import write_text_atomically
+from sparseinst.checkpoint.atomic_write import append_whole, write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +44,7 @@ class MetricsFile(EventWriter):
         Raises:
             OSError: the disk is full.
         """
-        entries: dict[int, dict[str, float]] = defaultdict(dict)
-        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(20).items():
-            if self._last is None or iteration > self._last:
-                entries[iteration][name] = value
+        entries = new_scalars(self._last)
         if not entries:
             return
         if self._last is None:
@@ -59,20 +55,22 @@ class MetricsFile(EventWriter):
                     entries[first] = {**entry, **entries[first]}
             write_text_atomically(self._path, "".join(_line(entry) for entry in before if entry["iteration"] < first))
         self._last = max(entries)
-        _append(self._path, "".join(_line({**entries[key], "iteration": key}) for key in sorted(entries)))
+        append_whole(self._path, "".join(_line({**entries[key], "iteration": key}) for key in sorted(entries)))
 
 
 class OptionalWriter(EventWriter):
-    """Call a writer until it fails because of the disk: then log one WARNING and leave it out.
+    """Call a writer until it fails: then log one WARNING and leave it out.
 
     Args:
         writer: any.
         name: of what it writes.
+        errors: that end it; by default those of a full disk.
     """
 
-    def __init__(self, writer: EventWriter, name: str) -> None:
+    def __init__(self, writer: EventWriter, name: str, errors: tuple[type[Exception], ...] = (OSError,)) -> None:
         self._writer = writer
         self._name = name
+        self._errors = errors
         self._has_failed = False
 
     def write(self) -> None:
@@ -88,9 +86,22 @@ class OptionalWriter(EventWriter):
             return
         try:
             call()
-        except OSError as error:
+        except self._errors as error:
             self._has_failed = True
             logger.warning("%s ends here, and the training goes on: %s", self._name, error)
+
+
+def new_scalars(last: int | None) -> dict[int, dict[str, float]]:
+    """Return the scalars of the event storage by iteration; losses and times as medians of 20 iterations.
+
+    Args:
+        last: iterations up to this one are left out; None: none.
+    """
+    entries: dict[int, dict[str, float]] = defaultdict(dict)
+    for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(20).items():
+        if last is None or iteration > last:
+            entries[iteration][name] = value
+    return entries
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
@@ -114,16 +125,3 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
 
 def _line(entry: dict[str, float]) -> str:
     return json.dumps(entry, sort_keys=True) + "\n"
-
-
-def _append(path: Path, text: str) -> None:
-    """Append a text whole, or raise OSError and leave the file as it was."""
-    content = text.encode()
-    with path.open("ab", buffering=0) as file:
-        size = file.tell()
-        try:
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            file.truncate(size)
-            raise

@@ -5,13 +5,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from sparseinst.checkpoint.atomic_write import remove_partial_files
-
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
+from sparseinst.checkpoint.file_lock import try_lock
 
 LOCK_NAME = ".running"
 
@@ -66,17 +63,11 @@ def check_free_space(folder: str | os.PathLike, num_bytes: int) -> None:
         )
 
 
-def _lock(lock, folder: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+def _lock(lock: TextIO, folder: Path) -> None:
+    if not try_lock(lock):
         lock.seek(0)
         holder = lock.read().strip()
         process = f" (process {holder})" if holder else ""
         raise ValueError(
             f"OUTPUT_DIR {folder} is in use by another run{process}. Wait for it, or give another OUTPUT_DIR"
-        ) from error
-    except OSError:
-        return  # a file system without locks
+        )

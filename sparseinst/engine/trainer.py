@@ -43,6 +43,7 @@ from sparseinst.engine.output_folder import check_free_space
 from sparseinst.engine.progress import Progress
 from sparseinst.engine.recompute import prepare_as_configured
 from sparseinst.engine.report import CurvesHook, evaluation_report
+from sparseinst.engine.trackers import build_trackers, check_trackers
 from sparseinst.evaluation import check_evaluation, check_test_config, evaluate
 from sparseinst.modeling.meta_arch import InstanceSegmenter, TrainingPart
 
@@ -155,7 +156,8 @@ class Trainer(SimpleTrainer):
             if cfg.VIS_PERIOD:
                 result.append(VisualizationHook(cfg.VIS_PERIOD, model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN[0]))
             # Last, so that it writes what the other hooks store.
-            result.append(hooks.PeriodicWriter(build_writers(cfg.OUTPUT_DIR), period=20))
+            writers = build_writers(cfg.OUTPUT_DIR) + build_trackers(cfg.TRACKERS, cfg.OUTPUT_DIR, cfg.dump())
+            result.append(hooks.PeriodicWriter(writers, period=20))
             if cfg.TEST.PLOTS:
                 result.append(CurvesHook(cfg.OUTPUT_DIR, iterations_per_epoch))
         return result
@@ -341,9 +343,11 @@ def check_config(cfg: CfgNode) -> None:
 
     Raises:
         ValueError: the message names the key.
+        ImportError: a package of TRACKERS is not installed.
     """
     solver = cfg.SOLVER
     check_test_config(cfg)
+    check_trackers(cfg.TRACKERS)
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name a data set, or set DATASETS.TRAIN_JSON and TRAIN_IMAGES")
     config.check_keys(cfg, "SOLVER.AMP.DTYPE", "SOLVER.ACCUMULATE_STEPS")

@@ -7,6 +7,7 @@ exception, drops the waiting items and ends its thread.
 
 import contextlib
 import functools
+import os
 import signal
 import sys
 from collections import deque
@@ -15,13 +16,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType, TracebackType
 from typing import TypeVar
 
+import numpy as np
 import torch
+
+from sparseinst.data.images import ImageReadError, read_image
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # Items that may wait between two stages.
 QUEUE_LENGTH = 3
+# Images that wait: fewer than frames, because they can be large.
+IMAGE_QUEUE_LENGTH = 1
 # After a prediction with larger boolean masks, the next one is made when it is finished.
 LARGE_MASK_BYTES = 2**28
 _END = object()
@@ -80,6 +86,13 @@ def read_ahead(items: Iterable[Item], queue_length: int = QUEUE_LENGTH) -> Itera
                 yield item
         finally:
             _drop(waiting)
+
+
+def read_images_ahead(
+    paths: Iterable[str | os.PathLike], max_pixels: int, queue_length: int
+) -> Iterator[np.ndarray | ImageReadError]:
+    """Yield the RGB image of each path, or the error where one cannot be read; ``queue_length`` are read ahead."""
+    return read_ahead((_image_or_error(path, max_pixels) for path in paths), queue_length)
 
 
 def work_behind(
@@ -178,3 +191,11 @@ def has_large_masks(predicted: tuple) -> bool:
 def _drop(waiting: deque[Future]) -> None:
     for future in waiting:
         future.cancel()
+
+
+def _image_or_error(path: str | os.PathLike, max_pixels: int) -> np.ndarray | ImageReadError:
+    # Returned, because a raised error would end the thread that reads the other images.
+    try:
+        return read_image(path, max_pixels=max_pixels)
+    except ImageReadError as error:
+        return error

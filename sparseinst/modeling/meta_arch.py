@@ -345,10 +345,12 @@ class InstanceSegmenter(nn.Module, ABC):
                     raise
                 raise MaskMemoryError(f"{x['file_name']}: {error}") from error
             masks = detections.masks
+            if not isinstance(masks, torch.Tensor):
+                masks = RLEMasks(masks, output_size, self.output.max_mask_gib)
             instances = Instances(
                 output_size,
                 pred_boxes=Boxes(detections.boxes),
-                pred_masks=masks if isinstance(masks, torch.Tensor) else RLEMasks(masks, output_size),
+                pred_masks=masks,
                 scores=detections.scores,
                 pred_classes=detections.classes,
             )

@@ -8,13 +8,16 @@ import torch
 from sparseinst.ops.mask_resize import map_windows, resize_masks
 from sparseinst.ops.mask_rle import encode_window
 from sparseinst.ops.masks import masks_to_boxes
+from sparseinst.structures.mask_memory import MaskMemoryError, check_mask_memory
 from sparseinst.structures.mask_window import MaskWindow
 
+__all__ = ["MASK_FORMATS", "MaskMemoryError", "output_masks"]
+
 MASK_FORMATS = ("bitmask", "rle")
-
-
-class MaskMemoryError(ValueError):
-    """Raised where the boolean masks of an image would take more memory than allowed."""
+_REMEDY = (
+    "Set MODEL.OUTPUT.MASK_FORMAT to rle, which encodes each mask before it computes the next one; or raise "
+    "MAX_MASK_GIB, or return fewer detections"
+)
 
 
 def output_masks(
@@ -47,7 +50,7 @@ def output_masks(
     sizes = (padded_size, image_size, output_size)
     if mask_format == "rle":
         return _rle_masks(mask_probs, *sizes, mask_threshold)
-    _check_mask_memory(len(mask_probs), output_size, max_mask_gib)
+    check_mask_memory(len(mask_probs), output_size, max_mask_gib, _REMEDY)
     return _boolean_masks(mask_probs, *sizes, mask_threshold)
 
 
@@ -107,14 +110,3 @@ def _rle_masks(
 
 def _boxes_tensor(boxes: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-
-
-def _check_mask_memory(num_masks: int, output_size: tuple[int, int], max_mask_gib: float) -> None:
-    height, width = output_size
-    num_bytes = num_masks * height * width
-    if num_bytes > max_mask_gib * 2**30:
-        raise MaskMemoryError(
-            f"{num_masks} boolean masks of {height}x{width} pixels take {num_bytes / 2**30:.2f} GiB, more than "
-            f"MODEL.OUTPUT.MAX_MASK_GIB allows ({max_mask_gib:g}). Set MODEL.OUTPUT.MASK_FORMAT to rle, which encodes "
-            "each mask before it computes the next one; or raise MAX_MASK_GIB, or return fewer detections"
-        )

@@ -7,21 +7,28 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_api
 
+from sparseinst.structures.mask_memory import check_mask_memory
+
+_REMEDY = "Iterate over the masks, which decodes them one by one; or select some of them, or raise MAX_MASK_GIB"
+
 
 class RLEMasks:
     """Masks as COCO's compressed run-length encodings, decoded one by one on access.
 
     For the ``pred_masks`` of Instances. Iterating yields arrays (height, width) uint8, which Detectron2's evaluators
-    and visualizers accept; indexing returns RLEMasks, as PolygonMasks do; ``numpy.asarray`` returns all masks at once.
+    and visualizers accept; indexing returns RLEMasks, as PolygonMasks do; ``numpy.asarray`` returns all masks at once,
+    and so does ``masks.cpu().numpy()``, as of a tensor.
 
     Args:
         rles: one dict per mask, ``size`` [height, width] and ``counts`` bytes.
         image_size: (height, width) of all masks.
+        max_mask_gib: most memory that all masks decoded at once may take, in GiB.
     """
 
-    def __init__(self, rles: Sequence[dict], image_size: tuple[int, int]) -> None:
+    def __init__(self, rles: Sequence[dict], image_size: tuple[int, int], max_mask_gib: float = float("inf")) -> None:
         self.rles = list(rles)
         self.image_size = tuple(image_size)
+        self.max_mask_gib = max_mask_gib
 
     @staticmethod
     def encode(masks: torch.Tensor) -> "RLEMasks":
@@ -41,10 +48,11 @@ class RLEMasks:
             item = item.cpu().numpy()
         # NumPy would convert an array of dicts.
         chosen = np.atleast_1d(np.arange(len(self))[item])
-        return RLEMasks([self.rles[index] for index in chosen], self.image_size)
+        return RLEMasks([self.rles[index] for index in chosen], self.image_size, self.max_mask_gib)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        """Return all masks, (n, height, width) bool."""
+        """Return all masks, (n, height, width) bool. Raise MaskMemoryError where they take more than max_mask_gib."""
+        check_mask_memory(len(self), self.image_size, self.max_mask_gib, _REMEDY)
         masks = np.zeros((len(self), *self.image_size), dtype=bool)
         for index, mask in enumerate(self):
             masks[index] = mask
@@ -57,6 +65,14 @@ class RLEMasks:
         """Return itself: encodings stay on the host."""
         return self
 
+    def cpu(self) -> "RLEMasks":
+        """Return itself."""
+        return self
+
+    def numpy(self) -> np.ndarray:
+        """Return all masks as ``numpy.asarray`` does, for libraries that expect a tensor."""
+        return np.asarray(self)
+
     def areas(self) -> np.ndarray:
         """Return the number of pixels of each mask, (n,) int64."""
         return np.asarray(mask_api.area(self.rles), dtype=np.int64)
@@ -68,4 +84,6 @@ class RLEMasks:
     @staticmethod
     def cat(masks: Sequence["RLEMasks"]) -> "RLEMasks":
         """Concatenate masks of images of one size, for Instances.cat."""
-        return RLEMasks(list(itertools.chain.from_iterable(m.rles for m in masks)), masks[0].image_size)
+        return RLEMasks(
+            list(itertools.chain.from_iterable(m.rles for m in masks)), masks[0].image_size, masks[0].max_mask_gib
+        )

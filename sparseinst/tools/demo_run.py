@@ -5,7 +5,6 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.data.images import DataError
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.inference import ImageReadError, Predictor, VideoReader, VideoWriter, read_image
+from sparseinst.inference import ImageReadError, Predictor, VideoReader, VideoWriter
 from sparseinst.inference.output_files import (
     IAM_FOLDER,
     CocoResults,
@@ -34,13 +33,19 @@ from sparseinst.inference.output_files import (
     save_image,
     video_file,
 )
-from sparseinst.inference.pipeline import QUEUE_LENGTH, Interruption, read_ahead, run_stages
+from sparseinst.inference.pipeline import (
+    IMAGE_QUEUE_LENGTH,
+    QUEUE_LENGTH,
+    Interruption,
+    read_ahead,
+    read_images_ahead,
+    run_stages,
+)
+from sparseinst.inference.timed_predictor import TimedPredictor
 from sparseinst.inference.video import without_password
 from sparseinst.ops.mask_output import MaskMemoryError
 from sparseinst.visualization import VideoDrawer, draw_beside, draw_iams, draw_instances
 
-# Images that are read ahead, and that may wait until they are drawn: fewer than frames, because they can be large.
-IMAGE_QUEUE_LENGTH = 1
 EXIT_INTERRUPTED = 130
 NO_WINDOW = (
     "A window cannot be opened: either this OpenCV is built without windows (install opencv-python in place of "
@@ -195,44 +200,11 @@ def run_video(args: argparse.Namespace, cfg: CfgNode, predictor: Predictor | Non
     return _exit_code(failures, is_complete)
 
 
-class TimedPredictor:
-    """Predict with a predictor, and sum up its time.
-
-    Args:
-        predictor: the predictor.
-        threshold: lowest score of the instances that are returned.
-    """
-
-    def __init__(self, predictor: Predictor, threshold: float) -> None:
-        self._predictor = predictor
-        self._threshold = threshold
-        self._num_images = 0
-        self._model_seconds = 0.0
-        self._start = time.perf_counter()
-
-    def predict(self, image_rgb: np.ndarray) -> Instances:
-        """Return the instances of one image, (height, width, 3) uint8, RGB, whose score is high enough."""
-        start = time.perf_counter()
-        instances = self._predictor([image_rgb], "RGB")[0]
-        self._model_seconds += time.perf_counter() - start
-        self._num_images += 1
-        kept = instances.scores >= self._threshold
-        # The best usually come first, and a slice does not copy their masks.
-        num_kept = int(kept.sum())
-        return instances[:num_kept] if kept[:num_kept].all() else instances[kept]
-
-    def speed(self, num_done: int, unit: str) -> str:
-        """Return one line: the number of images or frames done since this object was made, and their rate."""
-        seconds = time.perf_counter() - self._start
-        speed, alone = num_done / seconds, self._num_images / max(self._model_seconds, 1e-9)
-        return f"{num_done} {unit} in {seconds:.1f} s: {speed:.2f} images/s (model {alone:.2f} images/s alone)"
-
-
 def predict_images(
     paths: Sequence[Path], timed: TimedPredictor, failures: list[str], max_pixels: int
 ) -> Generator[tuple[Path, str, np.ndarray, Instances], None, None]:
     """Yield path, output name, RGB image and instances of each image; append the errors of others to ``failures``."""
-    with contextlib.closing(read_ahead((_read(path, max_pixels) for path in paths), IMAGE_QUEUE_LENGTH)) as images:
+    with contextlib.closing(read_images_ahead(paths, max_pixels, IMAGE_QUEUE_LENGTH)) as images:
         named = zip(paths, output_names(paths), images, strict=True)
         for path, name, image in tqdm(named, total=len(paths), unit="image"):
             try:
@@ -294,14 +266,6 @@ def _exit_code(failures: list[str], is_complete: bool) -> int:
     if not is_complete:
         return EXIT_INTERRUPTED
     return 1 if failures else 0
-
-
-def _read(path: Path, max_pixels: int) -> np.ndarray | ImageReadError:
-    # Returned, because a raised error would end the thread that reads the other images.
-    try:
-        return read_image(path, max_pixels=max_pixels)
-    except ImageReadError as error:
-        return error
 
 
 def _has_window() -> bool:

@@ -24,7 +24,7 @@ _context.set_forkserver_preload(
     ["torch", "detectron2.engine", "detectron2.evaluation", "pycocotools.mask", "matplotlib.pyplot",
      "torch.utils.tensorboard", "scipy.optimize", "sparseinst.backbones", "sparseinst.engine.trainer",
      "sparseinst.engine.run_setup", "sparseinst.inference", "sparseinst.modeling.sparse_inst.model",
-     "sparseinst.tools.demo", "sparseinst.tools.train_net", "tests.faults.child"]
+     "sparseinst.inference.many_images", "sparseinst.tools.demo", "sparseinst.tools.train_net", "tests.faults.child"]
 )  # fmt: skip
 
 

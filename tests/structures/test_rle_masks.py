@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 from pycocotools import mask as mask_api
 
+from sparseinst.structures.mask_memory import MaskMemoryError
 from sparseinst.structures.rle_masks import RLEMasks
 
 
@@ -79,3 +80,21 @@ def test_detectron2s_visualizer_draws_them(masks, encoded):
         metadata.thing_colors = [(255, 0, 0)] * 4
         drawn.append(visualizer.draw_instance_predictions(instances_of(masks, pred_masks)[:1]).get_image().shape)
     assert drawn[0] == drawn[1]
+
+
+def test_decoding_all_masks_respects_the_limit(encoded):
+    # Four masks of 60x80 take 19,200 bytes.
+    limited = RLEMasks(encoded.rles, encoded.image_size, max_mask_gib=19_199 / 2**30)
+    instances = instances_of(np.zeros((4, 60, 80)), limited)
+    for masks in (limited, instances.to("cpu").pred_masks, Instances.cat([instances, instances]).pred_masks):
+        with pytest.raises(MaskMemoryError, match="boolean masks of 60x80 pixels.*MAX_MASK_GIB.*one by one"):
+            np.asarray(masks)
+        with pytest.raises(MaskMemoryError):
+            masks.cpu().numpy()
+        assert len(list(masks)) == len(masks)
+    assert np.asarray(limited[:3]).shape == (3, 60, 80)
+    assert np.asarray(RLEMasks(encoded.rles, encoded.image_size, 19_200 / 2**30)).shape == (4, 60, 80)
+
+
+def test_read_as_a_tensor(masks, encoded):
+    assert np.array_equal(encoded.cpu().numpy(), masks.cpu().numpy()) and encoded.cpu().numpy().dtype == bool

@@ -57,8 +57,8 @@ def test_a_name_stands_for_a_tool(name, before, monkeypatch):
 def test_help_and_exit_code_of_a_name(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sparseinst"])
     with pytest.raises(SystemExit, match="0"):
-        main(["predict", "--help"])
-    assert capsys.readouterr().out.startswith("usage: sparseinst predict ")
+        main(["demo", "--help"])
+    assert capsys.readouterr().out.startswith("usage: sparseinst demo ")
     assert main(["select", "none.json", "person", "--output", "x.json"]) == 2
     assert "none.json" in capsys.readouterr().err
 

@@ -207,6 +207,12 @@ def test_boolean_masks_beyond_the_limit_are_refused_by_name():
             model([x])
         with pytest.raises(MaskMemoryError, match="^large.jpg: 6 boolean masks"):
             model([{**x, "file_name": "large.jpg"}])
+        # Encoded masks are within the limit until all of them are decoded at once.
+        with model.output_as(mask_format="rle"):
+            masks = model([x])[0]["instances"].pred_masks
+        assert len(list(masks)) == 6
+        with pytest.raises(MaskMemoryError, match="^6 boolean masks of 1000x1000.*MAX_MASK_GIB"):
+            np.asarray(masks)
 
 
 def test_another_mask_format_is_refused():

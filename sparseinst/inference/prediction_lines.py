@@ -1,0 +1,143 @@
+"""Write predictions as JSON lines, one for each image, below a header that identifies the run.
+
+`sparseinst predict` and the stage of Ray Data make the same lines.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+
+import sparseinst
+from sparseinst.checkpoint.locations import find_weights
+from sparseinst.data.coco_json import ClassInfo
+from sparseinst.data.coco_results import to_coco_results
+from sparseinst.inference.output_files import find_images
+
+LIST_SUFFIX = ".txt"
+# Nodes that no prediction depends on; the categories are in the header.
+_UNUSED_NODES = ("CUDNN_BENCHMARK", "DATALOADER", "DATASETS", "OUTPUT_DIR", "SEED", "SOLVER", "TRACKERS", "VIS_PERIOD")
+# The same file has another name on another machine, and the same model another device.
+_UNUSED_MODEL_KEYS = ("DEVICE", "WEIGHTS")
+# Header entries that may differ between two parts of a run.
+_UNCOMPARED = ("weights.file",)
+
+
+def list_images(inputs: Sequence[str]) -> list[str]:
+    """Return the images that the names stand for, each name once, in their order.
+
+    Args:
+        inputs: text files that end in .txt, with one path in each line, relative to the working directory; and the
+            files, folders and patterns of `find_images`.
+
+    Raises:
+        ValueError: a list cannot be read or has no line, or a name matches no image.
+    """
+    names: list[str] = []
+    for name in inputs:
+        if name.lower().endswith(LIST_SUFFIX):
+            names += _read_list(Path(name))
+        else:
+            names += map(str, find_images([name]))
+    return list(dict.fromkeys(names))
+
+
+def header(cfg: CfgNode, names: Sequence[str], classes: ClassInfo) -> dict:
+    """Return what identifies a run: the images, the content of the weights file, the classes and the config.
+
+    Args:
+        cfg: of the model.
+        names: of all images, in order.
+        classes: of the model.
+
+    Raises:
+        ValueError: MODEL.WEIGHTS is empty or cannot be found.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS is empty, and random weights predict nothing. Set it to a checkpoint")
+    # Without tuples and numbers as keys, as it is read back.
+    config = json.loads(json.dumps(yaml.safe_load(cfg.dump())))
+    for key in _UNUSED_NODES:
+        config.pop(key, None)
+    for key in _UNUSED_MODEL_KEYS:
+        config["MODEL"].pop(key)
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    return {
+        "sparseinst": sparseinst.__version__,
+        "images": {"count": len(names), "sha256": digest},
+        "weights": {"file": cfg.MODEL.WEIGHTS, "sha256": _file_digest(find_weights(cfg.MODEL.WEIGHTS))},
+        "categories": [{"id": id, "name": name} for name, id in zip(*classes, strict=True)],
+        "config": config,
+    }
+
+
+def differences(found: dict, expected: dict) -> list[str]:
+    """Return how the header of a file differs from the expected one, a text for each entry."""
+    there, here = dict(_entries(found)), dict(_entries(expected))
+    return [
+        f"{key} is {_shown(there, key)} there and {_shown(here, key)} here"
+        for key in [*here, *(key for key in there if key not in here)]
+        if key not in _UNCOMPARED and _shown(there, key) != _shown(here, key)
+    ]
+
+
+def prediction_line(file_name: str, instances: Instances, category_ids: Sequence[int]) -> str:
+    """Return the line of one image.
+
+    Args:
+        file_name: as in the list of images.
+        instances: of that image.
+        category_ids: of the model's classes.
+
+    Returns:
+        JSON with ``file_name``, ``height``, ``width`` and ``detections``: COCO results without an image id, each with
+        ``category_id``, ``bbox``, ``score`` and, if there are masks, ``segmentation`` as RLE.
+    """
+    height, width = instances.image_size
+    detections = to_coco_results(instances, 0, category_ids)
+    for detection in detections:
+        del detection["image_id"]
+    return json.dumps({"file_name": file_name, "height": height, "width": width, "detections": detections})
+
+
+def error_line(file_name: str, error: Exception) -> str:
+    """Return the line of an image that cannot be used: JSON with ``file_name`` and ``error``."""
+    return json.dumps({"file_name": file_name, "error": " ".join(str(error).split())})
+
+
+def _read_list(path: Path) -> list[str]:
+    try:
+        # File names can be any bytes.
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise ValueError(f"--input: the list {path} cannot be read: {error.strerror or error}") from error
+    names = [line for line in text.splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"--input: the list {path} is empty; expected one image path in each line")
+    return names
+
+
+def _entries(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the values of nested dicts with their keys, such as "config.INPUT.FORMAT"."""
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _entries(part, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+def _shown(entries: dict[str, object], key: str) -> str:
+    return repr(entries[key])[:80] if key in entries else "missing"
+
+
+def _file_digest(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""Write lines to a file by one or several processes, so that a run continues after a kill at any moment.
+
+One process writes OUT.jsonl. Each of several processes writes a shard, OUT.rank0.jsonl, OUT.rank1.jsonl, ...; the last
+one that ends merges them into OUT.jsonl. No process waits for another. The first line of each file is the header. A
+line counts once it ends in a line break, so a killed process leaves at most one line that is written anew.
+"""
+
+import glob
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from sparseinst.checkpoint.atomic_write import append_whole, write_atomically
+from sparseinst.checkpoint.file_lock import try_lock
+from sparseinst.inference.prediction_lines import differences
+
+_START = b'{"sparseinst": '
+
+
+class Place(NamedTuple):
+    """Where the line of an image is: its file, and its start and length in bytes."""
+
+    path: Path
+    start: int
+    length: int
+
+
+class _Scan(NamedTuple):
+    """The places of a file's lines by image, and where the last whole line ends."""
+
+    places: dict[str, Place]
+    end: int
+
+
+class ResumableFile:
+    """The file of this process, locked and without a torn line, inside a ``with`` block.
+
+    Args:
+        output: the file of the whole run.
+        header: identifies the run.
+        rank, num_ranks: of this process.
+
+    Raises:
+        ValueError: a file of another run is there, or another process writes this one.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, output: Path, header: dict, rank: int = 0, num_ranks: int = 1) -> None:
+        self._output = output
+        self._header = header
+        self.path = output if num_ranks == 1 else output.with_name(f"{output.stem}.rank{rank}{output.suffix}")
+
+    def __enter__(self) -> "ResumableFile":
+        self._output.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self.path.open("ab")
+        try:
+            if not try_lock(self._lock):
+                raise ValueError(f"{self.path} is in use by another process. Wait for it, or give another --output")
+            end = _scan(self.path, self._header).end
+            self._lock.truncate(end)
+            if end == 0:
+                self.append(json.dumps(self._header))
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    def done(self) -> set[str]:
+        """Return the images that have a line in any file of the run."""
+        return set(_all_places(self._output, self._header))
+
+    def append(self, line: str) -> None:
+        """Append a line whole. Raise OSError on a full disk; the file then stays as it was."""
+        append_whole(self.path, line + "\n")
+
+
+def merge(output: Path, header: dict, names: Sequence[str]) -> bool:
+    """Merge the shards into ``output``, in the order of the names, and remove them, where every image has a line.
+
+    Returns:
+        Whether ``output`` is complete. False too where another process is merging.
+
+    Raises:
+        ValueError: a file of another run is there.
+        OutputError: the disk is full; the shards are unchanged.
+    """
+    if not shards(output):
+        return len(_scan(output, header).places) == len(names)
+    with output.open("ab") as lock:
+        if not try_lock(lock):
+            return False
+        places = _all_places(output, header)
+        if len(places) < len(names):
+            return False
+        # Unless another process has done it while this one waited.
+        if any(place.path != output for place in places.values()):
+            write_atomically(output, lambda file: _write(file, header, [places[name] for name in names]))
+        for shard in shards(output):
+            shard.unlink(missing_ok=True)
+    return True
+
+
+def shards(output: Path) -> list[Path]:
+    """Return the shards of a run that exist."""
+    return sorted(output.parent.glob(f"{glob.escape(output.stem)}.rank*{glob.escape(output.suffix)}"))
+
+
+def _write(file: BinaryIO, header: dict, places: Sequence[Place]) -> None:
+    sources = {path: path.open("rb") for path in {place.path for place in places}}
+    try:
+        file.write(json.dumps(header).encode() + b"\n")
+        for place in places:
+            sources[place.path].seek(place.start)
+            file.write(sources[place.path].read(place.length))
+    finally:
+        for source in sources.values():
+            source.close()
+
+
+def _all_places(output: Path, header: dict) -> dict[str, Place]:
+    """Return the places of all lines; those of ``output`` win."""
+    places: dict[str, Place] = {}
+    for path in [*shards(output), output]:
+        places.update(_scan(path, header).places)
+    return places
+
+
+def _scan(path: Path, header: dict) -> _Scan:
+    """Read a file up to the first line that is torn. Raise ValueError where it belongs to another run."""
+    places: dict[str, Place] = {}
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return _Scan(places, 0)
+    with file:
+        line = file.readline()
+        # A killed process leaves a part of the header, or an empty file.
+        if not line.endswith(b"\n") and (line.startswith(_START) or _START.startswith(line)):
+            return _Scan(places, 0)
+        _check_header(path, line, header)
+        end = len(line)
+        while (name := _file_name(line := file.readline())) is not None:
+            places[name] = Place(path, end, len(line))
+            end += len(line)
+    return _Scan(places, end)
+
+
+def _check_header(path: Path, line: bytes, header: dict) -> None:
+    found = _parsed(line)
+    if found is None or "sparseinst" not in found:
+        raise ValueError(f"--output {path} was not written by `sparseinst predict`, and is left as it is. Give another")
+    texts = differences(found, header)
+    if texts:
+        more = f", and {len(texts) - 2} more entries differ" if len(texts) > 2 else ""
+        raise ValueError(
+            f"--output {path} belongs to another run: {'; '.join(texts[:2])}{more}. Give another --output, or remove it"
+        )
+
+
+def _file_name(line: bytes) -> str | None:
+    """Return the image of a line; None where the line is torn."""
+    name = (_parsed(line) or {}).get("file_name")
+    return name if isinstance(name, str) else None
+
+
+def _parsed(line: bytes) -> dict | None:
+    try:
+        value = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else None
