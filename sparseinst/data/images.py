@@ -66,13 +66,19 @@ class ImageReadError(DataError):
     """An image cannot be read, or an array is not an image."""
 
 
+class ImageTooLargeError(ImageReadError):
+    """The header of an image declares more pixels than allowed."""
+
+
 def check_channel_order(channel_order: str, key: str = "channel_order") -> None:
     """Raise ValueError, which names the key, where a channel order is not one of CHANNEL_ORDERS."""
     if channel_order not in CHANNEL_ORDERS:
         raise ValueError(f"{key} is {channel_order!r}; it must be one of {', '.join(CHANNEL_ORDERS)}")
 
 
-def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike | BinaryIO, channel_order: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
+) -> np.ndarray:
     """Read an image file, oriented by its EXIF entry.
 
     Replaces `detectron2.data.detection_utils.read_image`, which maps 99.6 % of the levels of 16-bit gray images to
@@ -80,7 +86,8 @@ def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: 
     pixels. Transparency is ignored; an animation gives its first image.
 
     Args:
-        path: of one of FORMATS; the format is detected from the file's content.
+        path: of one of FORMATS; the format is detected from the file's content. An open binary file that can seek, such
+            as an io.BytesIO, is read too.
         channel_order: "RGB" or "BGR".
         max_pixels: files whose header declares more are refused before decoding (INPUT.MAX_IMAGE_PIXELS).
 
@@ -90,6 +97,7 @@ def read_image(path: str | os.PathLike, channel_order: str = "RGB", max_pixels: 
     Raises:
         ImageReadError: the file is missing, not an image, damaged, too large, a JPEG of more than MAX_JPEG_SCANS scans,
             or has 32 bits per channel, whose value range is unknown; the message names the file.
+            ImageTooLargeError where the reason is ``max_pixels``.
         ValueError: another channel order.
     """
     check_channel_order(channel_order)
@@ -140,14 +148,17 @@ def read_16_bit_range(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXEL
 
 
 @contextlib.contextmanager
-def open_image(path: str | os.PathLike, max_pixels: int) -> Iterator[Image.Image]:
+def open_image(path: str | os.PathLike | BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image of FORMATS without decoding it; convert Pillow's errors inside to ImageReadError."""
-    name = os.fspath(path)
+    in_memory = not isinstance(path, str | os.PathLike)
+    name = "in memory" if in_memory else os.fspath(path)
     try:
-        with PathManager.open(name, "rb") as file, _identified(file, name) as image:
+        opened = contextlib.nullcontext(path) if in_memory else PathManager.open(name, "rb")
+        # Pillow maps the file of this name into memory, so an image in memory must not have one.
+        with opened as file, _identified(file, "" if in_memory else name) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise ImageReadError(
+                raise ImageTooLargeError(
                     f"Cannot read the image {name}: its header declares {height} x {width} = {width * height} pixels, "
                     f"and INPUT.MAX_IMAGE_PIXELS is {max_pixels}; set it higher if the file is genuine"
                 )
@@ -157,7 +168,7 @@ def open_image(path: str | os.PathLike, max_pixels: int) -> Iterator[Image.Image
     except ImageReadError:
         raise
     except Image.UnidentifiedImageError as error:
-        size = os.path.getsize(name) if os.path.isfile(name) else None
+        size = path.seek(0, os.SEEK_END) if in_memory else os.path.getsize(name) if os.path.isfile(name) else None
         reason = f"it is not an image, or of another format than {', '.join(FORMATS)}"
         raise ImageReadError(f"Cannot read the image {name}: {'the file is empty' if size == 0 else reason}") from error
     except _DECODING_ERRORS as error:

@@ -50,6 +50,7 @@ class Predictor:
     Attributes:
         model: the model.
         classes: as given.
+        max_image_pixels: as given.
         metadata: the class names for Detectron2's visualizers.
 
     Raises:
@@ -73,7 +74,7 @@ class Predictor:
         self.metadata = Metadata(name="sparseinst_predictor", thing_classes=list(classes.names))
         self._augmentations = T.AugmentationList(list(augmentations))
         self._input_format = input_format
-        self._max_image_pixels = max_image_pixels
+        self.max_image_pixels = max_image_pixels
         self._lock = threading.Lock()
         self._num_running = 0
         self._was_training = False
@@ -134,7 +135,7 @@ class Predictor:
         check_channel_order(channel_order)
         for image in images:
             if isinstance(image, str | os.PathLike):
-                pixels = read_image(image, self._input_format, self._max_image_pixels)
+                pixels = read_image(image, self._input_format, self.max_image_pixels)
             else:
                 _check_array(image)
                 pixels = image if channel_order == self._input_format else image[:, :, ::-1]

@@ -5,6 +5,7 @@ from sparseinst.visualization.instances import (
     draw_iams,
     draw_instances,
     ground_truth_instances,
+    heat_maps,
     iam_normalization,
 )
 from sparseinst.visualization.video import VideoDrawer, draw_video
@@ -16,5 +17,6 @@ __all__ = [
     "draw_instances",
     "draw_video",
     "ground_truth_instances",
+    "heat_maps",
     "iam_normalization",
 ]

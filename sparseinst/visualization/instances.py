@@ -114,12 +114,30 @@ def draw_iams(
         mask = _resize_mask(instances.pred_masks, index, size)
         masked = image.copy()
         masked[mask] = image[mask] * 0.45 + np.array(rank_color(index)) * 255 * 0.55
-        heat_maps = _heat_maps(instances.pred_iams[index], size, normalization)
+        maps = heat_maps(instances.pred_iams[index], size, normalization)
         rows.append(
             [(masked, caption(instances, index, metadata))]
-            + [(_overlay_heat(image, heat), f"map {group + 1}") for group, heat in enumerate(heat_maps)]
+            + [(_overlay_heat(image, heat), f"map {group + 1}") for group, heat in enumerate(maps)]
         )
     return captioned_grid(rows)
+
+
+def heat_maps(iam_logits: torch.Tensor, size: tuple[int, int], normalization: str) -> np.ndarray:
+    """Return the activation maps of an instance as they are drawn.
+
+    Args:
+        iam_logits: (G, h, w), over the image.
+        size: (height, width) of the result.
+        normalization: of the model's logits, see `iam_normalization`.
+
+    Returns:
+        (G, height, width) float32 in [0, 1]; each map was divided by its maximum.
+    """
+    logits = iam_logits.float()
+    peaks = logits.amax(dim=(1, 2), keepdim=True)
+    # Dividing by the maximum cancels the denominator of the softmax.
+    maps = (logits - peaks).exp() if normalization == "softmax" else logits.sigmoid() / peaks.sigmoid()
+    return F.interpolate(maps[None], size=size, mode="bilinear")[0].clamp(0, 1).numpy()
 
 
 def iam_normalization(model: nn.Module) -> str:
@@ -194,15 +212,6 @@ def _resize_mask(masks: torch.Tensor | RLEMasks, index: int, size: tuple[int, in
     if tuple(mask.shape) != size:
         mask = F.interpolate(mask[None, None].float(), size=size, mode="bilinear")[0, 0] >= 0.5
     return mask.numpy().astype(bool, copy=False)
-
-
-def _heat_maps(iam_logits: torch.Tensor, size: tuple[int, int], normalization: str) -> np.ndarray:
-    """Return logits (G, h, w) as maps (G, *size) whose maximum is 1."""
-    logits = iam_logits.float()
-    peaks = logits.amax(dim=(1, 2), keepdim=True)
-    # Dividing by the maximum cancels the denominator of the softmax.
-    maps = (logits - peaks).exp() if normalization == "softmax" else logits.sigmoid() / peaks.sigmoid()
-    return F.interpolate(maps[None], size=size, mode="bilinear")[0].clamp(0, 1).numpy()
 
 
 def _overlay_heat(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
