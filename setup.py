@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["sparseinst", "sparseinst.*"]), "sparseinst.configs"],
     package_dir={"sparseinst.configs": "configs"},
-    package_data={"sparseinst.configs": ["**/*.yaml", "**/*.py"]},
+    package_data={"sparseinst.configs": ["**/*.yaml", "**/*.py"], "sparseinst.serving": ["page/*"]},
     entry_points={"console_scripts": ["sparseinst = sparseinst.__main__:main"]},
     # Detectron2 is missing on purpose: no package index has it under its own name, so sparseinst/__init__.py looks for
     # it and says how to get it. OpenCV is missing because any of its distributions will do: see the extras.
@@ -44,6 +44,8 @@ setup(
         "gui": ["opencv-python>=4.7"],
         "timm": ["timm>=1.0.26,<2"],
         "openvino": ["openvino>=2024.4"],
+        # The command serve: a page, and predictions over HTTP.
+        "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "python-multipart>=0.0.18", "prometheus-client>=0.20,<1"],
         # Downloads of published checkpoints.
         "zoo": ["gdown>=6.3,<7", "huggingface_hub>=0.30"],
         "fast-eval": ["faster-coco-eval>=1.8,<2"],
