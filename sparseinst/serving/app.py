@@ -119,7 +119,10 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
         metrics.instances.inc(len(content["instances"]))
         return json.dumps(content).encode()
 
-    @app.post("/predict", response_model=schemas.Prediction, responses=_ERRORS, openapi_extra=_BODY)
+    @app.post(
+        "/predict", response_model=schemas.Prediction, response_description="The instances", responses=_ERRORS,
+        openapi_extra=_BODY,
+    )  # fmt: skip
     async def predict(
         request: Request,
         threshold: Threshold = 0.5,
@@ -141,13 +144,19 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
         content = await queued(request, "draw", functools.partial(drawing, threshold=threshold))
         return Response(content, media_type="image/jpeg")
 
-    @app.get("/healthz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
+    @app.get(
+        "/healthz", response_model=schemas.Health, response_description="The model is ready",
+        responses={503: {"model": schemas.Health, "description": "The model is loading, or cannot be loaded"}},
+    )  # fmt: skip
     async def healthz() -> JSONResponse:
         """Return 200 where the model is ready, else 503."""
         health = {"status": model.status, "error": model.error}
         return JSONResponse(health, 200 if model.status == "ready" else 503)
 
-    @app.get("/metadata", response_model=schemas.Metadata, responses={503: _ERRORS[503]})
+    @app.get(
+        "/metadata", response_model=schemas.Metadata, response_description="The model and the limits",
+        responses={503: _ERRORS[503]},
+    )  # fmt: skip
     async def metadata() -> JSONResponse:
         """Describe the model and the limits of the service."""
         predictor = ready()
@@ -165,7 +174,11 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
             }
         )
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}, "description": "All metrics"}},
+    )
     async def prometheus() -> Response:
         """Return the metrics of this process for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)

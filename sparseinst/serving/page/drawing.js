@@ -3,7 +3,9 @@
 import { decodeMask } from "./rle.js";
 
 const FILL = 0.42;
-const DIMMED = 0.3;
+const DIMMED = 0.4;
+// Thickness of an outline: the long side of the drawing divided by this.
+const SIDE_PER_BORDER = 380;
 // The boxes and names of more instances would hide the image.
 const MAX_LABELS = 40;
 const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif';
@@ -34,8 +36,9 @@ export class Drawing {
   mask(instance) {
     if (!this.masks.has(instance.rank)) {
       const { segmentation, bbox } = instance;
+      const border = Math.max(2, Math.round(Math.max(this.width, this.height) / SIDE_PER_BORDER));
       const mask = decodeMask(segmentation, bbox, Math.min(this.scale, 1));
-      this.masks.set(instance.rank, painted(this.scale > 1 ? enlarged(mask, this.scale) : mask, instance.color));
+      this.masks.set(instance.rank, painted(this.scale > 1 ? enlarged(mask, this.scale) : mask, instance.color, border));
     }
     return this.masks.get(instance.rank);
   }
@@ -161,7 +164,7 @@ function enlarged(mask, scale) {
 }
 
 /** Add the canvases of a mask's fill and outline; null where it is empty. */
-function painted(mask, color) {
+function painted(mask, color, border) {
   const { width, height, pixels } = mask;
   if (!width || !height) return { ...mask, fill: null, outline: null };
   const [red, green, blue] = [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16));
@@ -173,7 +176,7 @@ function painted(mask, color) {
       const index = y * width + x;
       if (!pixels[index]) continue;
       fill.data.set([red, green, blue, 255 * FILL], 4 * index);
-      const isInner = inside(x - 2, y) && inside(x + 2, y) && inside(x, y - 2) && inside(x, y + 2);
+      const isInner = inside(x - border, y) && inside(x + border, y) && inside(x, y - border) && inside(x, y + border);
       if (!isInner) outline.data.set([red, green, blue, 255], 4 * index);
     }
   }

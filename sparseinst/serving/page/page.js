@@ -205,7 +205,7 @@ function updateAll() {
   element("hidden-count").textContent = numBelow ? `${numBelow} more below it` : "";
   element("threshold-value").textContent = `${Math.round(100 * element("threshold").value)}%`;
   fillStrip(element("strip"), state, { select, remove, count: (other) => shown(other.prediction.instances).length });
-  fillClasses(element("classes"), instances, state.hiddenClasses, updateAll);
+  fillClasses(element("classes"), instances, state.hiddenClasses, Number(element("threshold").value), updateAll);
   element("classes-card").hidden = !instances.length;
   const ranked = instances.map((instance, rank) => ({ ...instance, rank }));
   fillObjects(element("objects"), shown(ranked), state.metadata?.palette ?? [], { hover, toggle });

@@ -51,11 +51,11 @@ export function fillStrip(strip, { entries, current }, { select, remove, count }
   });
 }
 
-/** Show a switch for each class of these instances. */
-export function fillClasses(parent, instances, hidden, changed) {
+/** Show a switch for each class of these instances, with the number of those whose score is high enough. */
+export function fillClasses(parent, instances, hidden, least, changed) {
   const counts = new Map();
-  for (const { category_id: id, category_name: name } of instances) {
-    counts.set(id, { id, name, count: (counts.get(id)?.count ?? 0) + 1 });
+  for (const { category_id: id, category_name: name, score } of instances) {
+    counts.set(id, { id, name, count: (counts.get(id)?.count ?? 0) + (score >= least) });
   }
   const make = ({ id, name }) => {
     const box = create("input", { type: "checkbox" });
