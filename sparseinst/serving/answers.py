@@ -35,6 +35,11 @@ def predict(
         ImageReadError: the data are not an image, or a larger one than allowed.
     """
     image = read_image(io.BytesIO(data), max_pixels=predictor.max_image_pixels)
+    return image, find_instances(predictor, image, threshold, with_maps)
+
+
+def find_instances(predictor: Predictor, image: np.ndarray, threshold: float, with_maps: bool = False) -> Instances:
+    """Predict the instances of an image (height, width, 3) uint8, RGB; arguments and result as in `predict`."""
     model = predictor.model
     options = contextlib.nullcontext()
     if hasattr(model, "output_as"):
@@ -44,7 +49,7 @@ def predict(
         options = model.output_as(mask_format="rle", score_threshold=least, with_maps=with_maps)
     with options:
         (instances,) = predictor([image], "RGB")
-    return image, instances[instances.scores >= threshold]
+    return instances[instances.scores >= threshold]
 
 
 def answer(

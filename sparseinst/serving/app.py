@@ -106,7 +106,9 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
             return await queue.run(upload, functools.partial(timed, job, ready()))
         except HTTPException as error:
             status = error.status_code
-            await upload.drain()
+            # A client that is too slow would only take more time.
+            if status != 408:
+                await upload.drain()
             raise
         except ClientDisconnect:
             status = _CLIENT_LEFT

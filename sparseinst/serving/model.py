@@ -1,15 +1,14 @@
 """Load the model of the service in the background."""
 
-import io
 import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
 
 from sparseinst.inference import Predictor
-from sparseinst.serving.answers import predict
+from sparseinst.serving.answers import find_instances
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +79,7 @@ def one_line(error: BaseException) -> str:
 
 def _has_maps(predictor: Predictor) -> bool:
     """Predict a gray image, which shows errors of the model before the first request, and look for its maps."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), "gray").save(buffer, format="PNG")
-    _, instances = predict(predictor, buffer.getvalue(), 1.0, with_maps=True)
-    return instances.has("pred_iams")
+    return find_instances(predictor, np.full((64, 64, 3), 128, np.uint8), 1.0, with_maps=True).has("pred_iams")
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

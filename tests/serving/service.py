@@ -62,8 +62,8 @@ def image_bytes(kind="PNG", height=45, width=70, seed=0):
 
 
 @contextlib.contextmanager
-def running(load, limits=None, file=Path("model.pth")) -> Iterator[httpx2.Client]:
-    """Run a service; yield a client of it."""
+def running(load, limits=None, file=Path("model.pth"), waits=True) -> Iterator[httpx2.Client]:
+    """Run a service; yield a client of it, by default when its model is loaded or has failed."""
     app = create_app(ServedModel(load, file), limits or Limits())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
@@ -72,7 +72,7 @@ def running(load, limits=None, file=Path("model.pth")) -> Iterator[httpx2.Client
         wait_until(lambda: server.started and server.servers)
         port = server.servers[0].sockets[0].getsockname()[1]
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
-            wait_until(lambda: client.get("/healthz").json()["status"] != "loading")
+            wait_until(lambda: not waits or client.get("/healthz").json()["status"] != "loading")
             yield client
     finally:
         server.should_exit = True

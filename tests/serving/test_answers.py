@@ -55,7 +55,9 @@ def test_the_threshold_keeps_equal_scores_and_computes_no_mask_below_it(predicto
     assert torch.equal(found.scores, scores[scores >= middle]) and len(found) < len(scores)
     assert isinstance(found.pred_masks, RLEMasks)
     # The options of one request do not reach the next one.
-    assert predictor.model.output.score_threshold == 0 and isinstance(instances_of(predictor, data).pred_masks, torch.Tensor)
+    assert predictor.model.output.score_threshold == 0 and isinstance(
+        instances_of(predictor, data).pred_masks, torch.Tensor
+    )
 
 
 def test_no_masks(predictor, data):
@@ -131,5 +133,3 @@ def test_images_are_refused_with_the_reason():
     predictor.max_image_pixels = 45 * 70 - 1
     with pytest.raises(ImageTooLargeError, match="45 x 70 = 3150 pixels, and INPUT.MAX_IMAGE_PIXELS is 3149"):
         answer(predictor, image_bytes(), threshold=0.5)
-
-
