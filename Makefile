@@ -16,6 +16,8 @@ DETECTRON2 := sal-detectron2==0.7.2
 TORCH_INDEX ?=
 # For a test of Detectron2's LVISEvaluator. Without what it names as needed: opencv-python, which needs libGL.
 LVIS := lvis==0.5.3
+# What only tests/extras needs. The tests of the page also need Chromium, which they install where apt-get may.
+EXTRAS_PACKAGES := 'playwright>=1.50'
 # Free space that a first installation takes at its peak, in GB: $(VENV) ends up with 6, the rest are downloads.
 DISK_GB := 10
 FREE_GB = $$(df -Pk "$(VENV)" | awk 'NR == 2 { print int($$4 / 1048576) }')
@@ -37,7 +39,7 @@ QUICK_DATA := datasets/shapes
 QUICK_EXPECTED := [["segm", "AP", 53.0, 12.0], ["segm", "AP50", 78.0, 12.0]]
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-slow test-faults lint format clean install environment install-pinned install-beside-detectron2
+.PHONY: help quickstart test test-fast test-slow test-faults test-extras lint format clean install environment install-pinned install-beside-detectron2
 
 help:
 	@echo 'make quickstart   draw data, train a small SparseInst on the CPU, evaluate it, draw predictions; minutes'
@@ -45,6 +47,7 @@ help:
 	@echo 'make test-fast    run the tests of single functions and layers, in under a minute'
 	@echo 'make test-slow    run the slow tests of it: variants of published models, learning, statistics; minutes'
 	@echo 'make test-faults  run the slow fault tests: broken files, killed processes; most of an hour'
+	@echo 'make test-extras  run the tests that need more packages or a browser, in $(VENV)-extras; minutes'
 	@echo 'make lint         check style and language'
 	@echo 'make format       rewrite the files in the style that make lint checks'
 	@echo 'make clean        remove everything that these commands made, except $(VENV)'
@@ -73,11 +76,11 @@ quickstart: install
 
 test: install
 	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
-		-m 'not slow'
+		-m 'not slow' --ignore=tests/extras
 
 # Those that tests/conftest.py names: variants of what `make test` shows, and what takes long.
 test-slow: install
-	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m slow
+	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m slow --ignore=tests/extras
 
 # Tests of single functions, layers and config files; none trains through a command or starts processes.
 FAST_TESTS := tests/ops tests/structures tests/modeling tests/config tests/test_imports.py tests/test_language.py \
@@ -90,6 +93,14 @@ test-fast: install
 test-faults: install
 	SPARSEINST_FAULTS=full OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -rA -n $(TEST_WORKERS) --dist loadfile \
 		tests/faults
+
+# An environment that sees the packages of $(VENV), and has what only these tests need.
+test-extras: install
+	@[ -x "$(VENV)-extras/bin/python" ] || "$(VENV_PYTHON)" -m venv "$(VENV)-extras"
+	@"$(VENV_PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$("$(VENV)-extras/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@"$(VENV)-extras/bin/python" -m pip install --quiet --disable-pip-version-check $(EXTRAS_PACKAGES)
+	OMP_NUM_THREADS=1 "$(VENV)-extras/bin/python" -m pytest -v -rA tests/extras
 
 lint: install
 	"$(VENV_PYTHON)" -m ruff check .

@@ -203,7 +203,9 @@ function updateAll() {
   else say("No image yet.");
   const numBelow = instances.filter(({ score }) => score < Number(element("threshold").value)).length;
   element("hidden-count").textContent = numBelow ? `${numBelow} more below it` : "";
-  element("threshold-value").textContent = `${Math.round(100 * element("threshold").value)}%`;
+  const least = `${Math.round(100 * element("threshold").value)}%`;
+  element("threshold-value").textContent = least;
+  element("threshold").setAttribute("aria-valuetext", least);
   fillStrip(element("strip"), state, { select, remove, count: (other) => shown(other.prediction.instances).length });
   fillClasses(element("classes"), instances, state.hiddenClasses, Number(element("threshold").value), updateAll);
   element("classes-card").hidden = !instances.length;
