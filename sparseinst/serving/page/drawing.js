@@ -106,7 +106,7 @@ export class Drawing {
     context.textBaseline = "middle";
     for (const instance of instances) {
       const text = `${instance.category_name}  ${Math.round(instance.score * 100)}%`;
-      const width = context.measureText(text).width + size * 1.5;
+      const width = context.measureText(text).width + size * 1.75;
       const [left, top, boxWidth] = instance.bbox.map((side) => side * this.scale);
       const x = clamp(left + boxWidth / 2 - width / 2, 0, this.width - width);
       let y = clamp(top - height - 2 * unit, 0, this.height - height);
@@ -123,10 +123,10 @@ export class Drawing {
       context.fill();
       context.fillStyle = instance.color;
       context.beginPath();
-      context.arc(x + size * 0.75, y + height / 2, size * 0.26, 0, 2 * Math.PI);
+      context.arc(x + size * 0.8, y + height / 2, size * 0.26, 0, 2 * Math.PI);
       context.fill();
       context.fillStyle = "#fff";
-      context.fillText(text, x + size * 1.2, y + height / 2 + size * 0.05);
+      context.fillText(text, x + size * 1.3, y + height / 2 + size * 0.05);
     }
     context.globalAlpha = 1;
   }

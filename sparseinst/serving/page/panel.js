@@ -110,8 +110,10 @@ export function fillMapNumbers(parent, numMaps, chosen, choose) {
   const make = (number) => create("label", {
     className: "switch",
     children: [
-      create("input", { type: "radio", name: "map-number", onchange: () => choose(number) }),
-      create("span", { textContent: `Map ${number + 1}` }),
+      create("input", {
+        type: "radio", name: "map-number", ariaLabel: `Map ${number + 1}`, onchange: () => choose(number),
+      }),
+      create("span", { textContent: number + 1 }),
     ],
   });
   sync(parent, numbers, (number) => number, make, (label, number) => {
