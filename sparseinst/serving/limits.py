@@ -9,7 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.types import Message
 
 # Longest time for which the rest of a refused upload is read and dropped.
-_DRAIN_SECONDS = 2.0
+_DRAIN_SECONDS = 10.0
 
 
 class Limits(NamedTuple):

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 _EXPORTED_SUFFIXES = (".onnx", ".xml", ".engine", ".pt2")
 _MAX_CONNECTIONS = 1000
+# A busy machine may take seconds to read the next request of a connection, which must not be closed before.
+_KEEP_ALIVE_SECONDS = 30
 
 
 def run(args: argparse.Namespace) -> int:

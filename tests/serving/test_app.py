@@ -170,6 +170,10 @@ def test_requests_beyond_the_queue_get_429(predictor):
         for _ in range(5):
             response = client.post("/predict", content=bytes(5_000_000))
             assert "3 requests are waiting" in error_of(response, 429) and response.headers["retry-after"] == "1"
+        # A client that reads the answer only when its upload is sent, as browsers do.
+        large = bytes(20_000_000)
+        with connect(client, request_head(large) + large) as connection:
+            assert b" 429 " in connection.makefile("rb").readline()
         model.gate.set()
         assert [future.result().status_code for future in admitted] == [200] * 3
         assert client.post("/predict", content=data).status_code == 200

@@ -328,8 +328,10 @@ element("camera").addEventListener("click", async () => {
   }
   try {
     showCamera(true);
-    element("shoot").focus();
+    element("shoot").disabled = true;
     await openCamera(video);
+    element("shoot").disabled = false;
+    element("shoot").focus();
   } catch (error) {
     showCamera(false);
     say(error.message);
