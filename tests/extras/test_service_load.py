@@ -48,7 +48,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(weights):
     command = [sys.executable, "-m", "sparseinst", "serve", "--weights", str(weights), "--port", "0"]
-    command += ["--max-waiting", str(WAITING), "--workers", str(WORKERS), "--max-upload-mib", "4"]
+    command += ["--max-waiting", str(WAITING), "--workers", str(WORKERS), "--max-upload-mib", "4", "--timeout", "600"]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
