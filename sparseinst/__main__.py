@@ -33,6 +33,7 @@ COMMANDS = {
     "select": Command("select_classes", "copy a COCO json with some of its classes"),
     "shapes": Command("make_shapes", "draw the data set of the quickstart"),
     "zoo": Command("zoo", "list or download published checkpoints"),
+    "serve": Command("serve", "serve a model: a page for people, POST /predict for programs"),
     "convert": Command("convert_weights", "describe a weights file, or convert it to a Detectron2 checkpoint"),
     "analyze": Command("analyze_model", "count parameters, multiply-adds and activations"),
     "compare": Command("compare_recipes", "train recipes for equal times, and print a table of their AP"),

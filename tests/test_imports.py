@@ -23,6 +23,7 @@ ALLOWED = {
     "evaluation": SHARED | {"data", "runtime", "modeling.meta_arch"},
     "visualization": SHARED | {"data"},
     "inference": SHARED | {"runtime", "checkpoint", "data", "visualization", "modeling.meta_arch"},
+    "serving": SHARED | {"inference", "data", "visualization"},
     "engine": SHARED | {"evaluation", "runtime", "data", "checkpoint", "modeling.meta_arch", "visualization"},
     "benchmarks": SHARED | {"engine", "evaluation", "runtime", "inference", "data", "modeling.meta_arch"},
 }

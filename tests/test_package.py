@@ -84,6 +84,8 @@ def test_wheel_holds_package_and_configs_and_nothing_else(wheel: Path) -> None:
     configs = [path for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".py")]
     assert any(path.suffix == ".yaml" for path in configs)
     expected |= {f"sparseinst/{path.relative_to(ROOT)}" for path in configs}
+    page = ROOT / "sparseinst" / "serving" / "page"
+    expected |= {str(path.relative_to(ROOT)) for path in page.iterdir()}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected
@@ -107,7 +109,7 @@ def test_version_is_written_in_one_place() -> None:
     assert assigned == [ROOT / "sparseinst" / "__init__.py"]
 
 
-@pytest.mark.parametrize("extra", ["", "headless", "timm", "small-data", "dev"])
+@pytest.mark.parametrize("extra", ["", "headless", "timm", "small-data", "serve", "dev"])
 def test_pins_are_within_the_ranges(metadata: Message, extra: str) -> None:
     pins = pinned_versions()
     requirements = required(metadata, extra)
@@ -137,6 +139,7 @@ def test_detectron2_and_opencv_are_not_required(metadata: Message) -> None:
         "benchmark",
         "benchmark_training",
         "benchmark_video",
+        "serve",
     ],
 )
 def test_tools_run_from_another_folder(clean_python: Path, tmp_path: Path, tool: str) -> None:

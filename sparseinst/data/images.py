@@ -151,15 +151,16 @@ def read_16_bit_range(path: str | os.PathLike, max_pixels: int = MAX_IMAGE_PIXEL
 def open_image(path: str | os.PathLike | BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image of FORMATS without decoding it; convert Pillow's errors inside to ImageReadError."""
     in_memory = not isinstance(path, str | os.PathLike)
-    name = "in memory" if in_memory else os.fspath(path)
+    name = "" if in_memory else os.fspath(path)
+    what = "Cannot read the image" if in_memory else f"Cannot read the image {name}"
     try:
         opened = contextlib.nullcontext(path) if in_memory else PathManager.open(name, "rb")
-        # Pillow maps the file of this name into memory, so an image in memory must not have one.
-        with opened as file, _identified(file, "" if in_memory else name) as image:
+        # Pillow maps the file of this name into memory. An image in memory has no name.
+        with opened as file, _identified(file, name) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageTooLargeError(
-                    f"Cannot read the image {name}: its header declares {height} x {width} = {width * height} pixels, "
+                    f"{what}: its header declares {height} x {width} = {width * height} pixels, "
                     f"and INPUT.MAX_IMAGE_PIXELS is {max_pixels}; set it higher if the file is genuine"
                 )
             if "progressive" in image.info:
@@ -170,10 +171,10 @@ def open_image(path: str | os.PathLike | BinaryIO, max_pixels: int) -> Iterator[
     except Image.UnidentifiedImageError as error:
         size = path.seek(0, os.SEEK_END) if in_memory else os.path.getsize(name) if os.path.isfile(name) else None
         reason = f"it is not an image, or of another format than {', '.join(FORMATS)}"
-        raise ImageReadError(f"Cannot read the image {name}: {'the file is empty' if size == 0 else reason}") from error
+        raise ImageReadError(f"{what}: {'the file is empty' if size == 0 else reason}") from error
     except _DECODING_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ImageReadError(f"Cannot read the image {name}: {reason or type(error).__name__}") from error
+        raise ImageReadError(f"{what}: {reason or type(error).__name__}") from error
 
 
 def _identified(file: BinaryIO, name: str) -> Image.Image:

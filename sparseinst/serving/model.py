@@ -1,0 +1,91 @@
+"""Load the model of the service in the background."""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sparseinst.inference import Predictor
+from sparseinst.serving.answers import find_instances
+
+logger = logging.getLogger(__name__)
+
+# The file of a model that cannot be loaded is looked at again after this time.
+_RETRY_SECONDS = 5.0
+
+
+class ServedModel:
+    """A predictor that loads while the service already answers.
+
+    Where loading fails, the reason is logged, and the model is loaded again as soon as its file changes.
+
+    Args:
+        load: builds the predictor.
+        file: the weights, or an exported model.
+
+    Attributes:
+        name: of the file, without its folder.
+        predictor: None while it is not loaded.
+        has_maps: whether the model returns activation maps on request.
+        error: one line that says why it could not be loaded; None while it is loading, and afterwards.
+    """
+
+    def __init__(self, load: Callable[[], Predictor], file: Path) -> None:
+        self.name = file.name
+        self.predictor: Predictor | None = None
+        self.has_maps = False
+        self.error: str | None = None
+        self._load = load
+        self._file = file
+        self._stopped = threading.Event()
+
+    @property
+    def status(self) -> str:
+        """Return "ready", "failed" or "loading"."""
+        return "ready" if self.predictor is not None else "failed" if self.error is not None else "loading"
+
+    def start(self) -> None:
+        """Load in a thread of its own."""
+        threading.Thread(target=self._run, name="load", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the attempts."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while self.predictor is None:
+            stamp = _stamp(self._file)
+            try:
+                predictor = self._load()
+                self.has_maps = _has_maps(predictor)
+                self.predictor, self.error = predictor, None
+                logger.info("The model %s is loaded", self.name)
+            # Weights and configs of a user can raise any error, and the service goes on.
+            except Exception as error:
+                self.error = one_line(error)
+                logger.error("The model cannot be loaded, and is loaded again when its file changes: %s", self.error)
+            while self.predictor is None and _stamp(self._file) == stamp:
+                if self._stopped.wait(_RETRY_SECONDS):
+                    return
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error, with its type where it is not meant for users."""
+    text = " ".join(str(error).split())[:500]
+    return text if isinstance(error, ValueError | ImportError) and text else f"{type(error).__name__}: {text}"
+
+
+def _has_maps(predictor: Predictor) -> bool:
+    """Predict a gray image, which shows errors of the model before the first request, and look for its maps."""
+    return find_instances(predictor, np.full((64, 64, 3), 128, np.uint8), 1.0, with_maps=True).has("pred_iams")
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Return what changes with a file's content; None where the file does not exist."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size

@@ -1,0 +1,124 @@
+"""Start the service, for the command `serve`."""
+
+import argparse
+import contextlib
+import functools
+import ipaddress
+import logging
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+
+from sparseinst.config import load_config
+from sparseinst.inference import Predictor
+
+logger = logging.getLogger(__name__)
+
+# Of the extra `serve`, by the names of their modules.
+_PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+_EXPORTED_SUFFIXES = (".onnx", ".xml", ".engine", ".pt2")
+_MAX_CONNECTIONS = 1000
+# A busy machine may take seconds to read the next request of a connection, which must not be closed before.
+_KEEP_ALIVE_SECONDS = 30
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the service. Return 0 after Ctrl-C, or 2 after a ValueError, ImportError or OSError at the start."""
+    for name in ("fvcore", "detectron2", "sparseinst"):
+        setup_logger(name=name).setLevel(logging.INFO)
+    # It logs a warning for each broken form, which any client can send.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    try:
+        check_arguments(args)
+        missing = [name for name in _PACKAGES if find_spec(name) is None]
+        if missing:
+            raise ImportError(f"sparseinst serve needs {', '.join(missing)}. Install: pip install 'sparseinst[serve]'")
+        load = predictor_loader(args.weights, args.config_file, args.opts)
+        with contextlib.closing(listen(args.host, args.port)) as listener:
+            return serve(args, load, listener)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for a wrong value of a flag."""
+    for flag, value, least in (
+        ("--workers", args.workers, 1),
+        ("--max-waiting", args.max_waiting, 0),
+        ("--port", args.port, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{flag} is {value}; it must be at least {least}")
+    for flag, value in (("--max-upload-mib", args.max_upload_mib), ("--timeout", args.timeout)):
+        if not value > 0:
+            raise ValueError(f"{flag} is {value}; it must be above 0")
+    if args.port > 65535:
+        raise ValueError(f"--port is {args.port}; it must be at most 65535")
+
+
+def predictor_loader(weights: Path, config_file: str | None, opts: Sequence[str]) -> Callable[[], Predictor]:
+    """Return a function that builds the Predictor of a checkpoint or of an exported model.
+
+    The config is read at once, the weights by the function.
+
+    Args:
+        weights: the checkpoint, or the exported model, which needs no config.
+        config_file: None: config.yaml in the checkpoint's folder.
+        opts: KEY VALUE KEY VALUE ...
+
+    Raises:
+        ValueError: there is no config, it is wrong, or it has IMPORTS: the service runs no code of others.
+    """
+    if config_file is None and weights.suffix.lower() in _EXPORTED_SUFFIXES:
+        return functools.partial(Predictor, str(weights), *([list(opts)] if opts else []))
+    if config_file is None:
+        config_file = str(weights.parent / "config.yaml")
+        if not Path(config_file).is_file():
+            raise ValueError(f"There is no {config_file}: name the config of {weights} by --config-file")
+    cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", str(weights)], allow_imports=False)
+    return functools.partial(Predictor, cfg)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raise ValueError where the address or the port cannot be used."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port} cannot be used: {error.strerror or error}") from error
+
+
+def serve(args: argparse.Namespace, load: Callable[[], Predictor], listener: socket.socket) -> int:
+    """Answer requests until Ctrl-C. Return 0."""
+    import uvicorn
+
+    from sparseinst.serving.app import create_app
+    from sparseinst.serving.limits import Limits
+    from sparseinst.serving.model import ServedModel
+
+    host, port = listener.getsockname()[:2]
+    limits = Limits(round(args.max_upload_mib * 2**20), args.max_waiting, args.workers, args.timeout)
+    app = create_app(ServedModel(load, args.weights), limits)
+    if not ipaddress.ip_address(host).is_loopback:
+        logger.warning("Every machine that reaches %s port %d can use this service: it has no password", host, port)
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            proxy_headers=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_graceful_shutdown=5,
+        )  # fmt: skip
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    return 0

@@ -1,0 +1,116 @@
+"""The command serve: its config, its errors, and a service that is started and stopped."""
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+import httpx2  # noqa: E402
+
+from sparseinst.inference import Predictor, read_image  # noqa: E402
+from sparseinst.tools import serve, serve_run  # noqa: E402
+from tests.serving.service import image_bytes, wait_until  # noqa: E402
+from tests.tiny_model import tiny_cfg, tiny_model  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("loggers_as_before")
+OPTS = ("MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0)
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A trained model's folder: weights, config, classes."""
+    (tmp_path / "config.yaml").write_text(tiny_cfg(*OPTS).dump())
+    classes = {"names": ["a", "b", "c"], "category_ids": [1, 5, 9]}
+    torch.save({"model": tiny_model(*OPTS).state_dict(), "classes": classes}, tmp_path / "model_final.pth")
+    return tmp_path / "model_final.pth"
+
+
+def error_of(capsys, *arguments):
+    assert serve.main([*map(str, arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_the_config_of_a_training_is_found(weights):
+    loader = serve_run.predictor_loader(weights, None, ["INPUT.MAX_IMAGE_PIXELS", "5000"])
+    predictor = loader()
+    assert predictor.classes.category_ids == [1, 5, 9] and predictor.max_image_pixels == 5000
+
+
+def test_an_exported_model_needs_no_config(weights):
+    loader = serve_run.predictor_loader(weights.with_suffix(".onnx"), None, [])
+    assert isinstance(loader, functools.partial) and loader.func is Predictor
+    assert loader.args == (str(weights.with_suffix(".onnx")),)
+
+
+def test_code_of_others_is_refused(weights, capsys, tmp_path):
+    marker = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    own = tmp_path / "config.yaml"
+    own.write_text(own.read_text().replace("IMPORTS: []", "IMPORTS: ['evil.py']"))
+    assert "evil.py" in own.read_text()
+    assert "(IMPORTS), which is not allowed here" in error_of(capsys, "--weights", weights)
+    arguments = [
+        "--weights",
+        weights,
+        "--config-file",
+        "quick/shapes.yaml",
+        "--opts",
+        "IMPORTS",
+        f"['{tmp_path}/evil.py']",
+    ]
+    assert "(IMPORTS), which is not allowed here" in error_of(capsys, *arguments)
+    assert not marker.exists()
+
+
+def test_wrong_arguments_are_one_line(weights, capsys, monkeypatch):
+    given = ("--weights", weights)
+    assert "There is no elsewhere/config.yaml: name the config of elsewhere/model.pth by --config-file" in error_of(
+        capsys, "--weights", "elsewhere/model.pth"
+    )
+    assert "--config-file" not in error_of(capsys, *given, "--config-file", "none.yaml")
+    for flag, value in (("--workers", 0), ("--max-waiting", -1), ("--port", 70000), ("--timeout", 0),
+                        ("--max-upload-mib", "nan"), ("--port", -1)):  # fmt: skip
+        assert flag in error_of(capsys, *given, flag, value)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = error_of(capsys, *given, "--port", port)
+        assert f"--host 127.0.0.1 --port {port} cannot be used: " in line
+    assert "cannot be used" in error_of(capsys, *given, "--host", "no host")
+    monkeypatch.setattr(serve_run, "_PACKAGES", ("fastapi", "no_such_package"))
+    assert "needs no_such_package. Install: pip install 'sparseinst[serve]'" in error_of(capsys, *given)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_service_starts_answers_and_stops(weights, stop, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sparseinst", "serve", "--weights", str(weights), "--port", "0"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        lines = iter(process.stdout.readline, "")
+        address = next(line.strip() for line in lines if line.startswith("http://127.0.0.1:"))
+        wait_until(lambda: httpx2.get(f"{address}/healthz").status_code == 200, 60)
+        (tmp_path / "photo.png").write_bytes(image_bytes())
+        answer = httpx2.post(f"{address}/predict?threshold=0", content=image_bytes()).json()
+        cfg = tiny_cfg(*OPTS, "MODEL.WEIGHTS", str(weights))
+        (expected,) = Predictor(cfg)([read_image(tmp_path / "photo.png")], "RGB")
+        assert [instance["score"] for instance in answer["instances"]] == expected.scores.tolist()
+        process.send_signal(stop)
+        rest = "".join(lines)
+        assert process.wait(30) == (0 if stop == signal.SIGINT else -signal.SIGTERM)
+        assert "Traceback" not in rest, rest
+    finally:
+        process.kill()
+        process.wait()
