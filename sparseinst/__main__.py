@@ -33,6 +33,7 @@ COMMANDS = {
     "shapes": Command("make_shapes", "draw the data set of the quickstart"),
     "zoo": Command("zoo", "list or download published checkpoints"),
     "convert": Command("convert_weights", "describe a weights file, or convert it to a Detectron2 checkpoint"),
+    "export": Command("export", "export a model to ONNX, OpenVINO, TensorRT or torch.export, and check the file"),
     "analyze": Command("analyze_model", "count parameters, multiply-adds and activations"),
     "compare": Command("compare_recipes", "train recipes for equal times, and print a table of their AP"),
     "benchmark": Command("benchmark", "time a model stage by stage"),

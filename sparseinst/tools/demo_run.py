@@ -17,7 +17,6 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from sparseinst import config
-from sparseinst.config import load_config
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.data.images import DataError
@@ -37,6 +36,7 @@ from sparseinst.inference.output_files import (
 from sparseinst.inference.pipeline import QUEUE_LENGTH, Interruption, read_ahead, run_stages
 from sparseinst.inference.video import without_password
 from sparseinst.ops.mask_output import MaskMemoryError
+from sparseinst.runtime.exported_model import config_of_run
 from sparseinst.visualization import VideoDrawer, draw_beside, draw_iams, draw_instances
 
 # Images that are read ahead, and that may wait until they are drawn: fewer than frames, because they can be large.
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         setup_logger(name=name).setLevel(logging.INFO)
     try:
         check_arguments(args)
-        cfg = load_config(args.config_file, args.opts, imports=args.imports)
+        cfg = config_of_run(args.config_file, args.opts, args.imports)
         set_model_keys(cfg, args)
         keep_freed_memory_for_inference(cfg)
         return run_video(args, cfg) if args.input is None else run_images(args, cfg)
