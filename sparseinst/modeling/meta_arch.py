@@ -339,7 +339,7 @@ class InstanceSegmenter(nn.Module, ABC):
         Returns:
             ``scores`` (B, n) float32, best first, 0 where there is no detection; ``classes`` (B, n) int64; ``boxes``
             (B, n, 4) float32, x0, y0, x1, y1 in pixels of the padded image; ``masks`` (B, n, *padded_size) uint8, 0 or
-            1. The detections are those of `postprocess`.
+            1. `postprocess` returns the same detections.
 
         Raises:
             ValueError: the model has no such post-processing; the default.

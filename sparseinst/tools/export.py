@@ -1,6 +1,6 @@
 """Export a model: ``python -m sparseinst.tools.export --config-file sparse_inst_r50_giam --format onnx --output DIR``.
 
-The weights are those of MODEL.WEIGHTS. The exported network is compared with the model in eager float32, at sizes and
+MODEL.WEIGHTS names the weights. The exported network is compared with the model in eager float32, at sizes and
 batches that it was not exported with, before the file is put in place. The file holds config, classes and thresholds:
 `Predictor("model.onnx")`, `sparseinst predict` and `sparseinst eval` take it as MODEL.WEIGHTS, without a config file.
 """
