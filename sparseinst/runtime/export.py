@@ -48,6 +48,30 @@ FORMATS = {
 }
 
 
+def check_packages(format: str) -> None:
+    """Check that a format can be written and run here.
+
+    Raises:
+        ImportError: a package is missing.
+        ValueError: TensorRT, and there is no CUDA device.
+    """
+    if format == "tensorrt":
+        from sparseinst.runtime.tensorrt import import_tensorrt
+
+        import_tensorrt()
+    if format == "openvino":
+        import_openvino()
+    if format in ("onnx", "tensorrt"):
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401 (the exporter of PyTorch needs it)
+        except ImportError as error:
+            raise ImportError(
+                f"An export to ONNX needs the packages onnx and onnxscript ({error}). Install them: pip install "
+                "'sparseinst[onnx]'"
+            ) from error
+
+
 class ExportableNetwork(nn.Module):
     """The network of a model as a module whose only input is the images.
 
@@ -200,14 +224,9 @@ def onnx_bytes(program: ExportedProgram, names: list[str], precision: str = "flo
     Raises:
         ImportError: the packages onnx and onnxscript are not installed.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401 (the exporter of PyTorch needs it)
-    except ImportError as error:
-        raise ImportError(
-            f"An export to ONNX needs the packages onnx and onnxscript ({error}). Install them: pip install "
-            "'sparseinst[onnx]'"
-        ) from error
+    check_packages("onnx")
+    import onnx
+
     is_deformable = has_deform_conv(program)
     with torch.no_grad(), _quiet():
         converted = torch.onnx.export(

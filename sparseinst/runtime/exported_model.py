@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList
@@ -186,7 +187,12 @@ def open_network(
         from sparseinst.runtime.tensorrt import TensorRTNetwork
 
         return TensorRTNetwork(path)
-    module = torch.export.load(path).module()
+    try:
+        module = torch.export.load(path).module()
+    # A damaged file raises errors of many classes.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"PyTorch cannot read {path}: {reason}") from error
     return lambda images: in_batches(module, images, metadata.batch)
 
 
@@ -201,6 +207,9 @@ def _check_config(cfg: CfgNode, metadata: ExportMetadata) -> None:
     ]
     if num_classes is not None:
         rows.append((*num_classes, len(metadata.class_names)))
+    maps_key = getattr(config.meta_architecture(cfg), "activation_maps_key", None)
+    if maps_key and config.value(cfg, maps_key):
+        rows.append((maps_key, True, config.value(yaml.safe_load(metadata.config), maps_key)))
     for key, value, exported in rows:
         if value != exported:
             raise ValueError(

@@ -91,8 +91,7 @@ class OpenVINONetwork:
             self._requests.request = self._program.create_infer_request()
         # A copied input (share_inputs=False) corrupts the heap at dynamic sizes.
         results = self._requests.request.infer(images.cpu().contiguous().numpy(), share_inputs=True)
-        # Copied, because the next image overwrites the request's own memory.
-        return {name: torch.from_numpy(results[index].copy()) for index, name in enumerate(self._names)}
+        return {name: torch.from_numpy(results[index]) for index, name in enumerate(self._names)}
 
 
 def read_program(path: str | os.PathLike) -> "openvino.Model":

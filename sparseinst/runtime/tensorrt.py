@@ -8,7 +8,8 @@ import torch
 _MISSING = "TensorRT engines need the package tensorrt and a CUDA device; the package cannot be imported ({})"
 
 
-def _import_tensorrt():
+def import_tensorrt():
+    """Return the module. Raise ImportError where it is missing, ValueError where there is no CUDA device."""
     try:
         import tensorrt
     except ImportError as error:
@@ -29,7 +30,7 @@ def build_engine(onnx_model: bytes, shapes: tuple[tuple[int, ...], ...]) -> byte
         ImportError: TensorRT is not installed.
         ValueError: there is no CUDA device, or TensorRT cannot build the model.
     """
-    tensorrt = _import_tensorrt()
+    tensorrt = import_tensorrt()
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(logger)
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -58,7 +59,7 @@ class TensorRTNetwork:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        tensorrt = _import_tensorrt()
+        tensorrt = import_tensorrt()
         with open(path, "rb") as file:
             self._engine = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR)).deserialize_cuda_engine(file.read())
         if self._engine is None:

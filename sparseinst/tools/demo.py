@@ -22,7 +22,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add_config_arguments(parser, help=f"{CONFIG_HELP}; an exported file (--opts MODEL.WEIGHTS model.onnx) needs none")
+    add_config_arguments(
+        parser,
+        required=False,
+        default="",
+        help=f"{CONFIG_HELP}; an exported file (--opts MODEL.WEIGHTS model.onnx) needs none",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="NAME",
                         help=f"images: files, folders, glob patterns; formats: {', '.join(FORMATS)}")  # fmt: skip

@@ -285,7 +285,7 @@ def check_json(args: argparse.Namespace, cfg: CfgNode, paths: Sequence[Path] = (
 
 
 def _files_read(args: argparse.Namespace, cfg: CfgNode) -> list[str | Path | None]:
-    return [args.video_input, args.ground_truth, args.config_file, cfg.MODEL.WEIGHTS]
+    return [args.video_input, args.ground_truth, args.config_file or None, cfg.MODEL.WEIGHTS]
 
 
 def _exit_code(failures: list[str], is_complete: bool) -> int:

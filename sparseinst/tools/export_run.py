@@ -27,6 +27,7 @@ from sparseinst.runtime.export import (
     FORMATS,
     ExportableNetwork,
     InputRule,
+    check_packages,
     export_program,
     file_writer,
     has_deform_conv,
@@ -88,8 +89,10 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
         OutputError: the file cannot be written.
     """
     target = FORMATS[args.format]
+    # Errors come before the work.
     _check_arguments(args)
-    # Fails here rather than after the export.
+    check_packages(args.format)
+    own_datasets = cfg.DATASETS.TEST
     if args.test_json:
         register_user_datasets(cfg, ("TEST",))
     for note in follow_checkpoint(cfg, cfg.MODEL.WEIGHTS):
@@ -106,7 +109,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
     network = ExportableNetwork(model, args.input == "image", args.end_to_end)
     program = export_program(network, rule.divisibility, size, batch)
     names = _output_names(network, size or usual)
-    metadata = _metadata(cfg, model, classes, args, rule, size, batch)
+    metadata = _metadata(cfg, own_datasets, model, classes, args, rule, size, batch)
     metadata = _with(metadata, outputs=names, has_deform_conv=has_deform_conv(program))
     channels = len(metadata.pixel_mean)
     shapes = [(batch or number, channels, *(size or sides)) for number, sides in
@@ -193,6 +196,7 @@ def _output_names(network: ExportableNetwork, size: tuple[int, int]) -> list[str
 
 def _metadata(
     cfg: CfgNode,
+    own_datasets: tuple[str, ...],
     model: InstanceSegmenter,
     classes: ClassInfo,
     args: argparse.Namespace,
@@ -205,6 +209,7 @@ def _metadata(
     saved.MODEL.WEIGHTS = ""
     for key in ("TEST_JSON", "TEST_IMAGES", "TRAIN_JSON", "TRAIN_IMAGES"):
         saved.DATASETS[key] = ""
+    saved.DATASETS.TEST = own_datasets
     saved.OUTPUT_DIR = "./output"
     if size and rule.fixed_size is None:
         saved.INPUT.FIT_SIZE_TEST = list(size)

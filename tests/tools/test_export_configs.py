@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("loggers_as_before")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = (
     "sparse_inst_r50_giam", "sparse_inst_r50vd_dcn_giam", "sparse_inst_pvt_b1_giam", "sparse_inst_cspdarknet53_giam",
-    "sparse_inst_mobilenetv3_giam", "quick/shapes", "solov2/solov2_light_448_r18_3x", "solo/decoupled_solo_light_r50_3x",
+    "sparse_inst_mobilenetv3_giam", "quick/shapes", "solov2/solov2_light_448_r18_3x",
+    "solo/decoupled_solo_light_r50_3x",
 )  # fmt: skip
 
 
