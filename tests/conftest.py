@@ -34,6 +34,7 @@ SLOW = (
     "test_export.py::test_backbones", "test_host_memory.py::test_freed_memory", "test_numbers.py::test_mixed_precision",
     "test_complexity.py::test_cspdarknet53", "test_complexity.py::test_small_configs",
     "test_threads.py::test_every_engine_returns_each_thread_its_own_answer[openvino",
+    "test_threads.py::test_every_engine_returns_each_thread_its_own_answer[onnxruntime",
     "test_threads.py::test_every_engine_returns_each_thread_its_own_answer[compile",
     "test_export_configs.py::", "test_export.py::test_half_weights", "test_export.py::test_a_file_predicts*torch",
     "test_optimize.py::test_openvino_gives_the_same_numbers_at_any_size[False",
