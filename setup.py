@@ -47,6 +47,8 @@ setup(
         "openvino": ["openvino>=2024.4"],
         # A page, and predictions over HTTP.
         "serve": SERVE,
+        # Export to ONNX; a machine that only runs the files needs onnxruntime alone.
+        "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         # Downloads of published checkpoints.
         "zoo": ["gdown>=6.3,<7", "huggingface_hub>=0.30"],
         # Many images on a cluster; TRACKERS.
@@ -64,6 +66,9 @@ setup(
             "timm>=1.0.26,<2",
             "safetensors>=0.4",
             "openvino>=2024.4",
+            "onnx>=1.18",
+            "onnxscript>=0.5",
+            "onnxruntime>=1.20",
             "faster-coco-eval>=1.8,<2",
             "gdown>=6.3,<7",
             "huggingface_hub>=0.30",

@@ -35,6 +35,7 @@ COMMANDS = {
     "zoo": Command("zoo", "list or download published checkpoints"),
     "serve": Command("serve", "serve a model: a page for people, POST /predict for programs"),
     "convert": Command("convert_weights", "describe a weights file, or convert it to a Detectron2 checkpoint"),
+    "export": Command("export", "export a model to ONNX, OpenVINO, TensorRT or torch.export, and check the file"),
     "analyze": Command("analyze_model", "count parameters, multiply-adds and activations"),
     "compare": Command("compare_recipes", "train recipes for equal times, and print a table of their AP"),
     "benchmark": Command("benchmark", "time a model stage by stage"),

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,6 +69,41 @@ def append_whole(path: str | os.PathLike, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+@contextlib.contextmanager
+def output_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary folder; after the with statement move what it holds into ``folder``, or nothing after an error.
+
+    A file replaces the old file, a folder the old folder as a whole. Where the process is killed between the two moves
+    of a folder, the old one is left with the suffix ``.old``.
+
+    Args:
+        folder: is made where it does not exist.
+
+    Raises:
+        OutputError: something cannot be written or moved.
+    """
+    folder = Path(folder)
+    partial = folder / f".{os.getpid()}{PARTIAL_SUFFIX}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for new in sorted(partial.iterdir()):
+            for file in [path for path in (new, *new.rglob("*")) if path.is_file()]:
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            old, target = folder / f"{new.name}.old", folder / new.name
+            if new.is_dir() and target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(target, old)
+            os.replace(new, target)
+            shutil.rmtree(old, ignore_errors=True)
+        _sync_folder(folder)
+    except OSError as error:
+        raise _output_error(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:

@@ -51,8 +51,13 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
 
     # How the network runs at inference; see sparseinst.runtime.optimize.
     cfg.RUNTIME = CfgNode()
-    # "torch"; "openvino" on a CPU (extra "openvino").
+    # "torch"; "openvino" on a CPU (extra "openvino"); "onnxruntime" (extra "onnx"). Exported files run in the engine of
+    # their format where this is "torch".
     cfg.RUNTIME.ENGINE = "torch"
+    # Threads of OpenVINO and ONNX Runtime for one image. 0: as many as PyTorch has.
+    cfg.RUNTIME.INTRA_OP_THREADS = 0
+    # Execution providers of ONNX Runtime in the order of preference; "CUDAExecutionProvider" needs onnxruntime-gpu.
+    cfg.RUNTIME.PROVIDERS = ["CPUExecutionProvider"]
     # "float32"; "bfloat16" or "float16" autocast.
     cfg.RUNTIME.PRECISION = "float32"
     # Fold norms and neighboring linear layers into convolutions: float32 results change by rounding only.
@@ -136,6 +141,9 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Largest number of consecutive steps that "skip" or the gradient scaler (at a scale of at most 1) may skip.
     cfg.SOLVER.NONFINITE.MAX_SKIPS = 10
 
+    # (height, width): test images are resized to the largest size of their aspect ratio that fits, in place of
+    # MIN_SIZE_TEST and MAX_SIZE_TEST. Empty: off. Exported files of a fixed size set it.
+    cfg.INPUT.FIT_SIZE_TEST = []
     # Image files of more pixels (height times width) are refused before they are decoded.
     cfg.INPUT.MAX_IMAGE_PIXELS = 200_000_000
     # Library that computes AP: "pycocotools", or "faster-coco-eval" (extra "fast-eval"), faster with equal results.

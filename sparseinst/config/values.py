@@ -75,7 +75,8 @@ RANGES: Mapping[str, Range] = {
     "MODEL.OUTPUT.MAX_MASK_GIB": POSITIVE,
     "MODEL.OUTPUT.SCORE_THRESHOLD": FRACTION,
     "MODEL.MIN_BACKBONE_COVERAGE": FRACTION,
-    "RUNTIME.ENGINE": one_of("torch", "openvino"),
+    "RUNTIME.ENGINE": one_of("torch", "openvino", "onnxruntime"),
+    "RUNTIME.INTRA_OP_THREADS": NOT_NEGATIVE,
     "RUNTIME.PRECISION": one_of("float32", "bfloat16", "float16"),
     "INPUT.FORMAT": one_of("RGB", "BGR"),
     "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
@@ -84,6 +85,9 @@ RANGES: Mapping[str, Range] = {
     "INPUT.MAX_SIZE_TRAIN": COUNT,
     "INPUT.MIN_SIZE_TEST": Range(at_least(0).accepts, "at least 0 (0: images keep their size)"),
     "INPUT.MAX_SIZE_TEST": COUNT,
+    "INPUT.FIT_SIZE_TEST": Range(
+        lambda size: len(size) in (0, 2) and all(COUNT.accepts(side) for side in size), "(height, width), or empty: off"
+    ),
     "INPUT.MAX_IMAGE_PIXELS": COUNT,
     "INPUT.RANDOM_FLIP": one_of("none", "horizontal", "vertical"),
     "INPUT.CROP.TYPE": one_of("relative", "relative_range", "absolute", "absolute_range"),

@@ -1,8 +1,11 @@
 """Build the augmentations of training and test; they accept images of one pixel, too."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
+from PIL import Image
 
 from sparseinst.config import check_keys
 
@@ -37,8 +40,28 @@ class RandomCrop(T.RandomCrop):
         return max(1, height), max(1, width)
 
 
+class ResizeToFit(T.Augmentation):
+    """Resize to the largest size with the image's aspect ratio that fits, of at least one pixel a side.
+
+    Args:
+        size: (height, width) in pixels.
+    """
+
+    def __init__(self, size: Sequence[int]) -> None:
+        super().__init__()
+        self.size = tuple(size)
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        height, width = image.shape[:2]
+        scale = min(self.size[0] / height, self.size[1] / width)
+        new_size = [max(1, min(most, round(scale * side))) for side, most in zip((height, width), self.size)]
+        return T.ResizeTransform(height, width, *new_size, Image.BILINEAR)
+
+
 def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """Return the resize of INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST, as Detectron2 does."""
+    """Return the resize of INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST as Detectron2 does, or that of FIT_SIZE_TEST."""
+    if cfg.INPUT.FIT_SIZE_TEST:
+        return [ResizeToFit(cfg.INPUT.FIT_SIZE_TEST)]
     return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
 
 

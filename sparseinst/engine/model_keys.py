@@ -6,6 +6,8 @@ from sparseinst.checkpoint import WeightsFileError
 from sparseinst.checkpoint.resumption import find_checkpoint
 from sparseinst.checkpoint.trained_keys import follow_checkpoint, trained_keys
 from sparseinst.data.model_keys import follow_data
+from sparseinst.runtime.exported_file import is_exported
+from sparseinst.runtime.exported_model import follow_exported
 
 
 def set_model_keys(cfg: CfgNode, *, eval_only: bool, resume: bool) -> list[str]:
@@ -31,6 +33,9 @@ def set_model_keys(cfg: CfgNode, *, eval_only: bool, resume: bool) -> list[str]:
         except WeightsFileError:
             # The checkpointer reports it.
             tried.add(checkpoint)
+    if eval_only and is_exported(cfg.MODEL.WEIGHTS):
+        follow_exported(cfg)
+        return []
     if eval_only:
         return follow_checkpoint(cfg, cfg.MODEL.WEIGHTS)
     return follow_data(cfg, lambda: trained_keys(cfg, cfg.MODEL.WEIGHTS))

@@ -1,10 +1,11 @@
 """Predict instances from the same pixels that the evaluation gives the model."""
 
 import contextlib
+import functools
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,37 @@ from sparseinst.checkpoint.trained_keys import follow_checkpoint
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
+from sparseinst.runtime.exported_file import is_exported
+from sparseinst.runtime.exported_model import exported_config, follow_exported, load_exported
 from sparseinst.runtime.optimize import optimize_as_configured
 from sparseinst.visualization import iam_normalization
 
 logger = logging.getLogger(__name__)
 
 
+def _accept_file(init: Callable) -> Callable:
+    """Let ``__init__`` take the path of an exported file in place of a config."""
+
+    @functools.wraps(init)
+    def wrapper(self, *args, **kwargs) -> None:
+        if args and isinstance(args[0], str | os.PathLike):
+            if not is_exported(args[0]):
+                raise ValueError(
+                    f"Predictor takes a config, or a file of `sparseinst export`; {os.fspath(args[0])!r} is neither. "
+                    "For other weights: Predictor(load_config(CONFIG_FILE, ['MODEL.WEIGHTS', FILE]))"
+                )
+            args = (exported_config(args[0]), *args[1:])
+        init(self, *args, **kwargs)
+
+    return wrapper
+
+
 class Predictor:
     """Predict the instances of images, given as paths or as arrays. Several threads may share one Predictor.
 
     ``Predictor(cfg)`` builds the model and loads ``MODEL.WEIGHTS``; ``Predictor(cfg, model=model)`` uses that model
-    unchanged. Images are read, resized and run one by one (results depend on padding) as by
+    unchanged; ``Predictor("model.onnx")`` runs a file of ``sparseinst export``, in its engine, with its own classes,
+    sizes and thresholds. Images are read, resized and run one by one (results depend on padding) as by
     ``DatasetMapper(cfg, is_train=False)`` and Detectron2's test loader, so predictions equal the evaluation's.
 
     The class names come from the checkpoint's entry "classes", else from ``classes.json`` in its folder, else from the
@@ -58,6 +79,7 @@ class Predictor:
             of classes or lacks tensors of the model.
     """
 
+    @_accept_file
     @configurable
     def __init__(
         self,
@@ -86,13 +108,19 @@ class Predictor:
             # The user's config stays as it is.
             cfg = cfg.clone()
             cfg.defrost()
+        if model is None and is_exported(cfg.MODEL.WEIGHTS):
+            follow_exported(cfg)
+            model = load_exported(cfg)
+            names, ids = model.metadata.class_names, model.metadata.category_ids
+            checkpoint = {"classes": {"names": list(names), "category_ids": list(ids)}}
+        elif model is None:
             for note in follow_checkpoint(cfg, cfg.MODEL.WEIGHTS):
                 logger.info("%s", note)
             model = build_model(cfg)
             model.eval()
             checkpoint = checkpointer_from_config(cfg, model).load(cfg.MODEL.WEIGHTS)
             model = optimize_as_configured(cfg, model)
-        classes = _find_classes(cfg, checkpoint.get("classes"), getattr(model, "class_names", None))
+        classes = find_classes(cfg, checkpoint.get("classes"), getattr(model, "class_names", None))
         return {
             "model": model,
             "augmentations": build_test_augmentations(cfg),
@@ -177,8 +205,17 @@ def _check_array(image: np.ndarray) -> None:
         )
 
 
-def _find_classes(cfg: CfgNode, saved: object, names: Sequence[str] | None) -> ClassInfo:
-    """Find the classes in a checkpoint's entry, else by the names that the model has, else in the data's metadata."""
+def find_classes(cfg: CfgNode, saved: object, names: Sequence[str] | None) -> ClassInfo:
+    """Find the classes of a model; see `Predictor`.
+
+    Args:
+        cfg: MODEL.WEIGHTS and DATASETS are read.
+        saved: the checkpoint's entry "classes"; None where it has none.
+        names: of the classes, where the model has them.
+
+    Raises:
+        ValueError: the entry or classes.json is wrong, or has another number of classes than the model.
+    """
     key, num_classes = config.num_classes(cfg) or (None, None)
     weights = cfg.MODEL.WEIGHTS
     classes_file = Path(weights).parent / "classes.json"

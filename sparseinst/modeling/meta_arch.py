@@ -321,6 +321,31 @@ class InstanceSegmenter(nn.Module, ABC):
     ) -> list[dict]:
         """Turn the network's outputs into one dict with ``instances`` for each image."""
 
+    @property
+    def postprocessing_options(self) -> dict[str, float | int | str]:
+        """Return the thresholds and limits of `postprocess` by name, for exported files; none by default."""
+        return {}
+
+    def dense_detections(
+        self, outputs: dict[str, torch.Tensor], padded_size: tuple[int, int], max_detections: int
+    ) -> dict[str, torch.Tensor]:
+        """Post-process to a fixed number of detections at the network's size, for an export with ``--end-to-end``.
+
+        Args:
+            outputs: what `network` returned for B images.
+            padded_size: of the images.
+            max_detections: n, the detections of each image.
+
+        Returns:
+            ``scores`` (B, n) float32, best first, 0 where there is no detection; ``classes`` (B, n) int64; ``boxes``
+            (B, n, 4) float32, x0, y0, x1, y1 in pixels of the padded image; ``masks`` (B, n, *padded_size) uint8, 0 or
+            1. `postprocess` returns the same detections.
+
+        Raises:
+            ValueError: the model has no such post-processing; the default.
+        """
+        raise ValueError(f"--end-to-end: {type(self).__name__} has no post-processing that can be exported")
+
     def detect_each(
         self,
         detect: Callable[[int, tuple[int, int], tuple[int, int]], Detections],

@@ -129,8 +129,6 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
         (n, 4) float32 (x0, y0, x1, y1) in pixels, x1 and y1 exclusive.
     """
     height, width = masks.shape[-2:]
-    if len(masks) == 0:
-        return masks.new_zeros((0, 4), dtype=torch.float32)
     columns = masks.any(1).to(torch.uint8)
     rows = masks.any(2).to(torch.uint8)
     return torch.stack(

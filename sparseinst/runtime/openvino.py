@@ -1,15 +1,35 @@
 """OpenVINO as the engine of a network on the CPU."""
 
+import os
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
+from sparseinst.runtime.batches import in_batches
 
-class OpenVINONetwork:
-    """Run a network on the CPU in OpenVINO, in float32, for images of any size, one image after the other.
+if TYPE_CHECKING:
+    import openvino
+
+
+def import_openvino() -> "openvino":
+    """Return the module. Raise ImportError, which names the extra, where it cannot be imported."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError(
+            f"RUNTIME.ENGINE openvino needs the package openvino, which cannot be imported ({error}). Install it: "
+            "pip install 'sparseinst[openvino]', or pip install openvino"
+        ) from error
+    return openvino
+
+
+def convert_network(
+    network: Callable[[torch.Tensor], dict[str, torch.Tensor]], example: torch.Tensor
+) -> "openvino.Model":
+    """Trace a network, and convert it to a program of OpenVINO for single images of any size.
 
     Args:
         network: images (B, 3, h, w) to a dict of tensors.
@@ -18,44 +38,75 @@ class OpenVINONetwork:
     Raises:
         ImportError: OpenVINO is not installed.
     """
+    openvino = import_openvino()
+    with torch.no_grad():
+        names = list(network(example))
+        program = openvino.convert_model(
+            _Outputs(network, names),
+            example_input=example,
+            # With a dynamic batch size, OpenVINO 2026.4 returned a single image for graphs with Winograd's gathers.
+            input=[openvino.PartialShape([1, example.shape[1], -1, -1])],
+        )
+    name_outputs(program, names)
+    return program
 
-    def __init__(self, network: Callable[[torch.Tensor], dict[str, torch.Tensor]], example: torch.Tensor) -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise ImportError(
-                f"RUNTIME.ENGINE openvino needs the package openvino, which cannot be imported ({error}). Install it: "
-                "pip install 'sparseinst[openvino]', or pip install openvino"
-            ) from error
-        with torch.no_grad():
-            self._names = list(network(example))
-            program = openvino.convert_model(
-                _Outputs(network, self._names),
-                example_input=example,
-                # With a dynamic batch size, OpenVINO 2026.4 returned a single image for graphs with Winograd's gathers.
-                input=[openvino.PartialShape([1, example.shape[1], -1, -1])],
-            )
+
+def name_outputs(program: "openvino.Model", names: list[str]) -> None:
+    """Give the outputs of a program the names of the network's dict, in place."""
+    for output, name in zip(program.outputs, names, strict=True):
+        output.get_tensor().set_names({name})
+
+
+class OpenVINONetwork:
+    """Run a program on the CPU in OpenVINO, in float32.
+
+    Args:
+        program: with one input, images, whose batch size is fixed or dynamic; its outputs are named.
+        threads: of one image; 0: as many as PyTorch has.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+    """
+
+    def __init__(self, program: "openvino.Model", threads: int = 0) -> None:
         settings = {
             # OpenVINO's default is bfloat16 on processors that have it.
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
         }
-        self._program = openvino.Core().compile_model(program, "CPU", settings)
+        self._names = [output.get_any_name() for output in program.outputs]
+        batch = program.inputs[0].get_partial_shape()[0]
+        self._batch_size = batch.get_length() if batch.is_static else None
+        self._program = import_openvino().Core().compile_model(program, "CPU", settings)
         # One request for each thread: the program's own request would return another thread's answer.
         self._requests = threading.local()
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the network's dict in float32. Threads may call it at the same time."""
+        """Return the network's dict. Threads may call it at the same time."""
+        return in_batches(self._run, images, self._batch_size)
+
+    def _run(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         if not hasattr(self._requests, "request"):
             self._requests.request = self._program.create_infer_request()
-        request = self._requests.request
         # A copied input (share_inputs=False) corrupts the heap at dynamic sizes.
-        results = [request.infer(image.contiguous().numpy(), share_inputs=True) for image in images.split(1)]
-        return {
-            name: torch.from_numpy(np.concatenate([result[index] for result in results]))
-            for index, name in enumerate(self._names)
-        }
+        results = self._requests.request.infer(images.cpu().contiguous().numpy(), share_inputs=True)
+        return {name: torch.from_numpy(results[index]) for index, name in enumerate(self._names)}
+
+
+def read_program(path: str | os.PathLike) -> "openvino.Model":
+    """Read a program from an .xml file with its .bin file, or from an .onnx file.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+        ValueError: the file cannot be read.
+    """
+    openvino = import_openvino()
+    try:
+        return openvino.Core().read_model(os.fspath(path))
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[-300:]
+        raise ValueError(f"OpenVINO cannot read the program {path}: {text}") from error
 
 
 class _Outputs(nn.Module):

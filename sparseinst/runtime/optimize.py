@@ -107,6 +107,8 @@ def optimize_for_inference(
     precision: str = "float32",
     compile: bool = False,
     engine: str = "torch",
+    threads: int = 0,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> nn.Module:
     """Return an optimized copy of the model that makes the same predictions.
 
@@ -123,7 +125,10 @@ def optimize_for_inference(
         compile: run the network through ``torch.compile``, which compiles for the first images' size, and once more for
             all sizes at the first other size. Without a C++ compiler one line in the log says so, and the network runs
             as it is.
-        engine: "torch"; "openvino": OpenVINO on the CPU in float32, compiled once for all sizes.
+        engine: "torch"; "openvino": OpenVINO on the CPU in float32, compiled once for all sizes; "onnxruntime": ONNX
+            Runtime in float32, after an export in memory, which takes seconds.
+        threads: of "openvino" and "onnxruntime" for one image; 0: as many as PyTorch has.
+        providers: of "onnxruntime", in the order of preference.
 
     Raises:
         ValueError: an unknown name, or options that exclude each other.
@@ -145,12 +150,11 @@ def optimize_for_inference(
         if fuse:
             model = _fuse(model, original, example, expected)
     is_plain_cpu = precision == "float32" and model.device.type == "cpu"
-    if winograd and fuse and is_plain_cpu and (channels_last or engine != "torch"):
+    # ONNX Runtime's own convolutions are as fast.
+    if winograd and fuse and is_plain_cpu and (channels_last or engine != "torch") and engine != "onnxruntime":
         use_winograd(model)
-    if engine == "openvino":
-        from sparseinst.runtime.openvino import OpenVINONetwork
-
-        network: Network = OpenVINONetwork(model.network, example)
+    if engine != "torch":
+        network = _engine_network(model, example, engine, threads, providers)
     else:
         network = _torch_network(model, channels_last, PRECISIONS[precision])
     optimized = OptimizedSegmenter(model, network)
@@ -181,7 +185,25 @@ def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
         precision=keys.PRECISION,
         compile=keys.COMPILE,
         engine=keys.ENGINE,
+        threads=keys.INTRA_OP_THREADS,
+        providers=keys.PROVIDERS,
     )
+
+
+def _engine_network(
+    model: InstanceSegmenter, example: torch.Tensor, engine: str, threads: int, providers: Sequence[str]
+) -> Network:
+    # Imported here, because most processes use neither engine.
+    if engine == "openvino":
+        from sparseinst.runtime.openvino import OpenVINONetwork, convert_network
+
+        return OpenVINONetwork(convert_network(model.network, example), threads)
+    from sparseinst.runtime.export import ExportableNetwork, export_program, input_rule, onnx_bytes
+    from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
+
+    rule = input_rule(model)
+    program = export_program(ExportableNetwork(model), rule.divisibility, rule.fixed_size, None)
+    return ONNXRuntimeNetwork(onnx_bytes(program, list(model.network(example))), threads, providers)
 
 
 def _inference_copy(model: InstanceSegmenter) -> InstanceSegmenter:

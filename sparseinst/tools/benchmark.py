@@ -10,6 +10,7 @@ decoding and drawing are not timed.
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ NAMED_SETTINGS = {
     "float16": "PRECISION float16",
     "openvino": "ENGINE openvino",
     "openvino-plain": "ENGINE openvino WINOGRAD False",
+    "onnxruntime": "ENGINE onnxruntime",
 }
 
 
@@ -113,11 +115,11 @@ def run(args: argparse.Namespace) -> dict:
     keep_freed_memory_for_inference(cfg)
     models, augmentations = {}, {}
     for config_file, own_cfg in cfgs.items():
-        for setting, model in build_models(own_cfg, args.compare).items():
+        for setting, (model, model_cfg) in build_models(own_cfg, args.compare).items():
             name = " ".join([Path(config_file).stem] * (len(cfgs) > 1) + [setting] * (len(args.compare) > 1))
             name = name or setting
             models[name] = model
-            augmentations[name] = T.AugmentationList(list(build_test_augmentations(own_cfg)))
+            augmentations[name] = T.AugmentationList(list(build_test_augmentations(model_cfg)))
     found = {"configs": list(cfgs), "machine": machine(cfg), "detections": args.detections, "batches": []}
     sizes = ", ".join(sorted({f"{image.shape[0]}x{image.shape[1]}" for image in images}))
     print(f"{', '.join(cfgs)}, {found['machine']}, {args.detections} objects in each image of {sizes}")
@@ -147,8 +149,10 @@ def run(args: argparse.Namespace) -> dict:
     return found
 
 
-def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, nn.Module]":
-    """Build a model with random weights, and return it with each of the settings, by name.
+def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, tuple[nn.Module, CfgNode]]":
+    """Build a model with random weights, and return it with each of the settings, and its config, by name.
+
+    A setting that names an exported file by its path, or by MODEL.WEIGHTS, runs that file.
 
     Raises:
         ValueError: a setting is unknown, or the model is not an InstanceSegmenter.
@@ -158,6 +162,8 @@ def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, nn.Modul
     from detectron2.modeling import build_model
 
     from sparseinst.benchmarks.settings import apply_setting, check_segmenter
+    from sparseinst.runtime.exported_file import is_exported
+    from sparseinst.runtime.exported_model import follow_exported, load_exported
     from sparseinst.runtime.optimize import optimize_as_configured
 
     torch.manual_seed(0)
@@ -165,10 +171,17 @@ def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, nn.Modul
     check_segmenter(model)
     models = {}
     for setting in settings:
-        name, own_cfg, keys = apply_setting(cfg, setting, NAMED_SETTINGS, RUNTIME)
+        # The name of an exported file stands for itself.
+        own_setting = f"{Path(setting).name}=MODEL.WEIGHTS {shlex.quote(setting)}" if is_exported(setting) else setting
+        name, own_cfg, keys = apply_setting(cfg, own_setting, NAMED_SETTINGS, RUNTIME)
+        if is_exported(own_cfg.MODEL.WEIGHTS):
+            follow_exported(own_cfg)
+            models[name] = load_exported(own_cfg), own_cfg
+            continue
         # Keys outside RUNTIME change the model itself.
         is_other = any(not key.startswith(f"{RUNTIME}.") for key in keys)
-        models[name] = optimize_as_configured(own_cfg, build_model(own_cfg).eval() if is_other else model)
+        plain = build_model(own_cfg).eval() if is_other else model
+        models[name] = optimize_as_configured(own_cfg, plain), own_cfg
     return models
 
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sparseinst.config.arguments import add_config_arguments, add_opts_argument
+from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
 from sparseinst.data.image_formats import FORMATS
 from sparseinst.engine.console import prepare_console
 
@@ -22,7 +22,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add_config_arguments(parser)
+    add_config_arguments(
+        parser,
+        required=False,
+        default="",
+        help=f"{CONFIG_HELP}; an exported file (--opts MODEL.WEIGHTS model.onnx) needs none",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="NAME",
                         help=f"images: files, folders, glob patterns; formats: {', '.join(FORMATS)}")  # fmt: skip

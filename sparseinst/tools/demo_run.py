@@ -16,7 +16,6 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from sparseinst import config
-from sparseinst.config import load_config
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.data.images import DataError
@@ -44,6 +43,7 @@ from sparseinst.inference.pipeline import (
 from sparseinst.inference.timed_predictor import TimedPredictor
 from sparseinst.inference.video import without_password
 from sparseinst.ops.mask_output import MaskMemoryError
+from sparseinst.runtime.exported_model import config_of_run
 from sparseinst.visualization import VideoDrawer, draw_beside, draw_iams, draw_instances
 
 EXIT_INTERRUPTED = 130
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         setup_logger(name=name).setLevel(logging.INFO)
     try:
         check_arguments(args)
-        cfg = load_config(args.config_file, args.opts, imports=args.imports)
+        cfg = config_of_run(args.config_file, args.opts, args.imports)
         set_model_keys(cfg, args)
         keep_freed_memory_for_inference(cfg)
         return run_video(args, cfg) if args.input is None else run_images(args, cfg)
@@ -257,7 +257,7 @@ def check_json(args: argparse.Namespace, cfg: CfgNode, paths: Sequence[Path] = (
 
 
 def _files_read(args: argparse.Namespace, cfg: CfgNode) -> list[str | Path | None]:
-    return [args.video_input, args.ground_truth, args.config_file, cfg.MODEL.WEIGHTS]
+    return [args.video_input, args.ground_truth, args.config_file or None, cfg.MODEL.WEIGHTS]
 
 
 def _exit_code(failures: list[str], is_complete: bool) -> int:

@@ -115,7 +115,7 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     from detectron2.utils import comm
 
     from sparseinst.checkpoint import check_weights_file
-    from sparseinst.config import load_config, resolve_config_file
+    from sparseinst.config import resolve_config_file
     from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
     from sparseinst.data.evaluation_data import choose_evaluation_data
     from sparseinst.data.recipes import choose_recipe
@@ -124,6 +124,7 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     from sparseinst.engine.processes import check_device
     from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
     from sparseinst.evaluation import check_test_config
+    from sparseinst.runtime.exported_model import config_of_run
 
     recipe_notes = []
     if args.recipe:
@@ -131,15 +132,16 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
             raise ValueError("--recipe and --config-file are both given: leave one out")
         args.config_file, note = choose_recipe(args.recipe, args.train_json)
         recipe_notes.append(note)
-    if not args.config_file:
+    if args.config_file:
+        args.config_file = resolve_config_file(args.config_file)
+    elif not args.eval_only:
         raise ValueError(
             "--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam; or --recipe auto"
         )
-    args.config_file = resolve_config_file(args.config_file)
     flags = {name: repr(getattr(args, name)) for name in DATA_FLAGS if getattr(args, name)}
     flags |= {} if args.val_share is None else {"val_share": repr(args.val_share)}
     opts = [part for name, value in flags.items() for part in (f"DATASETS.{name.upper()}", value)]
-    cfg = load_config(args.config_file, [*args.opts, *opts], imports=args.imports)
+    cfg = config_of_run(args.config_file, [*args.opts, *opts], args.imports)
     check_device(cfg.MODEL.DEVICE)
     warnings = choose_evaluation_data(cfg)
     # In every process, because the processes that launch() spawns do not inherit registered data sets.
@@ -171,14 +173,18 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
 
 
 def load_model(cfg: "CfgNode", resume: bool) -> "nn.Module":
-    """Return the trained model, optimized as RUNTIME says."""
+    """Return the trained model, optimized as RUNTIME says, or the exported file that MODEL.WEIGHTS names."""
     from detectron2.modeling import build_model
 
     from sparseinst.checkpoint import checkpointer_from_config
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
+    from sparseinst.runtime.exported_file import is_exported
+    from sparseinst.runtime.exported_model import load_exported
     from sparseinst.runtime.optimize import optimize_as_configured
 
     keep_freed_memory_for_inference(cfg)
+    if is_exported(cfg.MODEL.WEIGHTS):
+        return load_exported(cfg)
     model = build_model(cfg).eval()
     checkpointer_from_config(cfg, model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return optimize_as_configured(cfg, model)

@@ -45,15 +45,16 @@ def in_threads(work):
         raise errors[0]
 
 
-@pytest.mark.parametrize("engine", ["torch", "optimized", "bfloat16", "compile", "openvino"])
+@pytest.mark.parametrize("engine", ["torch", "optimized", "bfloat16", "compile", "openvino", "onnxruntime"])
 def test_every_engine_returns_each_thread_its_own_answer(engine, monkeypatch, quick_switches):
-    if engine == "openvino":
-        pytest.importorskip("openvino", reason="the package openvino (extra 'openvino') is not installed")
+    for package in {"openvino": ["openvino"], "onnxruntime": ["onnxscript", "onnxruntime"]}.get(engine, []):
+        pytest.importorskip(package, reason=f"the package {package} is not installed")
     model = tiny_model()
     real_compile = torch.compile
     # Inductor would take a minute.
     monkeypatch.setattr(compiling.torch, "compile", lambda network, **kwargs: real_compile(network, backend="eager"))
-    options = {"openvino": {"engine": "openvino"}, "compile": {"compile": True}, "bfloat16": {"precision": "bfloat16"}}
+    engines = {name: {"engine": name} for name in ("openvino", "onnxruntime")}
+    options = {**engines, "compile": {"compile": True}, "bfloat16": {"precision": "bfloat16"}}
     runner = model if engine == "torch" else optimize_for_inference(model, **options.get(engine, {}))
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(1, 3, *SIZES[index % len(SIZES)], generator=generator) for index in range(8)]

@@ -207,6 +207,12 @@ class SOLO(InstanceSegmenter):
         with no_autocast(self.device):
             return [{"instances": found} for found, _ in self.detect_each(detect_image, batched_inputs, images)]
 
+    @property
+    def postprocessing_options(self) -> dict[str, float | int | str]:
+        """Return thresholds and limits; see the base class."""
+        # "score_threshold" is that of candidates.
+        return {**self.detection._asdict(), "final_score_threshold": self.output.score_threshold}
+
     def example_outputs(
         self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from sparseinst.modeling.sparse_inst.criterion import build_sparse_inst_criterio
 from sparseinst.modeling.sparse_inst.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.sparse_inst.encoder import build_sparse_inst_encoder
 from sparseinst.modeling.sparse_inst.example_outputs import draw_outputs
-from sparseinst.modeling.sparse_inst.postprocessing import detect
+from sparseinst.modeling.sparse_inst.postprocessing import dense_detections, detect
 from sparseinst.modeling.sparse_inst.target_check import target_check
 from sparseinst.ops.losses import masks_on_grid
 from sparseinst.structures.detections import Detections
@@ -222,6 +222,28 @@ class SparseInst(InstanceSegmenter):
                 instances.pred_iams = iams.transpose(0, 1)[..., :rows, :columns]
             results.append({"instances": instances})
         return results
+
+    @property
+    def postprocessing_options(self) -> dict[str, float | int | str]:
+        """Return thresholds and limits; see the base class."""
+        names = ("cls_threshold", "mask_threshold", "max_detections", "mask_nms_threshold")
+        return {**{name: getattr(self, name) for name in names}, "score_threshold": self.output.score_threshold}
+
+    def dense_detections(
+        self, outputs: dict[str, torch.Tensor], padded_size: tuple[int, int], max_detections: int
+    ) -> dict[str, torch.Tensor]:
+        """Return a fixed number of detections; see the base class."""
+        return dense_detections(
+            outputs["pred_logits"],
+            outputs["pred_scores"][..., 0],
+            outputs["pred_masks"],
+            padded_size=padded_size,
+            cls_threshold=self.cls_threshold,
+            mask_threshold=self.mask_threshold,
+            max_detections=min(max_detections, self.max_detections),
+            mask_nms_threshold=self.mask_nms_threshold,
+            score_threshold=self.output.score_threshold,
+        )
 
     def example_outputs(
         self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator

@@ -1,9 +1,10 @@
 """From the decoder's outputs to the detections of one image. Letters: sparseinst.structures."""
 
 import torch
+from torch.nn import functional as F
 
 from sparseinst.ops.mask_output import output_masks
-from sparseinst.ops.masks import mask_nms, maskness
+from sparseinst.ops.masks import mask_nms, maskness, masks_to_boxes
 from sparseinst.structures.detections import Detections
 
 
@@ -11,11 +12,11 @@ def class_scores(class_logits: torch.Tensor, objectness_logits: torch.Tensor) ->
     """Return the best class of each prediction and its score: sqrt(p(class) * p(objectness)) (paper, section 3.5).
 
     Args:
-        class_logits: (N, K).
-        objectness_logits: (N,).
+        class_logits: (..., N, K).
+        objectness_logits: (..., N).
 
     Returns:
-        scores (N,) float32 in [0, 1], classes (N,) int64.
+        scores (..., N) float32 in [0, 1], classes (..., N) int64.
     """
     class_probs, classes = class_logits.float().sigmoid().max(-1)
     return (class_probs * objectness_logits.float().sigmoid()).sqrt(), classes
@@ -82,3 +83,63 @@ def detect(
     if len(found) < len(scores):
         scores, prediction_idx = scores[found], prediction_idx[found]
     return Detections(boxes, scores, classes[prediction_idx], masks, prediction_idx)
+
+
+def dense_detections(
+    class_logits: torch.Tensor,
+    objectness_logits: torch.Tensor,
+    mask_logits: torch.Tensor,
+    *,
+    padded_size: tuple[int, int],
+    cls_threshold: float,
+    mask_threshold: float,
+    max_detections: int,
+    mask_nms_threshold: float = 0.0,
+    score_threshold: float = 0.0,
+) -> dict[str, torch.Tensor]:
+    """Do what `detect` does, for B images whose output has the padded size, with shapes that do not depend on the data.
+
+    Args:
+        class_logits: (B, N, K).
+        objectness_logits: (B, N).
+        mask_logits: (B, N, Hm, Wm).
+        padded_size: size of the masks that are returned.
+        cls_threshold, mask_threshold, max_detections, mask_nms_threshold, score_threshold: as in `detect`.
+
+    Returns:
+        The dict of `InstanceSegmenter.dense_detections`, with n the smaller one of N and ``max_detections``.
+    """
+    scores, classes = class_scores(class_logits, objectness_logits)
+    mask_probs = mask_logits.float().sigmoid()
+    rescored = scores * maskness(mask_probs.flatten(0, 1), mask_threshold).view_as(scores)
+    is_kept = (scores > cls_threshold) & (rescored > score_threshold)
+    scores, order = torch.where(is_kept, rescored, 0.0).sort(descending=True, stable=True)
+    if mask_nms_threshold > 0:
+        flat = (_chosen(mask_probs, order) > mask_threshold).float().flatten(2)
+        intersections = flat @ flat.transpose(1, 2)
+        areas = flat.sum(2)
+        overlaps = intersections > mask_nms_threshold * (areas[:, :, None] + areas[:, None, :] - intersections)
+        chosen_classes = classes.gather(1, order)
+        overlaps = overlaps & (chosen_classes[:, :, None] == chosen_classes[:, None, :])
+        # What the best remaining masks suppress, one mask after the other.
+        remains = torch.ones_like(overlaps[:, 0])
+        for index in range(scores.shape[1] - 1):
+            suppressed = overlaps[:, index, index + 1 :] & remains[:, index : index + 1]
+            remains = torch.cat([remains[:, : index + 1], remains[:, index + 1 :] & ~suppressed], dim=1)
+        scores, second_order = (scores * remains).sort(descending=True, stable=True)
+        order = order.gather(1, second_order)
+    scores, order = scores[:, :max_detections], order[:, :max_detections]
+    resized = F.interpolate(_chosen(mask_probs, order), size=padded_size, mode="bilinear", align_corners=False)
+    masks = resized > mask_threshold
+    boxes = masks_to_boxes(masks.flatten(0, 1)).unflatten(0, scores.shape)
+    return {
+        "scores": scores * masks.flatten(2).any(2),
+        "classes": classes.gather(1, order),
+        "boxes": boxes,
+        "masks": masks.to(torch.uint8),
+    }
+
+
+def _chosen(masks: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the masks (B, n, Hm, Wm) of the indices (B, n) among (B, N, Hm, Wm)."""
+    return masks.gather(1, indices[:, :, None, None].expand(-1, -1, *masks.shape[2:]))

@@ -1,0 +1,169 @@
+"""What an exported file says about itself, in JSON, in each format's own place for metadata."""
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sparseinst.runtime.openvino import read_program
+
+# Engines by the ending of the file.
+ENGINES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch", ".engine": "tensorrt"}
+# Key of the JSON in the file's metadata.
+METADATA_KEY = "sparseinst"
+# Field numbers of ONNX's ModelProto and StringStringEntryProto (onnx.proto).
+_METADATA_PROPS, _KEY, _VALUE = 14, 1, 2
+# Wire types of protobuf: 64-bit, length-delimited, 32-bit.
+_FIXED_BYTES, _DELIMITED = {1: 8, 5: 4}, 2
+_MAX_METADATA_BYTES = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportMetadata:
+    """Everything besides the network that predictions need, and where the file comes from.
+
+    Attributes:
+        meta_architecture: MODEL.META_ARCHITECTURE.
+        config: the whole config as YAML, without MODEL.WEIGHTS.
+        class_names: of the classes, in the order of the class logits.
+        category_ids: of the data set, one for each class.
+        input: "normalized": float32 images, normalized and padded by zeros; "image": uint8 images in [0, 255], padded
+            by the rounded mean.
+        channel_order: "RGB" or "BGR".
+        pixel_mean, pixel_std: per channel, in [0, 255].
+        size_divisibility: the sides of the padded images are multiples of this.
+        size: (height, width) of the padded images; None: dynamic.
+        batch: images in a batch; None: dynamic.
+        short_side, long_side: images are resized to this short side, or to a smaller one where the long side would be
+            larger than this; pixels. With ``size`` they are resized to the largest size that fits.
+        outputs: names of the network's outputs.
+        postprocessing: thresholds and limits of the model's post-processing by name.
+        max_detections: with ``--end-to-end``, detections in the outputs; 0: the outputs are the network's.
+        precision: "float32", or "float16": the file holds weights in float16.
+        has_deform_conv: whether the network has deformable convolutions.
+        weights_sha256: of the model's tensors.
+        version: of this package.
+        self_check: largest difference from the model in eager float32 over the largest value, by output; "bound", the
+            largest difference that is allowed.
+    """
+
+    meta_architecture: str
+    config: str
+    class_names: Sequence[str]
+    category_ids: Sequence[int]
+    input: str
+    channel_order: str
+    pixel_mean: Sequence[float]
+    pixel_std: Sequence[float]
+    size_divisibility: int
+    size: Sequence[int] | None
+    batch: int | None
+    short_side: int
+    long_side: int
+    outputs: Sequence[str]
+    postprocessing: dict[str, Any]
+    max_detections: int
+    precision: str
+    has_deform_conv: bool
+    weights_sha256: str
+    version: str
+    self_check: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the JSON that `read_metadata` reads."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def is_exported(weights: str | os.PathLike) -> bool:
+    """Return whether MODEL.WEIGHTS names an exported file, by its ending."""
+    return Path(weights).suffix in ENGINES
+
+
+def read_metadata(path: str | os.PathLike) -> ExportMetadata:
+    """Read the metadata of an exported file.
+
+    Raises:
+        ValueError: the file does not exist or cannot be read, or `sparseinst export` did not write it.
+        ImportError: OpenVINO's format, and OpenVINO is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"MODEL.WEIGHTS names {str(path)!r}, and there is no such file")
+    try:
+        text = _READERS[path.suffix](path)
+    except (OSError, EOFError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
+    foreign = f"{path} has no metadata of `sparseinst export`: export the model again by that command"
+    if text is None:
+        raise ValueError(foreign)
+    try:
+        metadata = ExportMetadata(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{foreign} of this version ({error})") from error
+    return metadata
+
+
+def _read_onnx(path: Path) -> str | None:
+    """Return the entry of ONNX's metadata_props, without the package onnx, and without reading the weights."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        while file.tell() < size:
+            number, length = _read_field(file)
+            if number != _METADATA_PROPS or length > _MAX_METADATA_BYTES:
+                file.seek(length, os.SEEK_CUR)
+                continue
+            end, entry = file.tell() + length, {}
+            while file.tell() < end:
+                inner, inner_length = _read_field(file)
+                entry[inner] = file.read(inner_length)
+            if entry.get(_KEY) == METADATA_KEY.encode():
+                return entry.get(_VALUE, b"").decode()
+    return None
+
+
+def _read_field(file: BinaryIO) -> tuple[int, int]:
+    """Read a protobuf field's key; return its number and the bytes that follow, 0 for a number, which is read."""
+    key = _read_varint(file)
+    number, wire_type = key >> 3, key & 7
+    if wire_type == _DELIMITED:
+        return number, _read_varint(file)
+    if wire_type == 0:
+        _read_varint(file)
+        return number, 0
+    if wire_type not in _FIXED_BYTES:
+        raise KeyError("it is not an ONNX file")
+    return number, _FIXED_BYTES[wire_type]
+
+
+def _read_varint(file: BinaryIO) -> int:
+    value = shift = 0
+    while True:
+        byte = file.read(1)
+        if not byte or shift > 63:
+            raise EOFError("it is not an ONNX file, or it is cut off")
+        value |= (byte[0] & 0x7F) << shift
+        shift += 7
+        if byte[0] < 0x80:
+            return value
+
+
+def _read_openvino(path: Path) -> str | None:
+    program = read_program(path)
+    return program.get_rt_info(METADATA_KEY).astype(str) if program.has_rt_info(METADATA_KEY) else None
+
+
+def _read_torch(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(f"extra/{METADATA_KEY}")]
+        return archive.read(names[0]).decode() if names else None
+
+
+def _read_tensorrt(path: Path) -> str | None:
+    beside = path.with_name(f"{path.name}.json")
+    return beside.read_text(encoding="utf-8") if beside.is_file() else None
+
+
+_READERS = {".onnx": _read_onnx, ".xml": _read_openvino, ".pt2": _read_torch, ".engine": _read_tensorrt}

@@ -1,0 +1,218 @@
+"""Run an exported file as the model that it was made from: `load_exported`."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import ImageList
+from torch.nn import functional as F
+
+from sparseinst import config
+from sparseinst.config import load_config
+from sparseinst.modeling.meta_arch import InstanceSegmenter, Network
+from sparseinst.runtime.batches import in_batches
+from sparseinst.runtime.exported_file import ENGINES, ExportMetadata, is_exported, read_metadata
+from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
+from sparseinst.runtime.openvino import OpenVINONetwork, read_program
+from sparseinst.runtime.optimize import OptimizedSegmenter
+
+logger = logging.getLogger(__name__)
+
+
+class ExportedSegmenter(OptimizedSegmenter):
+    """Run an exported network between the pre- and post-processing of its model.
+
+    Args:
+        model: preprocesses and postprocesses; its weights are not used.
+        network: images as the file takes them to the network's dict.
+        metadata: of the file.
+    """
+
+    def __init__(self, model: InstanceSegmenter, network: Network, metadata: ExportMetadata) -> None:
+        super().__init__(model, network)
+        self.metadata = metadata
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Return the names of the classes that the network predicts."""
+        return self.metadata.class_names
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalize and pad as the model does, then as the file asks for: to a fixed size, or back to uint8.
+
+        Raises:
+            ValueError: an image is larger than the file's fixed size.
+        """
+        images = self.model.preprocess(batched_inputs)
+        tensor = images.tensor
+        if self.metadata.size is not None:
+            missing = [size - side for size, side in zip(self.metadata.size, tensor.shape[-2:])]
+            if min(missing) < 0:
+                raise ValueError(
+                    f"An image is {tuple(images.image_sizes[0])} pixels after the resize, and the exported file takes "
+                    f"{tuple(self.metadata.size)}: set INPUT.FIT_SIZE_TEST to that size"
+                )
+            tensor = F.pad(tensor, (0, missing[1], 0, missing[0]))
+        if self.metadata.input == "image":
+            # Exact for pixels. The padding becomes the mean, rounded.
+            tensor = (tensor * self.model.pixel_std + self.model.pixel_mean).round().clamp(0, 255).to(torch.uint8)
+        return ImageList(tensor, images.image_sizes)
+
+
+def config_of_run(config_file: str, opts: Sequence[str], imports: Sequence[str] = ()) -> CfgNode:
+    """Load the config of a command; without a config file, that of the exported file that MODEL.WEIGHTS names.
+
+    Args:
+        config_file: as of `load_config`; or "".
+        opts: KEY VALUE overrides.
+        imports: as of `load_config`.
+
+    Raises:
+        ValueError: as `load_config` and `exported_config`; or neither a config file nor an exported file is given.
+    """
+    weights = dict(zip(opts[::2], opts[1::2])).get("MODEL.WEIGHTS", "")
+    if config_file:
+        return load_config(config_file, opts, imports=imports)
+    if not is_exported(weights):
+        raise ValueError(
+            "--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam. Only an exported file "
+            "(MODEL.WEIGHTS model.onnx) needs none"
+        )
+    return exported_config(weights, opts)
+
+
+def exported_config(path: str | os.PathLike, opts: Sequence[str] = ()) -> CfgNode:
+    """Return the config that an exported file holds, with MODEL.WEIGHTS naming the file.
+
+    Args:
+        path: of the file.
+        opts: KEY VALUE overrides.
+
+    Raises:
+        ValueError: the file cannot be read; its config is not valid here; or it has IMPORTS, whose code a file from
+            elsewhere must not run: pass the config file besides.
+    """
+    metadata = read_metadata(path)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{Path(path).name}.yaml"
+        file.write_text(metadata.config, encoding="utf-8")
+        try:
+            return load_config(str(file), [*opts, "MODEL.WEIGHTS", os.fspath(path)], allow_imports=False)
+        except ValueError as error:
+            raise ValueError(f"{str(error).replace(str(file), str(path))}. Pass your own config file too") from error
+
+
+def follow_exported(cfg: CfgNode) -> None:
+    """Resize test images to the fixed size of the exported file that MODEL.WEIGHTS names, in place.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    metadata = read_metadata(cfg.MODEL.WEIGHTS)
+    # Models whose own preprocessing makes the size have no divisibility.
+    if metadata.size and metadata.size_divisibility:
+        cfg.INPUT.FIT_SIZE_TEST = list(metadata.size)
+
+
+def load_exported(cfg: CfgNode) -> ExportedSegmenter:
+    """Return the model that runs the exported file of MODEL.WEIGHTS with the config's pre- and post-processing.
+
+    Args:
+        cfg: of `exported_config`, or the user's own after `follow_exported`; not changed. RUNTIME.ENGINE,
+            INTRA_OP_THREADS and PROVIDERS choose the engine.
+
+    Raises:
+        ValueError: the file cannot be read or run, or the config is of another model.
+        ImportError: the engine's package is not installed.
+    """
+    path = cfg.MODEL.WEIGHTS
+    metadata = read_metadata(path)
+    if metadata.max_detections:
+        raise ValueError(
+            f"{path} was exported with --end-to-end, for runtimes without Python. Export it without that flag to run "
+            "it here"
+        )
+    _check_config(cfg, metadata)
+    # No weights are loaded into the model, and its parameters are freed: the rest of it is small.
+    skeleton_cfg = cfg.clone()
+    skeleton_cfg.defrost()
+    skeleton_cfg.MODEL.WEIGHTS = ""
+    skeleton_cfg.MODEL.DEVICE = "cuda" if ENGINES[Path(path).suffix] == "tensorrt" else "cpu"
+    model = build_model(skeleton_cfg).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.new_empty(0)
+    network = open_network(path, metadata, cfg.RUNTIME.ENGINE, cfg.RUNTIME.INTRA_OP_THREADS, cfg.RUNTIME.PROVIDERS)
+    logger.info("%s: %s, exported by version %s", path, metadata.meta_architecture, metadata.version)
+    return ExportedSegmenter(model, network, metadata)
+
+
+def open_network(
+    path: str | os.PathLike, metadata: ExportMetadata, engine: str, threads: int, providers: Sequence[str]
+) -> Network:
+    """Open the network of an exported file in its engine.
+
+    Args:
+        path: of the file.
+        metadata: of the file.
+        engine: "torch": the one of the file's format; "openvino" also reads ONNX.
+        threads: of one image; 0: as many as PyTorch has.
+        providers: of ONNX Runtime.
+
+    Raises:
+        ValueError: the engine does not read the file.
+        ImportError: the engine's package is not installed.
+    """
+    suffix = Path(path).suffix
+    own = ENGINES[suffix]
+    engine = own if engine == "torch" else engine
+    if engine != own and (engine, suffix) != ("openvino", ".onnx"):
+        raise ValueError(f"RUNTIME.ENGINE {engine} does not read {path}; leave it out: {suffix} files run in {own}")
+    if engine == "onnxruntime":
+        return ONNXRuntimeNetwork(path, threads, providers)
+    if engine == "openvino":
+        if suffix == ".onnx" and metadata.has_deform_conv:
+            # It would end the process.
+            raise ValueError(
+                f"OpenVINO cannot read the deformable convolutions of {path}: export with --format openvino, or leave "
+                "RUNTIME.ENGINE out"
+            )
+        return OpenVINONetwork(read_program(path), threads)
+    if engine == "tensorrt":
+        from sparseinst.runtime.tensorrt import TensorRTNetwork
+
+        return TensorRTNetwork(path)
+    try:
+        module = torch.export.load(path).module()
+    # A damaged file raises errors of many classes.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"PyTorch cannot read {path}: {reason}") from error
+    return lambda images: in_batches(module, images, metadata.batch)
+
+
+def _check_config(cfg: CfgNode, metadata: ExportMetadata) -> None:
+    """Raise ValueError where a config is of another network."""
+    num_classes = config.num_classes(cfg)
+    rows = [
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, metadata.meta_architecture),
+        ("INPUT.FORMAT", cfg.INPUT.FORMAT, metadata.channel_order),
+        ("MODEL.PIXEL_MEAN", list(cfg.MODEL.PIXEL_MEAN), list(metadata.pixel_mean)),
+        ("MODEL.PIXEL_STD", list(cfg.MODEL.PIXEL_STD), list(metadata.pixel_std)),
+    ]
+    if num_classes is not None:
+        rows.append((*num_classes, len(metadata.class_names)))
+    maps_key = getattr(config.meta_architecture(cfg), "activation_maps_key", None)
+    if maps_key and config.value(cfg, maps_key):
+        rows.append((maps_key, True, config.value(yaml.safe_load(metadata.config), maps_key)))
+    for key, value, exported in rows:
+        if value != exported:
+            raise ValueError(
+                f"{key} is {value}, and the network in {cfg.MODEL.WEIGHTS} was exported with {exported}: leave the "
+                "config file out, or give the one that was exported"
+            )

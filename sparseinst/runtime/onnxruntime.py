@@ -1,0 +1,65 @@
+"""ONNX Runtime as the engine of a network, on the CPU or on a GPU."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from sparseinst.runtime.batches import in_batches
+
+CPU_PROVIDER = "CPUExecutionProvider"
+
+
+class ONNXRuntimeNetwork:
+    """Run an ONNX model in ONNX Runtime.
+
+    Args:
+        model: path of the file, or its bytes; one input, images.
+        threads: of one image on the CPU; 0: as many as PyTorch has.
+        providers: execution providers in the order of preference, such as "CUDAExecutionProvider".
+
+    Raises:
+        ImportError: ONNX Runtime is not installed.
+        ValueError: a provider is not available, or the model cannot be read.
+    """
+
+    def __init__(
+        self, model: str | os.PathLike | bytes, threads: int = 0, providers: Sequence[str] = (CPU_PROVIDER,)
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(
+                f"ONNX models need the package onnxruntime, which cannot be imported ({error}). Install it: "
+                "pip install 'sparseinst[onnx]', or pip install onnxruntime"
+            ) from error
+        available = onnxruntime.get_available_providers()
+        missing = [provider for provider in providers if provider not in available]
+        if missing or not providers:
+            raise ValueError(
+                f"RUNTIME.PROVIDERS is {list(providers)}; this onnxruntime has {', '.join(available)} "
+                "(pip install onnxruntime-gpu has CUDA's)"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        # Errors only: it warns of constants that it leaves on the CPU.
+        options.log_severity_level = 3
+        source = model if isinstance(model, bytes) else os.fspath(model)
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=list(providers))
+        # Its own errors have no common class besides RuntimeError, and those of protobuf are not among them.
+        except Exception as error:
+            name = "the model" if isinstance(model, bytes) else source
+            raise ValueError(f"ONNX Runtime cannot read {name}: {' '.join(str(error).split())[:300]}") from error
+        (images,) = self._session.get_inputs()
+        self._input_name = images.name
+        self._batch_size = images.shape[0] if isinstance(images.shape[0], int) else None
+        self._names = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the network's dict, on the CPU. Threads may call it at the same time."""
+        return in_batches(self._run, images, self._batch_size)
+
+    def _run(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        results = self._session.run(None, {self._input_name: images.cpu().contiguous().numpy()})
+        return {name: torch.from_numpy(result) for name, result in zip(self._names, results)}

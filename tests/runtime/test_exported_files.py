@@ -1,0 +1,205 @@
+"""Batches, self-check, metadata and damaged files, without a single export."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+
+from sparseinst import load_config
+from sparseinst.checkpoint.atomic_write import OutputError, output_folder
+from sparseinst.data.augmentations import ResizeToFit
+from sparseinst.inference import Predictor
+from sparseinst.runtime import exported_model
+from sparseinst.runtime.batches import in_batches
+from sparseinst.runtime.export import ExportableNetwork, InputRule, input_rule
+from sparseinst.runtime.exported_file import ExportMetadata, is_exported, read_metadata
+from sparseinst.runtime.exported_model import config_of_run, exported_config, load_exported
+from sparseinst.runtime.self_check import SelfCheckError, check_differences, check_shapes, differences
+from tests.tiny_model import NUM_CLASSES, random_input, tiny_cfg, tiny_model
+
+METADATA = ExportMetadata(
+    meta_architecture="SparseInst", config=tiny_cfg().dump(), class_names=["a", "b", "c"], category_ids=[1, 5, 7],
+    input="normalized", channel_order="RGB", pixel_mean=list(tiny_cfg().MODEL.PIXEL_MEAN),
+    pixel_std=list(tiny_cfg().MODEL.PIXEL_STD), size_divisibility=32, size=None, batch=None, short_side=64,
+    long_side=1333, outputs=["pred_logits"], postprocessing={}, max_detections=0, precision="float32",
+    has_deform_conv=False, weights_sha256="0", version="0",
+)  # fmt: skip
+
+
+def field(number, content: bytes) -> bytes:
+    """A length-delimited field of protobuf with a short number."""
+    return bytes([number << 3 | 2]) + varint(len(content)) + content
+
+
+def varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+
+def onnx_file(path, text=None, **changes):
+    """Write what an ONNX file begins and ends with; its graph is 300 zeros."""
+    text = dataclasses.replace(METADATA, **changes).to_json() if text is None else text
+    entry = field(1, b"sparseinst") + field(2, text.encode())
+    # ir_version is a number: field 1 of wire type 0.
+    path.write_bytes(
+        b"\x08\x09" + field(7, bytes(300)) + field(14, field(1, b"other") + field(2, b"x")) + field(14, entry)
+    )
+    return path
+
+
+@pytest.mark.parametrize(("count", "size", "calls"), [(5, 2, 3), (4, 2, 2), (1, 3, 1), (3, 3, 1), (7, None, 1)])
+def test_batches_are_filled_up(count, size, calls):
+    seen = []
+
+    def network(images):
+        seen.append(len(images))
+        return {"sums": images.sum((1, 2, 3))}
+
+    images = torch.rand(count, 3, 2, 2)
+    assert torch.equal(in_batches(network, images, size)["sums"], images.sum((1, 2, 3)))
+    assert seen == [size or count] * calls
+
+
+def test_sizes_that_preprocessing_makes():
+    model = tiny_model()
+    assert input_rule(model) == InputRule(32)
+    # A model whose preprocessing resizes to its own size.
+    model.preprocess = lambda inputs: type("Images", (), {"tensor": torch.zeros(1, 3, 550, 550)})
+    assert input_rule(model) == InputRule(0, (550, 550))
+
+
+def test_shapes_of_the_check_are_new_to_the_network():
+    # The export sees 2x64x96.
+    assert check_shapes(32, None, None, (640, 864)) == [(1, 64, 64), (3, 96, 160), (1, 192, 64), (1, 640, 864)]
+    assert check_shapes(32, (64, 96), 4, (640, 864)) == [(4, 64, 96), (4, 64, 96)]
+    assert check_shapes(32, (64, 96), None, (640, 864)) == [(1, 64, 96), (3, 64, 96)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda name, value: value * (1 + 1e-3 * (name == "pred_masks")), "pred_masks differs by 0.001"),
+        (lambda name, value: value * torch.nan if name == "pred_scores" else value, "pred_scores differs by nan"),
+        (lambda name, value: value[:1], "pred_logits is .1, 6, 3. torch.float32 for images .3, 3, 96, 160."),
+        (lambda name, value: value.double(), "torch.float64 for images"),
+    ],
+)
+def test_differences_are_found(wrong, message):
+    network = ExportableNetwork(tiny_model().requires_grad_(False))
+    shapes = check_shapes(32, None, None, (64, 64))[:2]
+    assert max(differences(network, network, shapes).values()) == 0
+    with pytest.raises(SelfCheckError, match=message):
+        found = differences(network, lambda x: {name: wrong(name, value) for name, value in network(x).items()}, shapes)
+        check_differences(found, 1e-4)
+
+
+def test_an_image_fits_its_static_size():
+    for height, width, expected in ((30, 40, (64, 85)), (40, 30, (64, 48)), (64, 96, (64, 96)), (1, 900, (1, 96))):
+        x = T.AugInput(np.zeros((height, width, 3), np.uint8))
+        T.AugmentationList([ResizeToFit((64, 96))])(x)
+        assert x.image.shape[:2] == expected
+
+
+def test_metadata_of_onnx_are_read_without_the_package(tmp_path):
+    assert read_metadata(onnx_file(tmp_path / "m.onnx", size=[64, 96])) == dataclasses.replace(METADATA, size=[64, 96])
+    assert is_exported("a/m.onnx") and is_exported("m.xml") and not is_exported("m.pth") and not is_exported("")
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2", ".engine"])
+@pytest.mark.parametrize("content", [b"", b"not a model", bytes(range(256)) * 40])
+def test_other_files_are_refused_in_one_line(tmp_path, suffix, content):
+    path = tmp_path / f"m{suffix}"
+    path.write_bytes(content)
+    if suffix == ".xml":
+        pytest.importorskip("openvino", reason="the package openvino (extra 'openvino') is not installed")
+    with pytest.raises(ValueError, match="m\\..*(cannot be read|no metadata|cannot read)") as caught:
+        read_metadata(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_cut_off(tmp_path):
+    path = onnx_file(tmp_path / "m.onnx")
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cannot be read|no metadata"):
+            read_metadata(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps({"meta_architecture": 3})])
+def test_metadata_of_others(tmp_path, text):
+    with pytest.raises(ValueError, match="no metadata of `sparseinst export`"):
+        read_metadata(onnx_file(tmp_path / "m.onnx", text))
+
+
+def test_a_file_runs_no_code(tmp_path):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = METADATA.config.replace("IMPORTS: []", f"IMPORTS: [{tmp_path / 'evil.py'}]")
+    path = onnx_file(tmp_path / "m.onnx", config=config)
+    with pytest.raises(ValueError, match=r"m\.onnx.* imports .*evil.*not allowed here. Pass your own config file too"):
+        Predictor(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_config_of_a_file(tmp_path):
+    path = onnx_file(tmp_path / "m.onnx")
+    cfg = config_of_run("", ["MODEL.SPARSE_INST.CLS_THRESHOLD", "0.25", "MODEL.WEIGHTS", str(path)])
+    assert cfg.MODEL.WEIGHTS == str(path) and cfg.MODEL.SPARSE_INST.CLS_THRESHOLD == 0.25
+    assert cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES == NUM_CLASSES
+    with pytest.raises(ValueError, match="--config-file is missing"):
+        config_of_run("", ["MODEL.WEIGHTS", "model.pth"])
+    with pytest.raises(ValueError, match="there is no such file"):
+        exported_config(tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match="'model.pth' is neither"):
+        Predictor("model.pth")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("INPUT.FORMAT", "BGR", "INPUT.FORMAT is BGR, and the network .* was exported with RGB"),
+        ("MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0], "MODEL.PIXEL_MEAN is"),
+        ("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "NUM_CLASSES is 4, and the network .* was exported with 3"),
+        ("RUNTIME.ENGINE", "openvino", "OpenVINO cannot read the deformable convolutions"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(tmp_path, key, value, message):
+    path = onnx_file(tmp_path / "m.onnx", has_deform_conv=True)
+    (tmp_path / "config.yaml").write_text(tiny_cfg().dump())
+    with pytest.raises(ValueError, match=message):
+        load_exported(load_config(str(tmp_path / "config.yaml"), ["MODEL.WEIGHTS", str(path), key, str(value)]))
+
+
+def test_an_end_to_end_file_is_for_others(tmp_path):
+    with pytest.raises(ValueError, match="exported with --end-to-end, for runtimes without Python"):
+        Predictor(onnx_file(tmp_path / "m.onnx", max_detections=5))
+
+
+def test_weights_are_not_held_twice(tmp_path, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(exported_model, "open_network", lambda *args: model.network)
+    loaded = load_exported(exported_config(onnx_file(tmp_path / "m.onnx")))
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == 0
+    with torch.no_grad():
+        found, expected = (each([random_input()])[0]["instances"] for each in (loaded, model))
+    assert len(found) and torch.equal(found.scores, expected.scores)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    with output_folder(tmp_path) as folder:
+        (folder / "model").mkdir()
+        (folder / "model" / "a").write_text("old")
+        (folder / "single").write_text("old")
+    with pytest.raises(ValueError), output_folder(tmp_path) as folder:
+        (folder / "single").write_text("new")
+        raise ValueError
+    assert (tmp_path / "single").read_text() == "old"
+    with output_folder(tmp_path) as folder:
+        (folder / "model").mkdir()
+        (folder / "model" / "b").write_text("new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", "model", "single"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"), output_folder(tmp_path / "file" / "out"):
+        pass

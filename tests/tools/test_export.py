@@ -1,0 +1,194 @@
+"""`sparseinst export`: files equal the model on every engine, in every command, and wrong ones are never written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparseinst import load_config
+from sparseinst.inference import Predictor
+from sparseinst.runtime.exported_file import read_metadata
+from sparseinst.tools import benchmark, demo, export_run
+from tests.loggers import loggers_restored
+from tests.runtime.test_threads import in_threads
+from tests.tools.exported import CLASSES, assert_same_detections, photos, run_export, save_tiny
+
+for package in ("onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(package, reason=f"the package {package} is not installed")
+pytestmark = pytest.mark.usefixtures("loggers_as_before", "no_window")
+ROOT = Path(__file__).resolve().parents[2]
+FILES = {"onnx": "model.onnx", "openvino": "model_openvino/model.xml", "torch": "model.pt2"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(folder):
+    """A function that exports to a format once, with dynamic sizes, and returns the file."""
+
+    def export_once(name):
+        path = folder / FILES[name]
+        if not path.exists():
+            with loggers_restored():
+                assert run_export(folder, "--format", name, "--output", folder) == 0
+        return path
+
+    return export_once
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """The predictor of the weights themselves."""
+    return Predictor(load_config(str(folder / "config.yaml"), ["MODEL.WEIGHTS", str(folder / "model.pth")]))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_predicts_what_the_model_predicts_in_every_thread(exported, expected, name):
+    """The images have several sizes, as a server gets them; each thread gets its own image's answer."""
+    predictor = Predictor(str(exported(name)))
+    assert predictor.classes._asdict() == CLASSES
+    images = photos()
+    answers = expected(images, "RGB")
+
+    def work(number):
+        for index in np.random.default_rng(number).permutation(3 * len(images)) % len(images):
+            assert_same_detections(predictor([images[index]], "RGB")[0], answers[index])
+
+    in_threads(work)
+
+
+def test_the_file_describes_itself(exported, folder):
+    metadata = read_metadata(exported("onnx"))
+    assert metadata.meta_architecture == "SparseInst" and metadata.channel_order == "RGB"
+    assert metadata.class_names == CLASSES["names"] and metadata.category_ids == CLASSES["category_ids"]
+    assert (metadata.size, metadata.batch, metadata.size_divisibility) == (None, None, 32)
+    assert (metadata.short_side, metadata.long_side) == (64, 1333)
+    assert metadata.postprocessing["cls_threshold"] == 0.3
+    assert len(metadata.weights_sha256) == 64
+    assert set(metadata.outputs) == {"pred_logits", "pred_scores", "pred_masks"}
+    assert all(0 < metadata.self_check[output] <= metadata.self_check["bound"] == 1e-4 for output in metadata.outputs)
+    # Neither paths nor names of the machine that exported.
+    content = exported("onnx").read_bytes()
+    assert str(folder).encode() not in content and str(ROOT).encode() not in content
+
+
+def test_the_demo_needs_no_config_file(exported, tmp_path):
+    Image.fromarray(photos()[0]).save(tmp_path / "a.png")
+    results = tmp_path / "found.json"
+    arguments = ["--input", str(tmp_path / "a.png"), "--json", str(results), "--confidence-threshold", "0"]
+    assert demo.main([*arguments, "--opts", "MODEL.WEIGHTS", str(exported("onnx"))]) == 0
+    assert {result["category_id"] for result in json.loads(results.read_text())} <= {3, 8, 9} != set()
+
+
+def test_the_benchmark_compares_a_file(exported, folder, capsys):
+    arguments = ["--config-file", str(folder / "config.yaml"), "--size", "40", "60", "--repetitions", "1"]
+    compared = ["--compare", "eager", str(exported("onnx")), f"mine=MODEL.WEIGHTS {exported('onnx')}"]
+    assert benchmark.main([*arguments, "--detections", "3", *compared]) == 0
+    table = capsys.readouterr().out
+    assert "model.onnx" in table and "mine" in table and "times as fast as eager" in table
+
+
+def test_a_static_file_of_pixels(folder, tmp_path):
+    """Images are resized to fit and padded; batches are filled up."""
+    flags = ("--size", 64, 96, "--batch", 2, "--input", "image")
+    assert run_export(folder, "--format", "onnx", "--output", tmp_path, *flags) == 0
+    metadata = read_metadata(tmp_path / "model.onnx")
+    assert (metadata.size, metadata.batch, metadata.input) == ([64, 96], 2, "image")
+    predictor = Predictor(tmp_path / "model.onnx")
+    opts = ["MODEL.WEIGHTS", str(folder / "model.pth"), "INPUT.FIT_SIZE_TEST", "(64, 96)"]
+    plain = Predictor(load_config(str(folder / "config.yaml"), opts))
+    whole = photos()[1]
+    assert_same_detections(predictor([whole], "RGB")[0], plain([whole], "RGB")[0])
+    # The portrait is 64x34 pixels in 64x96.
+    assert len(predictor([photos()[2]], "RGB")[0])
+    inputs = [{"image": torch.from_numpy(np.roll(whole, shift, 1).transpose(2, 0, 1).copy())} for shift in range(3)]
+    with torch.no_grad():
+        for found, wanted in zip(predictor.model(inputs), plain.model(inputs), strict=True):
+            assert_same_detections(found["instances"], wanted["instances"])
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_half_weights(folder, exported, tmp_path, name):
+    assert run_export(folder, "--format", name, "--output", tmp_path, "--precision", "float16") == 0
+    sizes = [sum(file.stat().st_size for file in (root / FILES[name]).parent.glob("model.*") if file.suffix != ".pth"
+                 and file.suffix != ".pt2") for root in (tmp_path, folder) if exported(name)]  # fmt: skip
+    assert 0.4 < sizes[0] / sizes[1] < 0.65
+    assert read_metadata(tmp_path / FILES[name]).self_check["pred_masks"] > 1e-5
+
+
+def test_a_file_that_differs_is_not_written(folder, tmp_path, monkeypatch, capsys):
+    """The older file stays as it was."""
+    old = tmp_path / "model.pt2"
+    old.write_text("old")
+    open_network = export_run.open_network
+
+    def broken(*args):
+        network = open_network(*args)
+        return lambda images: {name: value + (name == "pred_scores") for name, value in network(images).items()}
+
+    monkeypatch.setattr(export_run, "open_network", broken)
+    assert run_export(folder, "--format", "torch", "--output", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: The exported pred_scores differs by") and error.count("\n") == 1
+    assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
+
+
+def test_a_size_that_was_frozen_is_found(folder, tmp_path, monkeypatch, capsys):
+    export_program = export_run.export_program
+    frozen = lambda network, divisibility, size, batch: export_program(network, divisibility, (64, 96), batch)  # noqa: E731
+    monkeypatch.setattr(export_run, "export_program", frozen)
+    assert run_export(folder, "--format", "torch", "--output", tmp_path / "new") == 1
+    assert "The engine fails for images (1, 3, 64, 64)" in capsys.readouterr().err
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--format", "torch", "--precision", "float16"), "onnx: float32, float16; openvino: float32, float16; torch:"),
+        (("--format", "torch", "--end-to-end", 5), "--end-to-end is not supported by --format torch; it is by onnx"),
+        (("--format", "onnx", "--size", 50, 64), "--size is 50 64; it must be dynamic, or HEIGHT WIDTH in multiples"),
+        (("--format", "onnx", "--batch", 0), "--batch is 0; it must be dynamic"),
+        (("--format", "onnx", "--test-json", "x"), "--test-json and --test-images go together"),
+        (("--format", "tensorrt"), "TensorRT engines need the package tensorrt and a CUDA device"),
+    ],
+)  # fmt: skip
+def test_refused_with_one_line(folder, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert run_export(folder, *flags, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_example_without_torch_finds_the_same(exported, expected, tmp_path):
+    """The example runs in a process where torch, Detectron2 and this package cannot be imported."""
+    code = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'detectron2', 'sparseinst', 'PIL'): sys.modules[name] = None\n"
+        f"sys.argv = ['x', {str(exported('onnx'))!r}, {str(tmp_path / 'a.png')!r}, '--threshold', '0']\n"
+        f"runpy.run_path({str(ROOT / 'examples' / 'onnx_only.py')!r}, run_name='__main__')\n"
+    )
+    for image in photos()[:2]:
+        Image.fromarray(image).save(tmp_path / "a.png")
+        lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        found = [json.loads(line) for line in lines.splitlines()]
+        (instances,) = expected([image], "RGB")
+        assert len(found) == len(instances) > 0
+        for line, score, index, box, mask in zip(
+            found, instances.scores, instances.pred_classes, instances.pred_boxes.tensor, instances.pred_masks
+        ):
+            assert line["class"] == CLASSES["names"][index] and line["score"] == pytest.approx(float(score), abs=1e-4)
+            assert abs(line["area"] - int(mask.sum())) <= 3
+            assert np.abs(np.array(line["box"]) - box.numpy()).max() <= 1
+    assert len((ROOT / "examples" / "onnx_only.py").read_text().splitlines()) < 150

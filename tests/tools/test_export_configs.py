@@ -1,0 +1,116 @@
+"""Exports of the published configs, and of what they are for: evaluation, C++, an environment without PyTorch. Slow."""
+
+import json
+import shutil
+import subprocess
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparseinst import load_config
+from sparseinst.inference import Predictor
+from sparseinst.runtime.exported_file import read_metadata
+from sparseinst.tools import export, train_net
+from tests.shapes_data import write_shapes
+from tests.tools.exported import CLASSES, photos, run_export, save_tiny
+
+for package in ("onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(package, reason=f"the package {package} is not installed")
+pytestmark = pytest.mark.usefixtures("loggers_as_before")
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+CONFIGS = (
+    "sparse_inst_r50_giam", "sparse_inst_r50vd_dcn_giam", "sparse_inst_pvt_b1_giam", "sparse_inst_cspdarknet53_giam",
+    "sparse_inst_mobilenetv3_giam", "quick/shapes", "solov2/solov2_light_448_r18_3x",
+    "solo/decoupled_solo_light_r50_3x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_exported_checked_and_evaluated(config, name, tmp_path, capsys):
+    """The file's AP equals the model's; with random weights both are near 0, so the detections are compared too."""
+    data = write_shapes(tmp_path / "data", 2)
+    opts = ["INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TEST", "160", "MODEL.WEIGHTS", ""]
+    flags = ["--config-file", config, "--format", name, "--output", str(tmp_path / "out")]
+    data_flags = [] if config != "quick/shapes" else ["--test-json", data[0], "--test-images", data[1]]
+    assert export.main([*flags, *data_flags, *opts]) == 0
+    printed = capsys.readouterr().out
+    path = printed.split("Written: ")[1].split(",")[0]
+    metadata = read_metadata(path)
+    assert all(value <= 1e-4 for output, value in metadata.self_check.items())
+    assert metadata.has_deform_conv is ("dcn" in config)
+    print(json.dumps({"config": config, "format": name, "line": printed.splitlines()[-1], **metadata.self_check}))
+    assert Predictor(path)(photos()[:1])[0].image_size == (50, 70)
+    if data_flags:
+        assert "AP of the masks" in printed
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_evaluated_without_a_config_file(name, tmp_path):
+    save_tiny(tmp_path, "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4)
+    content = torch.load(tmp_path / "model.pth")
+    data = write_shapes(tmp_path / "data", 4)
+    names = [category["name"] for category in json.loads(Path(data[0]).read_text())["categories"]]
+    torch.save({**content, "classes": {"names": names, "category_ids": [1, 2, 3, 4]}}, tmp_path / "model.pth")
+    assert run_export(tmp_path, "--format", name, "--output", tmp_path) == 0
+    path = {"onnx": tmp_path / "model.onnx", "openvino": tmp_path / "model_openvino" / "model.xml"}[name]
+    results = []
+    for weights in (["--config-file", str(tmp_path / "config.yaml"), str(tmp_path / "model.pth")], [str(path)]):
+        flags = ["--eval-only", *weights[:-1], "--test-json", data[0], "--test-images", data[1]]
+        opts = ["MODEL.WEIGHTS", weights[-1], "OUTPUT_DIR", str(tmp_path / f"run{len(results)}")]
+        results.append(train_net.main(train_net.build_parser().parse_args([*flags, *opts])))
+    assert results[0]["segm"]["AP"] == pytest.approx(results[1]["segm"]["AP"], abs=0.1)
+
+
+def test_in_an_environment_with_onnxruntime_only(tmp_path):
+    save_tiny(tmp_path)
+    assert run_export(tmp_path, "--format", "onnx", "--output", tmp_path) == 0
+    venv.create(tmp_path / "env", with_pip=True)
+    python = str(tmp_path / "env" / "bin" / "python")
+    packages = ["numpy", "onnxruntime", "opencv-python-headless"]
+    installed = subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"the packages cannot be installed: {installed.stderr.splitlines()[-1]}")
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True).returncode
+    Image.fromarray(photos()[0]).save(tmp_path / "a.png")
+    command = [python, str(EXAMPLES / "onnx_only.py"), str(tmp_path / "model.onnx"), str(tmp_path / "a.png")]
+    run = subprocess.run([*command, "--threshold", "0"], capture_output=True, text=True, check=True)
+    opts = ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    (expected,) = Predictor(load_config(str(tmp_path / "config.yaml"), opts))(photos()[:1], "RGB")
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [line["class"] for line in found] == [CLASSES["names"][index] for index in expected.pred_classes]
+    assert np.allclose([line["score"] for line in found], expected.scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("mask_nms", [0.0, 0.5])
+def test_end_to_end_in_cpp(tmp_path, mask_nms):
+    import openvino
+
+    if not (shutil.which("cmake") and shutil.which("c++")):
+        pytest.skip("cmake and a C++ compiler are not installed")
+    key = "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD"
+    save_tiny(tmp_path, key, mask_nms)
+    flags = ("--size", 64, 96, "--batch", 1, "--input", "image", "--end-to-end", 4)
+    assert run_export(tmp_path, "--format", "openvino", "--output", tmp_path, *flags) == 0
+    cmake_dir = Path(openvino.__path__[0]) / "cmake"
+    build = tmp_path / "build"
+    for command in (["-S", EXAMPLES / "cpp", "-B", build, f"-DOpenVINO_DIR={cmake_dir}"], ["--build", build]):
+        subprocess.run(["cmake", *map(str, command)], check=True, capture_output=True)
+    image = photos()[1]
+    (tmp_path / "a.ppm").write_bytes(b"P6\n96 64\n255\n" + image.tobytes())
+    arguments = [build / "detect", tmp_path / "model_openvino" / "model.xml", tmp_path / "a.ppm", "0"]
+    lines = subprocess.run([*map(str, arguments)], check=True, capture_output=True, text=True).stdout.splitlines()
+    opts = ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    (expected,) = Predictor(load_config(str(tmp_path / "config.yaml"), opts))([image], "RGB")
+    expected = expected[:4]
+    assert len(lines) == len(expected) > 0
+    for line, score, index, mask in zip(lines, expected.scores, expected.pred_classes, expected.pred_masks):
+        values = line.split()
+        assert float(values[0]) == pytest.approx(float(score), abs=1e-4) and int(values[1]) == index
+        assert abs(int(values[6]) - int(mask.sum())) <= 3
+    wrong = subprocess.run([*map(str, arguments[:2]), str(tmp_path / "none.ppm"), "0"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: ")
