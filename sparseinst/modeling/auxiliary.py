@@ -1,4 +1,4 @@
-"""Functions that families of models share: building a backbone, drawing objects for benchmarks."""
+"""Parts that families of models share: building a backbone, semantic segmentation, drawing objects for benchmarks."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 from detectron2 import modeling
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import nn
 
 from sparseinst.config import registered
 
@@ -41,6 +42,35 @@ def build_backbone(cfg: CfgNode) -> Backbone:
             f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} cannot be built with these keys: "
             f"{' '.join(str(error).split()) or type(error).__name__}"
         ) from error
+
+
+class SemSegHead(nn.Module):
+    """Predict semantic segmentation by a 1x1 convolution, for an auxiliary loss in training (YOLACT, section 4).
+
+    Args:
+        in_channels: of the feature map.
+        num_classes: K.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.predictor = nn.Conv2d(in_channels, num_classes, 1)
+        nn.init.xavier_uniform_(self.predictor.weight)
+        nn.init.zeros_(self.predictor.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to logits (B, K, H, W)."""
+        return self.predictor(features)
+
+
+def with_every_parameter(losses: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return equal losses whose backward pass gives every parameter a gradient, if need be 0.
+
+    DistributedDataParallel waits for all gradients, and a part of a model may have nothing to learn from a batch.
+    """
+    # Sums of empty slices.
+    unused = sum(parameter.flatten()[:0].sum() for parameter in model.parameters() if parameter.requires_grad)
+    return {name: loss + unused for name, loss in losses.items()}
 
 
 def draw_mask_logits(shape: tuple[int, int, int, int], median_area: float, generator: torch.Generator) -> torch.Tensor:

@@ -13,7 +13,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
 from sparseinst.config import check_values, value
-from sparseinst.modeling.auxiliary import build_backbone
+from sparseinst.modeling.auxiliary import build_backbone, with_every_parameter
 from sparseinst.modeling.meta_arch import ImageObjects, InstanceSegmenter, OutputOptions
 from sparseinst.modeling.solo import config
 from sparseinst.modeling.solo.criterion import build_solo_criterion, count_targets
@@ -177,11 +177,8 @@ class SOLO(InstanceSegmenter):
         if self.training and has_event_storage():
             overwritten = sum(level.num_overwritten for image in targets for level in image.levels)
             get_event_storage().put_scalar("solo/overwritten_cells", overwritten)
-        losses = self.criterion(self.head, outputs, targets, counts)
-        # Empty slices give every parameter a gradient, which DistributedDataParallel waits for: levels of the pyramid
-        # may be unused, and levels of the head without an object.
-        unused = sum(parameter.flatten()[:0].sum() for parameter in self.parameters() if parameter.requires_grad)
-        return {name: loss + unused for name, loss in losses.items()}
+        # Levels of the pyramid may be unused, and levels of the head without an object.
+        return with_every_parameter(self.criterion(self.head, outputs, targets, counts), self)
 
     def postprocess(
         self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
