@@ -81,9 +81,7 @@ def test_losses_and_gradients(case):
                 assert ours[loss][name] == pytest.approx(norm, rel=5e-3), (loss, name)
 
 
-@pytest.mark.parametrize(
-    "variant", ["published", "low", "strict", "strict_second_threshold", "cross_class", "greedy"]
-)
+@pytest.mark.parametrize("variant", ["published", "low", "strict", "strict_second_threshold", "cross_class", "greedy"])
 def test_detections(case, variant):
     recorded, ours = (each["detections"][variant] for each in case)
     height, width = case[0]["output_size"]

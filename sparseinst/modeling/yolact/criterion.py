@@ -133,9 +133,7 @@ class YOLACTCriterion(nn.Module):
             values = total.tolist()
         return max(1.0, values[0]) / num_ranks, values[1] / num_ranks
 
-    def _class_loss(
-        self, class_logits: torch.Tensor, labels: torch.Tensor, is_positive: torch.Tensor
-    ) -> torch.Tensor:
+    def _class_loss(self, class_logits: torch.Tensor, labels: torch.Tensor, is_positive: torch.Tensor) -> torch.Tensor:
         """Sum the cross-entropy of positive anchors and of the background anchors with the largest loss."""
         num_classes = class_logits.shape[2] - 1
         is_used = is_positive.clone()

@@ -45,7 +45,10 @@ def draw_outputs(
     # Objects of less than a cell have the cell that is nearest.
     masks = logits >= logits.amax((2, 3), keepdim=True).clamp(max=0)
     boxes = masks_to_boxes(masks.flatten(0, 1)).view(batch, num_objects, 4)
-    centers, halves = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2 * (math.pi / 4) ** 0.5
+    centers, halves = (
+        (boxes[..., :2] + boxes[..., 2:]) / 2,
+        (boxes[..., 2:] - boxes[..., :2]) / 2 * (math.pi / 4) ** 0.5,
+    )
     boxes = torch.cat([centers - halves, centers + halves], dim=2) / torch.tensor([width, height, width, height])
 
     used = torch.linspace(0, num_anchors - 1, num_objects * CANDIDATES).long()

@@ -28,9 +28,7 @@ def crop_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Returns:
         (n, Hp, Wp) bool.
     """
-    rows, columns = (
-        _inside(*boxes[:, axis::2].aminmax(dim=1), count) for axis, count in ((1, size[0]), (0, size[1]))
-    )
+    rows, columns = (_inside(*boxes[:, axis::2].aminmax(dim=1), count) for axis, count in ((1, size[0]), (0, size[1])))
     return rows[:, :, None] & columns[:, None]
 
 

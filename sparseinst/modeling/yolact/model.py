@@ -104,7 +104,9 @@ class YOLACT(InstanceSegmenter):
         if side == 0:
             raise ValueError(f"{config.SQUARE_SIZE_KEY} is 0: YOLACT needs the side of its square input, such as 550")
         node = cfg.MODEL.YOLACT
-        anchors = AnchorSpec(*map(tuple, (node.ANCHOR_SIZES, node.ANCHOR_SCALES, node.ANCHOR_RATIOS)), node.SQUARE_ANCHORS)
+        anchors = AnchorSpec(
+            *map(tuple, (node.ANCHOR_SIZES, node.ANCHOR_SCALES, node.ANCHOR_RATIOS)), node.SQUARE_ANCHORS
+        )
         backbone = YOLACTPyramid(
             build_backbone(cfg), cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS, len(node.ANCHOR_SIZES)
         )

@@ -88,4 +88,3 @@ def anchor_targets(
 
 def _resized(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(masks[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0] > 0.5
-
