@@ -24,8 +24,9 @@ VD_FIXED = {"NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64, "STEM_OUT_CHANNELS": 64, "RE
 def build_resnet_dcn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Detectron2's ResNet, whose stages of MODEL.RESNETS.DEFORM_ON_PER_STAGE are deformable without compiled operators.
 
-    It follows all keys of MODEL.RESNETS, DEFORM_MODULATED, DEFORM_NUM_GROUPS and DEFORM_INTERVAL included, and has the state-dict names
-    of ``build_resnet_backbone``. ResNet-18 and -34 can be deformable too: in the second convolution of a block.
+    It follows all keys of MODEL.RESNETS, DEFORM_MODULATED, DEFORM_NUM_GROUPS and DEFORM_INTERVAL included, and has the
+    state-dict names of ``build_resnet_backbone``. ResNet-18 and -34 can be deformable too: in the second convolution of
+    a block.
 
     Raises:
         ValueError: DEFORM_NUM_GROUPS does not divide the channels; not four stages.

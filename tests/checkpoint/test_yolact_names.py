@@ -157,7 +157,8 @@ def test_values_arrive_by_the_checkpointer(tmp_path):
         **{f"backbone.fpn_output{level}": f"fpn.pred_layers.{5 - level}" for level in (3, 4, 5)},
         "backbone.bottom_up.stem.conv1.norm": "backbone.bn1", "backbone.bottom_up.stem.conv1": "backbone.conv1",
         **{f".conv{n}.norm.": f".bn{n}." for n in (1, 2)}, ".shortcut.norm.": ".downsample.1.",
-        ".shortcut.": ".downsample.0.", **{f"backbone.bottom_up.res{n}": f"backbone.layers.{n - 2}" for n in (2, 3, 4, 5)},
+        ".shortcut.": ".downsample.0.",
+        **{f"backbone.bottom_up.res{n}": f"backbone.layers.{n - 2}" for n in (2, 3, 4, 5)},
     }  # fmt: skip
     state = {}
     for name, value in source.state_dict().items():

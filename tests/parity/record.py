@@ -1,4 +1,4 @@
-"""Record the numbers of a config that the files in tests/parity/solo and tests/parity/yolact hold of the published code.
+"""Record the numbers of a config that files in tests/parity/solo and tests/parity/yolact hold of the published code.
 
 ``python tests/parity/record.py configs/solo/solo_r50_3x.yaml solo_r50.json``
 """

@@ -23,9 +23,9 @@ class AnchorSpec(NamedTuple):
         square: make anchors as high as wide; see MODEL.YOLACT.SQUARE_ANCHORS.
     """
 
-    sizes: tuple[float, ...]
-    scales: tuple[float, ...] = (1.0,)
-    ratios: tuple[float, ...] = (1.0, 0.5, 2.0)
+    sizes: Sequence[float]
+    scales: Sequence[float] = (1.0,)
+    ratios: Sequence[float] = (1.0, 0.5, 2.0)
     square: bool = False
 
     @property

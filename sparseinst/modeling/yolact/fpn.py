@@ -36,8 +36,8 @@ class YOLACTPyramid(Backbone):
             found = ", ".join(f"{name} (stride {shape.stride})" for name, shape in shapes.items())
             raise ValueError(
                 f"MODEL.FPN.IN_FEATURES is {list(in_features)}; expected at most {num_levels} features of the backbone "
-                f"(one for each size of MODEL.YOLACT.ANCHOR_SIZES), finest first, each with twice the stride of the one "
-                f"before. The backbone gives {found}"
+                "(one for each of MODEL.YOLACT.ANCHOR_SIZES), finest first, each with twice the stride of the one before. "
+                f"The backbone gives {found}"
             )
         self.bottom_up = bottom_up
         self.in_features = list(in_features)
