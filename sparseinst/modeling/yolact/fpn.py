@@ -35,9 +35,9 @@ class YOLACTPyramid(Backbone):
         if strides != expected or len(in_features) > num_levels:
             found = ", ".join(f"{name} (stride {shape.stride})" for name, shape in shapes.items())
             raise ValueError(
-                f"MODEL.FPN.IN_FEATURES is {list(in_features)}; expected at most {num_levels} features of the backbone "
-                "(one for each of MODEL.YOLACT.ANCHOR_SIZES), finest first, each with twice the stride of the one before. "
-                f"The backbone gives {found}"
+                f"MODEL.FPN.IN_FEATURES is {list(in_features)}; expected at most {num_levels} features (as many as "
+                "MODEL.YOLACT.ANCHOR_SIZES), finest first, each with twice the stride of the one before. The backbone "
+                f"gives {found}"
             )
         self.bottom_up = bottom_up
         self.in_features = list(in_features)

@@ -101,8 +101,8 @@ def test_targets_follow_the_image():
 def test_thin_objects_and_crowds():
     model = tiny_yolact()
     masks = torch.zeros(2, SIDE, SIDE, dtype=torch.bool)
-    masks[0, 10:40, 10:13], masks[1, 10:40, 40:44] = True, True
-    boxes = torch.tensor([[10.0, 10, 13.99, 40], [40.0, 10, 44, 40]])
+    masks[0, 10:40, 10:13], masks[1, 10:40, 40:48] = True, True
+    boxes = torch.tensor([[10.0, 10, 13.99, 40], [40.0, 10, 48, 40]])
     instances = Instances((SIDE, SIDE), gt_classes=torch.tensor([0, 1]), gt_masks=masks, gt_boxes=Boxes(boxes))
     x = {"image": torch.zeros(3, SIDE, SIDE), "instances": instances}
     plain, crowded = model.prepare_targets(
