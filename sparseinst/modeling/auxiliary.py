@@ -1,6 +1,7 @@
 """Parts that families of models share: building a backbone, semantic segmentation, drawing objects for benchmarks."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2 import modeling
@@ -9,6 +10,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
 from sparseinst.config import registered
+from sparseinst.ops.losses import masks_on_grid, sem_seg_loss, semantic_masks
+from sparseinst.ops.precision import no_autocast
 
 # Standard deviations of the logarithms of the areas and aspect ratios of drawn objects.
 AREA_SPREAD = 1.0
@@ -61,6 +64,30 @@ class SemSegHead(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) to logits (B, K, H, W)."""
         return self.predictor(features)
+
+    def loss(
+        self,
+        sem_seg_logits: torch.Tensor,
+        targets: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        counts: Mapping[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return the loss of one batch, a mean over images, in float32.
+
+        Args:
+            sem_seg_logits: (B, K, H, W).
+            targets: of each image the objects' masks (M, h, w), bool or in [0, 1], and classes (M,).
+            counts: ``num_images`` of the whole step; None: those of this batch.
+        """
+        _, num_classes, *size = sem_seg_logits.shape
+        with no_autocast(sem_seg_logits.device):
+            expected = torch.stack(
+                [
+                    semantic_masks(masks_on_grid(masks.float(), tuple(size)) > 0.5, classes, num_classes)
+                    for masks, classes in targets
+                ]
+            )
+            num_images = len(targets) if counts is None else float(counts["num_images"])
+            return sem_seg_loss(sem_seg_logits.float(), expected) / num_images
 
 
 def with_every_parameter(losses: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

@@ -25,7 +25,8 @@ _RANGES = {
     **{f"DECODER.{name}": NOT_NEGATIVE for name in ("IAM_INIT_STD", "LOCATION_PRIOR", "MASK_WINDOW")},
     **{f"DECODER.{branch}.{name}": COUNT for branch in ("INST", "MASK") for name in ("DIM", "CONVS")},
     **{
-        f"LOSS.{name}_WEIGHT": NOT_NEGATIVE for name in ("CLASS", "MASK_PIXEL", "MASK_DICE", "OBJECTNESS", "BOX", "IAM")
+        f"LOSS.{name}_WEIGHT": NOT_NEGATIVE
+        for name in ("CLASS", "MASK_PIXEL", "MASK_DICE", "OBJECTNESS", "BOX", "IAM", "SEM_SEG")
     },
     **{f"MATCHER.{name}": NOT_NEGATIVE for name in ("ALPHA", "BETA", "GAMMA")},
 }
@@ -116,6 +117,8 @@ def add_keys(cfg: CfgNode) -> None:
     sparse_inst.LOSS.BOX_WEIGHT = 1.0
     # Weight of loss_iam, which draws each activation map into its instance. 0: no such loss, as published.
     sparse_inst.LOSS.IAM_WEIGHT = 0.0
+    # Of loss_sem_seg: semantic segmentation on the encoder's map, in training only. 0, as published: no such head.
+    sparse_inst.LOSS.SEM_SEG_WEIGHT = 0.0
     # Several processes: divide by the instances and pairs of all of them, so that their gradients equal those of one
     # process with the whole batch. False: loss_mask and loss_objectness by each process's own pairs, as published.
     sparse_inst.LOSS.GLOBAL_NORMALIZATION = False

@@ -75,8 +75,7 @@ def test_equals_the_definitions(seed):
     greedy = greedy_box_nms(boxes, scores, options, 550)
     found_greedy = set(zip(greedy.candidates.tolist(), greedy.classes.tolist()))
     assert found_greedy == reference_greedy(boxes, scores, 0.5, 550)
-    # Without a limit before it, greedy NMS keeps what Fast NMS keeps, and more. The additional pixel of these large boxes
-    # changes nothing.
+    # Without a limit before it, greedy NMS keeps what Fast NMS keeps, and more; the additional pixel is nothing here.
     kept, greedy = fast_nms(boxes, scores, options._replace(top_k=60)), greedy_box_nms(boxes, scores, options, 10**6)
     assert set(zip(kept.candidates.tolist(), kept.classes.tolist())) < set(
         zip(greedy.candidates.tolist(), greedy.classes.tolist())
