@@ -144,9 +144,9 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Side in pixels of the square that images are resized to, whatever their shape; 0: off. A model of fixed input size
     # needs it, and resizes what the mapper passes on: set MIN_SIZE_TEST 0.
     cfg.INPUT.SQUARE_SIZE = 0
-    # Boxes of the ground truth are those of the annotations, transformed with the image, and crowds are passed on as
-    # "crowd_boxes". An object is left out where the center of its box is outside of the image. False: boxes are tight
-    # around the masks, and crowds are left out.
+    # Take the annotations' boxes, transformed with the image, as ground truth, and pass crowds on as "crowd_boxes". An
+    # object is left out where the center of its box is outside of the image. False: boxes are tight around the masks,
+    # and crowds are left out.
     cfg.INPUT.ANNOTATION_BOXES = False
     # Training: the augmentations of SSD (arXiv 1512.02325), before flip and resize; they need ANNOTATION_BOXES.
     cfg.INPUT.SSD = CfgNode()

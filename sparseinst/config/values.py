@@ -85,7 +85,7 @@ RANGES: Mapping[str, Range] = {
     "INPUT.MAX_SIZE_TRAIN": COUNT,
     "INPUT.MIN_SIZE_TEST": Range(at_least(0).accepts, "at least 0 (0: images keep their size)"),
     "INPUT.MAX_SIZE_TEST": COUNT,
-    "INPUT.SQUARE_SIZE": NOT_NEGATIVE,
+    "INPUT.SQUARE_SIZE": Range(lambda side: isinstance(side, int) and side >= 0, "a whole number of pixels (0: off)"),
     "INPUT.MAX_IMAGE_PIXELS": COUNT,
     "INPUT.RANDOM_FLIP": one_of("none", "horizontal", "vertical"),
     "INPUT.CROP.TYPE": one_of("relative", "relative_range", "absolute", "absolute_range"),

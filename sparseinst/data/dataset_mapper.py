@@ -85,8 +85,8 @@ class SparseInstDatasetMapper:
             float32 where the augmentations make it so.
             In training also `instances` of size (H, W) with `gt_boxes` (tight boxes of the masks), `gt_classes`
             (int64) and `gt_masks` (BitMasks): all three also where no instance is left.
-            Crowd annotations and instances without a visible pixel are left out. With annotation_boxes `gt_boxes` are
-            those of the annotations, cut at the image, instances whose box has its center outside are left out too, and
+            Crowd annotations and instances without a visible pixel are left out. With annotation_boxes `gt_boxes` has
+            the annotations' boxes, cut at the image, instances whose box has its center outside are left out too, and
             `crowd_boxes`, float32 (n, 4), has the boxes of the crowds.
 
         Raises:
@@ -210,7 +210,7 @@ def _build_instances(
 ) -> Instances:
     """Return the ground truth of one image; sizes are (height, width) before and after the transforms.
 
-    Boxes (n, 4), where given, are those of the annotations; objects with NaN are left out.
+    Boxes (n, 4), where given, are the transformed ones of the annotations; objects with NaN are left out.
     """
     if not isinstance(annotations, list | tuple):
         raise DataError(f"{file_name}: 'annotations' is a {type(annotations).__name__}; expected a list")

@@ -23,8 +23,8 @@ def draw_outputs(
 ) -> dict[str, torch.Tensor]:
     """Draw rectangles in place of the instances that a network with random weights finds.
 
-    They have the areas of the ellipses that other models draw. Each object has CANDIDATES anchors with equal boxes, of
-    which NMS keeps the first.
+    They have the areas of the ellipses that other models draw. Each object has CANDIDATES anchors with equal boxes;
+    NMS keeps the first.
 
     Args:
         outputs: of the network; give shapes, types and device.

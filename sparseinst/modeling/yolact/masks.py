@@ -19,7 +19,7 @@ def mask_logits(prototypes: torch.Tensor, coefficients: torch.Tensor) -> torch.T
 def crop_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Return the cells of each box, with a margin of one cell.
 
-    Column ``i`` is inside where x0 * Wp - 1 <= i < x1 * Wp + 1; rows alike.
+    Column ``i`` is inside where x0 * Wp - 1 <= i < x1 * Wp + 1; the same holds for rows.
 
     Args:
         boxes: (n, 4) x0, y0, x1, y1 in fractions of the image; either x may be the smaller one, and either y.
