@@ -44,6 +44,7 @@ class SSDColors(T.Augmentation):
 
     def __init__(self, image_format: str) -> None:
         super().__init__()
+        self.image_format = image_format
         try:
             import cv2
         except ImportError as error:

@@ -136,7 +136,7 @@ def explain_mismatch(family: str, backbone: nn.Module, target_family: str) -> st
 
     Args:
         family: of the file.
-        backbone: the module that the weights would go to.
+        backbone: the module that the weights would go to; with a feature pyramid the backbone in it is meant.
         target_family: of the backbone.
     """
     source = _SOURCES.get(family)
@@ -144,7 +144,7 @@ def explain_mismatch(family: str, backbone: nn.Module, target_family: str) -> st
         return ""
     if target_family not in (UNKNOWN, family, *source.renamings):
         return f"its names are of another network, {family}, and the backbone's of {target_family}"
-    return source.explain(backbone, target_family)
+    return source.explain(getattr(backbone, "bottom_up", backbone), target_family)
 
 
 def likely_key(name: str, found: Sequence[int], expected: Sequence[int]) -> str:
