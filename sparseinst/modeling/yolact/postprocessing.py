@@ -12,6 +12,9 @@ from sparseinst.modeling.yolact.masks import crop_masks, mask_logits
 from sparseinst.ops.mask_output import output_masks
 from sparseinst.structures.detections import Detections
 
+# Candidates of each class that Fast NMS compares at first.
+FIRST_CANDIDATES = 25
+
 
 class DetectionOptions(NamedTuple):
     """Thresholds and limits; see the keys of MODEL.YOLACT.
@@ -52,17 +55,28 @@ class Kept(NamedTuple):
 def fast_nms(boxes: torch.Tensor, scores: torch.Tensor, options: DetectionOptions) -> Kept:
     """Drop each candidate that overlaps any better one of the class, a dropped one too (YOLACT, section 3.3).
 
-    Every candidate competes in every class.
+    Every candidate competes in every class. The first candidates of each class are compared at first; classes whose
+    other candidates are too bad to be among the best detections need no more, with the same result.
 
     Args:
         boxes: (n, 4).
         scores: (n, K).
         options: limits.
     """
-    sorted_scores, order = scores.T.sort(dim=1, descending=True, stable=True)
-    sorted_scores, order = sorted_scores[:, : options.top_k], order[:, : options.top_k]
-    is_kept = ~_overlaps(boxes[order], options.iou_threshold).triu(diagonal=1).any(1)
-    is_kept &= sorted_scores > (options.score_threshold if options.second_threshold else 0)
+    sorted_scores, order = scores.T.topk(min(options.top_k, len(scores)), dim=1)
+    is_kept = sorted_scores > (options.score_threshold if options.second_threshold else 0)
+
+    def compare(classes: torch.Tensor, depth: int) -> None:
+        overlaps = _overlaps(boxes[order[classes, :depth]], options.iou_threshold)
+        is_kept[classes, :depth] &= ~overlaps.triu(diagonal=1).any(1)
+
+    all_classes = torch.arange(scores.shape[1], device=scores.device)
+    compare(all_classes, FIRST_CANDIDATES)
+    if order.shape[1] > FIRST_CANDIDATES:
+        certain = _worst_of_best(sorted_scores[:, :FIRST_CANDIDATES][is_kept[:, :FIRST_CANDIDATES]], options)
+        is_needed = sorted_scores[:, FIRST_CANDIDATES] >= certain
+        compare(all_classes[is_needed], order.shape[1])
+        is_kept[~is_needed, FIRST_CANDIDATES:] = False
     classes, rank = is_kept.nonzero(as_tuple=True)
     return _best(order[classes, rank], classes, sorted_scores[classes, rank], options.max_detections)
 
@@ -89,6 +103,12 @@ def greedy_box_nms(boxes: torch.Tensor, scores: torch.Tensor, options: Detection
     below = float(np.nextafter(options.iou_threshold, 0.0))
     kept = batched_nms(pixels, class_scores.double(), classes, below)
     return _best(candidates[kept], classes[kept], class_scores[kept], options.max_detections)
+
+
+def _worst_of_best(scores: torch.Tensor, options: DetectionOptions) -> torch.Tensor:
+    """Return the worst score of the best `max_detections`, 0 where there are fewer."""
+    most = options.max_detections
+    return scores.topk(most).values[-1] if len(scores) >= most else scores.new_zeros(())
 
 
 def _overlaps(boxes: torch.Tensor, iou_threshold: float) -> torch.Tensor:

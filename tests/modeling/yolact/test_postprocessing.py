@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, pairwise_iou
 
+from sparseinst.modeling.yolact import postprocessing
 from sparseinst.modeling.yolact.masks import crop_masks, mask_logits
 from sparseinst.modeling.yolact.postprocessing import (
     DetectionOptions,
@@ -80,6 +81,24 @@ def test_equals_the_definitions(seed):
     assert set(zip(kept.candidates.tolist(), kept.classes.tolist())) < set(
         zip(greedy.candidates.tolist(), greedy.classes.tolist())
     )
+
+
+@pytest.mark.parametrize("most", [5, 40, 10_000])
+@pytest.mark.parametrize("sharpness", [0.5, 8.0])
+def test_comparing_few_candidates_changes_nothing(most, sharpness, monkeypatch):
+    generator = torch.Generator().manual_seed(most)
+    corner = torch.rand(300, 2, generator=generator) * 0.8
+    boxes = torch.cat([corner, corner + 0.05 + 0.15 * torch.rand(300, 2, generator=generator)], dim=1)
+    # Sharp scores: most good candidates are of a few classes, which need the second comparison.
+    favors = torch.tensor([4.0, 2.0, *[0.0] * 18])
+    scores = (sharpness * (torch.randn(300, 20, generator=generator) + favors)).softmax(1)
+    options = OPTIONS._replace(max_detections=most)
+    found = fast_nms(boxes, scores, options)
+    monkeypatch.setattr(postprocessing, "FIRST_CANDIDATES", 1000)
+    assert all(torch.equal(*pair) for pair in zip(found, fast_nms(boxes, scores, options)))
+    expected = reference_fast_nms(boxes, scores, 0.5, 200)
+    assert len(found.scores) == min(most, len(expected))
+    assert set(zip(found.candidates.tolist(), found.classes.tolist())) <= expected
 
 
 def test_both_agree_where_nothing_drops_twice():
