@@ -4,7 +4,8 @@ import pytest
 
 # The slowest first, so that no worker waits for a long file at the end.
 SLOWEST = (
-    "test_solo", "test_yolact", "test_trainer", "test_configs", "test_finite", "test_benchmark_training", "test_published_configs",
+    "test_solo", "test_yolact", "test_trainer", "test_configs", "test_finite", "test_benchmark_training",
+    "test_published_configs",
     "test_export", "test_model", "test_commands", "test_names", "test_coco_evaluation", "test_console",
     "test_optimize", "test_launches", "test_interrupted_runs", "test_seam", "test_train_net", "test_stock_detectron2",
 )  # fmt: skip
