@@ -84,7 +84,7 @@ def test_equals_the_definitions(seed):
 
 
 @pytest.mark.parametrize("most", [5, 40, 10_000])
-@pytest.mark.parametrize("sharpness", [0.5, 8.0])
+@pytest.mark.parametrize("sharpness", [0.5, 1.5])
 def test_comparing_few_candidates_changes_nothing(most, sharpness, monkeypatch):
     generator = torch.Generator().manual_seed(most)
     corner = torch.rand(300, 2, generator=generator) * 0.8
