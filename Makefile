@@ -86,7 +86,8 @@ test-slow: install
 
 # Tests of single functions, layers and config files; none trains through a command or starts processes.
 FAST_TESTS := tests/ops tests/structures tests/modeling tests/config tests/test_imports.py tests/test_language.py \
-	$(patsubst %,--ignore=tests/modeling/solo/test_%.py,commands learning model published_configs)
+	$(foreach family,solo yolact,\
+		$(patsubst %,--ignore=tests/modeling/$(family)/test_%.py,commands learning model published_configs))
 
 test-fast: install
 	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(FAST_TESTS)

@@ -11,7 +11,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "add_sparse_inst_config", "get_config_file", "load_config"]
 
 # Modules that register backbones and meta-architectures.
-_REGISTERING = ("sparseinst.backbones", "sparseinst.modeling.sparse_inst.model", "sparseinst.modeling.solo.model")
+_REGISTERING = (
+    "sparseinst.backbones",
+    "sparseinst.modeling.sparse_inst.model",
+    "sparseinst.modeling.solo.model",
+    "sparseinst.modeling.yolact.model",
+)
 
 if find_spec("detectron2") is None:
     raise ImportError(

@@ -4,7 +4,8 @@ import pytest
 
 # The slowest first, so that no worker waits for a long file at the end.
 SLOWEST = (
-    "test_solo", "test_trainer", "test_configs", "test_finite", "test_benchmark_training", "test_published_configs",
+    "test_solo", "test_yolact", "test_trainer", "test_configs", "test_finite", "test_benchmark_training",
+    "test_published_configs",
     "test_export", "test_model", "test_commands", "test_names", "test_coco_evaluation", "test_console",
     "test_optimize", "test_launches", "test_interrupted_runs", "test_seam", "test_train_net", "test_stock_detectron2",
 )  # fmt: skip
@@ -27,6 +28,9 @@ SLOW = (
     "test_configs.py::test_a_step_an_answer_and_a_checkpoint[sparse_inst_darknet53",
     "test_configs.py::test_a_step_an_answer_and_a_checkpoint[sparse_inst_pvt_b2",
     "parity/test_solo.py::*solov2_light_512", "parity/test_solo.py::*decoupled", "parity/test_solo.py::*[solo_r50",
+    "test_published_configs.py::test_a_step_an_answer_and_a_checkpoint[yolact_plus",
+    "test_published_configs.py::test_a_step_an_answer_and_a_checkpoint[yolact_darknet53",
+    "parity/test_yolact.py::*darknet53", "parity/test_yolact.py::*plus",
     "test_benchmark_training.py::test_memory_is_that_of_a_process", "test_benchmark_training.py::test_drawn_shapes",
     "test_benchmark_training.py::test_settings_are_measured",
     "test_benchmark.py::test_parts_of_an_optimized_model",

@@ -19,6 +19,7 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 
 from sparseinst import add_sparse_inst_config, get_config_file
 from sparseinst.config import load_config
+from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 from tests.shapes_data import register_shapes
 from tests.tiny_model import tiny_cfg, tiny_model
 
@@ -193,6 +194,31 @@ def test_lazy_config_builds_solov2_as_its_yaml_does():
     assert lazy_outputs.keys() == yaml_outputs.keys()
     for name, output in lazy_outputs.items():
         assert torch.equal(output, yaml_outputs[name]), name
+
+
+def test_lazy_config_builds_yolact_as_its_yaml_does():
+    lazy = LazyConfig.load(get_config_file("lazy/yolact_resnet50.py"))
+    cfg = load_config("yolact/yolact_resnet50", ["MODEL.DEVICE", "cpu"])
+    from_lazy, from_yaml = instantiate(lazy.model).eval(), build_model(cfg).eval()
+    assert str(from_lazy) == str(from_yaml)
+    # All parameters of the YAML's model train, as here.
+    assert all(value.requires_grad for model in (from_lazy, from_yaml) for value in model.parameters())
+    assert torch.equal(from_lazy.anchors, from_yaml.anchors) and from_lazy.side == from_yaml.side
+    assert (from_lazy.matcher, from_lazy.detection) == (from_yaml.matcher, from_yaml.detection)
+    assert torch.equal(from_lazy.pixel_mean, from_yaml.pixel_mean)
+    settings = [
+        {key: value for key, value in vars(model.criterion).items() if not key.startswith("_")}
+        for model in (from_lazy, from_yaml)
+    ]
+    assert settings[0] == settings[1]
+    found, expected = (
+        [str(augmentation) for augmentation in augmentations.augs]
+        for augmentations in (
+            instantiate(lazy.dataloader.train.mapper).augmentations,
+            SparseInstDatasetMapper(cfg, is_train=True).augmentations,
+        )
+    )
+    assert found[1:] == expected[1:] and len(found) == 6
 
 
 def test_lazy_config_builds_the_model_of_its_yaml():

@@ -3,6 +3,7 @@
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
+from torch import nn
 
 from sparseinst.backbones.timm_backbone import TimmBackbone, select_strides
 
@@ -12,7 +13,7 @@ STRIDES = {"csp0": 2, "csp1": 4, "csp2": 8, "csp3": 16, "csp4": 32}
 
 @BACKBONE_REGISTRY.register()
 def build_cspnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """The network MODEL.CSPNET.NAME.
+    """The network MODEL.CSPNET.NAME, with leaky ReLUs of MODEL.CSPNET.NEGATIVE_SLOPE.
 
     Raises:
         ImportError: timm is not installed.
@@ -21,10 +22,14 @@ def build_cspnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     cspnet = cfg.MODEL.CSPNET
     if cspnet.NAME not in NAMES:
         raise ValueError(f"MODEL.CSPNET.NAME is {cspnet.NAME!r}; it must be one of {', '.join(NAMES)}")
-    return TimmBackbone(
+    backbone = TimmBackbone(
         cspnet.NAME,
         select_strides("MODEL.CSPNET.OUT_FEATURES", cspnet.OUT_FEATURES, STRIDES),
         in_channels=input_shape.channels,
         norm=cspnet.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
+    for module in backbone.modules():
+        if isinstance(module, nn.LeakyReLU):
+            module.negative_slope = cspnet.NEGATIVE_SLOPE
+    return backbone

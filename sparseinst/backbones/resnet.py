@@ -24,8 +24,9 @@ VD_FIXED = {"NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64, "STEM_OUT_CHANNELS": 64, "RE
 def build_resnet_dcn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Detectron2's ResNet, whose stages of MODEL.RESNETS.DEFORM_ON_PER_STAGE are deformable without compiled operators.
 
-    It follows all keys of MODEL.RESNETS, DEFORM_MODULATED and DEFORM_NUM_GROUPS included, and has the state-dict names
-    of ``build_resnet_backbone``. ResNet-18 and -34 can be deformable too: in the second convolution of a block.
+    It follows all keys of MODEL.RESNETS, DEFORM_MODULATED, DEFORM_NUM_GROUPS and DEFORM_INTERVAL included, and has the
+    state-dict names of ``build_resnet_backbone``. ResNet-18 and -34 can be deformable too: in the second convolution of
+    a block.
 
     Raises:
         ValueError: DEFORM_NUM_GROUPS does not divide the channels; not four stages.
@@ -49,8 +50,8 @@ def build_resnet_dcn_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_resnet_vd_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """ResNet-vd of MODEL.RESNETS.DEPTH: timm's resnet50d and so on, under timm's names.
 
-    It follows DEPTH, NORM, OUT_FEATURES (res2 to res5), DEFORM_ON_PER_STAGE, DEFORM_MODULATED and DEFORM_NUM_GROUPS of
-    MODEL.RESNETS, and MODEL.BACKBONE.FREEZE_AT.
+    It follows DEPTH, NORM, OUT_FEATURES (res2 to res5), DEFORM_ON_PER_STAGE, DEFORM_MODULATED, DEFORM_NUM_GROUPS and
+    DEFORM_INTERVAL of MODEL.RESNETS, and MODEL.BACKBONE.FREEZE_AT.
 
     Raises:
         ImportError: timm is not installed.
@@ -88,5 +89,8 @@ def _make_stages_deformable(cfg: CfgNode, resnet: nn.Module, stages: Sequence[st
     for name, is_deformable in zip(stages, resnets.DEFORM_ON_PER_STAGE):
         if is_deformable and hasattr(resnet, name):
             make_deformable(
-                getattr(resnet, name), num_groups=resnets.DEFORM_NUM_GROUPS, modulated=resnets.DEFORM_MODULATED
+                getattr(resnet, name),
+                num_groups=resnets.DEFORM_NUM_GROUPS,
+                modulated=resnets.DEFORM_MODULATED,
+                interval=resnets.DEFORM_INTERVAL,
             )

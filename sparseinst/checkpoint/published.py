@@ -45,6 +45,13 @@ CHECKPOINTS |= {
     "solov2/solov2_light_512_dcn_r50_3x": f"{_SOLO}SOLOv2_LIGHT_512_DCN_R50_3x.pth",
 }
 
+_YOLACT = "hf://dbolya/yolact-"
+# No file was published for yolact_im400.
+CHECKPOINTS |= {
+    f"yolact/yolact_{name}": f"{_YOLACT}{name.replace('_', '-')}/yolact_{name}_54_800000.pth"
+    for name in ("resnet50", "darknet53", "base", "im700", "plus_resnet50", "plus_base")
+}
+
 
 def checkpoint_name(config: str) -> str:
     """Return the name under which a config's checkpoint is listed: without ``configs/`` and ``.yaml``."""

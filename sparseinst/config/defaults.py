@@ -8,7 +8,11 @@ from detectron2.config import CfgNode
 import sparseinst
 
 # Modules that add the keys of one model family each by `add_keys(cfg)`; RANGES has the values that the keys accept.
-FAMILIES = ("sparseinst.modeling.sparse_inst.config", "sparseinst.modeling.solo.config")
+FAMILIES = (
+    "sparseinst.modeling.sparse_inst.config",
+    "sparseinst.modeling.solo.config",
+    "sparseinst.modeling.yolact.config",
+)
 _PACKAGE_DIR = Path(__file__).resolve().parents[1]
 # Of an installed package and of a checkout.
 CONFIG_FOLDERS = (_PACKAGE_DIR / "configs", _PACKAGE_DIR.parent / "configs")
@@ -99,6 +103,11 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.MODEL.CSPNET.NORM = ""
     # Of csp0 to csp4, strides 2 to 32.
     cfg.MODEL.CSPNET.OUT_FEATURES = ["csp1", "csp2", "csp3", "csp4"]
+    # Slope of its leaky ReLUs below zero: timm's 0.01; DarkNet's authors and YOLACT have 0.1.
+    cfg.MODEL.CSPNET.NEGATIVE_SLOPE = 0.01
+    # BACKBONE.NAME build_resnet_dcn_backbone: of the stages in DEFORM_ON_PER_STAGE every so many-th block is
+    # deformable, from the first one on.
+    cfg.MODEL.RESNETS.DEFORM_INTERVAL = 1
     # BACKBONE.NAME build_timm_backbone: any model of timm that gives feature maps.
     cfg.MODEL.TIMM = CfgNode()
     cfg.MODEL.TIMM.NAME = "resnet18"
@@ -144,6 +153,20 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # (height, width): test images are resized to the largest size of their aspect ratio that fits, in place of
     # MIN_SIZE_TEST and MAX_SIZE_TEST. Empty: off. Exported files of a fixed size set it.
     cfg.INPUT.FIT_SIZE_TEST = []
+    # Side in pixels of the square that images are resized to, whatever their shape; 0: off. A model of fixed input size
+    # needs it, and resizes what the mapper passes on: set MIN_SIZE_TEST 0.
+    cfg.INPUT.SQUARE_SIZE = 0
+    # Take the annotations' boxes, transformed with the image, as ground truth, and pass crowds on as "crowd_boxes". An
+    # object is left out where the center of its box is outside of the image. False: boxes are tight around the masks,
+    # and crowds are left out.
+    cfg.INPUT.ANNOTATION_BOXES = False
+    # Training: the augmentations of SSD (arXiv 1512.02325), before flip and resize; they need ANNOTATION_BOXES.
+    cfg.INPUT.SSD = CfgNode()
+    cfg.INPUT.SSD.ENABLED = False
+    # Crops have an object whose IoU with the crop is at least the drawn one. False, as published: any crop with the
+    # center of an object.
+    cfg.INPUT.SSD.MIN_IOU = False
+
     # Image files of more pixels (height times width) are refused before they are decoded.
     cfg.INPUT.MAX_IMAGE_PIXELS = 200_000_000
     # Library that computes AP: "pycocotools", or "faster-coco-eval" (extra "fast-eval"), faster with equal results.

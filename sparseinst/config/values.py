@@ -67,9 +67,11 @@ RANGES: Mapping[str, Range] = {
     "MODEL.RESNETS.RES2_OUT_CHANNELS": COUNT,
     "MODEL.RESNETS.RES5_DILATION": one_of(1, 2),
     "MODEL.RESNETS.DEFORM_NUM_GROUPS": COUNT,
+    "MODEL.RESNETS.DEFORM_INTERVAL": COUNT,
     "MODEL.FPN.NORM": NORM,
     "MODEL.FPN.OUT_CHANNELS": COUNT,
     "MODEL.CSPNET.NORM": one_of("", "BN", "FrozenBN", "SyncBN"),
+    "MODEL.CSPNET.NEGATIVE_SLOPE": NOT_NEGATIVE,
     "MODEL.TIMM.NORM": one_of("", "BN", "FrozenBN", "SyncBN"),
     "MODEL.OUTPUT.MASK_FORMAT": one_of("bitmask", "rle"),
     "MODEL.OUTPUT.MAX_MASK_GIB": POSITIVE,
@@ -88,6 +90,7 @@ RANGES: Mapping[str, Range] = {
     "INPUT.FIT_SIZE_TEST": Range(
         lambda size: len(size) in (0, 2) and all(COUNT.accepts(side) for side in size), "(height, width), or empty: off"
     ),
+    "INPUT.SQUARE_SIZE": Range(lambda side: isinstance(side, int) and side >= 0, "a whole number of pixels (0: off)"),
     "INPUT.MAX_IMAGE_PIXELS": COUNT,
     "INPUT.RANDOM_FLIP": one_of("none", "horizontal", "vertical"),
     "INPUT.CROP.TYPE": one_of("relative", "relative_range", "absolute", "absolute_range"),

@@ -8,6 +8,7 @@ from detectron2.data import transforms as T
 from PIL import Image
 
 from sparseinst.config import check_keys
+from sparseinst.data.ssd_augmentations import ssd_augmentations, to_float
 
 # The published crop recipe: short sides in pixels before the crop, and its probability.
 _SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
@@ -68,8 +69,13 @@ def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
 def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """Return the published recipe: flip; with INPUT.CROP.ENABLED, zoom and crop half of the images; resize.
 
+    With INPUT.SSD.ENABLED the augmentations of SSD come first. With INPUT.SQUARE_SIZE images become float32, and are
+    resized to the square.
+
     Raises:
-        ValueError: INPUT.RANDOM_FLIP, INPUT.CROP, INPUT.MIN_SIZE_TRAIN or INPUT.MIN_SIZE_TRAIN_SAMPLING is invalid.
+        ValueError: INPUT.RANDOM_FLIP, INPUT.CROP, INPUT.SSD, INPUT.MIN_SIZE_TRAIN or INPUT.MIN_SIZE_TRAIN_SAMPLING is
+            invalid.
+        ImportError: INPUT.SSD.ENABLED without OpenCV.
     """
     check_keys(cfg, "INPUT.RANDOM_FLIP", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "INPUT.CROP.TYPE", "INPUT.CROP.SIZE")
     flip = cfg.INPUT.RANDOM_FLIP
@@ -78,6 +84,14 @@ def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
         raise ValueError(f"INPUT.MIN_SIZE_TRAIN is {min_sizes}; INPUT.MIN_SIZE_TRAIN_SAMPLING 'range' takes two values")
 
     augmentations = []
+    side = cfg.INPUT.SQUARE_SIZE
+    if side:
+        # Of float32 images Detectron2 resizes the pixels without antialiasing.
+        augmentations.append(T.ColorTransform(to_float))
+    if cfg.INPUT.SSD.ENABLED:
+        if not cfg.INPUT.ANNOTATION_BOXES:
+            raise ValueError("INPUT.SSD.ENABLED is True: its crops need boxes; set INPUT.ANNOTATION_BOXES True")
+        augmentations += ssd_augmentations(cfg.INPUT.FORMAT, cfg.INPUT.SSD.MIN_IOU)
     if flip != "none":
         augmentations.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
     if cfg.INPUT.CROP.ENABLED:
@@ -91,5 +105,6 @@ def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
         zoom = ResizeShortestEdge(_SHORT_SIDES_BEFORE_CROP, _LONG_SIDE_BEFORE_CROP, "choice")
         zoom_and_crop = T.AugmentationList([zoom, RandomCrop(crop_type, crop_size)])
         augmentations.append(T.RandomApply(zoom_and_crop, prob=_CROP_PROBABILITY))
-    augmentations.append(ResizeShortestEdge(min_sizes, cfg.INPUT.MAX_SIZE_TRAIN, sampling))
+    resize = T.Resize((side, side)) if side else ResizeShortestEdge(min_sizes, cfg.INPUT.MAX_SIZE_TRAIN, sampling)
+    augmentations.append(resize)
     return augmentations

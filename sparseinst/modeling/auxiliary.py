@@ -1,13 +1,17 @@
-"""Functions that families of models share: building a backbone, drawing objects for benchmarks."""
+"""Parts that families of models share: building a backbone, semantic segmentation, drawing objects for benchmarks."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2 import modeling
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import nn
 
 from sparseinst.config import registered
+from sparseinst.ops.losses import masks_on_grid, sem_seg_loss, semantic_masks
+from sparseinst.ops.precision import no_autocast
 
 # Standard deviations of the logarithms of the areas and aspect ratios of drawn objects.
 AREA_SPREAD = 1.0
@@ -41,6 +45,59 @@ def build_backbone(cfg: CfgNode) -> Backbone:
             f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} cannot be built with these keys: "
             f"{' '.join(str(error).split()) or type(error).__name__}"
         ) from error
+
+
+class SemSegHead(nn.Module):
+    """Predict semantic segmentation by a 1x1 convolution, for an auxiliary loss in training (YOLACT, section 4).
+
+    Args:
+        in_channels: of the feature map.
+        num_classes: K.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.predictor = nn.Conv2d(in_channels, num_classes, 1)
+        nn.init.xavier_uniform_(self.predictor.weight)
+        nn.init.zeros_(self.predictor.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to logits (B, K, H, W)."""
+        return self.predictor(features)
+
+    def loss(
+        self,
+        sem_seg_logits: torch.Tensor,
+        targets: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        counts: Mapping[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return the loss of one batch, a mean over images, in float32.
+
+        Args:
+            sem_seg_logits: (B, K, H, W).
+            targets: of each image the objects' masks (M, h, w), bool or in [0, 1], and classes (M,).
+            counts: ``num_images`` of the whole step; None: those of this batch.
+        """
+        _, num_classes, *size = sem_seg_logits.shape
+        with no_autocast(sem_seg_logits.device):
+            expected = torch.stack(
+                [
+                    semantic_masks(masks_on_grid(masks.float(), tuple(size)) > 0.5, classes, num_classes)
+                    for masks, classes in targets
+                ]
+            )
+            num_images = len(targets) if counts is None else float(counts["num_images"])
+            return sem_seg_loss(sem_seg_logits.float(), expected) / num_images
+
+
+def with_every_parameter(losses: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return equal losses whose backward pass gives every parameter a gradient, if need be 0.
+
+    DistributedDataParallel waits for all gradients, and a part of a model may have nothing to learn from a batch.
+    """
+    # Sums of empty slices.
+    unused = sum(parameter.flatten()[:0].sum() for parameter in model.parameters() if parameter.requires_grad)
+    return {name: loss + unused for name, loss in losses.items()}
 
 
 def draw_mask_logits(shape: tuple[int, int, int, int], median_area: float, generator: torch.Generator) -> torch.Tensor:

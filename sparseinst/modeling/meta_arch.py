@@ -243,8 +243,8 @@ class InstanceSegmenter(nn.Module, ABC):
 
         Returns:
             In training a dict of weighted scalar losses. Otherwise one dict for each image with ``instances``, sorted
-            by score: Instances of the output size with ``pred_boxes`` (tight boxes of the masks), ``pred_masks``
-            (n, height, width) bool or `RLEMasks`, ``scores`` and ``pred_classes``.
+            by score: Instances of the output size with ``pred_boxes`` (tight boxes of the masks, or boxes that the
+            model predicts), ``pred_masks`` (n, height, width) bool or `RLEMasks`, ``scores`` and ``pred_classes``.
 
         Raises:
             MaskMemoryError: the boolean masks of an image would take more than ``output.max_mask_gib``.

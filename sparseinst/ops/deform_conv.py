@@ -75,14 +75,15 @@ class DeformConv2d(nn.Module):
         return f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, modulated={self.modulated}"
 
 
-def make_deformable(stage: nn.Module, *, num_groups: int = 1, modulated: bool = False) -> None:
-    """Replace ``conv2`` of each block of a ResNet's stage, in place.
+def make_deformable(stage: nn.Module, *, num_groups: int = 1, modulated: bool = False, interval: int = 1) -> None:
+    """Replace ``conv2`` of every ``interval``-th block of a ResNet's stage, from the first one on, in place.
 
     Args:
         stage: its children are the blocks.
         num_groups, modulated: see :class:`DeformConv2d`.
+        interval: at least 1.
     """
-    for block in stage.children():
+    for block in list(stage.children())[::interval]:
         block.conv2 = DeformConv2d(block.conv2, num_groups=num_groups, modulated=modulated)
 
 

@@ -166,3 +166,31 @@ def box_loss(boxes: torch.Tensor, gt_boxes: torch.Tensor) -> torch.Tensor:
     size = (gt_boxes[:, 2:] - gt_boxes[:, :2]).repeat(1, 2)
     distance = F.smooth_l1_loss(boxes / size, gt_boxes / size, beta=0.1, reduction="sum")
     return giou_loss(boxes, gt_boxes, reduction="sum") + 0.5 * distance
+
+
+def semantic_masks(gt_masks: torch.Tensor, gt_classes: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Return the union of the masks of each class.
+
+    Args:
+        gt_masks: (M, H, W) bool.
+        gt_classes: (M,) int64 in [0, K).
+        num_classes: K.
+
+    Returns:
+        (K, H, W) bool.
+    """
+    union = torch.zeros((num_classes, *gt_masks.shape[1:]), device=gt_masks.device)
+    return union.index_add_(0, gt_classes, gt_masks.float()) > 0
+
+
+def sem_seg_loss(sem_seg_logits: torch.Tensor, sem_seg: torch.Tensor) -> torch.Tensor:
+    """Return the binary cross-entropy of semantic segmentation: the mean over pixels, summed over classes and images.
+
+    An auxiliary loss in training (YOLACT, section 4).
+
+    Args:
+        sem_seg_logits: (B, K, H, W).
+        sem_seg: (B, K, H, W) bool; a pixel may belong to several classes or none.
+    """
+    loss = F.binary_cross_entropy_with_logits(sem_seg_logits, sem_seg.float(), reduction="sum")
+    return loss / sem_seg_logits.shape[2:].numel()

@@ -9,7 +9,8 @@ class Detections(NamedTuple):
     """Predictions of one image, best first; n is at most N.
 
     Attributes:
-        boxes: (n, 4) float32, (x0, y0, x1, y1) in pixels of the output, tight around the mask; x1 and y1 are exclusive.
+        boxes: (n, 4) float32, (x0, y0, x1, y1) in pixels of the output; x1 and y1 are exclusive. Tight around the mask,
+            or predicted and clipped to the image.
         scores: (n,) float32 in [0, 1], descending.
         classes: (n,) int64 in [0, K).
         masks: (n, height, width) bool at the output size, or a list of n compressed COCO RLEs; none is empty.

@@ -131,7 +131,9 @@ def survey_image(
     except DataError as error:
         kind = "unreadable image" if isinstance(error, ImageReadError) else "another image size"
         return ImageSurvey(Finding(kind, str(error)))
-    resize = ResizeShortestEdge([_train_size(cfg)], cfg.INPUT.MAX_SIZE_TRAIN, "choice")
+    side = cfg.INPUT.SQUARE_SIZE
+    shortest_edge = ResizeShortestEdge([_train_size(cfg)], cfg.INPUT.MAX_SIZE_TRAIN, "choice")
+    resize = T.Resize((side, side)) if side else shortest_edge
     transform = resize.get_transform(np.broadcast_to(np.uint8(0), size))
     # Detectron2 returns no ResizeTransform where the size stays.
     new_size = size if isinstance(transform, T.NoOpTransform) else (transform.new_h, transform.new_w)

@@ -52,6 +52,12 @@ def test_published_constants(model):
     assert weight.std().item() == pytest.approx((2 / (weight.shape[0] * 9)) ** 0.5, rel=0.02)
 
 
+def test_the_slope_of_darknets_authors():
+    backbone = build("MODEL.CSPNET.NEGATIVE_SLOPE", 0.1)
+    slopes = {part.negative_slope for part in backbone.modules() if isinstance(part, nn.LeakyReLU)}
+    assert slopes == {0.1} and not any(isinstance(part, nn.ReLU) for part in backbone.modules())
+
+
 @pytest.mark.parametrize("norm", ["", "BN", "FrozenBN", "SyncBN"])
 def test_norms(norm):
     backbone = build("MODEL.CSPNET.NAME", "cspdarknet53", "MODEL.CSPNET.NORM", norm)

@@ -75,6 +75,11 @@ def test_which_stages_are_deformable():
     assert deformable_blocks(build(*VD, *DEFORM)) == ["body.layer3.0", "body.layer3.1"]
 
 
+def test_every_third_block_is_deformable():
+    backbone = build(*DCN, *R50, *DEFORM, "MODEL.RESNETS.OUT_FEATURES", ["res5"], "MODEL.RESNETS.DEFORM_INTERVAL", 3)
+    assert deformable_blocks(backbone) == ["res4.0", "res4.3", "res5.0"]
+
+
 @pytest.mark.parametrize("builder", [DCN, VD])
 def test_modulated_and_groups(builder):
     backbone = build(*builder, *DEFORM, "MODEL.RESNETS.DEFORM_MODULATED", True, "MODEL.RESNETS.DEFORM_NUM_GROUPS", 2)

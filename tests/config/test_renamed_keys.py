@@ -53,7 +53,7 @@ TRANSLATED = {
     "NUM_CONVS": 2, "CHANNELS": 64, "NORM": "", "DEFORM": "all", "DEFORM_MODULATED": True, "PRIOR_PROB": 0.02,
     "LOSS": {
         "NAME": "SOLOCriterion", "CATE_WEIGHT": 2.0, "MASK_WEIGHT": 4.0, "FOCAL_ALPHA": 0.3, "FOCAL_GAMMA": 1.5,
-        "GLOBAL_NORMALIZATION": False,
+        "GLOBAL_NORMALIZATION": False, "SEM_SEG_WEIGHT": 0.0,
     },
     "SCORE_THRESHOLD": 0.2, "MASK_THRESHOLD": 0.4,
     "NMS": {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity.record import record
+from tests.parity.summary import check_summaries
 
 HERE = Path(__file__).parent / "solo"
 CONFIGS = {
@@ -20,23 +21,6 @@ CONFIGS = {
 def case(request):
     """Return what is recorded of the published code, and our numbers."""
     return json.loads((HERE / f"{request.param}.json").read_text()), record(CONFIGS[request.param])
-
-
-def check_summaries(name, expected, found):
-    """Compare summaries at any depth of lists and dicts."""
-    if isinstance(expected, list):
-        assert len(expected) == len(found)
-        for index, pair in enumerate(zip(expected, found)):
-            check_summaries(f"{name}[{index}]", *pair)
-    elif "samples" not in expected:
-        assert expected.keys() == found.keys()
-        for key, value in expected.items():
-            check_summaries(f"{name}.{key}", value, found[key])
-    else:
-        tolerance = 1e-3 * max(abs(expected["mean"]), expected["std"])
-        assert found["shape"] == expected["shape"], name
-        for key in ("mean", "std", "samples"):
-            assert found[key] == pytest.approx(expected[key], abs=tolerance, rel=0), name
 
 
 def test_sizes(case):

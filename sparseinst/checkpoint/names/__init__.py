@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sparseinst.checkpoint.names import detectron2, efficientnet_lite, solo, sparse_inst, timm, torchvision
+from sparseinst.checkpoint.names import detectron2, efficientnet_lite, solo, sparse_inst, timm, torchvision, yolact
 from sparseinst.checkpoint.names.source import KeyHint, Recipe, Renaming, Source
 
 BACKBONE = "backbone."
 UNKNOWN = "names of no known family"
 
-_TABLES = (detectron2, timm, torchvision, efficientnet_lite, sparse_inst, solo)
+_TABLES = (detectron2, timm, torchvision, efficientnet_lite, sparse_inst, solo, yolact)
 _SOURCES: dict[str, Source] = {
     source.family: source for source in chain.from_iterable(getattr(table, "SOURCES", ()) for table in _TABLES)
 }
@@ -108,9 +108,12 @@ def convert(tensors: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tens
             )
         new_names.update(zip(inner, (target_prefix + name for name in renamed)))
     converted = {new: tensors[name] for name, new in new_names.items()}
-    if family in _SOURCES:
-        converted.update(_SOURCES[family].add(converted, target))
     origins = {new: name for name, new in new_names.items()}
+    for sources, source in ((_MODELS, model_family), (_SOURCES, family)):
+        changed = sources[source].adapt(converted, target) if source in sources else {}
+        converted.update(changed)
+        for name in [name for name, value in changed.items() if value is None]:
+            del converted[name], origins[name]
     return Converted(converted, origins, family, target_family, model_family)
 
 
@@ -133,7 +136,7 @@ def explain_mismatch(family: str, backbone: nn.Module, target_family: str) -> st
 
     Args:
         family: of the file.
-        backbone: the module that the weights would go to.
+        backbone: the module that the weights would go to; with a feature pyramid the backbone in it is meant.
         target_family: of the backbone.
     """
     source = _SOURCES.get(family)
@@ -141,7 +144,7 @@ def explain_mismatch(family: str, backbone: nn.Module, target_family: str) -> st
         return ""
     if target_family not in (UNKNOWN, family, *source.renamings):
         return f"its names are of another network, {family}, and the backbone's of {target_family}"
-    return source.explain(backbone, target_family)
+    return source.explain(getattr(backbone, "bottom_up", backbone), target_family)
 
 
 def likely_key(name: str, found: Sequence[int], expected: Sequence[int]) -> str:

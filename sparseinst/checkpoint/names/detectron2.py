@@ -40,7 +40,7 @@ CAFFE2 = Source(
     "ResNet of Caffe2",
     frozenset({"res2_0_branch2a_w"}),
     renamings={RESNET.family: lambda names, _: convert_basic_c2_names(names)},
-    add=_frozen_statistics,
+    adapt=_frozen_statistics,
 )
 SOURCES = (CAFFE2, RESNET)
 

@@ -16,7 +16,7 @@ def _explain_nothing(_: nn.Module, __: str) -> str:
     return ""
 
 
-def _add_nothing(_: State, __: State) -> dict[str, torch.Tensor]:
+def _adapt_nothing(_: State, __: State) -> dict[str, torch.Tensor | None]:
     return {}
 
 
@@ -48,7 +48,8 @@ class Source(NamedTuple):
         renamings: by the family of the network that the names are translated to.
         explain: returns why the weights do not fit a backbone of a family although names and shapes do; "" where they
             fit.
-        add: returns tensors that the renamed file lacks and that follow from the others, given the model's state dict.
+        adapt: returns tensors to add to the renamed file, or to put in place of its own, given the model's state dict;
+            None removes a tensor.
         recipe: of the released models.
     """
 
@@ -56,7 +57,7 @@ class Source(NamedTuple):
     signs: frozenset[str]
     renamings: Mapping[str, Renaming] = {}
     explain: Callable[[nn.Module, str], str] = _explain_nothing
-    add: Callable[[State, State], dict[str, torch.Tensor]] = _add_nothing
+    adapt: Callable[[State, State], dict[str, torch.Tensor | None]] = _adapt_nothing
     recipe: Recipe | None = None
 
 

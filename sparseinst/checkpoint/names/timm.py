@@ -8,6 +8,7 @@ PVT_TIMM = "PVTv2 of timm"
 
 RESNET_D = Source("ResNet-D (vd) of timm", frozenset({"conv1.0.weight", "layer1.0.conv1.weight"}))
 EFFICIENTNET = Source("EfficientNet or MobileNet of timm", frozenset({"conv_stem.weight", "blocks.0.0.conv_dw.weight"}))
+DARKNET = Source("DarkNet of timm", frozenset({"stem.conv1.conv.weight", "stages.0.conv_down.conv.weight"}))
 SOURCES = (
     RESNET_D,
     Source(
@@ -21,5 +22,5 @@ SOURCES = (
         renamings={PVT_PUBLISHED: each(pvt.published_name)},
     ),
     EFFICIENTNET,
-    Source("DarkNet of timm", frozenset({"stem.conv1.conv.weight", "stages.0.conv_down.conv.weight"})),
+    DARKNET,
 )

@@ -24,7 +24,7 @@ _RANGES = {
     "NORM": NORM,
     "DEFORM": one_of("", "last", "all"),
     "PRIOR_PROB": _INSIDE,
-    **{f"LOSS.{name}": NOT_NEGATIVE for name in ("CATE_WEIGHT", "MASK_WEIGHT", "FOCAL_GAMMA")},
+    **{f"LOSS.{name}": NOT_NEGATIVE for name in ("CATE_WEIGHT", "MASK_WEIGHT", "SEM_SEG_WEIGHT", "FOCAL_GAMMA")},
     "LOSS.FOCAL_ALPHA": FRACTION,
     "SCORE_THRESHOLD": FRACTION,
     "MASK_THRESHOLD": _INSIDE,
@@ -151,6 +151,8 @@ def _shared_keys(head: str, num_convs: int, channels: int) -> CfgNode:
     node.LOSS.NAME = "SOLOCriterion"
     node.LOSS.CATE_WEIGHT = 1.0
     node.LOSS.MASK_WEIGHT = 3.0
+    # Semantic segmentation on the finest feature of IN_FEATURES, in training only. 0: no such head, as published.
+    node.LOSS.SEM_SEG_WEIGHT = 0.0
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
     # Several processes: divide by the cells and pairs of all of them, so that gradients equal those of one process with

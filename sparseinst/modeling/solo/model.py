@@ -13,7 +13,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
 from sparseinst.config import check_values, value
-from sparseinst.modeling.auxiliary import build_backbone
+from sparseinst.modeling.auxiliary import SemSegHead, build_backbone, with_every_parameter
 from sparseinst.modeling.meta_arch import ImageObjects, InstanceSegmenter, OutputOptions
 from sparseinst.modeling.solo import config
 from sparseinst.modeling.solo.criterion import build_solo_criterion, count_targets
@@ -46,6 +46,8 @@ class SOLO(InstanceSegmenter):
         sigma: share of an object's box around its center of mass whose cells learn it.
         detection: thresholds and limits of the detections.
         mask_feature_head: computes the features that kernels are applied to (SOLOv2).
+        sem_seg_head: semantic segmentation of the head's finest feature, in training only.
+        sem_seg_weight: weight of its loss.
         output: how predictions are returned.
     """
 
@@ -66,6 +68,8 @@ class SOLO(InstanceSegmenter):
         sigma: float = 0.2,
         detection: DetectionOptions | None = None,
         mask_feature_head: nn.Module | None = None,
+        sem_seg_head: SemSegHead | None = None,
+        sem_seg_weight: float = 0.0,
         output: OutputOptions | None = None,
     ) -> None:
         if head.needs_mask_features != (mask_feature_head is not None):
@@ -79,6 +83,8 @@ class SOLO(InstanceSegmenter):
         self.head = head
         self.mask_feature_head = mask_feature_head
         self.criterion = criterion
+        self.sem_seg_head = sem_seg_head
+        self.sem_seg_weight = sem_seg_weight
         self.detection = detection or DetectionOptions()
         self.grid = GridSpec(
             num_grids=head.num_grids,
@@ -97,6 +103,9 @@ class SOLO(InstanceSegmenter):
         config.check_levels(node, cls.node_name)
         backbone = build_backbone(cfg)
         input_shape = backbone.output_shape()
+        sem_seg_head = None
+        if node.LOSS.SEM_SEG_WEIGHT > 0:
+            sem_seg_head = SemSegHead(input_shape[node.IN_FEATURES[0]].channels, node.NUM_CLASSES)
         return {
             "backbone": backbone,
             "head": build_solo_head(cfg, input_shape, cls.node_name),
@@ -105,6 +114,8 @@ class SOLO(InstanceSegmenter):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "scale_ranges": node.SCALE_RANGES,
             "sigma": node.SIGMA,
+            "sem_seg_head": sem_seg_head,
+            "sem_seg_weight": node.LOSS.SEM_SEG_WEIGHT,
             "detection": DetectionOptions(
                 score_threshold=node.SCORE_THRESHOLD,
                 mask_threshold=node.MASK_THRESHOLD,
@@ -150,12 +161,14 @@ class SOLO(InstanceSegmenter):
 
         Returns:
             ``cate_logits`` (B, K, all cells), level after level, and what the head's masks are computed from; see the
-            head's class.
+            head's class. In training also ``sem_seg_logits`` (B, K, H, W) where the model has such a head.
         """
         features = self.backbone(images)
         outputs = self.head(features)
         if self.mask_feature_head is not None:
             outputs["mask_features"] = self.mask_feature_head(features)
+        if self.training and self.sem_seg_head is not None:
+            outputs["sem_seg_logits"] = self.sem_seg_head(features[self.head.in_features[0]])
         return outputs
 
     def prepare_targets(self, batched_inputs: list[dict], images: ImageList) -> list[GridTargets]:
@@ -164,8 +177,8 @@ class SOLO(InstanceSegmenter):
         return [grid_targets(x["instances"], padded_size, self.grid, self.device) for x in batched_inputs]
 
     def loss_counts(self, targets: list[GridTargets]) -> dict[str, torch.Tensor]:
-        """Count positive cells, and pairs of a cell and an object."""
-        return count_targets(targets)
+        """Count images, positive cells, and pairs of a cell and an object."""
+        return {**count_targets(targets), "num_images": torch.tensor(len(targets))}
 
     def losses(
         self,
@@ -178,10 +191,12 @@ class SOLO(InstanceSegmenter):
             overwritten = sum(level.num_overwritten for image in targets for level in image.levels)
             get_event_storage().put_scalar("solo/overwritten_cells", overwritten)
         losses = self.criterion(self.head, outputs, targets, counts)
-        # Empty slices give every parameter a gradient, which DistributedDataParallel waits for: levels of the pyramid
-        # may be unused, and levels of the head without an object.
-        unused = sum(parameter.flatten()[:0].sum() for parameter in self.parameters() if parameter.requires_grad)
-        return {name: loss + unused for name, loss in losses.items()}
+        if self.sem_seg_head is not None:
+            masks_and_classes = [(target.masks[min(target.masks)], target.classes) for target in targets]
+            loss = self.sem_seg_head.loss(outputs["sem_seg_logits"], masks_and_classes, counts)
+            losses["loss_sem_seg"] = self.sem_seg_weight * loss
+        # Levels of the pyramid may be unused, and levels of the head without an object.
+        return with_every_parameter(losses, self)
 
     def postprocess(
         self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList

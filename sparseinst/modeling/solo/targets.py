@@ -55,10 +55,12 @@ class GridTargets(NamedTuple):
     Attributes:
         levels: of each level.
         masks: for each mask stride the masks of all objects, (M, Hp / stride, Wp / stride) bool.
+        classes: (M,) int64, of all objects.
     """
 
     levels: list[LevelTargets]
     masks: dict[int, torch.Tensor]
+    classes: torch.Tensor
 
 
 @torch.no_grad()
@@ -96,7 +98,8 @@ def grid_targets(
         _level_targets(classes, centers, boxes, padded_size, size, scale_range, spec, device)
         for size, scale_range in zip(spec.num_grids, spec.scale_ranges)
     ]
-    return GridTargets(levels, {stride: torch.cat(parts) for stride, parts in reduced.items()})
+    masks = {stride: torch.cat(parts) for stride, parts in reduced.items()}
+    return GridTargets(levels, masks, instances.gt_classes.to(device))
 
 
 def _level_targets(

@@ -23,7 +23,10 @@ _RANGES = {
     "DECODER.ELLIPSE_SIZE": Range(lambda value: 0 < value <= 1, "in (0, 1]"),
     "DECODER.NORM": NORM,
     **{f"DECODER.{branch}.{name}": COUNT for branch in ("INST", "MASK") for name in ("DIM", "CONVS")},
-    **{f"LOSS.{name}_WEIGHT": NOT_NEGATIVE for name in ("CLASS", "MASK_PIXEL", "MASK_DICE", "OBJECTNESS", "BOX")},
+    **{
+        f"LOSS.{name}_WEIGHT": NOT_NEGATIVE
+        for name in ("CLASS", "MASK_PIXEL", "MASK_DICE", "OBJECTNESS", "BOX", "SEM_SEG")
+    },
     **{f"MATCHER.{name}": NOT_NEGATIVE for name in ("ALPHA", "BETA")},
 }
 # The values that the keys accept; `sparseinst.config.check_values` refuses others.
@@ -116,6 +119,8 @@ def add_keys(cfg: CfgNode) -> None:
     sparse_inst.LOSS.OBJECTNESS_WEIGHT = 1.0
     # Of PlacedCriterion's loss_box.
     sparse_inst.LOSS.BOX_WEIGHT = 1.0
+    # Of loss_sem_seg: semantic segmentation on the encoder's map, in training only. 0, as published: no such head.
+    sparse_inst.LOSS.SEM_SEG_WEIGHT = 0.0
     # Several processes: divide by the instances and pairs of all of them, so that their gradients equal those of one
     # process with the whole batch. False: loss_mask and loss_objectness by each process's own pairs, as published.
     sparse_inst.LOSS.GLOBAL_NORMALIZATION = False

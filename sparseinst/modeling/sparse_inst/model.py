@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparseinst.config import check_values
-from sparseinst.modeling.auxiliary import build_backbone
+from sparseinst.modeling.auxiliary import SemSegHead, build_backbone
 from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions, check_not_traced
 from sparseinst.modeling.sparse_inst import config, placed_criterion, placed_decoder  # noqa: F401 (registers them)
 from sparseinst.modeling.sparse_inst.criterion import build_sparse_inst_criterion
@@ -47,6 +47,8 @@ class SparseInst(InstanceSegmenter):
         max_detections: most instances for each image.
         mask_nms_threshold: IoU above which the worse of two masks of a class is dropped; 0: off.
         antialiased_targets: see :meth:`prepare_targets`.
+        sem_seg_head: semantic segmentation of the encoder's map, in training only.
+        sem_seg_weight: weight of its loss.
         output: how predictions are returned.
     """
 
@@ -72,6 +74,8 @@ class SparseInst(InstanceSegmenter):
         max_detections: int = 100,
         mask_nms_threshold: float = 0.0,
         antialiased_targets: bool = False,
+        sem_seg_head: SemSegHead | None = None,
+        sem_seg_weight: float = 0.0,
         output: OutputOptions | None = None,
     ) -> None:
         super().__init__(pixel_mean=pixel_mean, pixel_std=pixel_std, size_divisibility=SIZE_DIVISIBILITY, output=output)
@@ -84,6 +88,8 @@ class SparseInst(InstanceSegmenter):
         self.max_detections = max_detections
         self.mask_nms_threshold = mask_nms_threshold
         self.antialiased_targets = antialiased_targets
+        self.sem_seg_head = sem_seg_head
+        self.sem_seg_weight = sem_seg_weight
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -93,6 +99,10 @@ class SparseInst(InstanceSegmenter):
         backbone = build_backbone(cfg)
         encoder = build_sparse_inst_encoder(cfg, backbone.output_shape())
         sparse_inst = cfg.MODEL.SPARSE_INST
+        sem_seg_weight = sparse_inst.LOSS.SEM_SEG_WEIGHT
+        sem_seg_head = None
+        if sem_seg_weight > 0:
+            sem_seg_head = SemSegHead(encoder.output_shape().channels, sparse_inst.DECODER.NUM_CLASSES)
         return {
             "backbone": backbone,
             "encoder": encoder,
@@ -105,6 +115,8 @@ class SparseInst(InstanceSegmenter):
             "max_detections": sparse_inst.MAX_DETECTIONS,
             "mask_nms_threshold": sparse_inst.MASK_NMS_THRESHOLD,
             "antialiased_targets": sparse_inst.ANTIALIASED_TARGETS,
+            "sem_seg_head": sem_seg_head,
+            "sem_seg_weight": sem_seg_weight,
             "output": OutputOptions.from_config(cfg, with_maps=sparse_inst.DECODER.OUTPUT_IAM),
         }
 
@@ -141,11 +153,15 @@ class SparseInst(InstanceSegmenter):
             The published dict: ``pred_logits`` (B, N, K) class logits, ``pred_masks`` (B, N, Hm, Wm) mask logits,
             ``pred_scores`` (B, N, 1) objectness logits. With ``output.with_maps`` also ``pred_iam``
             (B, G * N, Hm, Wm), raw logits of the activation maps, group-major. In training a decoder with a method
-            ``training_outputs(outputs, targets)`` may return what that method turns into this dict.
+            ``training_outputs(outputs, targets)`` may return what that method turns into this dict. In training also
+            ``sem_seg_logits`` (B, K, H, W) where the model has such a head.
         """
         features = self.encoder(self.backbone(images))
         # The second argument only where it is needed, because a user's decoder may not take it.
-        return self.decoder(features, with_iams=True) if self.with_maps else self.decoder(features)
+        outputs = self.decoder(features, with_iams=True) if self.with_maps else self.decoder(features)
+        if self.training and self.sem_seg_head is not None:
+            outputs["sem_seg_logits"] = self.sem_seg_head(features)
+        return outputs
 
     def prepare_targets(self, batched_inputs: list[dict], images: ImageList) -> list[InstanceTargets]:
         """Pad the ground truth as the images are padded, then reduce it to the mask grid.
@@ -164,11 +180,15 @@ class SparseInst(InstanceSegmenter):
         return targets
 
     def loss_counts(self, targets: list[InstanceTargets]) -> dict[str, torch.Tensor]:
-        """Count ground-truth instances and matched pairs, at most N for each image."""
+        """Count images, ground-truth instances, and matched pairs, at most N for each image."""
         counts = torch.tensor([len(target.gt_classes) for target in targets])
         # A user's decoder need not tell its number of masks.
         most = getattr(self.decoder, "num_masks", torch.iinfo(counts.dtype).max)
-        return {"num_instances": counts.sum(), "num_matched": counts.clamp(max=most).sum()}
+        return {
+            "num_instances": counts.sum(),
+            "num_matched": counts.clamp(max=most).sum(),
+            "num_images": torch.tensor(len(targets)),
+        }
 
     def losses(
         self,
@@ -176,11 +196,20 @@ class SparseInst(InstanceSegmenter):
         targets: list[InstanceTargets],
         counts: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Compute the criterion's weighted losses; where the decoder has ``training_outputs``, of what it returns."""
+        """Compute the criterion's weighted losses, and that of semantic segmentation.
+
+        Where the decoder has ``training_outputs``, the criterion gets what that method returns.
+        """
+        sem_seg_logits = outputs.get("sem_seg_logits")
         if hasattr(self.decoder, "training_outputs"):
             outputs = self.decoder.training_outputs(outputs, targets)
         # A user's criterion need not take counts as long as each step has one part.
-        return self.criterion(outputs, targets, *([] if counts is None else [counts]))
+        losses = self.criterion(outputs, targets, *([] if counts is None else [counts]))
+        if self.sem_seg_head is not None:
+            masks_and_classes = [(target.gt_masks, target.gt_classes) for target in targets]
+            loss = self.sem_seg_head.loss(sem_seg_logits, masks_and_classes, counts)
+            losses["loss_sem_seg"] = self.sem_seg_weight * loss
+        return losses
 
     def postprocess(
         self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList

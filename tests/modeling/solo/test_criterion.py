@@ -25,7 +25,7 @@ def test_focal_loss_over_all_cells():
     logits = torch.tensor([[[0.0, 1.0], [-2.0, 0.5]]])
     none = torch.zeros(0, dtype=torch.int64)
     levels = [LevelTargets(torch.tensor([category]), none, none, 0) for category in (-1, 1)]
-    losses = SOLOCriterion()(OneMask(), {"cate_logits": logits}, [GridTargets(levels, {})])
+    losses = SOLOCriterion()(OneMask(), {"cate_logits": logits}, [GridTargets(levels, {}, none)])
     assert losses["loss_cate"].item() == pytest.approx(0.3373, abs=1e-4) and losses["loss_mask"] == 0
 
 
@@ -39,7 +39,7 @@ def test_terms_of_the_focal_loss(cell, category, logit, term):
     logits[0, category, cell] = logit
     none = torch.zeros(0, dtype=torch.int64)
     levels = [LevelTargets(torch.tensor([target]), none, none, 0) for target in (-1, 1)]
-    losses = SOLOCriterion()(OneMask(), {"cate_logits": logits}, [GridTargets(levels, {})])
+    losses = SOLOCriterion()(OneMask(), {"cate_logits": logits}, [GridTargets(levels, {}, none)])
     # The divisor is one positive cell plus 1.
     assert 2 * losses["loss_cate"].item() == pytest.approx(term, abs=5e-5)
 

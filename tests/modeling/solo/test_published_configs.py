@@ -10,7 +10,7 @@ from sparseinst.config import load_config
 from sparseinst.engine.optimizer import build_optimizer
 from sparseinst.modeling.solo.model import SOLO
 from sparseinst.runtime.optimize import optimize_for_inference
-from tests.parity.record import filled
+from tests.parity.record_solo import filled
 from tests.saved_model import no_random_weights, save_and_load
 from tests.tiny_model import random_input
 
