@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, ImageList, Instances
@@ -19,6 +18,7 @@ from torch import nn
 
 from sparseinst.ops.mask_output import MASK_FORMATS, MaskMemoryError
 from sparseinst.structures.detections import Detections
+from sparseinst.structures.image_objects import ImageObjects
 from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.structures.rle_masks import RLEMasks
 
@@ -99,20 +99,6 @@ class TrainingPart(NamedTuple):
     images: ImageList
     targets: Any
     counts: dict[str, torch.Tensor] | None = None
-
-
-class ImageObjects(NamedTuple):
-    """The objects of one training image, at the size that the model is trained with; pixels.
-
-    Attributes:
-        padded_size: (height, width) of the image, padded to a multiple of 32.
-        boxes: (M, 4) x0, y0, x1, y1 of the masks.
-        centers: (M, 2) y, x: means of the masks' pixel indices.
-    """
-
-    padded_size: tuple[int, int]
-    boxes: np.ndarray
-    centers: np.ndarray
 
 
 class InstanceSegmenter(nn.Module, ABC):

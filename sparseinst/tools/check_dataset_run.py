@@ -34,7 +34,8 @@ from sparseinst.data.images import DataError, ImageReadError, read_image, read_i
 from sparseinst.data.json_file import read_json
 from sparseinst.data.mask_decoding import check_segmentation, is_whole, read_mask
 from sparseinst.data.other_formats import describe_path
-from sparseinst.modeling.meta_arch import ImageObjects, InstanceSegmenter
+from sparseinst.modeling.meta_arch import InstanceSegmenter
+from sparseinst.structures.image_objects import ImageObjects
 from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.tools.check_dataset import DEFAULT_CONFIG
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparseinst.modeling.meta_arch import ImageObjects
 from sparseinst.modeling.solo.targets import is_in_range, positive_cells
+from sparseinst.structures.image_objects import ImageObjects
 
 # Sides of the grids that are proposed: multiples of this, and the largest published one.
 _GRID_STEP, _MOST_CELLS = 4, 40

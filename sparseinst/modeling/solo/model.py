@@ -14,7 +14,7 @@ from torch import nn
 
 from sparseinst.config import check_values, value
 from sparseinst.modeling.auxiliary import SemSegHead, build_backbone, with_every_parameter
-from sparseinst.modeling.meta_arch import ImageObjects, InstanceSegmenter, OutputOptions
+from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions
 from sparseinst.modeling.solo import config
 from sparseinst.modeling.solo.criterion import build_solo_criterion, count_targets
 from sparseinst.modeling.solo.data_fit import describe_fit, size_warnings
@@ -25,6 +25,7 @@ from sparseinst.modeling.solo.postprocessing import DetectionOptions, detect
 from sparseinst.modeling.solo.targets import GridSpec, GridTargets, grid_targets
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.detections import Detections
+from sparseinst.structures.image_objects import ImageObjects
 
 logger = logging.getLogger(__name__)
 

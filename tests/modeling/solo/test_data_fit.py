@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from sparseinst.modeling.meta_arch import ImageObjects
 from sparseinst.modeling.solo.data_fit import describe_fit, measure_fit, propose_grid, propose_ranges, size_warnings
 from sparseinst.modeling.solo.model import SOLO
+from sparseinst.structures.image_objects import ImageObjects
 from tests.modeling.solo.tiny_solo import tiny_solo_cfg
 
 
