@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sparseinst.config.arguments import add_config_arguments, add_opts_argument
+from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
 from sparseinst.engine.console import prepare_console
 
 EXIT_INTERRUPTED = 130
@@ -26,7 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add_config_arguments(parser)
+    add_config_arguments(
+        parser,
+        required=False,
+        default="",
+        help=f"{CONFIG_HELP}; an exported file (--opts MODEL.WEIGHTS model.onnx) needs none",
+    )
     add("--input", nargs="+", required=True, metavar="NAME",
         help="folders, image files, glob patterns, and text files (.txt) with one path in each line")  # fmt: skip
     add("--output", metavar="OUT.jsonl", help="file to write or to continue")
@@ -74,13 +79,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from detectron2.utils.logger import setup_logger
 
-    from sparseinst.config import load_config
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
     from sparseinst.engine.processes import is_started_by_torchrun
     from sparseinst.inference import Predictor
     from sparseinst.inference.many_images import predict_many
     from sparseinst.inference.output_files import check_not_read
     from sparseinst.inference.prediction_lines import list_images
+    from sparseinst.runtime.exported_model import config_of_run
 
     ranks = {}
     if is_started_by_torchrun():
@@ -89,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name, distributed_rank=ranks.get("rank", 0)).setLevel(logging.INFO)
-    cfg = load_config(args.config_file, args.opts, imports=args.imports)
+    cfg = config_of_run(args.config_file, args.opts, args.imports)
     cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
     cfg.MODEL.OUTPUT.SCORE_THRESHOLD = max(cfg.MODEL.OUTPUT.SCORE_THRESHOLD, args.confidence_threshold)
     keep_freed_memory_for_inference(cfg)
     names, output = list_images(args.input), Path(args.output)
-    check_not_read("--output", output, [*args.input, args.config_file, cfg.MODEL.WEIGHTS])
+    check_not_read("--output", output, [*args.input, args.config_file or None, cfg.MODEL.WEIGHTS])
     summary = predict_many(cfg, Predictor(cfg), names, output, **ranks)
     for failure in summary.failures:
         print(failure, file=sys.stderr)
