@@ -131,7 +131,8 @@ class PlacedInstanceBranch(nn.Module):
         """Return boxes (B, N, 4) float32: center y, x, height, width in shares of the map, near the cells."""
         with no_autocast(vectors.device):
             y, x = (relative_centers(size, cells.device) for size in (height, width))
-            centers = torch.stack([y[cells // width], x[cells % width]], dim=2)
+            rows, columns = rows_and_columns(cells, height, width)
+            centers = torch.stack([y[rows], x[columns]], dim=2)
             offsets, log_sizes = self.box(vectors.float()).split(2, dim=2)
             sizes = self.ellipse_size * log_sizes.clamp(max=MAX_LOG_SIZE).exp()
             return torch.cat([centers + self.ellipse_size * offsets, sizes], dim=2)
@@ -173,9 +174,18 @@ def highest_peaks(heat_logits: torch.Tensor, num_peaks: int) -> torch.Tensor:
     return cells.clamp(max=num_cells - 1)
 
 
+def rows_and_columns(cells: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows and the columns of cells (int64, any shape) of a map.
+
+    Looked up: ONNX's exporter has no remainder by a size that is data.
+    """
+    rows, columns = (torch.arange(size, device=cells.device) for size in (height, width))
+    return rows[:, None].expand(-1, width).flatten()[cells], columns.expand(height, -1).flatten()[cells]
+
+
 def placed_maps(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return logits (B, N, height, width) that fall with the squared distance from each cell; cells (B, N) int64."""
-    rows, columns = cells // width, cells % width
+    rows, columns = rows_and_columns(cells, height, width)
     y = torch.arange(height, device=cells.device) - rows[..., None]
     x = torch.arange(width, device=cells.device) - columns[..., None]
     scale = -1 / (2 * MAP_RADIUS**2)
