@@ -41,7 +41,7 @@ model = L(YOLACT)(
     criterion=L(YOLACTCriterion)(),
     sem_seg_head=L(SemSegHead)(in_channels=256, num_classes="${..head.num_classes}"),
     side=550,
-    # As published. Set square=False for a training.
+    # As published. Set square=False for a training from other weights than the published ones.
     anchors=L(AnchorSpec)(sizes=[24, 48, 96, 192, 384], square=True),
     # Set this to True with fewer than six images per process.
     freeze_norms=False,

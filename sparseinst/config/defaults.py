@@ -179,6 +179,9 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # logged once and skipped.
     cfg.DATALOADER.MAX_BROKEN_IMAGES = 10
 
+    # Training: replace an image that the augmentations leave without an object by another one, drawn from the seed.
+    cfg.DATALOADER.REPLACE_EMPTY = False
+
     # A custom data set: a COCO json and its image folder. If set, they replace DATASETS.TRAIN or DATASETS.TEST.
     cfg.DATASETS.TRAIN_JSON = ""
     cfg.DATASETS.TRAIN_IMAGES = ""

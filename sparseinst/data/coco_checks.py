@@ -23,7 +23,7 @@
 | missing files | one warning, skipped up to DATALOADER.MAX_BROKEN_IMAGES | as in training |
 | images without annotations | DATALOADER.FILTER_EMPTY_ANNOTATIONS decides | evaluated |
 | `annotations` missing or empty | stops | predicts and writes the results, no AP |
-| `bbox`, `area` missing or invalid | not read | stops |
+| `bbox`, `area` missing or invalid | not read; with INPUT.ANNOTATION_BOXES the mask's box | stops |
 """
 
 import sys

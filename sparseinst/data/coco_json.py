@@ -340,7 +340,8 @@ def to_dataset_dicts(content: dict, image_root: str | Path) -> list[dict]:
     """Convert a COCO json to Detectron2's standard format.
 
     Replaces Detectron2's `load_coco_json`, which fails on an empty or null `bbox` and keeps annotations without a mask;
-    training does not read `bbox`. Otherwise the dicts are the same, plus the ids of annotations.
+    a training reads `bbox` with INPUT.ANNOTATION_BOXES only. Otherwise the dicts are the same, plus the ids of
+    annotations.
 
     Args:
         content: of :func:`load_checked_json`.

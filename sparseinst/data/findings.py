@@ -240,7 +240,11 @@ def _box_findings(
     )
     if fits[name] > is_wrong.sum() / 2:
         text += f"; they look like {name}"
-    yield from found("bbox disagrees with mask", is_wrong, text + ". Only an evaluation of boxes reads them")
+    yield from found(
+        "bbox disagrees with mask",
+        is_wrong,
+        text + ". Only an evaluation of boxes and INPUT.ANNOTATION_BOXES read them",
+    )
 
 
 def _agree(boxes: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ class TrainLoader:
     runs of docs/reliability.md, which were killed 146 times, ended with the weights of an uninterrupted run.
 
     Another image of the data set, drawn from the seed and the sample's position, replaces a broken one, so batches keep
-    their size and order.
+    their size and order. With ``replace_empty`` it replaces a sample without ``instances`` too.
 
     Args:
         images: Detectron2's dicts; with ``width`` and ``height`` where images are grouped.
@@ -91,6 +91,7 @@ class TrainLoader:
         num_workers: processes that read and map images; 0: this process reads them.
         max_broken_images: most different images that are skipped.
         pin_memory: copy samples to pinned memory, for training on CUDA.
+        replace_empty: replace samples without an object.
 
     Attributes:
         seed: as given.
@@ -112,6 +113,7 @@ class TrainLoader:
         num_workers: int = 0,
         max_broken_images: int = 0,
         pin_memory: bool = False,
+        replace_empty: bool = False,
     ) -> None:
         self._bucket_of_image = np.zeros(len(images), dtype=np.uint8)
         if group_by_aspect_ratio:
@@ -132,6 +134,7 @@ class TrainLoader:
         self.seed = seed
         self._num_workers = num_workers
         self._pin_memory = pin_memory
+        self._replace_empty = replace_empty
         self.broken = BrokenImages(max_broken_images)
 
     def __iter__(self) -> Iterator[list[dict]]:
@@ -149,7 +152,7 @@ class TrainLoader:
             WorkerDiedError: a process that reads images was killed.
         """
         loader = DataLoader(
-            _MappedImages(self._images, self._mapper, self.seed),
+            _MappedImages(self._images, self._mapper, self.seed, self._replace_empty),
             batch_sampler=itertools.islice(self._sample_batches(), start, None),
             num_workers=self._num_workers if num_workers is None else num_workers,
             collate_fn=_Samples,
@@ -215,10 +218,13 @@ class TrainLoader:
 class _MappedImages(Dataset):
     """Read samples by (position, index), each with the failures that preceded it."""
 
-    def __init__(self, images: Sequence[dict], mapper: Callable[[dict], dict], seed: int) -> None:
+    def __init__(
+        self, images: Sequence[dict], mapper: Callable[[dict], dict], seed: int, replace_empty: bool = False
+    ) -> None:
         self._images = images
         self._mapper = SafeMapper(mapper)
         self._seed = seed
+        self._replace_empty = replace_empty
 
     def __getitems__(self, batch: list[tuple[int, int]]) -> list[tuple[dict | None, list[Failure]]]:
         """Read a batch, for PyTorch's loader. The random state is saved once per batch, because saving is slow."""
@@ -233,9 +239,10 @@ class _MappedImages(Dataset):
                 index = seed % len(self._images)
             seed_cpu(seed)
             sample, failure = self._mapper(self._images[index])
-            if sample is not None:
+            if sample is None:
+                failures.append(failure)
+            elif not self._replace_empty or len(sample["instances"]):
                 break
-            failures.append(failure)
         return sample, failures
 
 
@@ -280,6 +287,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         max_broken_images=cfg.DATALOADER.MAX_BROKEN_IMAGES,
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
+        replace_empty=cfg.DATALOADER.REPLACE_EMPTY,
     )
 
 

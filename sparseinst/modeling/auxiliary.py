@@ -7,6 +7,7 @@ import torch
 from detectron2 import modeling
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.utils import comm
 from torch import nn
 
 from sparseinst.config import registered
@@ -88,6 +89,28 @@ class SemSegHead(nn.Module):
             )
             num_images = len(targets) if counts is None else float(counts["num_images"])
             return sem_seg_loss(sem_seg_logits.float(), expected) / num_images
+
+
+def divisor_sums(
+    counts: Mapping[str, torch.Tensor], names: Sequence[str], device: torch.device, is_global: bool
+) -> tuple[list[float], int]:
+    """Return divisors of losses, and the number of ranks that they were summed over.
+
+    Gradients are averaged over the ranks, so a loss of all ranks is divided by the sum over the number of ranks.
+
+    Args:
+        counts: of this process.
+        names: of the counts to return, in this order.
+        device: where the ranks exchange the numbers.
+        is_global: sum over all ranks, which call this together; else 1 rank.
+    """
+    values = [float(counts[name]) for name in names]
+    num_ranks = comm.get_world_size() if is_global else 1
+    if num_ranks > 1:
+        total = torch.tensor(values, device=device)
+        torch.distributed.all_reduce(total)
+        values = total.tolist()
+    return values, num_ranks
 
 
 def with_every_parameter(losses: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

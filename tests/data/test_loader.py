@@ -276,3 +276,33 @@ def test_an_evaluation_skips_broken_images(caplog):
     assert len(messages) == 2 and "1.jpg is cut off; the objects in it count as missed" in messages[0]
     with pytest.raises(DataError, match="MAX_BROKEN_IMAGES is 1"):
         list(EvaluationLoader([[safe(image)] for image in IMAGES[:4]], BrokenImages(1)))
+
+
+class EmptyMapper(RandomMapper):
+    """Leave the images without objects whose index is in ``empty``."""
+
+    def __init__(self, empty, broken=()):
+        super().__init__(broken)
+        self.empty = set(empty)
+
+    def __call__(self, image):
+        return {**super().__call__(image), "instances": [] if image["index"] in self.empty else [image["index"]]}
+
+
+def test_images_without_objects_are_replaced_on_demand():
+    options = {"mapper": EmptyMapper({0, 4, 7}, broken={2}), "group_by_aspect_ratio": False}
+    plain, replaced = (take(make_loader(**options, replace_empty=value).batches(), 12) for value in (False, True))
+    for before, after in zip(itertools.chain(*plain), itertools.chain(*replaced), strict=True):
+        assert after["instances"]
+        # Others keep their place and their draws.
+        assert before == after or not before["instances"]
+    assert any(not sample["instances"] for sample in itertools.chain(*plain))
+    # A function of seed and number.
+    again = take(make_loader(**options, replace_empty=True).batches(start=4), 8)
+    assert again == replaced[4:]
+
+
+def test_a_data_set_without_any_object_still_trains():
+    mapper = EmptyMapper(range(11))
+    ((sample, *_),) = take(make_loader(mapper=mapper, replace_empty=True).batches(), 1)
+    assert sample["instances"] == []

@@ -45,9 +45,9 @@ def test_targets_on_the_heads_grid():
     masks = torch.zeros(1, 4, 4)
     masks[0, :2, :2], masks[0, 2:, :2] = 0.75, 0.5
     logits = torch.zeros(1, 2, 2, 2)
-    logits[0, 1, 0, 0] = 9.0
+    logits[0, 1, 0, 0], logits[0, 1, 1, 0] = 9.0, -9.0
     loss = head.loss(logits, [(masks, torch.tensor([1]))], None)
-    assert loss.item() == pytest.approx((7 * math.log(2) + math.log1p(math.exp(-9))) / 4, rel=1e-5)
+    assert loss.item() == pytest.approx((6 * math.log(2) + 2 * math.log1p(math.exp(-9))) / 4, rel=1e-5)
     halved = head.loss(logits, [(masks, torch.tensor([1]))], {"num_images": torch.tensor(2)})
     assert halved.item() == pytest.approx(loss.item() / 2)
 

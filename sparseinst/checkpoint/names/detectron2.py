@@ -47,5 +47,5 @@ SOURCES = (CAFFE2, RESNET)
 _OFFSET = r"\.conv2_offset\."
 KEY_HINTS = (
     KeyHint(_OFFSET, "MODEL.RESNETS.DEFORM_MODULATED: v1 has 18 channels for each group, v2 27", first_axis=True),
-    KeyHint(_OFFSET, "MODEL.RESNETS.DEFORM_ON_PER_STAGE and MODEL.BACKBONE.NAME", is_presence=True),
+    KeyHint(_OFFSET, "MODEL.RESNETS.DEFORM_ON_PER_STAGE, DEFORM_INTERVAL and MODEL.BACKBONE.NAME", is_presence=True),
 )

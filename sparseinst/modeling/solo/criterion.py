@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 from fvcore.nn import sigmoid_focal_loss
 from torch import nn
 
 from sparseinst.config import registered
+from sparseinst.modeling.auxiliary import divisor_sums
 from sparseinst.modeling.solo.heads import GridHead
 from sparseinst.modeling.solo.targets import GridTargets
 from sparseinst.ops.precision import no_autocast
@@ -86,14 +86,9 @@ class SOLOCriterion(nn.Module):
         device = outputs["cate_logits"].device
         with no_autocast(device):
             counts = count_targets(targets) if counts is None else counts
-            num_positive, num_pairs = (float(counts[name]) for name in ("num_positive", "num_pairs"))
-            num_ranks = comm.get_world_size()
-            if self.global_normalization and num_ranks > 1:
-                total = torch.tensor([num_positive, num_pairs], device=device)
-                torch.distributed.all_reduce(total)
-                num_positive, num_pairs = total.tolist()
-            else:
-                num_ranks = 1
+            (num_positive, num_pairs), num_ranks = divisor_sums(
+                counts, ("num_positive", "num_pairs"), device, self.global_normalization
+            )
             losses = {
                 "loss_cate": self._category_loss(outputs["cate_logits"], targets) / ((num_positive + 1) / num_ranks),
                 "loss_mask": self._mask_loss(head, outputs, targets) / (max(1.0, num_pairs) / num_ranks),

@@ -57,7 +57,7 @@ def add_keys(cfg: CfgNode) -> None:
     # Width over height.
     node.ANCHOR_RATIOS = [1.0, 0.5, 2.0]
     # Anchors as high as wide: a defect of the published training. The published weights of YOLACT (not those of
-    # YOLACT++) need True; train with False.
+    # YOLACT++) need True; train from other weights with False.
     node.SQUARE_ANCHORS = False
 
     node.MATCHER = CfgNode()

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 from fvcore.nn import smooth_l1_loss
 from torch import nn
 from torch.nn import functional as F
 
 from sparseinst.config import registered
+from sparseinst.modeling.auxiliary import divisor_sums
 from sparseinst.modeling.yolact.anchors import BOX_TRANSFORM
 from sparseinst.modeling.yolact.masks import crop_masks, mask_logits
 from sparseinst.modeling.yolact.targets import AnchorTargets
@@ -100,7 +100,11 @@ class YOLACTCriterion(nn.Module):
         """
         device = anchors.device
         with no_autocast(device):
-            num_positive, num_images = self._divisors(count_targets(targets) if counts is None else counts, device)
+            counts = count_targets(targets) if counts is None else counts
+            (num_positive, num_images), num_ranks = divisor_sums(
+                counts, ("num_positive", "num_images"), device, self.global_normalization
+            )
+            num_positive, num_images = max(1.0, num_positive) / num_ranks, num_images / num_ranks
             labels = torch.stack([target.labels for target in targets])
             class_logits = outputs["class_logits"].float()
             is_positive = torch.stack([target.is_positive for target in targets])
@@ -123,15 +127,6 @@ class YOLACTCriterion(nn.Module):
                 loss = sem_seg_loss(outputs["sem_seg_logits"].float(), expected)
                 losses["loss_sem_seg"] = self.sem_seg_weight * loss / num_images
         return losses
-
-    def _divisors(self, counts: dict[str, torch.Tensor], device: torch.device) -> tuple[float, float]:
-        values = [float(counts[name]) for name in ("num_positive", "num_images")]
-        num_ranks = comm.get_world_size() if self.global_normalization else 1
-        if num_ranks > 1:
-            total = torch.tensor(values, device=device)
-            torch.distributed.all_reduce(total)
-            values = total.tolist()
-        return max(1.0, values[0]) / num_ranks, values[1] / num_ranks
 
     def _class_loss(self, class_logits: torch.Tensor, labels: torch.Tensor, is_positive: torch.Tensor) -> torch.Tensor:
         """Sum the cross-entropy of positive anchors and of the background anchors with the largest loss."""

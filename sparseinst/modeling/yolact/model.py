@@ -149,7 +149,7 @@ class YOLACT(InstanceSegmenter):
                 f"{config.NODE}.FREEZE_NORM_BELOW {node.FREEZE_NORM_BELOW}"
             )
         if node.SQUARE_ANCHORS:
-            yield f"{config.NODE}.SQUARE_ANCHORS is True, which only the published weights need; train with False"
+            yield f"{config.NODE}.SQUARE_ANCHORS is True: only the published weights need it; else train with False"
 
     @classmethod
     def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

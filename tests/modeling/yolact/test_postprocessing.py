@@ -113,10 +113,10 @@ def test_the_threshold_itself():
     boxes = torch.tensor([[0.0, 0, 1, 1], [0.0, 0, 1, 0.5]])
     scores = torch.tensor([[0.9], [0.8]])
     assert len(fast_nms(boxes, scores, OPTIONS).scores) == 2
-    # (99 + 1) x (49 + 1) of (99 + 1) x (99 + 1) pixels: exactly 0.5 too, where the box falls.
-    boxes = torch.tensor([[0.0, 0, 0.99, 0.99], [0.0, 0, 0.99, 0.49]])
-    assert len(greedy_box_nms(boxes, scores, OPTIONS, 100).scores) == 1
-    assert len(greedy_box_nms(boxes, scores, OPTIONS._replace(iou_threshold=0.51), 100).scores) == 2
+    # (63 + 1) x (31 + 1) of (63 + 1) x (63 + 1) pixels: exactly 0.5 too, where the box falls.
+    boxes = torch.tensor([[0.0, 0, 63 / 64, 63 / 64], [0.0, 0, 63 / 64, 31 / 64]])
+    assert len(greedy_box_nms(boxes, scores, OPTIONS, 64).scores) == 1
+    assert len(greedy_box_nms(boxes, scores, OPTIONS._replace(iou_threshold=0.51), 64).scores) == 2
 
 
 def test_each_candidate_competes_in_each_class():
