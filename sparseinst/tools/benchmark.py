@@ -47,6 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add(
+        "--suite",
+        # The names in sparseinst.benchmarks.suites, which imports PyTorch.
+        choices=["realtime"],
+        help="in place of --config-file, time models of every family and Detectron2's Mask R-CNN, at their own and at "
+        "one common size, with 50 and 100 objects",
+    )
+    add("--plot", type=Path, metavar="PNG", help="with --suite: plot published AP against the measured time")
     add("--input", nargs="+", metavar="IMAGE", default=[], help="image files (default: a random image)")
     add(
         "--size",
@@ -67,7 +75,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     several = f"{CONFIG_HELP}; several are run in turn in one process, each at its own test size"
     add_common_arguments(
-        parser, NAMED_SETTINGS, RUNTIME, repetitions=20, warmup=2, nargs="+", metavar="NAME", help=several
+        parser,
+        NAMED_SETTINGS,
+        RUNTIME,
+        repetitions=20,
+        warmup=2,
+        nargs="+",
+        metavar="NAME",
+        help=several,
+        required=False,
+        default=[],
     )
     return parser
 
@@ -102,6 +119,10 @@ def run(args: argparse.Namespace) -> dict:
 
     least = {"--size": min(args.size), "--batch-sizes": min(args.batch_sizes), "--repetitions": args.repetitions}
     check_least({flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0)})
+    if bool(args.suite) == bool(args.config_file):
+        raise ValueError("Give either --config-file or --suite")
+    if args.suite:
+        return run_named_suite(args)
     if args.area <= 0:
         raise ValueError(f"--area is {args.area}; it must be above 0")
     cfgs = {
@@ -146,6 +167,36 @@ def run(args: argparse.Namespace) -> dict:
         inputs = [[x] for x in batched_inputs(images, augmentations[name])]
         loader = inputs * max(1, 12 // len(inputs))
         inference_on_dataset(model, loader, DatasetEvaluators([]))
+    return found
+
+
+def run_named_suite(args: argparse.Namespace) -> dict:
+    """Measure and print a suite, plot it, and return its figures."""
+    import numpy as np
+
+    from sparseinst.benchmarks.settings import machine
+    from sparseinst.benchmarks.suites import COMMON_SIDE, SUITES, run_suite, suite_config, suite_table
+    from sparseinst.checkpoint.atomic_write import write_atomically
+    from sparseinst.data.images import read_image
+    from sparseinst.engine.host_memory import keep_freed_memory_for_inference
+    from sparseinst.visualization.plots import draw_speed
+
+    models = SUITES[args.suite]
+    cfg = suite_config(models[0].config, args.opts, False, 100)
+    keep_freed_memory_for_inference(cfg)
+    random_image = np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)
+    image = read_image(args.input[0], "RGB", cfg.INPUT.MAX_IMAGE_PIXELS) if args.input else random_image
+    rows = run_suite(models, image, args.opts, repetitions=args.repetitions, warmup=args.warmup)
+    found = {"suite": args.suite, "machine": machine(cfg), "precision": cfg.RUNTIME.PRECISION, "rows": rows}
+    height, width = image.shape[:2]
+    print(
+        f"{found['machine']}, {found['precision']}, image of {height}x{width}, batch of 1, median ms of "
+        f"{args.repetitions} repetitions; the common size has a short side of {COMMON_SIDE}\n{suite_table(rows)}"
+    )
+    if args.plot is not None:
+        png = draw_speed(rows, f"{found['machine']}, {found['precision']}")
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.plot, lambda file: file.write(png))
     return found
 
 

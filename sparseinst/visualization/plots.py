@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 # More curves of classes cannot be told from one another.
 _MAX_NAMED_CURVES = 10
@@ -84,6 +84,46 @@ def draw_curves(metrics: Sequence[Mapping[str, float]], iterations_per_epoch: fl
         )
         epochs.set_xlabel("epoch")
     return _png(figure)
+
+
+def draw_speed(rows: Sequence[Mapping], machine: str) -> bytes:
+    """Plot published AP against the measured time of an image, end to end with 50 objects.
+
+    Args:
+        rows: with ``config``, ``published_ap``, ``split`` and ``ms``, see `sparseinst.benchmarks.suites.run_suite`.
+        machine: where the times were measured.
+
+    Returns:
+        A PNG file: filled marks at each model's own input size, open ones at the common size.
+    """
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.subplots()
+    sizes = list(rows[0]["ms"])
+    families = sorted({_family(row["config"]) for row in rows})
+    for row in rows:
+        color = f"C{families.index(_family(row['config']))}"
+        times = [row["ms"][size]["50"]["end to end"] for size in sizes]
+        for time, fill in zip(times, (color, "none")):
+            axes.scatter(time, row["published_ap"], s=70, facecolor=fill, edgecolor=color, zorder=3)
+        axes.plot(times, [row["published_ap"]] * len(times), color=color, alpha=0.3)
+        name = row["config"].rpartition("/")[2].removesuffix(".yaml") + (" *" if row["split"] != "val2017" else "")
+        axes.annotate(name, (times[0], row["published_ap"]), (6, 6), textcoords="offset points", fontsize=8)
+    axes.set(
+        xscale="log", xlabel="milliseconds for one image, end to end, 50 objects",
+        ylabel="published mask AP (* test-dev)",
+        title=f"Filled: own input size; open: common size\n{machine}",
+    )  # fmt: skip
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(ScalarFormatter())
+    axes.tick_params(axis="x", which="both", labelsize=8)
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.3, which="both")
+    return _png(figure)
+
+
+def _family(config: str) -> str:
+    """Return the folder of a config, or the beginning of its name."""
+    return config.partition("/")[0] if "/" in config else config.partition("_r50")[0].partition("_pvt")[0]
 
 
 def draw_precision_recall(
