@@ -44,6 +44,7 @@ SLOW = (
     "test_threads.py::test_every_engine_returns_each_thread_its_own_answer[onnxruntime",
     "test_threads.py::test_every_engine_returns_each_thread_its_own_answer[compile",
     "test_export_configs.py::", "test_export.py::test_half_weights", "test_export.py::test_a_file_predicts*torch",
+    "test_export.py::test_a_file_predicts*openvino",
     "test_optimize.py::test_openvino_gives_the_same_numbers_at_any_size[False",
     "solo/test_model.py::test_openvino[solo]", "test_shapes.py::test_classes_are", "test_shapes.py::test_color_area",
     "test_shapes.py::test_texture", "test_shapes.py::test_the_comparisons", "test_shapes.py::test_one_to_eight",

@@ -222,8 +222,9 @@ def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, tuple[nn
     check_segmenter(model)
     models = {}
     for setting in settings:
-        # The name of an exported file stands for itself.
-        own_setting = f"{Path(setting).name}=MODEL.WEIGHTS {shlex.quote(setting)}" if is_exported(setting) else setting
+        own_setting = setting
+        if is_exported(setting) and Path(setting).is_file():
+            own_setting = f"{Path(setting).name}=MODEL.WEIGHTS {shlex.quote(setting)}"
         name, own_cfg, keys = apply_setting(cfg, own_setting, NAMED_SETTINGS, RUNTIME)
         if is_exported(own_cfg.MODEL.WEIGHTS):
             follow_exported(own_cfg)

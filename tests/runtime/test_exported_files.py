@@ -114,7 +114,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, suffix, content):
     path.write_bytes(content)
     if suffix == ".xml":
         pytest.importorskip("openvino", reason="the package openvino (extra 'openvino') is not installed")
-    with pytest.raises(ValueError, match="m\\..*(cannot be read|no metadata|cannot read)") as caught:
+    with pytest.raises(ValueError, match="cannot be read|no metadata|cannot read") as caught:
         read_metadata(path)
     assert "\n" not in str(caught.value)
 

@@ -86,6 +86,28 @@ def test_in_an_environment_with_onnxruntime_only(tmp_path):
     assert np.allclose([line["score"] for line in found], expected.scores, atol=1e-4)
 
 
+def test_end_to_end_in_onnxruntime(tmp_path):
+    """The self-check compares with the model's own post-processing at several sizes; so does this, by hand, at one."""
+    import onnxruntime
+
+    save_tiny(tmp_path, "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD", 0.5)
+    assert run_export(tmp_path, "--format", "onnx", "--output", tmp_path, "--end-to-end", 4) == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    opts = ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    predictor = Predictor(load_config(str(tmp_path / "config.yaml"), opts))
+    image = photos()[1]
+    images = predictor.model.preprocess([{"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}])
+    results = session.run(["scores", "classes", "boxes", "masks"], {"images": images.tensor.numpy()})
+    scores, classes, boxes, masks = (result[0] for result in results)
+    (expected,) = predictor([image], "RGB")
+    expected = expected[: (scores > 0).sum()]
+    assert len(expected) > 1 and masks.shape == (4, 64, 96)
+    assert np.allclose(scores[: len(expected)], expected.scores, atol=1e-4)
+    assert classes[: len(expected)].tolist() == expected.pred_classes.tolist()
+    assert np.abs(boxes[: len(expected)] - expected.pred_boxes.tensor.numpy()).max() <= 1
+    assert (masks[: len(expected)] != expected.pred_masks.numpy()).mean() < 1e-3
+
+
 @pytest.mark.parametrize("mask_nms", [0.0, 0.5])
 def test_end_to_end_in_cpp(tmp_path, mask_nms):
     import openvino
