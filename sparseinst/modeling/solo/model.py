@@ -178,8 +178,9 @@ class SOLO(InstanceSegmenter):
         return [grid_targets(x["instances"], padded_size, self.grid, self.device) for x in batched_inputs]
 
     def loss_counts(self, targets: list[GridTargets]) -> dict[str, torch.Tensor]:
-        """Count images, positive cells, and pairs of a cell and an object."""
-        return {**count_targets(targets), "num_images": torch.tensor(len(targets))}
+        """Count positive cells, and pairs of a cell and an object; for the semantic loss images."""
+        num_images = {} if self.sem_seg_head is None else {"num_images": torch.tensor(len(targets))}
+        return {**count_targets(targets), **num_images}
 
     def losses(
         self,

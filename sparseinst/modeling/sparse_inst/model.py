@@ -180,15 +180,12 @@ class SparseInst(InstanceSegmenter):
         return targets
 
     def loss_counts(self, targets: list[InstanceTargets]) -> dict[str, torch.Tensor]:
-        """Count images, ground-truth instances, and matched pairs, at most N for each image."""
+        """Count ground-truth instances and matched pairs, at most N for each image; for the semantic loss images."""
         counts = torch.tensor([len(target.gt_classes) for target in targets])
         # A user's decoder need not tell its number of masks.
         most = getattr(self.decoder, "num_masks", torch.iinfo(counts.dtype).max)
-        return {
-            "num_instances": counts.sum(),
-            "num_matched": counts.clamp(max=most).sum(),
-            "num_images": torch.tensor(len(targets)),
-        }
+        num_images = {} if self.sem_seg_head is None else {"num_images": torch.tensor(len(targets))}
+        return {"num_instances": counts.sum(), "num_matched": counts.clamp(max=most).sum(), **num_images}
 
     def losses(
         self,
