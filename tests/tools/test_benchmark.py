@@ -115,8 +115,8 @@ def test_parts_of_an_optimized_model_keep_their_names_and_of_openvino_there_are_
 
 def test_keys_of_the_model_itself_take_effect():
     models = benchmark.build_models(tiny_cfg(), ["configured", "rle=MODEL.OUTPUT.MASK_FORMAT rle"])
-    assert models["configured"].model.output.mask_format == "bitmask"
-    assert models["rle"].model.output.mask_format == "rle"
+    assert models["configured"][0].output.mask_format == "bitmask"
+    assert models["rle"][0].output.mask_format == "rle"
 
 
 def test_figures():
