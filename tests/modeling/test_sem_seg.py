@@ -84,3 +84,12 @@ def test_parts_of_a_step_add_up(family):
     parts = model.prepare_parts([inputs[:1], inputs[1:]])
     found = sum(model([x], part)["loss_sem_seg"].item() for x, part in zip(inputs, parts))
     assert found == pytest.approx(model(inputs)["loss_sem_seg"].item(), rel=1e-4)
+
+
+def test_a_decoder_that_is_trained_at_centers_has_it_too():
+    placed = ("MODEL.SPARSE_INST.DECODER.NAME", "PlacedIAMDecoder", "MODEL.SPARSE_INST.LOSS.NAME", "PlacedCriterion")
+    model = build("sparse_inst", *placed, WEIGHT["sparse_inst"], 1.0).train()
+    losses = model([random_input(64, 96, 2)])
+    assert losses.keys() >= {"loss_heatmap", "loss_sem_seg"}
+    losses["loss_sem_seg"].backward()
+    assert model.sem_seg_head.predictor.weight.grad.abs().sum() > 0
