@@ -138,7 +138,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for arguments that exclude each other."""
     target = FORMATS[args.format]
     if args.precision not in target.precisions:
-        supported = ", ".join(f"{name}: {', '.join(each.precisions)}" for name, each in FORMATS.items())
+        supported = "; ".join(f"{name}: {', '.join(each.precisions)}" for name, each in FORMATS.items())
         raise ValueError(f"--precision {args.precision} is not supported by --format {args.format}; {supported}")
     if args.end_to_end and not target.end_to_end:
         supported = ", ".join(name for name, each in FORMATS.items() if each.end_to_end)
