@@ -228,16 +228,20 @@ def onnx_bytes(program: ExportedProgram, names: list[str], precision: str = "flo
     import onnx
 
     is_deformable = has_deform_conv(program)
-    with torch.no_grad(), _quiet():
-        converted = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=DEFORMABLE_OPSET if is_deformable else OPSET,
-            input_names=[INPUT_NAME],
-            output_names=names,
-            verbose=False,
-            custom_translation_table=_translations(),
-        )
+    try:
+        with torch.no_grad(), _quiet():
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=DEFORMABLE_OPSET if is_deformable else OPSET,
+                input_names=[INPUT_NAME],
+                output_names=names,
+                verbose=False,
+                custom_translation_table=_translations(),
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(f"PyTorch cannot convert the network to ONNX: {reason}") from error
     proto = converted.model_proto
     if precision == "float16":
         _store_as_half(proto.graph)

@@ -113,7 +113,8 @@ def dense_detections(
     mask_probs = mask_logits.float().sigmoid()
     rescored = scores * maskness(mask_probs.flatten(0, 1), mask_threshold).view_as(scores)
     is_kept = (scores > cls_threshold) & (rescored > score_threshold)
-    scores, order = torch.where(is_kept, rescored, 0.0).sort(descending=True, stable=True)
+    # ONNX has topk, and no stable sort: only equal scores may change places.
+    scores, order = torch.where(is_kept, rescored, 0.0).topk(scores.shape[1])
     if mask_nms_threshold > 0:
         flat = (_chosen(mask_probs, order) > mask_threshold).float().flatten(2)
         intersections = flat @ flat.transpose(1, 2)
@@ -126,7 +127,7 @@ def dense_detections(
         for index in range(scores.shape[1] - 1):
             suppressed = overlaps[:, index, index + 1 :] & remains[:, index : index + 1]
             remains = torch.cat([remains[:, : index + 1], remains[:, index + 1 :] & ~suppressed], dim=1)
-        scores, second_order = (scores * remains).sort(descending=True, stable=True)
+        scores, second_order = (scores * remains).topk(scores.shape[1])
         order = order.gather(1, second_order)
     scores, order = scores[:, :max_detections], order[:, :max_detections]
     resized = F.interpolate(_chosen(mask_probs, order), size=padded_size, mode="bilinear", align_corners=False)
