@@ -99,7 +99,9 @@ class Load:
 
     async def run(self, num_requests):
         remaining = iter(range(num_requests))
-        limits = httpx2.Limits(max_connections=NUM_CLIENTS, max_keepalive_connections=NUM_CLIENTS)
+        # A connection for each request: these clients share a busy process, and could come back to one that the service
+        # has closed because it was idle for long.
+        limits = httpx2.Limits(max_connections=NUM_CLIENTS, max_keepalive_connections=0)
         async with httpx2.AsyncClient(base_url=self._address, timeout=600, limits=limits, trust_env=False) as client:
             await asyncio.gather(*(self._client(client, remaining) for _ in range(NUM_CLIENTS)))
 
