@@ -69,7 +69,7 @@ def test_fiftyone(workplace):
 
 def test_ray(workplace):
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         exec(example("many_images.md", "PredictStage"), {})
     finally:
