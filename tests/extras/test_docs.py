@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sparseinst.inference import VideoWriter
+from sparseinst import load_config
+from sparseinst.inference import Predictor, VideoWriter
 from sparseinst.tools import predict
 from tests.tiny_model import tiny_cfg, tiny_model
 
@@ -55,21 +56,27 @@ def test_sahi(workplace):
     assert objects and all(found.mask is not None and found.category.name.startswith("class") for found in objects)
 
 
-def test_fiftyone(workplace):
+def test_fiftyone(workplace, monkeypatch):
+    # Detections need no database.
+    monkeypatch.setenv("FIFTYONE_DISABLE_SERVICES", "1")
     pytest.importorskip("fiftyone")
     names = {}
-    exec(example("integrations.md", "fiftyone"), names)
-    samples = list(names["dataset"])
-    assert len(samples) == 3 and any(sample["predictions"].detections for sample in samples)
-    for sample in samples:
-        for detection in sample["predictions"].detections:
-            assert detection.mask.any()
-    names["dataset"].delete()
+    exec(example("integrations.md", "def to_fiftyone"), names)
+    predictor = Predictor(load_config("tiny.yaml", ["MODEL.WEIGHTS", "model_final.pth"]))
+    (instances,) = predictor(["photos/0.png"])
+    detections = names["to_fiftyone"](instances, predictor.classes.names).detections
+    assert len(detections) == len(instances) > 1
+    masks = np.asarray(instances.pred_masks)
+    for detection, mask, score in zip(detections, masks, instances.scores.tolist()):
+        x, y, width, height = np.multiply(detection.bounding_box, (120, 90, 120, 90)).round().astype(int)
+        whole = np.zeros((90, 120), bool)
+        whole[y : y + height, x : x + width] = detection.mask
+        assert np.array_equal(whole, mask) and detection.confidence == score and detection.label.startswith("class")
 
 
 def test_ray(workplace):
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         exec(example("many_images.md", "PredictStage"), {})
     finally:

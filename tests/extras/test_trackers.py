@@ -9,6 +9,14 @@ from detectron2.utils.events import EventStorage
 from sparseinst.engine.trackers import build_trackers
 
 
+@pytest.fixture
+def wandb():
+    """The package, without the settings of an earlier test."""
+    package = pytest.importorskip("wandb")
+    package.teardown()
+    return package
+
+
 def train(folder, losses, start=0, name="mlflow"):
     with EventStorage(start) as storage:
         writers = build_trackers([name], str(folder), "SEED: 1\n")
@@ -44,8 +52,7 @@ def test_mlflow_without_its_server_is_a_warning(tmp_path, monkeypatch, caplog):
     assert "TRACKERS mlflow cannot start, and the training goes on without it" in caplog.text
 
 
-def test_wandb_stores_the_scalars_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+def test_wandb_stores_the_scalars_offline(tmp_path, monkeypatch, wandb):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(tmp_path, [3.0, 2.0], name="wandb")
     run_id = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
@@ -54,8 +61,7 @@ def test_wandb_stores_the_scalars_offline(tmp_path, monkeypatch):
     assert b"segm/AP-a+b" in content and b"SEED" in content
 
 
-def test_wandb_without_a_login_is_a_warning(tmp_path, monkeypatch, caplog):
-    pytest.importorskip("wandb")
+def test_wandb_without_a_login_is_a_warning(tmp_path, monkeypatch, caplog, wandb):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     # Neither a saved login nor a terminal to ask in.

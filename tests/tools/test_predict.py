@@ -49,6 +49,7 @@ def test_lines_are_the_predictors_results(images, config_file, tmp_path, capsys)
     assert run(config_file, "--input", images, "--output", output) == 0
     header, *lines = lines_of(output)
     assert header["categories"] == [{"id": 3, "name": "red thing"}, {"id": 8, "name": "blue thing"}]
+    assert header["config"]["MODEL"]["OUTPUT"]["MASK_FORMAT"] == "rle"
     assert header["images"]["count"] == 5 and header["weights"]["file"].endswith("model.pth")
     paths = [str(images / name) for name in NAMES]
     assert [line["file_name"] for line in lines] == paths
