@@ -10,6 +10,7 @@ import pytest
 from sparseinst.benchmarks import suites
 from sparseinst.benchmarks.suites import SUITES, SuiteModel, run_suite, suite_config, suite_table
 from sparseinst.tools import benchmark
+from tests.loggers import loggers_restored
 from tests.tiny_model import tiny_cfg
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -61,12 +62,14 @@ def test_the_table(rows):
 def test_the_command(rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suites, "run_suite", lambda *args, **kwargs: rows)
     plot, figures = tmp_path / "new" / "speed.png", tmp_path / "speed.json"
-    assert benchmark.main(["--suite", "realtime", "--plot", str(plot), "--json", str(figures)]) == 0
+    with loggers_restored():
+        assert benchmark.main(["--suite", "realtime", "--plot", str(plot), "--json", str(figures)]) == 0
     assert plot.read_bytes().startswith(b"\x89PNG") and json.loads(figures.read_text())["rows"] == rows
     assert "| tiny | 12.5 (test-dev) |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["--suite", "realtime", "--config-file", "sparse_inst_r50_giam"]])
 def test_either_a_suite_or_a_config(arguments, capsys):
-    assert benchmark.main(arguments) == 2
+    with loggers_restored():
+        assert benchmark.main(arguments) == 2
     assert "Give either --config-file or --suite" in capsys.readouterr().err

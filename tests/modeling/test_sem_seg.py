@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from sparseinst.modeling.auxiliary import SemSegHead
 from sparseinst.ops.losses import sem_seg_loss, semantic_masks
 from tests.modeling.solo.tiny_solo import tiny_solo
-from tests.tiny_model import random_input, tiny_model
+from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 WEIGHT = {
     "sparse_inst": "MODEL.SPARSE_INST.LOSS.SEM_SEG_WEIGHT",
@@ -88,7 +89,7 @@ def test_parts_of_a_step_add_up(family):
 
 def test_a_decoder_that_is_trained_at_centers_has_it_too():
     placed = ("MODEL.SPARSE_INST.DECODER.NAME", "PlacedIAMDecoder", "MODEL.SPARSE_INST.LOSS.NAME", "PlacedCriterion")
-    model = build("sparse_inst", *placed, WEIGHT["sparse_inst"], 1.0).train()
+    model = build_model(tiny_cfg(*placed, WEIGHT["sparse_inst"], 1.0)).train()
     losses = model([random_input(64, 96, 2)])
     assert losses.keys() >= {"loss_heatmap", "loss_sem_seg"}
     losses["loss_sem_seg"].backward()
