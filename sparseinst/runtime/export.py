@@ -22,6 +22,8 @@ INPUT_NAME = "images"
 OPSET, DEFORMABLE_OPSET = 18, 19
 # Smallest side of dynamic images, in multiples of the divisibility; smaller maps have no bilinear neighbors.
 MIN_CELLS = 2
+# Sides of the example of dynamic images, in the same multiples: a map with one row, of SOLO's last level, would be frozen.
+EXAMPLE_CELLS = (4, 5)
 # Smaller tensors stay in float32 in an ONNX file of float16: they take no space.
 _MIN_HALF_VALUES = 1024
 
@@ -146,7 +148,7 @@ def export_program(
     if size is None:
         rows, columns = Dim("rows", min=MIN_CELLS), Dim("columns", min=MIN_CELLS)
         dims |= {2: divisibility * rows, 3: divisibility * columns}
-        size = (MIN_CELLS * divisibility, (MIN_CELLS + 1) * divisibility)
+        size = tuple(cells * divisibility for cells in EXAMPLE_CELLS)
     # A batch of 1 would be frozen.
     example = example_images(network, batch or 2, size)
     try:
@@ -154,7 +156,7 @@ def export_program(
             return torch.export.export(network, (example,), dynamic_shapes=(dims or None,))
     # torch.export has errors of many classes.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())
         raise ValueError(f"torch.export cannot export the network: {type(error).__name__}: {reason[:300]}") from error
 
 

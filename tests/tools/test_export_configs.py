@@ -51,18 +51,25 @@ def test_exported_checked_and_evaluated(config, name, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_evaluated_without_a_config_file(name, tmp_path):
-    save_tiny(tmp_path, "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4)
+    """The AP is near 0 with random weights, so the detections that were evaluated are compared too."""
+    save_tiny(tmp_path, "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "MODEL.SPARSE_INST.CLS_THRESHOLD", 0.01)
     content = torch.load(tmp_path / "model.pth")
     data = write_shapes(tmp_path / "data", 4)
     names = [category["name"] for category in json.loads(Path(data[0]).read_text())["categories"]]
     torch.save({**content, "classes": {"names": names, "category_ids": [1, 2, 3, 4]}}, tmp_path / "model.pth")
     assert run_export(tmp_path, "--format", name, "--output", tmp_path) == 0
     path = {"onnx": tmp_path / "model.onnx", "openvino": tmp_path / "model_openvino" / "model.xml"}[name]
-    results = []
+    results, detections = [], []
     for weights in (["--config-file", str(tmp_path / "config.yaml"), str(tmp_path / "model.pth")], [str(path)]):
         flags = ["--eval-only", *weights[:-1], "--test-json", data[0], "--test-images", data[1]]
-        opts = ["MODEL.WEIGHTS", weights[-1], "OUTPUT_DIR", str(tmp_path / f"run{len(results)}")]
+        output = tmp_path / f"run{len(results)}"
+        opts = ["MODEL.WEIGHTS", weights[-1], "OUTPUT_DIR", str(output)]
         results.append(train_net.main(train_net.build_parser().parse_args([*flags, *opts])))
+        found = json.loads((output / "inference" / "coco_instances_results.json").read_text())
+        detections.append(sorted((item["image_id"], item["category_id"], item["score"]) for item in found))
+    assert len(detections[0]) == len(detections[1]) > 0
+    for expected, found in zip(*detections):
+        assert found == (*expected[:2], pytest.approx(expected[2], abs=1e-3))
     assert results[0]["segm"]["AP"] == pytest.approx(results[1]["segm"]["AP"], abs=0.1)
 
 
