@@ -3,7 +3,7 @@
     python -m sparseinst.tools.compare_recipes --minutes 10 --seeds 1 2 3 \\
         --data nuclei nuclei/train.json nuclei/images nuclei/val.json nuclei/images \\
         --recipe "recipe: small_data/efficientnet_lite0" \\
-        --recipe "whole image: small_data/efficientnet_lite0 MODEL.SPARSE_INST.LOSS.MASK_PIXEL_REGION image" \\
+        --recipe "Mask R-CNN: small_data/mask_rcnn" \\
         --output output/comparison
 
 Each recipe gets the iterations that fit into the time, measured by a short training on the same data, or those of
