@@ -155,11 +155,13 @@ def test_a_size_that_was_frozen_is_found(folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--format", "torch", "--precision", "float16"), "onnx: float32, float16; openvino: float32, float16; torch:"),
+        (("--format", "torch", "--precision", "float16"), "onnx: float32, float16, int8; openvino: float32, float16,"),
         (("--format", "torch", "--end-to-end", 5), "--end-to-end is not supported by --format torch; it is by onnx"),
         (("--format", "onnx", "--size", 50, 64), "--size is 50 64; it must be dynamic, or HEIGHT WIDTH in multiples"),
         (("--format", "onnx", "--batch", 0), "--batch is 0; it must be dynamic"),
         (("--format", "onnx", "--test-json", "x"), "--test-json and --test-images go together"),
+        (("--format", "onnx", "--precision", "int8"), "--precision int8 needs --calibration"),
+        (("--format", "onnx", "--calibration", "x"), "--calibration is for --precision int8; --precision is float32"),
         (("--format", "tensorrt"), "TensorRT engines need the package tensorrt and a CUDA device"),
     ],
 )  # fmt: skip

@@ -53,6 +53,7 @@ class SOLO(InstanceSegmenter):
     """
 
     node_name: ClassVar[str] = config.SOLO_NODE
+    float_layers: ClassVar[tuple[str, ...]] = ("cate_pred", "kernel_pred", "mask_pred_x", "mask_pred_y")
     num_classes_key: ClassVar[str] = f"{config.SOLO_NODE}.{config.NUM_CLASSES}"
     max_detections_key: ClassVar[str] = f"{config.SOLO_NODE}.{config.MAX_DETECTIONS}"
 

@@ -53,6 +53,7 @@ class YOLACT(InstanceSegmenter):
 
     num_classes_key: ClassVar[str] = config.NUM_CLASSES_KEY
     max_detections_key: ClassVar[str] = config.MAX_DETECTIONS_KEY
+    float_layers: ClassVar[tuple[str, ...]] = ("cls_score", "bbox_pred", "coeff_pred")
 
     @configurable
     def __init__(
