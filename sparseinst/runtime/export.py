@@ -22,7 +22,8 @@ INPUT_NAME = "images"
 OPSET, DEFORMABLE_OPSET = 18, 19
 # Smallest side of dynamic images, in multiples of the divisibility; smaller maps have no bilinear neighbors.
 MIN_CELLS = 2
-# Sides of the example of dynamic images, in the same multiples: a map with one row, of SOLO's last level, would be frozen.
+# Sides of the example of dynamic images, in the same multiples: a map with one row, of SOLO's last level, would be
+# frozen.
 EXAMPLE_CELLS = (4, 5)
 # Smaller tensors stay in float32 in an ONNX file of float16: they take no space.
 _MIN_HALF_VALUES = 1024
