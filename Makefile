@@ -97,10 +97,10 @@ test-faults: install
 	SPARSEINST_FAULTS=full OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -rA -n $(TEST_WORKERS) --dist loadfile \
 		tests/faults
 
-# An environment that sees the packages of $(VENV), and has what only these tests need.
+# An environment that sees the packages of $(VENV), editable ones too, and has what only these tests need.
 test-extras: install
 	@[ -x "$(VENV)-extras/bin/python" ] || "$(VENV_PYTHON)" -m venv "$(VENV)-extras"
-	@"$(VENV_PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	@"$(VENV_PYTHON)" -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		>"$$("$(VENV)-extras/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	@"$(VENV)-extras/bin/python" -m pip install --quiet --disable-pip-version-check $(EXTRAS_PACKAGES)
 	@"$(VENV)-extras/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps $(EXTRAS_WITHOUT_NEEDS)
