@@ -352,7 +352,7 @@ def build_sparse_inst_decoder(
     Args:
         cfg: config.
         input_shape: of the encoder's map.
-        backbone_shapes: of the backbone's features, of which MASK.DETAIL_FEATURE is one.
+        backbone_shapes: of the backbone's features; MASK.DETAIL_FEATURE names one.
 
     Raises:
         ValueError: the decoder takes no detail, or there is no such feature.
@@ -363,7 +363,7 @@ def build_sparse_inst_decoder(
         return decoder(cfg, input_shape)
     key = f"MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE is {detail}"
     if not getattr(decoder, "takes_detail", False):
-        raise ValueError(f"{key}, but {decoder.__name__} takes no such feature; set it to \"\"")
+        raise ValueError(f'{key}, but {decoder.__name__} takes no such feature; set it to ""')
     if detail not in backbone_shapes:
         raise ValueError(f"{key}; the backbone's features are {', '.join(backbone_shapes)}: see OUT_FEATURES")
     return decoder(cfg, input_shape, backbone_shapes[detail])
