@@ -82,7 +82,8 @@ def matrix_nms(
     """
     if scores.shape[-1] == 0:
         return scores
-    areas = intersections.diagonal(dim1=-2, dim2=-1)
+    # A mask shares most pixels with itself; OpenVINO converts no `diagonal`.
+    areas = intersections.amax(-1)
     # Of two empty masks it is 0 / 1.
     unions = (areas[..., :, None] + areas[..., None, :] - intersections).clamp(min=1)
     iou = (intersections / unions * (classes[..., :, None] == classes[..., None, :])).triu(diagonal=1)

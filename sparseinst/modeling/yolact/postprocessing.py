@@ -218,7 +218,7 @@ def dense_detections(
     lists = torch.where(is_used[:, None], probs.transpose(1, 2) if is_fast else best[:, None], 0.0)
     least = options.score_threshold if is_fast and options.second_threshold else 0.0
     deltas = outputs["box_deltas"].float()
-    boxes = BOX_TRANSFORM.apply_deltas(deltas.flatten(0, 1), anchors.expand(len(deltas), -1, -1).flatten(0, 1))
+    boxes = BOX_TRANSFORM.apply_deltas(deltas.flatten(0, 1), anchors.expand(deltas.shape[0], -1, -1).flatten(0, 1))
     boxes = boxes.unflatten(0, deltas.shape[:2])
 
     scores, order = lists.topk(min(options.top_k, lists.shape[2]), dim=2)

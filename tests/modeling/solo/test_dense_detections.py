@@ -16,7 +16,8 @@ IMAGES = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     [
         ((), 100),
         ((f"{NODE}.NMS.KERNEL", "linear"), 100),
-        ((f"{NODE}.NMS.UPDATE_THRESHOLD", 0.2, "MODEL.OUTPUT.SCORE_THRESHOLD", 0.25), 100),
+        ((f"{NODE}.NMS.UPDATE_THRESHOLD", 0.3), 100),
+        (("MODEL.OUTPUT.SCORE_THRESHOLD", 0.3), 100),
         ((), 3),
         ((f"{NODE}.MAX_DETECTIONS", 5), 100),
     ],

@@ -14,12 +14,13 @@ NODE = "MODEL.YOLACT"
     [
         (),
         (f"{NODE}.NMS.TYPE", "cross_class"),
-        (f"{NODE}.NMS.TOP_K", 7, f"{NODE}.NMS.SECOND_THRESHOLD", True),
+        (f"{NODE}.NMS.TOP_K", 7),
+        (f"{NODE}.NMS.SECOND_THRESHOLD", True, f"{NODE}.SCORE_THRESHOLD", 0.9),
         (f"{NODE}.SCORE_THRESHOLD", 0.5, "MODEL.OUTPUT.SCORE_THRESHOLD", 0.55),
         (f"{NODE}.MAX_DETECTIONS", 3),
         PLUS,
     ],
-    ids=["fast", "cross_class", "second_threshold", "score_threshold", "three", "plus"],
+    ids=["fast", "cross_class", "top_k", "second_threshold", "score_threshold", "three", "plus"],
 )
 def test_it_finds_what_detect_finds(opts):
     model = spread_scores(tiny_yolact(*opts))
