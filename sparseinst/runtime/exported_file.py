@@ -46,6 +46,7 @@ class ExportMetadata:
         has_deform_conv: whether the network has deformable convolutions.
         weights_sha256: of the model's tensors.
         version: of this package.
+        postprocessing_weights: float32 tensors that the post-processing needs, by name in the model, as base64.
         self_check: largest difference from the model in eager float32 over the largest value, by output; "bound", the
             largest difference that is allowed.
     """
@@ -70,6 +71,7 @@ class ExportMetadata:
     has_deform_conv: bool
     weights_sha256: str
     version: str
+    postprocessing_weights: dict[str, str] = dataclasses.field(default_factory=dict)
     self_check: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -1,5 +1,6 @@
 """Run an exported file as the model that it was made from: `load_exported`."""
 
+import base64
 import logging
 import os
 import tempfile
@@ -139,14 +140,15 @@ def load_exported(cfg: CfgNode) -> ExportedSegmenter:
             "it here"
         )
     _check_config(cfg, metadata)
-    # No weights are loaded into the model, and its parameters are freed: the rest of it is small.
+    # The parameters are freed, except for those of the post-processing: the rest of the model is small.
     skeleton_cfg = cfg.clone()
     skeleton_cfg.defrost()
     skeleton_cfg.MODEL.WEIGHTS = ""
     skeleton_cfg.MODEL.DEVICE = "cuda" if ENGINES[Path(path).suffix] == "tensorrt" else "cpu"
     model = build_model(skeleton_cfg).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.data = parameter.new_empty(0)
+    for name, parameter in model.named_parameters():
+        is_used = name.split(".")[0] in model.postprocessing_modules
+        parameter.data = _saved_tensor(path, metadata, name, parameter) if is_used else parameter.new_empty(0)
     network = open_network(path, metadata, cfg.RUNTIME.ENGINE, cfg.RUNTIME.INTRA_OP_THREADS, cfg.RUNTIME.PROVIDERS)
     logger.info("%s: %s, exported by version %s", path, metadata.meta_architecture, metadata.version)
     return ExportedSegmenter(model, network, metadata)
@@ -194,6 +196,23 @@ def open_network(
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"PyTorch cannot read {path}: {reason}") from error
     return lambda images: in_batches(module, images, metadata.batch)
+
+
+def postprocessing_weights(model: InstanceSegmenter) -> dict[str, str]:
+    """Return the parameters of a model's post-processing, as `ExportMetadata` holds them."""
+    return {
+        name: base64.b64encode(parameter.detach().cpu().float().numpy().tobytes()).decode()
+        for name, parameter in model.named_parameters()
+        if name.split(".")[0] in model.postprocessing_modules
+    }
+
+
+def _saved_tensor(path: str, metadata: ExportMetadata, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of `postprocessing_weights` like a parameter. Raise ValueError where the file lacks it."""
+    content = bytearray(base64.b64decode(metadata.postprocessing_weights.get(name, "")))
+    if len(content) != 4 * parameter.numel():
+        raise ValueError(f"{path} lacks the tensor {name} of the post-processing: export the model again")
+    return torch.frombuffer(content, dtype=torch.float32).reshape(parameter.shape).to(parameter.device)
 
 
 def _check_config(cfg: CfgNode, metadata: ExportMetadata) -> None:

@@ -35,7 +35,7 @@ from sparseinst.runtime.export import (
     weights_sha256,
 )
 from sparseinst.runtime.exported_file import ExportMetadata
-from sparseinst.runtime.exported_model import ExportedSegmenter, open_network
+from sparseinst.runtime.exported_model import ExportedSegmenter, open_network, postprocessing_weights
 from sparseinst.runtime.self_check import (
     BOUNDS,
     SelfCheckError,
@@ -234,6 +234,7 @@ def _metadata(
         has_deform_conv=False,
         weights_sha256=weights_sha256(model),
         version=sparseinst.__version__,
+        postprocessing_weights=postprocessing_weights(model),
     )
 
 
