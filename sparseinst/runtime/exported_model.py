@@ -18,6 +18,7 @@ from sparseinst import config
 from sparseinst.config import load_config
 from sparseinst.modeling.meta_arch import InstanceSegmenter, Network
 from sparseinst.runtime.batches import in_batches
+from sparseinst.runtime.export import MIN_CELLS
 from sparseinst.runtime.exported_file import ENGINES, ExportMetadata, is_exported, read_metadata
 from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
 from sparseinst.runtime.openvino import OpenVINONetwork, read_program
@@ -45,21 +46,22 @@ class ExportedSegmenter(OptimizedSegmenter):
         return self.metadata.class_names
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalize and pad as the model does, then as the file asks for: to a fixed size, or back to uint8.
+        """Normalize and pad as the model does, then as the file asks for: to its size or smallest size, back to uint8.
 
         Raises:
             ValueError: an image is larger than the file's fixed size.
         """
         images = self.model.preprocess(batched_inputs)
         tensor = images.tensor
-        if self.metadata.size is not None:
-            missing = [size - side for size, side in zip(self.metadata.size, tensor.shape[-2:])]
-            if min(missing) < 0:
-                raise ValueError(
-                    f"An image is {tuple(images.image_sizes[0])} pixels after the resize, and the exported file takes "
-                    f"{tuple(self.metadata.size)}: set INPUT.FIT_SIZE_TEST to that size"
-                )
-            tensor = F.pad(tensor, (0, missing[1], 0, missing[0]))
+        least = self.metadata.size or [MIN_CELLS * self.metadata.size_divisibility] * 2
+        missing = [size - side for size, side in zip(least, tensor.shape[-2:])]
+        if self.metadata.size and min(missing) < 0:
+            raise ValueError(
+                f"An image is {tuple(images.image_sizes[0])} pixels after the resize, and the exported file takes "
+                f"{tuple(self.metadata.size)}: set INPUT.FIT_SIZE_TEST to that size"
+            )
+        if max(missing) > 0:
+            tensor = F.pad(tensor, (0, max(0, missing[1]), 0, max(0, missing[0])))
         if self.metadata.input == "image":
             # Exact for pixels. The padding becomes the mean, rounded.
             tensor = (tensor * self.model.pixel_std + self.model.pixel_mean).round().clamp(0, 255).to(torch.uint8)
@@ -188,7 +190,8 @@ def open_network(
     if engine == "tensorrt":
         from sparseinst.runtime.tensorrt import TensorRTNetwork
 
-        return TensorRTNetwork(path)
+        module = TensorRTNetwork(path)
+        return lambda images: in_batches(module, images, metadata.batch)
     try:
         module = torch.export.load(path).module()
     # A damaged file raises errors of many classes.

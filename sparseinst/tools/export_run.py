@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -48,7 +49,7 @@ from sparseinst.tools.export import DYNAMIC
 
 logger = logging.getLogger(__name__)
 
-# Largest loss of AP in percent that --test-json accepts.
+# Largest difference of AP in percent that --test-json accepts.
 AP_BOUNDS = {"float32": 0.1, "float16": 0.5}
 # Of the image whose resized size is checked, pixels: COCO's most common one.
 _USUAL_IMAGE = (480, 640)
@@ -112,8 +113,9 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
     metadata = _metadata(cfg, own_datasets, model, classes, args, rule, size, batch)
     metadata = _with(metadata, outputs=names, has_deform_conv=has_deform_conv(program))
     channels = len(metadata.pixel_mean)
+    largest = -(-cfg.INPUT.MAX_SIZE_TEST // rule.divisibility) * rule.divisibility if rule.divisibility else 0
     shapes = [(batch or number, channels, *(size or sides)) for number, sides in
-              ((1, (2 * rule.divisibility,) * 2), (1, usual), (4, (max(usual),) * 2))]  # fmt: skip
+              ((1, (2 * rule.divisibility,) * 2), (1, usual), (4, (max(*usual, largest),) * 2))]  # fmt: skip
     write = file_writer(args.format, program, names, args.precision, tuple(shapes))
     with output_folder(args.output) as folder:
         path = folder / target.file_name
@@ -239,7 +241,11 @@ def _metadata(
 
 
 def _check_ap(cfg: CfgNode, model: InstanceSegmenter, exported: ExportedSegmenter, bound: float) -> None:
-    """Evaluate both, print both APs, and raise SelfCheckError where the file's is lower by more than the bound."""
+    """Evaluate both, print both APs, and raise SelfCheckError where they differ by more than the bound.
+
+    Raises:
+        ValueError: the model has no AP.
+    """
     results = []
     with tempfile.TemporaryDirectory() as folder:
         own_cfg = cfg.clone()
@@ -248,10 +254,17 @@ def _check_ap(cfg: CfgNode, model: InstanceSegmenter, exported: ExportedSegmente
         if exported.metadata.size and exported.metadata.size_divisibility:
             own_cfg.INPUT.FIT_SIZE_TEST = list(exported.metadata.size)
         for each in (ExportedSegmenter(model, model.network, _with(exported.metadata, input="normalized")), exported):
-            results.append(evaluate(own_cfg, each)["segm"]["AP"])
+            results.append(evaluate(own_cfg, each).get("segm", {}).get("AP", math.nan))
+            if math.isnan(results[0]):
+                raise ValueError(
+                    f"--test-json {cfg.DATASETS.TEST_JSON} gives no AP: it has no annotations, or the model finds "
+                    "nothing in its images. Give annotated images and trained weights"
+                )
     print(f"AP of the masks: {results[0]:.2f} in eager float32, {results[1]:.2f} of the exported file")
     if not abs(results[0] - results[1]) <= bound:
-        raise SelfCheckError(f"The file's AP is {results[1]:.2f}, the model's {results[0]:.2f}: {bound} may be lost")
+        raise SelfCheckError(
+            f"The file's AP is {results[1]:.2f}, the model's {results[0]:.2f}: they may differ by {bound}"
+        )
 
 
 def _with(metadata: ExportMetadata, **changes: object) -> ExportMetadata:

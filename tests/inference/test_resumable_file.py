@@ -20,6 +20,7 @@ def write(output, names, rank=0, num_ranks=1, header=HEADER):
     with ResumableFile(output, header, rank, num_ranks) as file:
         for name in names:
             file.append(line(name))
+    with ResumableFile(output, header, rank, num_ranks) as file:
         return file.done()
 
 
