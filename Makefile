@@ -17,7 +17,7 @@ TORCH_INDEX ?=
 # For a test of Detectron2's LVISEvaluator. Without what it names as needed: opencv-python, which needs libGL.
 LVIS := lvis==0.5.3
 # What only tests/extras needs (the tests of the page install Chromium where apt-get may); the second list without what it names as needed: opencv-python, which needs libGL.
-EXTRAS_PACKAGES := 'ray[data]>=2.40,<3' 'supervision>=0.27' 'mlflow>=2.14' 'wandb>=0.19' rich 'playwright>=1.50'
+EXTRAS_PACKAGES := 'nncf>=2.14' 'ray[data]>=2.40,<3' 'supervision>=0.27' 'mlflow>=2.14' 'wandb>=0.19' rich 'playwright>=1.50'
 EXTRAS_WITHOUT_NEEDS := 'sahi>=0.11.20' 'trackers>=2.6'
 # Free space that a first installation takes at its peak, in GB: $(VENV) ends up with 6, the rest are downloads.
 DISK_GB := 10
@@ -97,10 +97,10 @@ test-faults: install
 	SPARSEINST_FAULTS=full OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -rA -n $(TEST_WORKERS) --dist loadfile \
 		tests/faults
 
-# An environment that sees the packages of $(VENV), and has what only these tests need.
+# An environment that sees the packages of $(VENV), editable ones too, and has what only these tests need.
 test-extras: install
 	@[ -x "$(VENV)-extras/bin/python" ] || "$(VENV_PYTHON)" -m venv "$(VENV)-extras"
-	@"$(VENV_PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	@"$(VENV_PYTHON)" -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		>"$$("$(VENV)-extras/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	@"$(VENV)-extras/bin/python" -m pip install --quiet --disable-pip-version-check $(EXTRAS_PACKAGES)
 	@"$(VENV)-extras/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps $(EXTRAS_WITHOUT_NEEDS)

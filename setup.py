@@ -45,6 +45,8 @@ setup(
         "gui": ["opencv-python>=4.7"],
         "timm": ["timm>=1.0.26,<2"],
         "openvino": ["openvino>=2024.4"],
+        # Quantization for OpenVINO; the extra onnx is enough for ONNX Runtime's.
+        "int8": ["openvino>=2024.4", "nncf>=2.14"],
         # A page, and predictions over HTTP.
         "serve": SERVE,
         # Export to ONNX; a machine that only runs the files needs onnxruntime alone.

@@ -16,11 +16,13 @@ RECIPES = {"efficientnet_lite0": "published_recipe", "efficientnet_lite0_crowded
 # What a recipe for small data may change: not the backbone, its weights, the widths, the pictures or the batch.
 CHANGED = {
     "MODEL.BACKBONE.FREEZE_AT",
+    "MODEL.TIMM.OUT_FEATURES",
     "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD",
     "MODEL.SPARSE_INST.ENCODER.NORM",
     "MODEL.SPARSE_INST.DECODER.NAME",
     "MODEL.SPARSE_INST.DECODER.NORM",
     "MODEL.SPARSE_INST.DECODER.ELLIPSE_SIZE",
+    "MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE",
     "MODEL.SPARSE_INST.LOSS.CLASS_WEIGHT",
     "MODEL.SPARSE_INST.LOSS.NAME",
     "SOLVER.BASE_LR",
@@ -74,8 +76,10 @@ def test_a_step_from_the_weights_of_the_package(recipe):
 @pytest.mark.parametrize("name", ["solov2_light", "yolact", "mask_rcnn"])
 def test_other_models_are_for_the_same_images(name):
     other, sparse_inst = (load_config(f"small_data/{name}") for name in (name, "efficientnet_lite0"))
-    for key in ("WEIGHTS", "PIXEL_MEAN", "PIXEL_STD", "TIMM"):
+    for key in ("WEIGHTS", "PIXEL_MEAN", "PIXEL_STD"):
         assert other.MODEL[key] == sparse_inst.MODEL[key], key
+    for key in ("NAME", "NORM"):
+        assert other.MODEL.TIMM[key] == sparse_inst.MODEL.TIMM[key], key
     assert other.MODEL.BACKBONE.FREEZE_AT == sparse_inst.MODEL.BACKBONE.FREEZE_AT
     if name == "yolact":
         # A square with the short side's median.

@@ -1,12 +1,14 @@
 """Shared by all benchmarks: settings to compare, measurements, tables, arguments and errors."""
 
 import argparse
+import contextlib
 import json
 import logging
 import platform
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,9 @@ from torch import nn
 from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import OptimizedSegmenter
+
+# Spin until the parent has ended, also where the parent is killed.
+_SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))"
 
 
 def check_segmenter(model: nn.Module) -> None:
@@ -74,6 +79,17 @@ def machine(cfg: CfgNode) -> str:
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         device = f"{[*models, platform.processor() or platform.machine()][0]}, {torch.get_num_threads()} threads"
     return f"{device}, PyTorch {torch.__version__.partition('+')[0]}"
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Run processes that spin, on the processors of this one, in a with statement."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            process = subprocess.Popen([sys.executable, "-I", "-S", "-c", _SPIN])
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        yield
 
 
 class Measurement(NamedTuple):

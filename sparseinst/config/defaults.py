@@ -62,7 +62,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.RUNTIME.INTRA_OP_THREADS = 0
     # Execution providers of ONNX Runtime in the order of preference; "CUDAExecutionProvider" needs onnxruntime-gpu.
     cfg.RUNTIME.PROVIDERS = ["CPUExecutionProvider"]
-    # "float32"; "bfloat16" or "float16" autocast.
+    # "float32"; "bfloat16" or "float16" autocast; ENGINE "openvino" has bfloat16 where the processor has it.
     cfg.RUNTIME.PRECISION = "float32"
     # Fold norms and neighboring linear layers into convolutions: float32 results change by rounding only.
     cfg.RUNTIME.FUSE = True

@@ -122,6 +122,7 @@ class InstanceSegmenter(nn.Module, ABC):
         mask_nms_key: config key of the IoU above which the worse of two masks of a class is dropped.
         activation_maps_key: config key that makes the model return activation maps.
         lossless_targets_key: config key that makes the targets keep every object; see `target_check`.
+        float_layers: names of modules that INT8 exports leave in float32, with all that reads their results.
         class_names: of the classes that the weights were trained on, in the order of the class logits; None where they
             are unknown. The trainer and the checkpointer set them.
     """
@@ -132,6 +133,7 @@ class InstanceSegmenter(nn.Module, ABC):
     mask_nms_key: ClassVar[str | None] = None
     activation_maps_key: ClassVar[str | None] = None
     lossless_targets_key: ClassVar[str | None] = None
+    float_layers: ClassVar[tuple[str, ...]] = ()
     class_names: Sequence[str] | None = None
 
     def __init__(

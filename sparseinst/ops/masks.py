@@ -71,28 +71,29 @@ def matrix_nms(
     """Lower the score of each mask by its overlap with better masks of its class (SOLOv2, section 3.3, equation 5).
 
     Args:
-        scores: (n,) in [0, 1], descending.
-        classes: (n,).
-        intersections: (n, n), see `mask_intersections`; no mask is empty.
+        scores: (..., n) in [0, 1], descending.
+        classes: (..., n).
+        intersections: (..., n, n), see `mask_intersections`; empty masks have the score 0.
         kernel: "gaussian": exp(-sigma * IoU ** 2); "linear": 1 - IoU.
         sigma: of the gaussian.
 
     Returns:
-        (n,) scores, in the given order.
+        (..., n) scores, in the given order.
     """
-    if len(scores) == 0:
+    if scores.shape[-1] == 0:
         return scores
-    areas = intersections.diagonal()
-    iou = intersections / (areas[:, None] + areas[None, :] - intersections)
-    iou = (iou * (classes[:, None] == classes[None, :])).triu(diagonal=1)
+    areas = intersections.diagonal(dim1=-2, dim2=-1)
+    # Of two empty masks it is 0 / 1.
+    unions = (areas[..., :, None] + areas[..., None, :] - intersections).clamp(min=1)
+    iou = (intersections / unions * (classes[..., :, None] == classes[..., None, :])).triu(diagonal=1)
     # How far each suppressor is suppressed itself.
-    compensation = iou.amax(0)[:, None]
+    compensation = iou.amax(-2)[..., :, None]
     if kernel == "gaussian":
         decay = (-sigma * (iou.square() - compensation.square())).exp()
     else:
         # The third of equal masks would be 0 / 0.
         decay = (1 - iou) / (1 - compensation).clamp(min=1e-6)
-    return scores * decay.amin(0)
+    return scores * decay.amin(-2)
 
 
 def mask_intersections(masks: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.exported_file import METADATA_KEY, ExportMetadata
 from sparseinst.runtime.openvino import import_openvino, name_outputs
+from sparseinst.runtime.quantize import Quantization, quantize_onnx, quantize_openvino
 
 INPUT_NAME = "images"
 # ONNX Runtime's CPU kernels have DeformConv from opset 19 on; CUDA's lack Resize of 19.
@@ -44,8 +45,8 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "onnx": Format("model.onnx", ("float32", "float16"), True),
-    "openvino": Format("model_openvino/model.xml", ("float32", "float16"), True),
+    "onnx": Format("model.onnx", ("float32", "float16", "int8"), True),
+    "openvino": Format("model_openvino/model.xml", ("float32", "float16", "int8"), True),
     "torch": Format("model.pt2", ("float32",), False),
     "tensorrt": Format("model.engine", ("float32",), False),
 }
@@ -192,6 +193,7 @@ def file_writer(
     names: list[str],
     precision: str,
     shapes: tuple[tuple[int, ...], ...],
+    quantization: Quantization | None = None,
 ) -> Callable[[Path, ExportMetadata], None]:
     """Convert a program, and return a function that writes it with metadata to a path, which may be called again.
 
@@ -201,15 +203,17 @@ def file_writer(
         names: of the outputs.
         precision: one of the format's.
         shapes: smallest, usual and largest shape of the images, which TensorRT asks for.
+        quantization: of the precision "int8"; the program is that of its model.
 
     Raises:
         ImportError: the format needs a package that is not installed.
         ValueError: the conversion fails.
     """
     if format == "onnx":
-        return _onnx_writer(onnx_bytes(program, names, precision))
+        content = onnx_bytes(program, names, precision)
+        return _onnx_writer(quantize_onnx(content, INPUT_NAME, quantization) if quantization else content)
     if format == "openvino":
-        return _openvino_writer(program, names, precision)
+        return _openvino_writer(program, names, precision, quantization)
     if format == "tensorrt":
         from sparseinst.runtime.tensorrt import build_engine
 
@@ -315,7 +319,7 @@ def _onnx_writer(content: bytes) -> Callable[[Path, ExportMetadata], None]:
 
 
 def _openvino_writer(
-    program: ExportedProgram, names: list[str], precision: str
+    program: ExportedProgram, names: list[str], precision: str, quantization: Quantization | None
 ) -> Callable[[Path, ExportMetadata], None]:
     openvino = import_openvino()
     try:
@@ -328,6 +332,8 @@ def _openvino_writer(
         raise ValueError(f"OpenVINO cannot convert the network: {reason}") from error
     name_outputs(model, names)
     model.inputs[0].get_tensor().set_names({INPUT_NAME})
+    if quantization is not None:
+        model = quantize_openvino(model, quantization)
 
     def write(path: Path, metadata: ExportMetadata) -> None:
         model.set_rt_info(metadata.to_json(), METADATA_KEY)

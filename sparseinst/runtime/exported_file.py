@@ -45,13 +45,15 @@ class ExportMetadata:
         outputs: names of the network's outputs.
         postprocessing: thresholds and limits of the model's post-processing by name.
         max_detections: with ``--end-to-end``, detections in the outputs; 0: the outputs are the network's.
-        precision: "float32", or "float16": the file holds weights in float16.
+        precision: "float32"; "float16": the file holds weights in float16; "int8": the network is quantized.
         has_deform_conv: whether the network has deformable convolutions.
         weights_sha256: of the model's tensors.
         version: of this package.
         postprocessing_weights: float32 tensors that the post-processing needs, by name in the model, as base64.
         self_check: largest difference from the model in eager float32 over the largest value, by output; "bound", the
             largest difference that is allowed.
+        ap: with ``--test-json``, mask AP in percent of the "model" in eager float32 and of the "file".
+        skipped_layers: with "int8", single layers that stay in float32 because they lose AP.
     """
 
     meta_architecture: str
@@ -76,6 +78,8 @@ class ExportMetadata:
     version: str
     postprocessing_weights: dict[str, str] = dataclasses.field(default_factory=dict)
     self_check: dict[str, float] = dataclasses.field(default_factory=dict)
+    ap: dict[str, float] = dataclasses.field(default_factory=dict)
+    skipped_layers: Sequence[str] = ()
 
     def to_json(self) -> str:
         """Return the JSON that `read_metadata` reads."""

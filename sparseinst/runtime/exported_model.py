@@ -151,13 +151,19 @@ def load_exported(cfg: CfgNode) -> ExportedSegmenter:
     for name, parameter in model.named_parameters():
         is_used = name.split(".")[0] in model.postprocessing_modules
         parameter.data = _saved_tensor(path, metadata, name, parameter) if is_used else parameter.new_empty(0)
-    network = open_network(path, metadata, cfg.RUNTIME.ENGINE, cfg.RUNTIME.INTRA_OP_THREADS, cfg.RUNTIME.PROVIDERS)
+    keys = cfg.RUNTIME
+    network = open_network(path, metadata, keys.ENGINE, keys.INTRA_OP_THREADS, keys.PROVIDERS, keys.PRECISION)
     logger.info("%s: %s, exported by version %s", path, metadata.meta_architecture, metadata.version)
     return ExportedSegmenter(model, network, metadata)
 
 
 def open_network(
-    path: str | os.PathLike, metadata: ExportMetadata, engine: str, threads: int, providers: Sequence[str]
+    path: str | os.PathLike,
+    metadata: ExportMetadata,
+    engine: str,
+    threads: int,
+    providers: Sequence[str],
+    precision: str = "float32",
 ) -> Network:
     """Open the network of an exported file in its engine.
 
@@ -167,9 +173,10 @@ def open_network(
         engine: "torch": the one of the file's format; "openvino" also reads ONNX.
         threads: of one image; 0: as many as PyTorch has.
         providers: of ONNX Runtime.
+        precision: "bfloat16" in OpenVINO, where the processor has it; otherwise the file's own precision counts.
 
     Raises:
-        ValueError: the engine does not read the file.
+        ValueError: the engine does not read the file, or the processor has no bfloat16.
         ImportError: the engine's package is not installed.
     """
     suffix = Path(path).suffix
@@ -186,7 +193,7 @@ def open_network(
                 f"OpenVINO cannot read the deformable convolutions of {path}: export with --format openvino, or leave "
                 "RUNTIME.ENGINE out"
             )
-        return OpenVINONetwork(read_program(path), threads)
+        return OpenVINONetwork(read_program(path), threads, precision)
     if engine == "tensorrt":
         from sparseinst.runtime.tensorrt import TensorRTNetwork
 

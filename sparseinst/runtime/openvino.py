@@ -58,27 +58,35 @@ def name_outputs(program: "openvino.Model", names: list[str]) -> None:
 
 
 class OpenVINONetwork:
-    """Run a program on the CPU in OpenVINO, in float32.
+    """Run a program on the CPU in OpenVINO.
 
     Args:
         program: with one input, images, whose batch size is fixed or dynamic; its outputs are named.
         threads: of one image; 0: as many as PyTorch has.
+        precision: "float32", or "bfloat16" of everything that the program does not quantize.
 
     Raises:
         ImportError: OpenVINO is not installed.
+        ValueError: bfloat16, and the processor has no such instructions.
     """
 
-    def __init__(self, program: "openvino.Model", threads: int = 0) -> None:
+    def __init__(self, program: "openvino.Model", threads: int = 0, precision: str = "float32") -> None:
+        core = import_openvino().Core()
+        if precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ValueError(
+                "RUNTIME.PRECISION bfloat16 needs a processor with bfloat16 instructions (AVX-512 BF16 or AMX), and "
+                "OpenVINO finds none here: set it to float32"
+            )
         settings = {
             # OpenVINO's default is bfloat16 on processors that have it.
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
         }
         self._names = [output.get_any_name() for output in program.outputs]
         batch = program.inputs[0].get_partial_shape()[0]
         self._batch_size = batch.get_length() if batch.is_static else None
-        self._program = import_openvino().Core().compile_model(program, "CPU", settings)
+        self._program = core.compile_model(program, "CPU", settings)
         # One request for each thread: the program's own request would return another thread's answer.
         self._requests = threading.local()
 

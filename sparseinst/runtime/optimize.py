@@ -125,8 +125,8 @@ def optimize_for_inference(
         compile: run the network through ``torch.compile``, which compiles for the first images' size, and once more for
             all sizes at the first other size. Without a C++ compiler one line in the log says so, and the network runs
             as it is.
-        engine: "torch"; "openvino": OpenVINO on the CPU in float32, compiled once for all sizes; "onnxruntime": ONNX
-            Runtime in float32, after an export in memory, which takes seconds.
+        engine: "torch"; "openvino": OpenVINO on the CPU in float32 or bfloat16, compiled once for all sizes;
+            "onnxruntime": ONNX Runtime in float32, after an export in memory, which takes seconds.
         threads: of "openvino" and "onnxruntime" for one image; 0: as many as PyTorch has.
         providers: of "onnxruntime", in the order of preference.
 
@@ -138,10 +138,11 @@ def optimize_for_inference(
     check_value("RUNTIME.ENGINE", engine)
     if not isinstance(model, InstanceSegmenter):
         return model
-    if engine != "torch" and (precision != "float32" or compile or model.device.type != "cpu"):
+    precisions = {"openvino": ("float32", "bfloat16"), "onnxruntime": ("float32",)}.get(engine, tuple(PRECISIONS))
+    if engine != "torch" and (precision not in precisions or compile or model.device.type != "cpu"):
         raise ValueError(
-            f"RUNTIME.ENGINE {engine} runs on the CPU in float32, without RUNTIME.COMPILE; set MODEL.DEVICE cpu, "
-            "PRECISION float32 and COMPILE False, or ENGINE torch"
+            f"RUNTIME.ENGINE {engine} runs on the CPU in {' or '.join(precisions)}, without RUNTIME.COMPILE; set "
+            f"MODEL.DEVICE cpu, PRECISION {precisions[0]} and COMPILE False, or ENGINE torch"
         )
     original, model = model, _inference_copy(model)
     example = _example(model)
@@ -154,7 +155,7 @@ def optimize_for_inference(
     if winograd and fuse and is_plain_cpu and (channels_last or engine != "torch") and engine != "onnxruntime":
         use_winograd(model)
     if engine != "torch":
-        network = _engine_network(model, example, engine, threads, providers)
+        network = _engine_network(model, example, engine, threads, providers, precision)
     else:
         network = _torch_network(model, channels_last, PRECISIONS[precision])
     optimized = OptimizedSegmenter(model, network)
@@ -191,13 +192,13 @@ def optimize_as_configured(cfg: CfgNode, model: nn.Module) -> nn.Module:
 
 
 def _engine_network(
-    model: InstanceSegmenter, example: torch.Tensor, engine: str, threads: int, providers: Sequence[str]
+    model: InstanceSegmenter, example: torch.Tensor, engine: str, threads: int, providers: Sequence[str], precision: str
 ) -> Network:
     # Imported here, because most processes use neither engine.
     if engine == "openvino":
         from sparseinst.runtime.openvino import OpenVINONetwork, convert_network
 
-        return OpenVINONetwork(convert_network(model.network, example), threads)
+        return OpenVINONetwork(convert_network(model.network, example), threads, precision)
     from sparseinst.runtime.export import ExportableNetwork, check_packages, export_program, input_rule, onnx_bytes
     from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
 

@@ -9,8 +9,9 @@ from detectron2.structures import ImageList
 from sparseinst.modeling.meta_arch import Network
 from sparseinst.runtime.export import MIN_CELLS, ExportableNetwork, example_images
 
-# Largest difference over the largest value of the same output, by precision of the file.
-BOUNDS = {"float32": 1e-4, "float16": 0.02}
+# Largest difference over the largest value of the same output, by precision of the file. INT8 has no bound: rounding
+# changes the order of almost equal peaks, and so the places of instances in the outputs.
+BOUNDS = {"float32": 1e-4, "float16": 0.02, "int8": None}
 # Scores that are further apart keep their order.
 _CERTAIN_GAP = 1e-3
 

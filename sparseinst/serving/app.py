@@ -100,15 +100,11 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
 
     async def queued(request: Request, endpoint: str, job: Callable[..., bytes]) -> bytes:
         """Run a job of (predictor, data) on the upload of a request, and count the answer."""
-        upload = Upload(request, limits.upload_bytes)
         status = 200
         try:
-            return await queue.run(upload, functools.partial(timed, job, ready()))
+            return await queue.run(Upload(request, limits.upload_bytes), functools.partial(timed, job, ready()))
         except HTTPException as error:
             status = error.status_code
-            # A client that is too slow would only take more time.
-            if status != 408:
-                await upload.drain()
             raise
         except ClientDisconnect:
             status = _CLIENT_LEFT
@@ -222,7 +218,6 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_parameter(request: Request, error: RequestValidationError) -> JSONResponse:
-        await Upload(request, 0).drain()
         return answer_error(422, "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors()))
 
     @app.exception_handler(Exception)

@@ -1,15 +1,10 @@
 """The limits of the service, and the uploads that they hold back."""
 
-import asyncio
-import contextlib
 from typing import NamedTuple
 
 from fastapi import HTTPException, Request
 from starlette.datastructures import UploadFile
 from starlette.types import Message
-
-# Longest time for which the rest of a refused upload is read and dropped.
-_DRAIN_SECONDS = 10.0
 
 
 class Limits(NamedTuple):
@@ -40,7 +35,6 @@ class Upload:
         self._request = request
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._has_started = self._is_complete = False
 
     async def read(self) -> bytes:
         """Return the body, or the one file of a form.
@@ -64,29 +58,14 @@ class Upload:
                 raise HTTPException(400, "The form has no file; expected one image, such as curl -F image=@photo.jpg")
             return await files[0].read()
 
-    async def drain(self) -> None:
-        """Drop the rest of a refused upload, because a client that is still sending would not read the answer."""
-        waits_for_permission = self._request.headers.get("expect", "").lower() == "100-continue"
-        if waits_for_permission and not self._has_started:
-            return
-        self._max_bytes = float("inf")
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._drop(), _DRAIN_SECONDS)
-
     async def client_left(self) -> None:
         """Return when the client has closed the connection; the body must have been read."""
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
 
-    async def _drop(self) -> None:
-        while not self._is_complete:
-            await self._receive()
-
     async def _receive(self) -> Message:
         message = await self._request.receive()
-        self._has_started = True
         self._num_bytes += len(message.get("body", b""))
-        self._is_complete = message["type"] != "http.request" or not message.get("more_body", False)
         if self._num_bytes > self._max_bytes:
             raise self._too_large()
         return message

@@ -36,6 +36,7 @@ NAMED_SETTINGS = {
     "float16": "PRECISION float16",
     "openvino": "ENGINE openvino",
     "openvino-plain": "ENGINE openvino WINOGRAD False",
+    "openvino-bfloat16": "ENGINE openvino PRECISION bfloat16",
     "onnxruntime": "ENGINE onnxruntime",
 }
 
@@ -68,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--detections", type=int, default=20, metavar="N", help="objects in each image (default 20)")
     add("--area", type=float, default=0.05, metavar="SHARE",
         help="median area of the objects, as a share of the image (default 0.05); 1: each fills the image")  # fmt: skip
+    add("--busy", type=int, default=0, metavar="N",
+        help="run N spinning processes meanwhile, as on a shared server (default 0)")  # fmt: skip
     add(
         "--stock",
         action="store_true",
@@ -111,18 +114,21 @@ def run(args: argparse.Namespace) -> dict:
     from detectron2.utils.logger import setup_logger
 
     from sparseinst.benchmarks.inference import batched_inputs, measure_models
-    from sparseinst.benchmarks.settings import check_least, machine, report, table
+    from sparseinst.benchmarks.settings import busy_processes, check_least, machine, report, table
     from sparseinst.config import load_config
     from sparseinst.data.augmentations import build_test_augmentations
     from sparseinst.data.images import read_image
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 
     least = {"--size": min(args.size), "--batch-sizes": min(args.batch_sizes), "--repetitions": args.repetitions}
-    check_least({flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0)})
+    check_least(
+        {flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0), "--busy": (args.busy, 0)}
+    )
     if bool(args.suite) == bool(args.config_file):
         raise ValueError("Give either --config-file or --suite")
     if args.suite:
-        return run_named_suite(args)
+        with busy_processes(args.busy):
+            return run_named_suite(args)
     if args.area <= 0:
         raise ValueError(f"--area is {args.area}; it must be above 0")
     cfgs = {
@@ -141,19 +147,27 @@ def run(args: argparse.Namespace) -> dict:
             name = name or setting
             models[name] = model
             augmentations[name] = T.AugmentationList(list(build_test_augmentations(model_cfg)))
-    found = {"configs": list(cfgs), "machine": machine(cfg), "detections": args.detections, "batches": []}
+    found = {
+        "configs": list(cfgs),
+        "busy": args.busy,
+        "machine": machine(cfg),
+        "detections": args.detections,
+        "batches": [],
+    }
     sizes = ", ".join(sorted({f"{image.shape[0]}x{image.shape[1]}" for image in images}))
-    print(f"{', '.join(cfgs)}, {found['machine']}, {args.detections} objects in each image of {sizes}")
+    beside = f", beside {args.busy} spinning processes" if args.busy else ""
+    print(f"{', '.join(cfgs)}, {found['machine']}{beside}, {args.detections} objects in each image of {sizes}")
     for batch_size in args.batch_sizes:
-        measurements = measure_models(
-            models,
-            [images[index % len(images)] for index in range(batch_size)],
-            augmentations,
-            num_detections=args.detections,
-            repetitions=args.repetitions,
-            warmup=args.warmup,
-            median_area=args.area,
-        )
+        with busy_processes(args.busy):
+            measurements = measure_models(
+                models,
+                [images[index % len(images)] for index in range(batch_size)],
+                augmentations,
+                num_detections=args.detections,
+                repetitions=args.repetitions,
+                warmup=args.warmup,
+                median_area=args.area,
+            )
         if len(models) * len(args.batch_sizes) > 1 and not cfg.MODEL.DEVICE.startswith("cuda"):
             # The peak of the process is that of all models and batches together.
             measurements = {name: each._replace(peak_bytes=None) for name, each in measurements.items()}
@@ -187,7 +201,13 @@ def run_named_suite(args: argparse.Namespace) -> dict:
     random_image = np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)
     image = read_image(args.input[0], "RGB", cfg.INPUT.MAX_IMAGE_PIXELS) if args.input else random_image
     rows = run_suite(models, image, args.opts, repetitions=args.repetitions, warmup=args.warmup)
-    found = {"suite": args.suite, "machine": machine(cfg), "precision": cfg.RUNTIME.PRECISION, "rows": rows}
+    found = {
+        "suite": args.suite,
+        "busy": args.busy,
+        "machine": machine(cfg),
+        "precision": cfg.RUNTIME.PRECISION,
+        "rows": rows,
+    }
     height, width = image.shape[:2]
     print(
         f"{found['machine']}, {found['precision']}, image of {height}x{width}, batch of 1, median ms of "

@@ -27,12 +27,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--size", nargs="+", default=[DYNAMIC], metavar="SIZE",
         help="HEIGHT WIDTH of the padded images, or dynamic (default)")  # fmt: skip
     add("--batch", default=DYNAMIC, metavar="N", help="images in a batch, or dynamic (default)")
-    add("--precision", default="float32", choices=["float32", "float16"],
-        help="float16: weights are stored in 16 bits and computed with in float32 (default float32)")  # fmt: skip
+    add("--precision", default="float32", choices=["float32", "float16", "int8"],
+        help="float16: weights in 16 bits; int8: quantized, see --calibration (default float32)")  # fmt: skip
     add("--input", default="normalized", choices=["image", "normalized"],
         help="image: uint8 images, normalized in the graph (default normalized)")  # fmt: skip
     add("--end-to-end", type=int, nargs="?", const=100, default=0, metavar="N",
         help="return up to N detections (default 100) as dense tensors, for runtimes without Python")  # fmt: skip
+    add("--calibration", default="", metavar="FOLDER",
+        help="with int8: images like those that the model will see; also a pattern or a list (.txt)")  # fmt: skip
     for name, meaning in (("json", "COCO json: compute the AP of the model and of the file"), ("images", "its images")):
         add(f"--test-{name}", default="", metavar="PATH", help=meaning)
     add("opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="override the config file; last")

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,11 @@ from sparseinst.checkpoint.trained_keys import follow_checkpoint
 from sparseinst.config import load_config
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, register_user_datasets
+from sparseinst.data.images import read_image
 from sparseinst.evaluation import evaluate
+from sparseinst.inference.prediction_lines import list_images
 from sparseinst.inference.predictor import find_classes
-from sparseinst.modeling.meta_arch import InstanceSegmenter
+from sparseinst.modeling.meta_arch import InstanceSegmenter, Network
 from sparseinst.runtime.export import (
     FORMATS,
     ExportableNetwork,
@@ -37,6 +40,7 @@ from sparseinst.runtime.export import (
 )
 from sparseinst.runtime.exported_file import ExportMetadata
 from sparseinst.runtime.exported_model import ExportedSegmenter, open_network, postprocessing_weights
+from sparseinst.runtime.quantize import Quantization, by_error, folded_copy, import_nncf, quantizable_layers
 from sparseinst.runtime.self_check import (
     BOUNDS,
     SelfCheckError,
@@ -49,8 +53,12 @@ from sparseinst.tools.export import DYNAMIC
 
 logger = logging.getLogger(__name__)
 
-# Largest difference of AP in percent that --test-json accepts.
-AP_BOUNDS = {"float32": 0.1, "float16": 0.5}
+# Largest difference of AP in percent that --test-json accepts; with int8, largest loss.
+AP_BOUNDS = {"float32": 0.1, "float16": 0.5, "int8": 1.0}
+# Most images of --calibration that are run, evenly spaced.
+CALIBRATION_IMAGES = 64
+# Of these the errors of single layers are measured, where int8 loses too much AP.
+_ERROR_IMAGES = 4
 # Of the image whose resized size is checked, pixels: COCO's most common one.
 _USUAL_IMAGE = (480, 640)
 
@@ -107,33 +115,100 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
     size, batch = _chosen_size(args.size, rule), _chosen_batch(args.batch)
     usual = _usual_size(cfg, model)
 
-    network = ExportableNetwork(model, args.input == "image", args.end_to_end)
-    program = export_program(network, rule.divisibility, size, batch)
-    names = _output_names(network, size or usual)
     metadata = _metadata(cfg, own_datasets, model, classes, args, rule, size, batch)
+    network = ExportableNetwork(model, args.input == "image", args.end_to_end)
+    names = _output_names(network, size or usual)
+    source, quantization = network, None
+    if args.precision == "int8":
+        images = calibration_images(cfg, ExportedSegmenter(model, model.network, metadata), args.calibration)
+        quantization = Quantization(folded_copy(model, network.normalized(images[0])), images)
+        source = ExportableNetwork(quantization.model, network.takes_pixels)
+    program = export_program(source, rule.divisibility, size, batch)
     metadata = _with(metadata, outputs=names, has_deform_conv=has_deform_conv(program))
     channels = len(metadata.pixel_mean)
     largest = -(-cfg.INPUT.MAX_SIZE_TEST // rule.divisibility) * rule.divisibility if rule.divisibility else 0
     shapes = [(batch or number, channels, *(size or sides)) for number, sides in
               ((1, (2 * rule.divisibility,) * 2), (1, usual), (4, (max(*usual, largest),) * 2))]  # fmt: skip
-    write = file_writer(args.format, program, names, args.precision, tuple(shapes))
+    checked = check_shapes(rule.divisibility, size, batch, usual)
     with output_folder(args.output) as folder:
         path = folder / target.file_name
         path.parent.mkdir(exist_ok=True)
-        write(path, metadata)
-        exported = open_network(path, metadata, "torch", cfg.RUNTIME.INTRA_OP_THREADS, cfg.RUNTIME.PROVIDERS)
-        compare = end_to_end_differences if args.end_to_end else differences
-        checked = check_shapes(rule.divisibility, size, batch, usual)
-        worst = compare(network, exported, checked)
-        bound = BOUNDS[args.precision]
-        shown = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
-        print(f"Largest differences from eager float32 at {_shown(checked)}: {shown} (at most {bound:g})")
-        check_differences(worst, bound)
-        if args.test_json:
-            _check_ap(cfg, model, ExportedSegmenter(model, exported, metadata), AP_BOUNDS[args.precision])
+        expected_ap = None
+        for skipped in _skipped_layers(source, program, quantization):
+            if quantization is not None:
+                quantization = quantization._replace(skipped=skipped)
+            metadata = _with(metadata, skipped_layers=list(skipped))
+            write = file_writer(args.format, program, names, args.precision, tuple(shapes), quantization)
+            write(path, metadata)
+            exported = open_network(path, metadata, "torch", cfg.RUNTIME.INTRA_OP_THREADS, cfg.RUNTIME.PROVIDERS)
+            self_check = _check_outputs(network, exported, checked, args.precision)
+            if not args.test_json:
+                break
+            if expected_ap is None:
+                float_metadata = _with(metadata, input="normalized")
+                expected_ap = _mask_ap(cfg, ExportedSegmenter(model, model.network, float_metadata))
+                if math.isnan(expected_ap):
+                    raise ValueError(
+                        f"--test-json {args.test_json} gives no AP: it has no annotations, or the model finds nothing "
+                        "in its images. Give annotated images and trained weights"
+                    )
+            ap = _mask_ap(cfg, ExportedSegmenter(model, exported, metadata))
+            metadata = _with(metadata, ap={"model": expected_ap, "file": ap})
+            print(f"AP of the masks: {expected_ap:.2f} in eager float32, {ap:.2f} of the exported file")
+            # INT8 may gain any AP.
+            lost = expected_ap - ap if args.precision == "int8" else abs(expected_ap - ap)
+            if lost <= AP_BOUNDS[args.precision]:
+                break
+        else:
+            bound = AP_BOUNDS[args.precision]
+            rule = f"{bound} may be lost" if args.precision == "int8" else f"they may differ by {bound}"
+            raise SelfCheckError(f"The file's AP is {ap:.2f}, the model's {expected_ap:.2f}: {rule}")
         del exported
-        write(path, _with(metadata, self_check={**worst, "bound": bound}))
+        write(path, _with(metadata, self_check=self_check))
     return args.output / target.file_name
+
+
+def calibration_images(cfg: CfgNode, model: ExportedSegmenter, name: str) -> list[torch.Tensor]:
+    """Return images as the file takes them, each (B, 3, h, w), where B is the file's batch size or 1.
+
+    Args:
+        cfg: of the model.
+        model: preprocesses as the file asks for.
+        name: of a folder, a pattern, or a text file with one path in each line.
+
+    Raises:
+        ValueError: no image matches, or an image cannot be read.
+    """
+    paths = list_images([name])
+    paths = paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
+    own_cfg = cfg.clone()
+    own_cfg.defrost()
+    if model.metadata.size and model.metadata.size_divisibility:
+        own_cfg.INPUT.FIT_SIZE_TEST = list(model.metadata.size)
+    resize = T.AugmentationList(build_test_augmentations(own_cfg))
+    images = []
+    for path in paths:
+        image = T.AugInput(read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS))
+        resize(image)
+        pixels = torch.from_numpy(np.ascontiguousarray(image.image.transpose(2, 0, 1)))
+        images.append(model.preprocess([{"image": pixels}] * (model.metadata.batch or 1)).tensor)
+    return images
+
+
+def _skipped_layers(
+    network: ExportableNetwork, program: torch.export.ExportedProgram, quantization: Quantization | None
+) -> Iterator[list[str]]:
+    """Yield single layers to leave in float32: none, then those with the largest errors, twice as many each time."""
+    yield []
+    if quantization is None:
+        return
+    images = quantization.images[:_ERROR_IMAGES]
+    layers = by_error(network, quantizable_layers(program, quantization.model), images)
+    count = 1
+    while count < len(layers):
+        print(f"Too much AP is lost. Left in float32: {', '.join(layers[:count])}")
+        yield layers[:count]
+        count *= 2
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -145,6 +220,18 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.end_to_end and not target.end_to_end:
         supported = ", ".join(name for name, each in FORMATS.items() if each.end_to_end)
         raise ValueError(f"--end-to-end is not supported by --format {args.format}; it is by {supported}")
+    if args.precision == "int8":
+        if not (args.calibration and args.test_json):
+            raise ValueError(
+                "--precision int8 needs --calibration, images like those that the model will see, and --test-json with "
+                "--test-images, because its AP decides whether the file is good"
+            )
+        if args.end_to_end:
+            raise ValueError("--end-to-end is not supported with --precision int8")
+        if args.format == "openvino":
+            import_nncf()
+    elif args.calibration:
+        raise ValueError(f"--calibration is for --precision int8; --precision is {args.precision}")
     if args.end_to_end < 0:
         raise ValueError(f"--end-to-end is {args.end_to_end}; it must be at least 1")
     if args.end_to_end and args.test_json:
@@ -236,35 +323,32 @@ def _metadata(
         has_deform_conv=False,
         weights_sha256=weights_sha256(model),
         version=sparseinst.__version__,
-        postprocessing_weights=postprocessing_weights(model),
+        postprocessing_weights={} if args.end_to_end else postprocessing_weights(model),
     )
 
 
-def _check_ap(cfg: CfgNode, model: InstanceSegmenter, exported: ExportedSegmenter, bound: float) -> None:
-    """Evaluate both, print both APs, and raise SelfCheckError where they differ by more than the bound.
+def _check_outputs(
+    network: ExportableNetwork, exported: Network, shapes: list[tuple[int, int, int]], precision: str
+) -> dict[str, float]:
+    """Compare and print, raise SelfCheckError above the precision's bound, and return the figures with the bound."""
+    compare = end_to_end_differences if network.max_detections else differences
+    worst, bound = compare(network, exported, shapes), BOUNDS[precision]
+    shown = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+    allowed = "their AP decides" if bound is None else f"at most {bound:g}"
+    print(f"Largest differences from eager float32 at {_shown(shapes)}: {shown} ({allowed})")
+    check_differences(worst, float("inf") if bound is None else bound)
+    return worst if bound is None else {**worst, "bound": bound}
 
-    Raises:
-        ValueError: the model has no AP.
-    """
-    results = []
+
+def _mask_ap(cfg: CfgNode, model: ExportedSegmenter) -> float:
+    """Return the AP of the masks on DATASETS.TEST, in percent; NaN where there is none."""
     with tempfile.TemporaryDirectory() as folder:
         own_cfg = cfg.clone()
         own_cfg.defrost()
         own_cfg.OUTPUT_DIR = folder
-        if exported.metadata.size and exported.metadata.size_divisibility:
-            own_cfg.INPUT.FIT_SIZE_TEST = list(exported.metadata.size)
-        for each in (ExportedSegmenter(model, model.network, _with(exported.metadata, input="normalized")), exported):
-            results.append(evaluate(own_cfg, each).get("segm", {}).get("AP", math.nan))
-            if math.isnan(results[0]):
-                raise ValueError(
-                    f"--test-json {cfg.DATASETS.TEST_JSON} gives no AP: it has no annotations, or the model finds "
-                    "nothing in its images. Give annotated images and trained weights"
-                )
-    print(f"AP of the masks: {results[0]:.2f} in eager float32, {results[1]:.2f} of the exported file")
-    if not abs(results[0] - results[1]) <= bound:
-        raise SelfCheckError(
-            f"The file's AP is {results[1]:.2f}, the model's {results[0]:.2f}: they may differ by {bound}"
-        )
+        if model.metadata.size and model.metadata.size_divisibility:
+            own_cfg.INPUT.FIT_SIZE_TEST = list(model.metadata.size)
+        return evaluate(own_cfg, model).get("segm", {}).get("AP", math.nan)
 
 
 def _with(metadata: ExportMetadata, **changes: object) -> ExportMetadata:

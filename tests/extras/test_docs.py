@@ -59,7 +59,7 @@ def test_sahi(workplace):
 def test_fiftyone(workplace, monkeypatch):
     # Detections need no database.
     monkeypatch.setenv("FIFTYONE_DISABLE_SERVICES", "1")
-    pytest.importorskip("fiftyone")
+    pytest.importorskip("fiftyone", reason="FiftyOne needs an environment of its own: starlette 1.3 and MongoDB")
     names = {}
     exec(example("integrations.md", "def to_fiftyone"), names)
     predictor = Predictor(load_config("tiny.yaml", ["MODEL.WEIGHTS", "model_final.pth"]))

@@ -1,4 +1,7 @@
-"""The service under load, started by its command: ``make test-extras``. Takes minutes."""
+"""The service under load, started by its command: ``make test-extras``. Takes minutes.
+
+SPARSEINST_LOAD_WEIGHTS names weights with config.yaml beside them; without it a tiny model is served.
+"""
 
 import asyncio
 import io
@@ -16,6 +19,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
+from sparseinst import load_config  # noqa: E402
 from sparseinst.inference import Predictor, read_image, to_coco_results  # noqa: E402
 from tests.data.test_images import png_that_claims  # noqa: E402
 from tests.serving.service import metric, wait_until  # noqa: E402
@@ -39,6 +43,8 @@ def photo(height, width, seed):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
+    if given := os.environ.get("SPARSEINST_LOAD_WEIGHTS"):
+        return Path(given).resolve()
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.yaml").write_text(tiny_cfg(*OPTS).dump())
     torch.save({"model": tiny_model(*OPTS).state_dict()}, folder / "model.pth")
@@ -64,7 +70,7 @@ def address(weights):
 @pytest.fixture(scope="module")
 def cases(weights, tmp_path_factory):
     """(share, upload, status, instances of the Predictor or a part of the error)."""
-    predictor = Predictor(tiny_cfg(*OPTS, "MODEL.WEIGHTS", str(weights)))
+    predictor = Predictor(load_config(str(weights.with_name("config.yaml")), ["MODEL.WEIGHTS", str(weights)]))
     file = tmp_path_factory.mktemp("images") / "photo.jpg"
     cases = []
     for seed, (height, width) in enumerate([(64, 64), (90, 60), (61, 133), (240, 320), (480, 640)] * 4):

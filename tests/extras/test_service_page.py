@@ -33,7 +33,8 @@ def chromium():
     executable = find_chromium()
     if executable is None and shutil.which("apt-get") and os.geteuid() == 0:
         command = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
-        subprocess.run(command, capture_output=True, timeout=600)
+        # Without a timeout: an apt-get that is killed leaves packages half configured.
+        subprocess.run(command, capture_output=True)
         executable = find_chromium()
     if executable is None:
         pytest.skip(f"none of {', '.join(NAMES)} is on the PATH, and apt-get cannot install chromium")

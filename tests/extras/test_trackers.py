@@ -55,6 +55,8 @@ def test_mlflow_without_its_server_is_a_warning(tmp_path, monkeypatch, caplog):
 def test_wandb_stores_the_scalars_offline(tmp_path, monkeypatch, wandb):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(tmp_path, [3.0, 2.0], name="wandb")
+    # The process that stores the run ends, and writes what it holds.
+    wandb.teardown()
     run_id = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
     (stored,) = (tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
     content = stored.read_bytes()

@@ -312,5 +312,18 @@ def test_refused_by_name(model, key, value, message):
 
 
 def test_openvino_takes_no_other_options(model):
-    with pytest.raises(ValueError, match="PRECISION float32 and COMPILE False"):
-        optimize_for_inference(model, engine="openvino", precision="bfloat16")
+    with pytest.raises(ValueError, match="runs on the CPU in float32 or bfloat16.*PRECISION float32 and COMPILE False"):
+        optimize_for_inference(model, engine="openvino", precision="float16")
+
+
+def test_bfloat16_of_openvino_needs_such_a_processor(model):
+    """The numbers are compared where the processor has bfloat16; elsewhere one line says so."""
+    openvino = pytest.importorskip("openvino", reason="the package openvino (extra 'openvino') is not installed")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(ValueError, match="RUNTIME.PRECISION bfloat16 needs a processor with bfloat16"):
+            optimize_for_inference(model, engine="openvino", precision="bfloat16")
+        return
+    images = torch.randn(1, 3, 64, 96)
+    found = optimize_for_inference(model, engine="openvino", precision="bfloat16").network(images)
+    for name, value in model.network(images).items():
+        assert 0 < (found[name] - value).abs().max() <= 0.25 * value.abs().max()

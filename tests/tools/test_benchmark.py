@@ -8,6 +8,8 @@ import torch
 from detectron2.data import transforms as T
 from torch import nn
 
+from sparseinst.benchmarks import inference as benchmark_of_inference
+from sparseinst.benchmarks import settings
 from sparseinst.benchmarks.inference import INFERENCE_STAGES, example_outputs, measure_models
 from sparseinst.benchmarks.settings import Measurement, report
 from sparseinst.data.augmentations import build_test_augmentations
@@ -149,6 +151,26 @@ def test_the_command(config, tmp_path, capsys):
     assert settings["mine"]["parts_ms"].keys() == {"backbone", "encoder", "decoder"}
 
 
+def test_busy_processes_spin_while_the_models_are_timed(config, monkeypatch, capsys):
+    started, popen, measure = [], settings.subprocess.Popen, benchmark_of_inference.measure_models
+
+    def start(*args, **kwargs):
+        process = popen(*args, **kwargs)
+        if "-S" in args[0]:
+            started.append(process)
+        return process
+
+    def measured(*args, **kwargs):
+        assert len(started) == 2 and [process.poll() for process in started] == [None, None]
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(settings.subprocess, "Popen", start)
+    monkeypatch.setattr(benchmark_of_inference, "measure_models", measured)
+    assert benchmark.main([*config, "--busy", "2"]) == 0
+    assert "beside 2 spinning processes" in capsys.readouterr().out
+    assert len(started) == 2 and all(process.returncode is not None for process in started)
+
+
 def test_several_configs_at_their_own_sizes(config, tmp_path, capsys):
     path, other = tmp_path / "speed.json", tmp_path / "large.yaml"
     other.write_text(tiny_cfg("INPUT.MIN_SIZE_TEST", 160).dump())
@@ -183,6 +205,7 @@ def test_on_the_cpu_the_peak_is_that_of_a_single_row(config, tmp_path, args, is_
         (["--compare", "mine=FUSED True"], "--compare mine=FUSED True"),
         (["--compare", "mine=FUSE"], "--compare mine=FUSE"),
         (["--detections", "7"], "7 objects in an image: MODEL.SPARSE_INST.DECODER.NUM_MASKS allows 0 to 6"),
+        (["--busy", "-1"], "--busy is -1; it must be at least 0"),
         (["--repetitions", "0"], "--repetitions is 0; it must be at least 1"),
         (["--area", "0"], "--area is 0"),
         (["--threads", "0"], "--threads is 0"),

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as mask_api
 
 from sparseinst import load_config
 from sparseinst.inference import Predictor
 from sparseinst.runtime.exported_file import read_metadata
-from sparseinst.tools import benchmark, demo, export_run
+from sparseinst.tools import benchmark, demo, export_run, predict
 from tests.loggers import loggers_restored
 from tests.runtime.test_threads import in_threads
 from tests.shapes_data import write_shapes
@@ -106,6 +107,31 @@ def test_the_demo_needs_no_config_file(exported, tmp_path):
     arguments = ["--input", str(tmp_path / "a.png"), "--json", str(results), "--confidence-threshold", "0"]
     assert demo.main([*arguments, "--opts", "MODEL.WEIGHTS", str(exported("onnx"))]) == 0
     assert {result["category_id"] for result in json.loads(results.read_text())} <= {3, 8, 9} != set()
+
+
+def test_many_images_need_no_config_file(exported, expected, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for index, image in enumerate(photos()):
+        Image.fromarray(image).save(tmp_path / "in" / f"{index}.png")
+    output = tmp_path / "found.jsonl"
+    arguments = ["--input", str(tmp_path / "in"), "--output", str(output)]
+    opts = ["--opts", "MODEL.WEIGHTS", str(exported("onnx"))]
+    assert predict.main([*arguments, *opts]) == 0
+    header, *lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [category["id"] for category in header["categories"]] == CLASSES["category_ids"]
+    for line, instances in zip(lines, expected(photos(), "RGB"), strict=True):
+        found = line["detections"]
+        assert [each["category_id"] for each in found] == [CLASSES["category_ids"][i] for i in instances.pred_classes]
+        assert [each["score"] for each in found] == pytest.approx(instances.scores.tolist(), abs=1e-4)
+        masks = np.array([mask_api.decode(each["segmentation"]) for each in found], dtype=bool)
+        assert (masks != instances.pred_masks.numpy()).mean() <= 0.001
+    # As a kill leaves the file.
+    whole = output.read_bytes()
+    output.write_bytes(whole[:-20])
+    capsys.readouterr()
+    assert predict.main([*arguments, *opts]) == 0
+    assert output.read_bytes() == whole and "3 images had a line already; 1 images in" in capsys.readouterr().out
+    assert predict.main(arguments) == 2 and "--config-file is missing" in capsys.readouterr().err
 
 
 def test_the_benchmark_compares_a_file(exported, folder, capsys):
@@ -223,11 +249,13 @@ def test_a_size_that_was_frozen_is_found(folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--format", "torch", "--precision", "float16"), "onnx: float32, float16; openvino: float32, float16; torch:"),
+        (("--format", "torch", "--precision", "float16"), "onnx: float32, float16, int8; openvino: float32, float16,"),
         (("--format", "torch", "--end-to-end", 5), "--end-to-end is not supported by --format torch; it is by onnx"),
         (("--format", "onnx", "--size", 50, 64), "--size is 50 64; it must be dynamic, or HEIGHT WIDTH in multiples"),
         (("--format", "onnx", "--batch", 0), "--batch is 0; it must be dynamic"),
         (("--format", "onnx", "--test-json", "x"), "--test-json and --test-images go together"),
+        (("--format", "onnx", "--precision", "int8"), "--precision int8 needs --calibration"),
+        (("--format", "onnx", "--calibration", "x"), "--calibration is for --precision int8; --precision is float32"),
         (("--format", "tensorrt"), "TensorRT engines need the package tensorrt and a CUDA device"),
     ],
 )  # fmt: skip

@@ -21,6 +21,7 @@ from sparseinst.modeling.solo.heads import (
     upsample,
 )
 from sparseinst.ops.coordinates import coordinate_channels
+from sparseinst.ops.dense_detections import chosen
 
 MASK_FEATURE_HEAD_REGISTRY = Registry("MASK_FEATURE_HEAD")
 MASK_FEATURE_HEAD_REGISTRY.__doc__ = """
@@ -91,6 +92,12 @@ class SOLOv2Head(GridHead):
         kernels = outputs["kernels"][image].index_select(1, start + cells).float()
         probs = (kernels.T @ features.flatten(1)).sigmoid().unflatten(1, features.shape[1:])
         return resized_probs(probs, size)
+
+    def dense_mask_probs(self, outputs: dict[str, torch.Tensor], cells: torch.Tensor) -> torch.Tensor:
+        """Compute the masks (B, n, Hm, Wm) of cells (B, n), numbered through all levels, in float32."""
+        features = outputs["mask_features"].float()
+        kernels = chosen(outputs["kernels"].float().transpose(1, 2), cells)
+        return (kernels @ features.flatten(2)).sigmoid().unflatten(2, features.shape[2:])
 
 
 @MASK_FEATURE_HEAD_REGISTRY.register()

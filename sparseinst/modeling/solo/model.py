@@ -21,7 +21,7 @@ from sparseinst.modeling.solo.data_fit import describe_fit, size_warnings
 from sparseinst.modeling.solo.dynamic_head import build_mask_feature_head
 from sparseinst.modeling.solo.example_outputs import draw_outputs
 from sparseinst.modeling.solo.heads import GridHead, build_solo_head
-from sparseinst.modeling.solo.postprocessing import DetectionOptions, detect
+from sparseinst.modeling.solo.postprocessing import DetectionOptions, dense_detections, detect
 from sparseinst.modeling.solo.targets import GridSpec, GridTargets, grid_targets
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.detections import Detections
@@ -53,6 +53,7 @@ class SOLO(InstanceSegmenter):
     """
 
     node_name: ClassVar[str] = config.SOLO_NODE
+    float_layers: ClassVar[tuple[str, ...]] = ("cate_pred", "kernel_pred", "mask_pred_x", "mask_pred_y")
     num_classes_key: ClassVar[str] = f"{config.SOLO_NODE}.{config.NUM_CLASSES}"
     max_detections_key: ClassVar[str] = f"{config.SOLO_NODE}.{config.MAX_DETECTIONS}"
 
@@ -251,6 +252,23 @@ class SOLOv2(SOLO):
     def from_config(cls, cfg: CfgNode) -> dict:
         arguments = super().from_config(cfg)
         return {**arguments, "mask_feature_head": build_mask_feature_head(cfg, arguments["backbone"].output_shape())}
+
+    def dense_detections(
+        self, outputs: dict[str, torch.Tensor], padded_size: tuple[int, int], max_detections: int
+    ) -> dict[str, torch.Tensor]:
+        """Return a fixed number of detections; see the base class."""
+        if self.detection.nms_type != "matrix":
+            raise ValueError(
+                f"{self.node_name}.NMS.TYPE is {self.detection.nms_type}; --end-to-end supports matrix only"
+            )
+        return dense_detections(
+            self.head,
+            outputs,
+            self.detection,
+            padded_size=padded_size,
+            max_detections=min(max_detections, self.detection.max_detections),
+            score_threshold=self.output.score_threshold,
+        )
 
 
 def _register_solov2() -> None:

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from sparseinst.modeling.solo.dynamic_head import SOLOv2Head
 from sparseinst.modeling.solo.heads import GridHead
+from sparseinst.ops.dense_detections import chosen, dense_output, pairwise_intersections
 from sparseinst.ops.mask_output import output_masks
 from sparseinst.ops.masks import areas_and_sums, greedy_nms, mask_intersections, matrix_nms
 from sparseinst.structures.detections import Detections
@@ -47,10 +49,23 @@ def points_nms(scores: torch.Tensor) -> torch.Tensor:
     In no paper; the released models use it. Ties keep both.
 
     Args:
-        scores: (K, S, S).
+        scores: (..., K, S, S).
     """
-    largest = F.max_pool2d(scores[None], kernel_size=2, stride=1, padding=1)[0, :, :-1, :-1]
+    largest = F.max_pool2d(scores, kernel_size=2, stride=1, padding=1)[..., :-1, :-1]
     return scores * (scores == largest)
+
+
+def cell_scores(cate_logits: torch.Tensor, num_grids: Sequence[int]) -> torch.Tensor:
+    """Return the scores (..., all cells, K), float32, after points NMS.
+
+    Args:
+        cate_logits: (..., K, all cells).
+        num_grids: S of each level.
+    """
+    probs = cate_logits.float().sigmoid()
+    levels = probs.split([size * size for size in num_grids], dim=-1)
+    kept = [points_nms(level.unflatten(-1, (size, size))).flatten(-2) for level, size in zip(levels, num_grids)]
+    return torch.cat(kept, dim=-1).transpose(-1, -2)
 
 
 def candidate_cells(
@@ -66,10 +81,7 @@ def candidate_cells(
     Returns:
         cells (n,) int64, ascending, numbered through all levels; classes (n,) int64; scores (n,) float32.
     """
-    probs = cate_logits.float().sigmoid()
-    levels = probs.split([size * size for size in num_grids], dim=1)
-    kept = [points_nms(level.unflatten(1, (size, size))).flatten(1) for level, size in zip(levels, num_grids)]
-    scores = torch.cat(kept, dim=1).T
+    scores = cell_scores(cate_logits, num_grids)
     cells, classes = (scores > score_threshold).nonzero(as_tuple=True)
     return cells, classes, scores[cells, classes]
 
@@ -147,6 +159,48 @@ def detect(
     return Detections(boxes, scores, classes[kept], found_masks, cells[kept])
 
 
+def dense_detections(
+    head: SOLOv2Head,
+    outputs: dict[str, torch.Tensor],
+    options: DetectionOptions,
+    *,
+    padded_size: tuple[int, int],
+    max_detections: int,
+    score_threshold: float = 0.0,
+) -> dict[str, torch.Tensor]:
+    """Do what `detect` does, for B images whose output has the padded size, with shapes that do not depend on the data.
+
+    The ``nms_pre`` best pairs of a cell and a class are the candidates, before their masks are known. `detect` scores
+    the masks of all pairs above the threshold first, so the two differ where there are more than ``nms_pre``.
+
+    Args:
+        head, outputs: as in `detect`.
+        options: thresholds and limits, with matrix NMS.
+        padded_size: size of the masks that are returned.
+        max_detections: most detections.
+        score_threshold: as in `detect`.
+
+    Returns:
+        The dict of `InstanceSegmenter.dense_detections`.
+    """
+    scores = cell_scores(outputs["cate_logits"], head.num_grids)
+    num_classes = scores.shape[2]
+    scores, pairs = scores.flatten(1).topk(min(options.nms_pre, scores.shape[1] * num_classes))
+    cells, classes = pairs // num_classes, pairs % num_classes
+    mask_probs = head.dense_mask_probs(outputs, cells)
+    areas, sums = (each.view_as(scores) for each in areas_and_sums(mask_probs.flatten(0, 1), options.mask_threshold))
+    is_candidate = (scores > options.score_threshold) & (areas > _cell_strides(head, cells.device)[cells])
+    scores, order = torch.where(is_candidate, scores * sums / areas.clamp(min=1), 0.0).topk(scores.shape[1])
+    classes = classes.gather(1, order)
+    intersections = chosen(pairwise_intersections(mask_probs > options.mask_threshold), order)
+    intersections = chosen(intersections.transpose(1, 2), order)
+    decayed = matrix_nms(scores, classes, intersections, options.nms_kernel, options.nms_sigma)
+    is_kept = (scores > 0) & (decayed >= options.update_threshold) & (decayed > score_threshold)
+    scores, second = torch.where(is_kept, decayed, 0.0).topk(min(max_detections, scores.shape[1]))
+    masks = chosen(mask_probs, order.gather(1, second))
+    return dense_output(scores, classes.gather(1, second), masks, padded_size, options.mask_threshold)
+
+
 def _score_masks(
     head: GridHead,
     outputs: dict[str, torch.Tensor],
@@ -158,7 +212,7 @@ def _score_masks(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the maskness of each cell, 0 where its mask is too small, and the soft masks if one block holds them."""
     maskness, masks = [torch.zeros(0, device=cells.device)], None
-    strides = cells.new_tensor(head.strides).repeat_interleave(cells.new_tensor(head.level_sizes))
+    strides = _cell_strides(head, cells.device)
     for part in cells.split(block) if len(cells) else ():
         masks = _soft_masks(head, outputs, image, part, size)
         areas, sums = areas_and_sums(masks, mask_threshold)
@@ -166,6 +220,12 @@ def _score_masks(
     if masks is None:
         masks = torch.zeros((0, *size), device=cells.device)
     return torch.cat(maskness), masks if len(cells) <= block else None
+
+
+def _cell_strides(head: GridHead, device: torch.device) -> torch.Tensor:
+    """Return the stride of each cell's level, (all cells,) int64."""
+    levels = zip(head.level_sizes, head.strides)
+    return torch.cat([torch.full((count,), stride, device=device) for count, stride in levels])
 
 
 def _soft_masks(

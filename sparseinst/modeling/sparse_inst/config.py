@@ -106,6 +106,8 @@ def add_keys(cfg: CfgNode) -> None:
     sparse_inst.DECODER.MASK = CfgNode()
     sparse_inst.DECODER.MASK.DIM = 256
     sparse_inst.DECODER.MASK.CONVS = 4
+    # PlacedIAMDecoder: backbone feature on the mask grid, which shows the mask branch the outlines. "": none.
+    sparse_inst.DECODER.MASK.DETAIL_FEATURE = ""
 
     sparse_inst.LOSS = CfgNode()
     # "PlacedCriterion" for a PlacedIAMDecoder.

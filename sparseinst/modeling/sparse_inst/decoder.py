@@ -4,6 +4,7 @@ Letters: sparseinst.structures.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ SPARSE_INST_DECODER_REGISTRY = Registry("SPARSE_INST_DECODER")
 SPARSE_INST_DECODER_REGISTRY.__doc__ = """
 Decoders: modules called with the encoder's map (B, C, H, W); return the dict of `SparseInst.network`. Built as
 ``Name(cfg, input_shape)`` with the encoder's ShapeSpec. They have ``scale_factor``, mask grid over decoder grid, and
-``num_masks``, N.
+``num_masks``, N. With DECODER.MASK.DETAIL_FEATURE a decoder whose class has ``takes_detail`` True is built with the
+feature's ShapeSpec as third argument, and called with the feature as ``detail``.
 """
 
 # Initial probability of each class and of each cell of an activation map.
@@ -342,6 +344,26 @@ def conv_stack(in_channels: int, dim: int, num_convs: int, norm: str) -> nn.Sequ
     return nn.Sequential(*layers)
 
 
-def build_sparse_inst_decoder(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
-    """Build the decoder named by MODEL.SPARSE_INST.DECODER.NAME."""
-    return registered(SPARSE_INST_DECODER_REGISTRY, cfg, "MODEL.SPARSE_INST.DECODER.NAME")(cfg, input_shape)
+def build_sparse_inst_decoder(
+    cfg: CfgNode, input_shape: ShapeSpec, backbone_shapes: Mapping[str, ShapeSpec]
+) -> nn.Module:
+    """Build the decoder named by MODEL.SPARSE_INST.DECODER.NAME.
+
+    Args:
+        cfg: config.
+        input_shape: of the encoder's map.
+        backbone_shapes: of the backbone's features; MASK.DETAIL_FEATURE names one.
+
+    Raises:
+        ValueError: the decoder takes no detail, or there is no such feature.
+    """
+    decoder = registered(SPARSE_INST_DECODER_REGISTRY, cfg, "MODEL.SPARSE_INST.DECODER.NAME")
+    detail = cfg.MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE
+    if not detail:
+        return decoder(cfg, input_shape)
+    key = f"MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE is {detail}"
+    if not getattr(decoder, "takes_detail", False):
+        raise ValueError(f'{key}, but {decoder.__name__} takes no such feature; set it to ""')
+    if detail not in backbone_shapes:
+        raise ValueError(f"{key}; the backbone's features are {', '.join(backbone_shapes)}: see OUT_FEATURES")
+    return decoder(cfg, input_shape, backbone_shapes[detail])

@@ -47,6 +47,7 @@ class SparseInst(InstanceSegmenter):
         max_detections: most instances for each image.
         mask_nms_threshold: IoU above which the worse of two masks of a class is dropped; 0: off.
         antialiased_targets: see :meth:`prepare_targets`.
+        detail_feature: name of the backbone feature that the decoder takes besides the encoder's map; "": none.
         sem_seg_head: semantic segmentation of the encoder's map, in training only.
         sem_seg_weight: weight of its loss.
         output: how predictions are returned.
@@ -58,6 +59,7 @@ class SparseInst(InstanceSegmenter):
     mask_nms_key: ClassVar[str] = config.MASK_NMS_KEY
     activation_maps_key: ClassVar[str] = config.ACTIVATION_MAPS_KEY
     lossless_targets_key: ClassVar[str] = config.LOSSLESS_TARGETS_KEY
+    float_layers: ClassVar[tuple[str, ...]] = ("iam_conv", "heatmap", "saliency")
 
     @configurable
     def __init__(
@@ -74,6 +76,7 @@ class SparseInst(InstanceSegmenter):
         max_detections: int = 100,
         mask_nms_threshold: float = 0.0,
         antialiased_targets: bool = False,
+        detail_feature: str = "",
         sem_seg_head: SemSegHead | None = None,
         sem_seg_weight: float = 0.0,
         output: OutputOptions | None = None,
@@ -88,6 +91,7 @@ class SparseInst(InstanceSegmenter):
         self.max_detections = max_detections
         self.mask_nms_threshold = mask_nms_threshold
         self.antialiased_targets = antialiased_targets
+        self.detail_feature = detail_feature
         self.sem_seg_head = sem_seg_head
         self.sem_seg_weight = sem_seg_weight
 
@@ -106,7 +110,8 @@ class SparseInst(InstanceSegmenter):
         return {
             "backbone": backbone,
             "encoder": encoder,
-            "decoder": build_sparse_inst_decoder(cfg, encoder.output_shape()),
+            "decoder": build_sparse_inst_decoder(cfg, encoder.output_shape(), backbone.output_shape()),
+            "detail_feature": sparse_inst.DECODER.MASK.DETAIL_FEATURE,
             "criterion": build_sparse_inst_criterion(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -156,9 +161,13 @@ class SparseInst(InstanceSegmenter):
             ``training_outputs(outputs, targets)`` may return what that method turns into this dict. In training also
             ``sem_seg_logits`` (B, K, H, W) where the model has such a head.
         """
-        features = self.encoder(self.backbone(images))
-        # The second argument only where it is needed, because a user's decoder may not take it.
-        outputs = self.decoder(features, with_iams=True) if self.with_maps else self.decoder(features)
+        backbone_features = self.backbone(images)
+        features = self.encoder(backbone_features)
+        # More arguments only where they are needed, because a user's decoder may not take them.
+        arguments = {"with_iams": True} if self.with_maps else {}
+        if self.detail_feature:
+            arguments["detail"] = backbone_features[self.detail_feature]
+        outputs = self.decoder(features, **arguments)
         if self.training and self.sem_seg_head is not None:
             outputs["sem_seg_logits"] = self.sem_seg_head(features)
         return outputs

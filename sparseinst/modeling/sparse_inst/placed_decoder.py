@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
@@ -198,23 +199,38 @@ class SubpixelMaskBranch(MaskBranch):
     Args:
         upscale: the finer grid over the decoder's, a whole number.
         kernel_dim: D.
+        norm: norm of the 3x3 convolutions, "" for none.
+        detail_channels: of a backbone feature on the finer grid that a 3x3 convolution adds; 0: none.
         kwargs: as those of `MaskBranch`.
 
     Raises:
         ValueError: ``upscale`` is not a whole number.
     """
 
-    def __init__(self, *, upscale: float, kernel_dim: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *, upscale: float, kernel_dim: int, norm: str = "", detail_channels: int = 0, **kwargs: Any
+    ) -> None:
         if upscale != int(upscale):
             raise ValueError(
                 f"MODEL.SPARSE_INST.DECODER.SCALE_FACTOR is {upscale}; a PlacedIAMDecoder needs a whole number"
             )
         self.upscale = int(upscale)
-        super().__init__(kernel_dim=kernel_dim * self.upscale**2, **kwargs)
+        super().__init__(kernel_dim=kernel_dim * self.upscale**2, norm=norm, **kwargs)
+        self.detail = None
+        if detail_channels:
+            projection = nn.Conv2d(kernel_dim, kernel_dim, 1)
+            c2_msra_fill(projection)
+            self.detail = nn.Sequential(*conv_stack(kernel_dim + detail_channels, kernel_dim, 1, norm), projection)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return mask features (B, D, Hm, Wm) of a map (B, 2 + C, H, W) with coordinates first."""
-        return F.pixel_shuffle(super().forward(features), self.upscale)
+    def forward(self, features: torch.Tensor, detail: torch.Tensor | None = None) -> torch.Tensor:
+        """Return mask features (B, D, Hm, Wm).
+
+        Args:
+            features: (B, 2 + C, H, W) with coordinates first.
+            detail: (B, detail_channels, Hm, Wm), where the branch has one.
+        """
+        features = F.pixel_shuffle(super().forward(features), self.upscale)
+        return features if self.detail is None else self.detail(torch.cat([features, detail], dim=1))
 
 
 @SPARSE_INST_DECODER_REGISTRY.register()
@@ -222,7 +238,7 @@ class PlacedIAMDecoder(BaseIAMDecoder):
     """Decode with one activation map at each peak of a heat map, in training at each center of the ground truth.
 
     Measured in docs/own_data.md. It is trained by LOSS.NAME PlacedCriterion. Mask features are on the mask grid
-    (sub-pixel convolution, arXiv 1609.05158).
+    (sub-pixel convolution, arXiv 1609.05158), and see the backbone feature DECODER.MASK.DETAIL_FEATURE.
 
     Args:
         inst_branch: instance branch.
@@ -230,9 +246,17 @@ class PlacedIAMDecoder(BaseIAMDecoder):
         scale_factor: mask grid over decoder grid.
     """
 
+    takes_detail = True
+
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec, detail_shape: ShapeSpec | None = None) -> dict:
         decoder = cfg.MODEL.SPARSE_INST.DECODER
+        if detail_shape is not None and detail_shape.stride * decoder.SCALE_FACTOR != input_shape.stride:
+            raise ValueError(
+                f"MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE {decoder.MASK.DETAIL_FEATURE} has stride "
+                f"{detail_shape.stride}; the masks have {input_shape.stride / decoder.SCALE_FACTOR:g}, the stride of "
+                "ENCODER.IN_FEATURES[0] over DECODER.SCALE_FACTOR"
+            )
         if cfg.MODEL.SPARSE_INST.LOSS.NAME == "SparseInstCriterion":
             raise ValueError(
                 f"MODEL.SPARSE_INST.LOSS.NAME is SparseInstCriterion with DECODER.NAME {decoder.NAME}; set it to "
@@ -242,14 +266,23 @@ class PlacedIAMDecoder(BaseIAMDecoder):
             "inst_branch": PlacedInstanceBranch(
                 **instance_branch_arguments(cfg, input_shape), ellipse_size=decoder.ELLIPSE_SIZE
             ),
-            "mask_branch": SubpixelMaskBranch(**mask_branch_arguments(cfg, input_shape), upscale=decoder.SCALE_FACTOR),
+            "mask_branch": SubpixelMaskBranch(
+                **mask_branch_arguments(cfg, input_shape),
+                upscale=decoder.SCALE_FACTOR,
+                detail_channels=0 if detail_shape is None else detail_shape.channels,
+            ),
             "scale_factor": decoder.SCALE_FACTOR,
         }
 
-    def forward(self, features: torch.Tensor, with_iams: bool = False) -> dict[str, torch.Tensor]:
-        """Decode as the base class does; in training return the maps that `training_outputs` reads."""
+    def forward(
+        self, features: torch.Tensor, with_iams: bool = False, detail: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Decode as the base class does; in training return the maps that `training_outputs` reads.
+
+        ``detail`` is the backbone feature that the mask branch takes.
+        """
         features = append_coordinates(features)
-        mask_features = self.mask_branch(features)
+        mask_features = self.mask_branch(features, detail)
         features, heat_logits = self.inst_branch(features)
         if self.training:
             return {"inst_features": features, "heat_logits": heat_logits, "mask_features": mask_features}

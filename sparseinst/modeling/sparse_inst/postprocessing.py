@@ -1,10 +1,10 @@
 """From the decoder's outputs to the detections of one image. Letters: sparseinst.structures."""
 
 import torch
-from torch.nn import functional as F
 
+from sparseinst.ops.dense_detections import chosen, dense_output, pairwise_intersections
 from sparseinst.ops.mask_output import output_masks
-from sparseinst.ops.masks import mask_nms, maskness, masks_to_boxes
+from sparseinst.ops.masks import mask_nms, maskness
 from sparseinst.structures.detections import Detections
 
 
@@ -116,9 +116,8 @@ def dense_detections(
     # ONNX has topk, and no stable sort: only equal scores may change places.
     scores, order = torch.where(is_kept, rescored, 0.0).topk(scores.shape[1])
     if mask_nms_threshold > 0:
-        flat = (_chosen(mask_probs, order) > mask_threshold).float().flatten(2)
-        intersections = flat @ flat.transpose(1, 2)
-        areas = flat.sum(2)
+        masks = chosen(mask_probs, order) > mask_threshold
+        intersections, areas = pairwise_intersections(masks), masks.flatten(2).sum(2)
         overlaps = intersections > mask_nms_threshold * (areas[:, :, None] + areas[:, None, :] - intersections)
         chosen_classes = classes.gather(1, order)
         overlaps = overlaps & (chosen_classes[:, :, None] == chosen_classes[:, None, :])
@@ -130,17 +129,4 @@ def dense_detections(
         scores, second_order = (scores * remains).topk(scores.shape[1])
         order = order.gather(1, second_order)
     scores, order = scores[:, :max_detections], order[:, :max_detections]
-    resized = F.interpolate(_chosen(mask_probs, order), size=padded_size, mode="bilinear", align_corners=False)
-    masks = resized > mask_threshold
-    boxes = masks_to_boxes(masks.flatten(0, 1)).unflatten(0, scores.shape)
-    return {
-        "scores": scores * masks.flatten(2).any(2),
-        "classes": classes.gather(1, order),
-        "boxes": boxes,
-        "masks": masks.to(torch.uint8),
-    }
-
-
-def _chosen(masks: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Return the masks (B, n, Hm, Wm) of the indices (B, n) among (B, N, Hm, Wm)."""
-    return masks.gather(1, indices[:, :, None, None].expand(-1, -1, *masks.shape[2:]))
+    return dense_output(scores, classes.gather(1, order), chosen(mask_probs, order), padded_size, mask_threshold)

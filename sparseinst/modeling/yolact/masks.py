@@ -7,13 +7,13 @@ def mask_logits(prototypes: torch.Tensor, coefficients: torch.Tensor) -> torch.T
     """Return the linear combinations of the prototypes (YOLACT, equation 1).
 
     Args:
-        prototypes: (k, Hp, Wp).
-        coefficients: (n, k).
+        prototypes: (..., k, Hp, Wp).
+        coefficients: (..., n, k).
 
     Returns:
-        (n, Hp, Wp).
+        (..., n, Hp, Wp).
     """
-    return (coefficients @ prototypes.flatten(1)).unflatten(1, prototypes.shape[1:])
+    return (coefficients @ prototypes.flatten(-2)).unflatten(-1, prototypes.shape[-2:])
 
 
 def crop_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -28,10 +28,11 @@ def crop_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Returns:
         (n, Hp, Wp) bool.
     """
-    rows, columns = (_inside(*boxes[:, axis::2].aminmax(dim=1), count) for axis, count in ((1, size[0]), (0, size[1])))
+    rows, columns = (_inside(boxes[:, axis::2], count) for axis, count in ((1, size[0]), (0, size[1])))
     return rows[:, :, None] & columns[:, None]
 
 
-def _inside(low: torch.Tensor, high: torch.Tensor, count: int) -> torch.Tensor:
-    cells = torch.arange(count, device=low.device)
-    return (cells >= low[:, None] * count - 1) & (cells < high[:, None] * count + 1)
+def _inside(sides: torch.Tensor, count: int) -> torch.Tensor:
+    low, high = sides.amin(1, keepdim=True), sides.amax(1, keepdim=True)
+    cells = torch.arange(count, device=sides.device)
+    return (cells >= low * count - 1) & (cells < high * count + 1)

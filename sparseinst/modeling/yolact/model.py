@@ -21,7 +21,7 @@ from sparseinst.modeling.yolact.example_outputs import draw_outputs
 from sparseinst.modeling.yolact.fpn import YOLACTPyramid
 from sparseinst.modeling.yolact.heads import MaskIoUHead, build_prototype_net, build_yolact_head
 from sparseinst.modeling.yolact.matcher import MatcherOptions
-from sparseinst.modeling.yolact.postprocessing import DetectionOptions, detect
+from sparseinst.modeling.yolact.postprocessing import DetectionOptions, dense_detections, detect
 from sparseinst.modeling.yolact.targets import AnchorTargets, anchor_targets
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.detections import Detections
@@ -53,6 +53,7 @@ class YOLACT(InstanceSegmenter):
 
     num_classes_key: ClassVar[str] = config.NUM_CLASSES_KEY
     max_detections_key: ClassVar[str] = config.MAX_DETECTIONS_KEY
+    float_layers: ClassVar[tuple[str, ...]] = ("cls_score", "bbox_pred", "coeff_pred")
 
     @configurable
     def __init__(
@@ -281,6 +282,29 @@ class YOLACT(InstanceSegmenter):
                     instances.pred_class_scores = probs.gather(1, found.classes[:, None])[:, 0]
                 results.append({"instances": instances})
         return results
+
+    @property
+    def postprocessing_options(self) -> dict[str, float | int | str]:
+        """Return thresholds and limits; see the base class."""
+        # "score_threshold" is that of candidates.
+        return {**self.detection._asdict(), "final_score_threshold": self.output.score_threshold}
+
+    def dense_detections(
+        self, outputs: dict[str, torch.Tensor], padded_size: tuple[int, int], max_detections: int
+    ) -> dict[str, torch.Tensor]:
+        """Return a fixed number of detections; see the base class."""
+        if self.detection.nms_type == "greedy":
+            raise ValueError(f"{config.NODE}.NMS.TYPE is greedy; --end-to-end supports fast and cross_class only")
+        self._check_anchors(outputs)
+        return dense_detections(
+            outputs,
+            self.anchors,
+            self.detection,
+            padded_size=padded_size,
+            max_detections=min(max_detections, self.detection.max_detections),
+            mask_iou_head=self.mask_iou_head,
+            score_threshold=self.output.score_threshold,
+        )
 
     def example_outputs(
         self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator

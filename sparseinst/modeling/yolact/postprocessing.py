@@ -9,6 +9,7 @@ from torchvision.ops import batched_nms
 
 from sparseinst.modeling.yolact.anchors import BOX_TRANSFORM
 from sparseinst.modeling.yolact.masks import crop_masks, mask_logits
+from sparseinst.ops.dense_detections import chosen, dense_output
 from sparseinst.ops.mask_output import output_masks
 from sparseinst.structures.detections import Detections
 
@@ -186,3 +187,59 @@ def detect(
     height, width = output_size
     boxes = boxes.clamp(0, 1) * boxes.new_tensor([width, height, width, height])
     return Detections(boxes[found], scores[found], classes[found], found_masks, used[found])
+
+
+def dense_detections(
+    outputs: dict[str, torch.Tensor],
+    anchors: torch.Tensor,
+    options: DetectionOptions,
+    *,
+    padded_size: tuple[int, int],
+    max_detections: int,
+    mask_iou_head: nn.Module | None = None,
+    score_threshold: float = 0.0,
+) -> dict[str, torch.Tensor]:
+    """Do what `detect` does, for B images whose output has the padded size, with shapes that do not depend on the data.
+
+    Args:
+        outputs, anchors, mask_iou_head, score_threshold: as in `detect`.
+        options: thresholds and limits, with Fast NMS or its variant across classes.
+        padded_size: of the square input, and of the masks that are returned.
+        max_detections: most detections.
+
+    Returns:
+        The dict of `InstanceSegmenter.dense_detections`.
+    """
+    probs = outputs["class_logits"].float().softmax(2)[..., :-1]
+    best, best_classes = probs.max(2)
+    is_used = best > options.score_threshold
+    is_fast = options.nms_type == "fast"
+    # The lists (B, lists, N) in which candidates compete: one for each class, or one for all.
+    lists = torch.where(is_used[:, None], probs.transpose(1, 2) if is_fast else best[:, None], 0.0)
+    least = options.score_threshold if is_fast and options.second_threshold else 0.0
+    deltas = outputs["box_deltas"].float()
+    boxes = BOX_TRANSFORM.apply_deltas(deltas.flatten(0, 1), anchors.expand(len(deltas), -1, -1).flatten(0, 1))
+    boxes = boxes.unflatten(0, deltas.shape[:2])
+
+    scores, order = lists.topk(min(options.top_k, lists.shape[2]), dim=2)
+    num_ranks, order = scores.shape[2], order.flatten(1)
+    overlaps = _overlaps(chosen(boxes, order).unflatten(1, scores.shape[1:]), options.iou_threshold)
+    # Ranks in place of `triu`, which engines lack for booleans.
+    ranks = torch.arange(num_ranks, device=scores.device)
+    is_dropped = (overlaps & (ranks[:, None] < ranks)).any(2)
+    scores = torch.where((scores > least) & ~is_dropped, scores, 0.0).flatten(1)
+    scores, position = scores.topk(min(max_detections, scores.shape[1]))
+    used = order.gather(1, position)
+    classes = position // num_ranks if is_fast else best_classes.gather(1, used)
+    boxes = chosen(boxes, used)
+
+    masks = mask_logits(outputs["prototypes"].float(), chosen(outputs["coefficients"].float(), used)).sigmoid()
+    masks = masks * crop_masks(boxes.flatten(0, 1), masks.shape[2:]).unflatten(0, scores.shape)
+    if mask_iou_head is not None:
+        ious = mask_iou_head(masks.flatten(0, 1)).unflatten(0, scores.shape).gather(2, classes[..., None])[..., 0]
+        scores, position = (scores * ious.clamp(max=1)).topk(scores.shape[1])
+        boxes, classes, masks = chosen(boxes, position), classes.gather(1, position), chosen(masks, position)
+    scores = torch.where(scores > score_threshold, scores, 0.0)
+    height, width = padded_size
+    boxes = boxes.clamp(0, 1) * boxes.new_tensor([width, height, width, height])
+    return dense_output(scores, classes, masks, padded_size, options.mask_threshold, boxes)

@@ -203,14 +203,43 @@ def test_the_criterion_of_another_decoder_is_refused():
         model([random_input(num_instances=2)])
 
 
+# The tiny model's maps have stride 8, its masks with a factor of 2 stride 4: that of res2.
+DETAIL = ("MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE", "res2")
+
+
+def test_masks_see_the_detail_feature():
+    model = placed_model(*DETAIL)
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = model.backbone(images)
+        outputs = [model.network(images)]
+        model.backbone.forward = lambda _: {**features, "res2": 2 * features["res2"]}
+        outputs.append(model.network(images))
+    assert not torch.allclose(outputs[0]["pred_masks"], outputs[1]["pred_masks"], rtol=0.01)
+    assert torch.equal(outputs[0]["pred_logits"], outputs[1]["pred_logits"])
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE", "res9"), "res9; the backbone's features are res2, res3"),
+        (("MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE", "res3"), "res3 has stride 8; the masks have 4"),
+        ((*DETAIL, "MODEL.SPARSE_INST.DECODER.NAME", "GroupIAMDecoder"), "GroupIAMDecoder takes no such feature"),
+    ],
+)
+def test_a_detail_feature_that_does_not_fit_is_refused(opts, message):
+    with pytest.raises(ValueError, match=message):
+        placed_model(*opts)
+
+
 def test_boxes_need_a_whole_scale_factor():
     with pytest.raises(ValueError, match="SCALE_FACTOR is 1.5"):
         placed_model("MODEL.SPARSE_INST.DECODER.SCALE_FACTOR", 1.5)
 
 
-@pytest.mark.parametrize("counts", [(2, 1), (0, 3), (0, 0)])
-def test_every_parameter_has_a_gradient(counts):
-    model = placed_model().train()
+@pytest.mark.parametrize(("counts", "opts"), [((2, 1), ()), ((0, 3), DETAIL), ((0, 0), DETAIL)])
+def test_every_parameter_has_a_gradient(counts, opts):
+    model = placed_model(*opts).train()
     losses = model([random_input(64, 96, num_instances=count, seed=count) for count in counts])
     assert losses.keys() == {"loss_heatmap", "loss_box", "loss_objectness", "loss_dice", "loss_mask"}
     sum(losses.values()).backward()
@@ -249,4 +278,4 @@ def test_a_checkpoint_tells_the_number_of_classes_alone():
 
 def test_the_network_exports_with_any_size():
     # Images of 64 x 64 pixels have 64 cells, fewer than these peaks.
-    check_export(placed_model("MODEL.SPARSE_INST.DECODER.NUM_MASKS", 80))
+    check_export(placed_model("MODEL.SPARSE_INST.DECODER.NUM_MASKS", 80, *DETAIL))

@@ -38,3 +38,12 @@ def tiny_yolact(*opts, seed: int = 0) -> nn.Module:
     """Return the model in eval mode, with random weights."""
     torch.manual_seed(seed)
     return build_model(tiny_yolact_cfg(*opts)).eval()
+
+
+def spread_scores(model: nn.Module) -> nn.Module:
+    """Let the random scores and IoUs differ more, in place, and return the model."""
+    torch.manual_seed(1)
+    nn.init.normal_(model.head.cls_score.weight, std=0.1)
+    if model.mask_iou_head is not None:
+        nn.init.constant_(model.mask_iou_head.predictor.bias, 0.5)
+    return model

@@ -1,0 +1,50 @@
+"""Parts of post-processing whose shapes do not depend on the data, for exports. Letters: sparseinst.structures."""
+
+import torch
+from torch.nn import functional as F
+
+from sparseinst.ops.masks import masks_to_boxes
+
+
+def chosen(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the rows (B, n, ...) of the indices (B, n) among the values (B, N, ...) of each image."""
+    shape = values.shape[2:]
+    return values.gather(1, indices.reshape(*indices.shape, *[1] * len(shape)).expand(-1, -1, *shape))
+
+
+def pairwise_intersections(masks: torch.Tensor) -> torch.Tensor:
+    """Return the number of pixels (B, n, n) that each two masks (B, n, Hm, Wm) bool of an image share."""
+    flat = masks.float().flatten(2)
+    return flat @ flat.transpose(1, 2)
+
+
+def dense_output(
+    scores: torch.Tensor,
+    classes: torch.Tensor,
+    mask_probs: torch.Tensor,
+    padded_size: tuple[int, int],
+    mask_threshold: float,
+    boxes: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Resize the masks to the network's size; set the scores of masks that are empty there to 0.
+
+    Args:
+        scores: (B, n), descending; 0: no detection.
+        classes: (B, n) int64.
+        mask_probs: (B, n, Hm, Wm) in [0, 1], over the padded input.
+        padded_size: size of the masks that are returned.
+        mask_threshold: a pixel belongs to the mask where its probability is above this, in (0, 1).
+        boxes: (B, n, 4) in pixels; None: those of the masks.
+
+    Returns:
+        The dict of `InstanceSegmenter.dense_detections`.
+    """
+    masks = F.interpolate(mask_probs, size=padded_size, mode="bilinear", align_corners=False) > mask_threshold
+    if boxes is None:
+        boxes = masks_to_boxes(masks.flatten(0, 1)).unflatten(0, scores.shape)
+    return {
+        "scores": scores * masks.flatten(2).any(2),
+        "classes": classes,
+        "boxes": boxes,
+        "masks": masks.to(torch.uint8),
+    }

@@ -1,0 +1,51 @@
+"""SOLOv2's post-processing with fixed shapes against the one of all other engines."""
+
+import pytest
+import torch
+
+from tests.modeling.dense import assert_dense_equals_postprocess
+from tests.modeling.solo.tiny_solo import GRIDS, NUM_CLASSES, tiny_solo
+
+NODE = "MODEL.SOLOV2"
+NUM_PAIRS = NUM_CLASSES * sum(size * size for size in GRIDS)
+IMAGES = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("opts", "max_detections"),
+    [
+        ((), 100),
+        ((f"{NODE}.NMS.KERNEL", "linear"), 100),
+        ((f"{NODE}.NMS.UPDATE_THRESHOLD", 0.2, "MODEL.OUTPUT.SCORE_THRESHOLD", 0.25), 100),
+        ((), 3),
+        ((f"{NODE}.MAX_DETECTIONS", 5), 100),
+    ],
+)
+def test_it_finds_what_detect_finds(opts, max_detections):
+    # All pairs may enter NMS, because `detect` scores the masks before it counts.
+    model = tiny_solo("solov2", f"{NODE}.NMS.PRE", NUM_PAIRS, *opts)
+    counts = assert_dense_equals_postprocess(model, IMAGES, max_detections)
+    assert min(counts) > 2 and (max_detections == 100 or max(counts) == max_detections)
+
+
+def test_candidates_beyond_the_limit_are_left_out():
+    model = tiny_solo("solov2", f"{NODE}.NMS.PRE", 4)
+    with torch.no_grad():
+        outputs = model.network(IMAGES)
+        assert model.dense_detections(outputs, (64, 96), 100)["scores"].shape == (3, 4)
+
+
+def test_no_candidates():
+    assert assert_dense_equals_postprocess(tiny_solo("solov2", f"{NODE}.SCORE_THRESHOLD", 1.0), IMAGES) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "opts", "message"),
+    [
+        ("solov2", (f"{NODE}.NMS.TYPE", "mask"), "MODEL.SOLOV2.NMS.TYPE is mask; --end-to-end supports matrix only"),
+        ("solo", (), "--end-to-end: SOLO has no post-processing"),
+    ],
+)
+def test_others_are_refused(variant, opts, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_solo(variant, *opts).dense_detections({}, (64, 96), 100)

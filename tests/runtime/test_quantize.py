@@ -1,0 +1,97 @@
+"""Quantization: which layers stay in float32, and the order of the others by their errors."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from sparseinst.runtime.export import ExportableNetwork, export_program, onnx_bytes
+from sparseinst.runtime.quantize import (
+    Quantization,
+    by_error,
+    float_layers,
+    folded_copy,
+    quantizable_layers,
+    quantize_onnx,
+)
+from tests.tiny_model import tiny_model
+
+IAM = "decoder.inst_branch.iam_conv"
+
+
+class TwoLayers(nn.Module):
+    """The first layer's numbers are those of INT8 exactly; the second layer's smallest weights become 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.exact, self.model.rounded = nn.Conv2d(1, 1, 1, bias=False), nn.Conv2d(1, 2, 1, bias=False)
+        self.model.exact.weight.data.fill_(63.0)
+        self.model.rounded = nn.Conv2d(2, 1, 1, bias=False)
+        self.model.rounded.weight.data[0, :, 0, 0] = torch.tensor([63.0, 0.4])
+
+    def forward(self, images):
+        exact = self.model.exact(images)
+        return {"exact": exact, "rounded": self.model.rounded(torch.cat([images * 0, exact], 1))}
+
+
+def test_layers_are_ordered_by_their_error():
+    # 255 * 63 is the largest value of the second layer's input, so that its scale is 63 and the input is exact too.
+    images = torch.arange(256.0).view(1, 1, 16, 16)
+    network = TwoLayers().requires_grad_(False)
+    before = network.model.rounded.weight.clone()
+    assert by_error(network, ["exact", "rounded"], [images]) == ["rounded", "exact"]
+    assert torch.equal(network.model.rounded.weight, before)
+    assert not network.model.rounded._forward_pre_hooks
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    """The tiny model's layers that can be quantized, and its ONNX in INT8 with one of them skipped."""
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    model = folded_copy(tiny_model().requires_grad_(False), images)
+    program = export_program(ExportableNetwork(model), 32, (64, 96), 1)
+    quantization = Quantization(model, [images], ["backbone.res3.0.conv1"])
+    content = quantize_onnx(onnx_bytes(program, list(model.network(images))), "images", quantization)
+    return model, quantizable_layers(program, model), onnx.load_model_from_string(content)
+
+
+def test_layers_behind_the_activation_maps_are_not_quantized(quantized):
+    model, layers, _ = quantized
+    assert float_layers(model) == [IAM]
+    branch = "decoder.inst_branch."
+    assert {f"{branch}inst_convs.0", "decoder.mask_branch.projection", "backbone.stem.conv1"} <= set(layers)
+    assert not {IAM, f"{branch}fc", f"{branch}cls_score", f"{branch}mask_kernel", f"{branch}objectness"} & set(layers)
+
+
+def test_an_onnx_file_holds_eight_bits_but_for_layers_in_float(quantized):
+    """Weights are int8, in 7 bits, where the layer is quantized; others are the model's."""
+    model, layers, proto = quantized
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    bits = [values for values in weights.values() if values.dtype == np.int8 and values.ndim == 4]
+    assert len(bits) == len(layers) - 1
+    assert all(-64 <= values.min() and 60 <= np.abs(values).max() <= 64 for values in bits)
+    floats = [values for values in weights.values() if values.dtype == np.float32 and values.ndim == 4]
+    modules = dict(model.named_modules())
+    for name in (IAM, "backbone.res3.0.conv1"):
+        assert any(np.array_equal(values, modules[name].weight.numpy()) for values in floats), name
+    # Nothing that reads the activation maps is rounded, directly or not.
+    (iam,) = (name for name, values in weights.items() if np.array_equal(values, modules[IAM].weight.numpy()))
+    tail = {name for node in proto.graph.node if iam in node.input for name in node.output}
+    # The nodes of an ONNX graph are sorted.
+    for node in proto.graph.node:
+        if tail & set(node.input):
+            assert node.op_type != "QuantizeLinear"
+            tail.update(node.output)
+    assert {output.name for output in proto.graph.output} <= tail
+
+
+def test_a_float_layer_that_is_missing_is_an_error(monkeypatch):
+    model = tiny_model().requires_grad_(False)
+    program = export_program(ExportableNetwork(model), 32, (64, 96), 1)
+    content = onnx_bytes(program, ["pred_logits", "pred_masks", "pred_scores"])
+    model.decoder.inst_branch.iam_conv.weight.data += 1
+    with pytest.raises(ValueError, match=f"The layers {IAM}, which stay in float32, are not in the exported network"):
+        quantize_onnx(content, "images", Quantization(model, []))

@@ -1,0 +1,63 @@
+"""`sparseinst export --precision int8`: AP decides, and the layers that lose it stay in float32."""
+
+import pytest
+import torch
+from PIL import Image
+
+from sparseinst.inference import Predictor
+from sparseinst.runtime.exported_file import read_metadata
+from sparseinst.tools import export_run
+from tests.shapes_data import write_shapes
+from tests.tools.exported import photos, run_export, save_tiny
+
+for package in ("onnxscript", "onnxruntime"):
+    pytest.importorskip(package, reason=f"the package {package} is not installed")
+pytestmark = pytest.mark.usefixtures("loggers_as_before")
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """Save the tiny model and calibration images; return the flags of an export."""
+    save_tiny(tmp_path / "model", "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4)
+    content = torch.load(tmp_path / "model" / "model.pth")
+    del content["classes"]
+    torch.save(content, tmp_path / "model" / "model.pth")
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(photos()):
+        Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
+    json_file, images = write_shapes(tmp_path / "data", 2)
+    data = ["--test-json", json_file, "--test-images", images, "--calibration", tmp_path / "images"]
+    return ["--format", "onnx", "--precision", "int8", "--output", tmp_path / "out", *data]
+
+
+def set_aps(monkeypatch, *values):
+    aps = iter(values)
+    monkeypatch.setattr(export_run, "_mask_ap", lambda cfg, model: next(aps))
+
+
+def test_a_file_that_keeps_its_ap(flags, tmp_path, monkeypatch):
+    set_aps(monkeypatch, 50.0, 49.5)
+    assert run_export(tmp_path / "model", *flags) == 0
+    path = tmp_path / "out" / "model.onnx"
+    metadata = read_metadata(path)
+    assert metadata.precision == "int8" and metadata.ap == {"model": 50.0, "file": 49.5}
+    assert "bound" not in metadata.self_check and metadata.self_check["pred_masks"] > 1e-3
+    assert not metadata.skipped_layers
+    assert Predictor(path)(photos()[:1])[0].image_size == (50, 70)
+
+
+def test_layers_that_lose_ap_stay_in_float32(flags, tmp_path, monkeypatch, capsys):
+    """One layer is left in float32 first, then two."""
+    set_aps(monkeypatch, 50.0, 10.0, 30.0, 49.0)
+    assert run_export(tmp_path / "model", *flags) == 0
+    skipped = read_metadata(tmp_path / "out" / "model.onnx").skipped_layers
+    assert len(skipped) == 2
+    assert f"Left in float32: {', '.join(skipped)}\n" in capsys.readouterr().out
+
+
+def test_a_file_that_loses_ap_is_not_written(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export_run, "by_error", lambda network, layers, images: layers[:2])
+    set_aps(monkeypatch, 50.0, 10.0, 10.0)
+    assert run_export(tmp_path / "model", *flags) == 1
+    assert "The file's AP is 10.00, the model's 50.00: 1.0 may be lost. Nothing" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
