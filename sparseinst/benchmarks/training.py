@@ -145,11 +145,11 @@ class _CachedLoader:
 
 
 def as_training(cfg: CfgNode) -> CfgNode:
-    """Return a copy of a config that trains on its own data from random weights, without evaluation."""
+    """Return a copy of a config that trains on its own data from random weights, without evaluation and trackers."""
     cfg = cfg.clone()
     cfg.defrost()
     register_user_datasets(cfg, ("TRAIN",))
-    cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST, cfg.VIS_PERIOD = "", (), 0
+    cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST, cfg.VIS_PERIOD, cfg.TRACKERS = "", (), 0, []
     cfg.SEED = max(cfg.SEED, 0)
     return cfg
 

@@ -152,7 +152,8 @@ def open_image(path: str | os.PathLike | BinaryIO, max_pixels: int) -> Iterator[
     """Open an image of FORMATS without decoding it; convert Pillow's errors inside to ImageReadError."""
     in_memory = not isinstance(path, str | os.PathLike)
     name = "" if in_memory else os.fspath(path)
-    what = "Cannot read the image" if in_memory else f"Cannot read the image {name}"
+    shown = getattr(path, "name", "") if in_memory else name
+    what = f"Cannot read the image {shown}" if shown else "Cannot read the image"
     try:
         opened = contextlib.nullcontext(path) if in_memory else PathManager.open(name, "rb")
         # Pillow maps the file of this name into memory. An image in memory has no name.

@@ -87,16 +87,19 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ImportError(f"TRACKERS names {name}, which is not installed: pip install 'sparseinst[{name}]'")
 
 
-def build_trackers(names: Sequence[str], output_dir: str, config: str) -> list[EventWriter]:
+def build_trackers(names: Sequence[str], output_dir: str, config: str, is_resumed: bool) -> list[EventWriter]:
     """Return a writer for each tracker; one that cannot start or fails later costs a WARNING, not the training.
 
     Args:
         names: keys of TRACKERS.
         output_dir: holds the ids of the runs, and the files of Weights & Biases.
         config: of the training, as YAML.
+        is_resumed: go on in the runs of the folder; otherwise their ids are removed.
     """
     path = Path(output_dir) / RUNS_FILE
-    runs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    runs = _read_runs(path) if is_resumed else {}
+    if not is_resumed:
+        path.unlink(missing_ok=True)
     writers: list[EventWriter] = []
     for name in names:
         try:
@@ -110,3 +113,15 @@ def build_trackers(names: Sequence[str], output_dir: str, config: str) -> list[E
         else:
             writers.append(OptionalWriter(writer, name, errors=(Exception,)))
     return writers
+
+
+def _read_runs(path: Path) -> dict[str, str]:
+    """Read the ids of the runs; a damaged file costs a WARNING."""
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(runs, dict):
+            raise ValueError("expected a JSON object")
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read, so the trackers start new runs: %s", path, error)
+        return {}
+    return runs

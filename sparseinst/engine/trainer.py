@@ -156,8 +156,7 @@ class Trainer(SimpleTrainer):
             if cfg.VIS_PERIOD:
                 result.append(VisualizationHook(cfg.VIS_PERIOD, model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN[0]))
             # Last, so that it writes what the other hooks store.
-            writers = build_writers(cfg.OUTPUT_DIR) + build_trackers(cfg.TRACKERS, cfg.OUTPUT_DIR, cfg.dump())
-            result.append(hooks.PeriodicWriter(writers, period=20))
+            result.append(hooks.PeriodicWriter(build_writers(cfg.OUTPUT_DIR), period=20))
             if cfg.TEST.PLOTS:
                 result.append(CurvesHook(cfg.OUTPUT_DIR, iterations_per_epoch))
         return result
@@ -218,6 +217,11 @@ class Trainer(SimpleTrainer):
         self.iter = self.start_iter
         with EventStorage(self.start_iter) as self.storage, self._signals:
             try:
+                if comm.is_main_process():
+                    # Not before, because weights that are refused or a benchmark must not open runs.
+                    is_resumed = self.start_iter > 0
+                    trackers = build_trackers(self.cfg.TRACKERS, self.cfg.OUTPUT_DIR, self.cfg.dump(), is_resumed)
+                    self.register_hooks([hooks.PeriodicWriter(trackers, period=20)])
                 self.before_train()
                 for iteration in range(self.start_iter, self.max_iter):
                     if self.ends_early:

@@ -9,13 +9,11 @@ from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from sparseinst.data.images import ImageReadError
 from sparseinst.inference.pipeline import IMAGE_QUEUE_LENGTH, QUEUE_LENGTH, Interruption, read_images_ahead, work_behind
 from sparseinst.inference.prediction_lines import error_line, header, prediction_line
 from sparseinst.inference.predictor import Predictor
-from sparseinst.inference.resumable_file import ResumableFile, merge
+from sparseinst.inference.resumable_file import ResumableFile, merge, shards
 from sparseinst.inference.timed_predictor import TimedPredictor
-from sparseinst.ops.mask_output import MaskMemoryError
 
 
 class Summary(NamedTuple):
@@ -68,7 +66,8 @@ def predict_many(
         def write(predicted: tuple[str, Instances | Exception]) -> None:
             name, result = predicted
             if isinstance(result, Exception):
-                failures.append(str(result))
+                text = " ".join(str(result).split())
+                failures.append(text if name in text else f"{name}: {text}")
                 file.append(error_line(name, result))
             else:
                 file.append(prediction_line(name, result, predictor.classes.category_ids))
@@ -77,7 +76,8 @@ def predict_many(
         with contextlib.closing(predicted), contextlib.closing(work_behind(write, predicted, QUEUE_LENGTH)) as written:
             num_done = sum(1 for _ in tqdm(written, total=len(remaining), unit="image", disable=rank != 0))
         speed = timed.speed(num_done, "images")
-    is_complete = merge(output, run, names)
+    # The lock held off other processes, so one process knows what its file has.
+    is_complete = num_done == len(remaining) if num_ranks == 1 and not shards(output) else merge(output, run, names)
     return Summary(len(share) - len(remaining), num_done, failures, interruption.requested, is_complete, speed)
 
 
@@ -89,9 +89,4 @@ def _predict_each(
         for name, image in zip(names, images):
             if interruption.requested:
                 return
-            try:
-                if isinstance(image, ImageReadError):
-                    raise image
-                yield name, timed.predict(image)
-            except (ImageReadError, MaskMemoryError) as error:
-                yield name, error
+            yield name, timed.predict_or_error(image)

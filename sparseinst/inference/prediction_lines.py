@@ -78,12 +78,15 @@ def header(cfg: CfgNode, names: Sequence[str], classes: ClassInfo) -> dict:
 
 def differences(found: dict, expected: dict) -> list[str]:
     """Return how the header of a file differs from the expected one, a text for each entry."""
-    there, here = dict(_entries(found)), dict(_entries(expected))
-    return [
-        f"{key} is {_shown(there, key)} there and {_shown(here, key)} here"
-        for key in [*here, *(key for key in there if key not in here)]
-        if key not in _UNCOMPARED and _shown(there, key) != _shown(here, key)
-    ]
+    there, here = ({key: repr(value) for key, value in _entries(header)} for header in (found, expected))
+    texts = []
+    for key in [*here, *(key for key in there if key not in here)]:
+        pair = [entries.get(key, "missing") for entries in (there, here)]
+        if key not in _UNCOMPARED and pair[0] != pair[1]:
+            # Long values are shown from shortly before their first difference on.
+            start = max(0, len(os.path.commonprefix(pair)) - 40)
+            texts.append("{} is {} there and {} here".format(key, *(text[start : start + 80] for text in pair)))
+    return texts
 
 
 def prediction_line(file_name: str, instances: Instances, category_ids: Sequence[int]) -> str:
@@ -129,10 +132,6 @@ def _entries(value: object, key: str = "") -> Iterator[tuple[str, object]]:
             yield from _entries(part, f"{key}.{name}" if key else name)
     else:
         yield key, value
-
-
-def _shown(entries: dict[str, object], key: str) -> str:
-    return repr(entries[key])[:80] if key in entries else "missing"
 
 
 def _file_digest(path: str | os.PathLike) -> str:

@@ -18,7 +18,7 @@ from sparseinst.config import register_models
 from sparseinst.data.images import ImageReadError, read_image
 from sparseinst.inference.prediction_lines import error_line, prediction_line
 from sparseinst.inference.predictor import Predictor
-from sparseinst.ops.mask_output import MaskMemoryError
+from sparseinst.inference.timed_predictor import TimedPredictor
 
 
 class PredictStage:
@@ -36,6 +36,7 @@ class PredictStage:
         cfg.defrost()
         cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
         self._predictor = Predictor(cfg)
+        self._timed = TimedPredictor(self._predictor, cfg.MODEL.OUTPUT.SCORE_THRESHOLD)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Predict one batch.
@@ -50,9 +51,14 @@ class PredictStage:
         return {"path": batch["path"], "line": np.array(lines, dtype=object)}
 
     def _line(self, path: str, content: bytes) -> str:
+        file = io.BytesIO(content)
+        # For the text of errors.
+        file.name = path
         try:
-            image = read_image(io.BytesIO(content), "RGB", self._predictor.max_image_pixels)
-            instances = self._predictor([image], "RGB")[0]
-        except (ImageReadError, MaskMemoryError) as error:
-            return error_line(path, error)
-        return prediction_line(path, instances, self._predictor.classes.category_ids)
+            image = read_image(file, "RGB", self._predictor.max_image_pixels)
+        except ImageReadError as error:
+            image = error
+        result = self._timed.predict_or_error(image)
+        if isinstance(result, Exception):
+            return error_line(path, result)
+        return prediction_line(path, result, self._predictor.classes.category_ids)

@@ -57,9 +57,9 @@ class ResumableFile:
         try:
             if not try_lock(self._lock):
                 raise ValueError(f"{self.path} is in use by another process. Wait for it, or give another --output")
-            end = _scan(self.path, self._header).end
-            self._lock.truncate(end)
-            if end == 0:
+            self._scan = _scan(self.path, self._header)
+            self._lock.truncate(self._scan.end)
+            if self._scan.end == 0:
                 self.append(json.dumps(self._header))
         except BaseException:
             self._lock.close()
@@ -70,8 +70,9 @@ class ResumableFile:
         self._lock.close()
 
     def done(self) -> set[str]:
-        """Return the images that have a line in any file of the run."""
-        return set(_all_places(self._output, self._header))
+        """Return the images that had a line in any file of the run when this one was opened."""
+        others = [path for path in _files(self._output) if path != self.path]
+        return set(self._scan.places).union(*(_scan(path, self._header).places for path in others))
 
     def append(self, line: str) -> None:
         """Append a line whole. Raise OSError on a full disk; the file then stays as it was."""
@@ -88,14 +89,15 @@ def merge(output: Path, header: dict, names: Sequence[str]) -> bool:
         ValueError: a file of another run is there.
         OutputError: the disk is full; the shards are unchanged.
     """
+    # Before the lock: of processes that end at the same time the last one sees all lines, so one of them merges.
+    if len(_all_places(output, header)) < len(names):
+        return False
     if not shards(output):
-        return len(_scan(output, header).places) == len(names)
+        return True
     with output.open("ab") as lock:
         if not try_lock(lock):
             return False
         places = _all_places(output, header)
-        if len(places) < len(names):
-            return False
         # Unless another process has done it while this one waited.
         if any(place.path != output for place in places.values()):
             write_atomically(output, lambda file: _write(file, header, [places[name] for name in names]))
@@ -107,6 +109,11 @@ def merge(output: Path, header: dict, names: Sequence[str]) -> bool:
 def shards(output: Path) -> list[Path]:
     """Return the shards of a run that exist."""
     return sorted(output.parent.glob(f"{glob.escape(output.stem)}.rank*{glob.escape(output.suffix)}"))
+
+
+def _files(output: Path) -> list[Path]:
+    """Return the files of a run. ``output`` is the last: while another process merges, it gets what shards lose."""
+    return [*shards(output), output]
 
 
 def _write(file: BinaryIO, header: dict, places: Sequence[Place]) -> None:
@@ -124,7 +131,7 @@ def _write(file: BinaryIO, header: dict, places: Sequence[Place]) -> None:
 def _all_places(output: Path, header: dict) -> dict[str, Place]:
     """Return the places of all lines; those of ``output`` win."""
     places: dict[str, Place] = {}
-    for path in [*shards(output), output]:
+    for path in _files(output):
         places.update(_scan(path, header).places)
     return places
 

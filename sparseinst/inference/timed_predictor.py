@@ -3,9 +3,12 @@
 import time
 
 import numpy as np
+import torch
 from detectron2.structures import Instances
 
+from sparseinst.data.images import ImageReadError
 from sparseinst.inference.predictor import Predictor
+from sparseinst.ops.mask_output import MaskMemoryError
 
 
 class TimedPredictor:
@@ -33,6 +36,16 @@ class TimedPredictor:
         # The best usually come first, and a slice does not copy their masks.
         num_kept = int(kept.sum())
         return instances[:num_kept] if kept[:num_kept].all() else instances[kept]
+
+    def predict_or_error(self, image_rgb: np.ndarray | ImageReadError) -> Instances | Exception:
+        """Return the instances as `predict`; or the error where the image is one, or is too large for the memory."""
+        if isinstance(image_rgb, ImageReadError):
+            return image_rgb
+        try:
+            return self.predict(image_rgb)
+        except (MaskMemoryError, torch.cuda.OutOfMemoryError) as error:
+            # The frames of its traceback hold tensors.
+            return error.with_traceback(None)
 
     def speed(self, num_done: int, unit: str) -> str:
         """Return one line: the number of images or frames done since this object was made, and their rate."""

@@ -314,6 +314,11 @@ class InstanceSegmenter(nn.Module, ABC):
         """Return the thresholds and limits of `postprocess` by name, for exported files; none by default."""
         return {}
 
+    @property
+    def postprocessing_modules(self) -> Sequence[str]:
+        """Return the names of the submodules that `postprocess` calls; exported files hold their weights."""
+        return ()
+
     def dense_detections(
         self, outputs: dict[str, torch.Tensor], padded_size: tuple[int, int], max_detections: int
     ) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import io
 import logging
 import warnings
@@ -65,12 +66,14 @@ def check_packages(format: str) -> None:
     if format == "openvino":
         import_openvino()
     if format in ("onnx", "tensorrt"):
+        # The exporter of PyTorch needs onnxscript, the self-check onnxruntime.
+        names = ["onnx", "onnxscript", *(["onnxruntime"] if format == "onnx" else [])]
         try:
-            import onnx  # noqa: F401
-            import onnxscript  # noqa: F401 (the exporter of PyTorch needs it)
+            for name in names:
+                importlib.import_module(name)
         except ImportError as error:
             raise ImportError(
-                f"An export to ONNX needs the packages onnx and onnxscript ({error}). Install them: pip install "
+                f"An export to ONNX needs the packages {', '.join(names)} ({error}). Install them: pip install "
                 "'sparseinst[onnx]'"
             ) from error
 
@@ -225,12 +228,7 @@ def file_writer(
 
 
 def onnx_bytes(program: ExportedProgram, names: list[str], precision: str = "float32") -> bytes:
-    """Convert a program to ONNX.
-
-    Raises:
-        ImportError: the packages onnx and onnxscript are not installed.
-    """
-    check_packages("onnx")
+    """Convert a program to ONNX; see `check_packages`."""
     import onnx
 
     is_deformable = has_deform_conv(program)

@@ -1,9 +1,11 @@
 """What an exported file says about itself, in JSON, in each format's own place for metadata."""
 
 import dataclasses
+import functools
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +21,7 @@ _METADATA_PROPS, _KEY, _VALUE = 14, 1, 2
 # Wire types of protobuf: 64-bit, length-delimited, 32-bit.
 _FIXED_BYTES, _DELIMITED = {1: 8, 5: 4}, 2
 _MAX_METADATA_BYTES = 2**24
+_CUT_OFF = "it is not an ONNX file, or it is cut off"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class ExportMetadata:
         has_deform_conv: whether the network has deformable convolutions.
         weights_sha256: of the model's tensors.
         version: of this package.
+        postprocessing_weights: float32 tensors that the post-processing needs, by name in the model, as base64.
         self_check: largest difference from the model in eager float32 over the largest value, by output; "bound", the
             largest difference that is allowed.
         ap: with ``--test-json``, mask AP in percent of the "model" in eager float32 and of the "file".
@@ -72,6 +76,7 @@ class ExportMetadata:
     has_deform_conv: bool
     weights_sha256: str
     version: str
+    postprocessing_weights: dict[str, str] = dataclasses.field(default_factory=dict)
     self_check: dict[str, float] = dataclasses.field(default_factory=dict)
     ap: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped_layers: Sequence[str] = ()
@@ -98,14 +103,14 @@ def read_metadata(path: str | os.PathLike) -> ExportMetadata:
         raise ValueError(f"MODEL.WEIGHTS names {str(path)!r}, and there is no such file")
     try:
         text = _READERS[path.suffix](path)
-    except (OSError, EOFError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, UnicodeDecodeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
     foreign = f"{path} has no metadata of `sparseinst export`: export the model again by that command"
     if text is None:
         raise ValueError(foreign)
     try:
         metadata = ExportMetadata(**json.loads(text))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{foreign} of this version ({error})") from error
     return metadata
 
@@ -116,12 +121,16 @@ def _read_onnx(path: Path) -> str | None:
         size = path.stat().st_size
         while file.tell() < size:
             number, length = _read_field(file)
+            if file.tell() + length > size:
+                raise EOFError(_CUT_OFF)
             if number != _METADATA_PROPS or length > _MAX_METADATA_BYTES:
                 file.seek(length, os.SEEK_CUR)
                 continue
             end, entry = file.tell() + length, {}
             while file.tell() < end:
                 inner, inner_length = _read_field(file)
+                if inner_length > length:
+                    raise EOFError(_CUT_OFF)
                 entry[inner] = file.read(inner_length)
             if entry.get(_KEY) == METADATA_KEY.encode():
                 return entry.get(_VALUE, b"").decode()
@@ -147,7 +156,7 @@ def _read_varint(file: BinaryIO) -> int:
     while True:
         byte = file.read(1)
         if not byte or shift > 63:
-            raise EOFError("it is not an ONNX file, or it is cut off")
+            raise EOFError(_CUT_OFF)
         value |= (byte[0] & 0x7F) << shift
         shift += 7
         if byte[0] < 0x80:
@@ -155,6 +164,13 @@ def _read_varint(file: BinaryIO) -> int:
 
 
 def _read_openvino(path: Path) -> str | None:
+    stat = path.stat()
+    return _openvino_text(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _openvino_text(path: Path, *stamp: int) -> str | None:
+    """Read the metadata of a file with this time and size; a Predictor asks for them three times."""
     program = read_program(path)
     return program.get_rt_info(METADATA_KEY).astype(str) if program.has_rt_info(METADATA_KEY) else None
 

@@ -1,5 +1,6 @@
 """Run an exported file as the model that it was made from: `load_exported`."""
 
+import base64
 import logging
 import os
 import tempfile
@@ -17,6 +18,7 @@ from sparseinst import config
 from sparseinst.config import load_config
 from sparseinst.modeling.meta_arch import InstanceSegmenter, Network
 from sparseinst.runtime.batches import in_batches
+from sparseinst.runtime.export import MIN_CELLS
 from sparseinst.runtime.exported_file import ENGINES, ExportMetadata, is_exported, read_metadata
 from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
 from sparseinst.runtime.openvino import OpenVINONetwork, read_program
@@ -44,21 +46,22 @@ class ExportedSegmenter(OptimizedSegmenter):
         return self.metadata.class_names
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalize and pad as the model does, then as the file asks for: to a fixed size, or back to uint8.
+        """Normalize and pad as the model does, then as the file asks for: to its size or smallest size, back to uint8.
 
         Raises:
             ValueError: an image is larger than the file's fixed size.
         """
         images = self.model.preprocess(batched_inputs)
         tensor = images.tensor
-        if self.metadata.size is not None:
-            missing = [size - side for size, side in zip(self.metadata.size, tensor.shape[-2:])]
-            if min(missing) < 0:
-                raise ValueError(
-                    f"An image is {tuple(images.image_sizes[0])} pixels after the resize, and the exported file takes "
-                    f"{tuple(self.metadata.size)}: set INPUT.FIT_SIZE_TEST to that size"
-                )
-            tensor = F.pad(tensor, (0, missing[1], 0, missing[0]))
+        least = self.metadata.size or [MIN_CELLS * self.metadata.size_divisibility] * 2
+        missing = [size - side for size, side in zip(least, tensor.shape[-2:])]
+        if self.metadata.size and min(missing) < 0:
+            raise ValueError(
+                f"An image is {tuple(images.image_sizes[0])} pixels after the resize, and the exported file takes "
+                f"{tuple(self.metadata.size)}: set INPUT.FIT_SIZE_TEST to that size"
+            )
+        if max(missing) > 0:
+            tensor = F.pad(tensor, (0, max(0, missing[1]), 0, max(0, missing[0])))
         if self.metadata.input == "image":
             # Exact for pixels. The padding becomes the mean, rounded.
             tensor = (tensor * self.model.pixel_std + self.model.pixel_mean).round().clamp(0, 255).to(torch.uint8)
@@ -139,14 +142,15 @@ def load_exported(cfg: CfgNode) -> ExportedSegmenter:
             "it here"
         )
     _check_config(cfg, metadata)
-    # No weights are loaded into the model, and its parameters are freed: the rest of it is small.
+    # The parameters are freed, except for those of the post-processing: the rest of the model is small.
     skeleton_cfg = cfg.clone()
     skeleton_cfg.defrost()
     skeleton_cfg.MODEL.WEIGHTS = ""
     skeleton_cfg.MODEL.DEVICE = "cuda" if ENGINES[Path(path).suffix] == "tensorrt" else "cpu"
     model = build_model(skeleton_cfg).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.data = parameter.new_empty(0)
+    for name, parameter in model.named_parameters():
+        is_used = name.split(".")[0] in model.postprocessing_modules
+        parameter.data = _saved_tensor(path, metadata, name, parameter) if is_used else parameter.new_empty(0)
     keys = cfg.RUNTIME
     network = open_network(path, metadata, keys.ENGINE, keys.INTRA_OP_THREADS, keys.PROVIDERS, keys.PRECISION)
     logger.info("%s: %s, exported by version %s", path, metadata.meta_architecture, metadata.version)
@@ -193,7 +197,8 @@ def open_network(
     if engine == "tensorrt":
         from sparseinst.runtime.tensorrt import TensorRTNetwork
 
-        return TensorRTNetwork(path)
+        module = TensorRTNetwork(path)
+        return lambda images: in_batches(module, images, metadata.batch)
     try:
         module = torch.export.load(path).module()
     # A damaged file raises errors of many classes.
@@ -201,6 +206,23 @@ def open_network(
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"PyTorch cannot read {path}: {reason}") from error
     return lambda images: in_batches(module, images, metadata.batch)
+
+
+def postprocessing_weights(model: InstanceSegmenter) -> dict[str, str]:
+    """Return the parameters of a model's post-processing, as `ExportMetadata` holds them."""
+    return {
+        name: base64.b64encode(parameter.detach().cpu().float().numpy().tobytes()).decode()
+        for name, parameter in model.named_parameters()
+        if name.split(".")[0] in model.postprocessing_modules
+    }
+
+
+def _saved_tensor(path: str, metadata: ExportMetadata, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of `postprocessing_weights` like a parameter. Raise ValueError where the file lacks it."""
+    content = bytearray(base64.b64decode(metadata.postprocessing_weights.get(name, "")))
+    if len(content) != 4 * parameter.numel():
+        raise ValueError(f"{path} lacks the tensor {name} of the post-processing: export the model again")
+    return torch.frombuffer(content, dtype=torch.float32).reshape(parameter.shape).to(parameter.device)
 
 
 def _check_config(cfg: CfgNode, metadata: ExportMetadata) -> None:

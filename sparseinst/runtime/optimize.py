@@ -199,9 +199,10 @@ def _engine_network(
         from sparseinst.runtime.openvino import OpenVINONetwork, convert_network
 
         return OpenVINONetwork(convert_network(model.network, example), threads, precision)
-    from sparseinst.runtime.export import ExportableNetwork, export_program, input_rule, onnx_bytes
+    from sparseinst.runtime.export import ExportableNetwork, check_packages, export_program, input_rule, onnx_bytes
     from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
 
+    check_packages("onnx")
     rule = input_rule(model)
     program = export_program(ExportableNetwork(model), rule.divisibility, rule.fixed_size, None)
     return ONNXRuntimeNetwork(onnx_bytes(program, list(model.network(example))), threads, providers)

@@ -3,6 +3,7 @@
 import os
 import threading
 
+import numpy as np
 import torch
 
 _MISSING = "TensorRT engines need the package tensorrt and a CUDA device; the package cannot be imported ({})"
@@ -55,7 +56,7 @@ class TensorRTNetwork:
 
     Raises:
         ImportError: TensorRT is not installed.
-        ValueError: there is no CUDA device, or the engine was built for another version or GPU.
+        ValueError: there is no CUDA device, or the engine was built for another version, GPU or size.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -65,6 +66,10 @@ class TensorRTNetwork:
         if self._engine is None:
             raise ValueError(f"TensorRT cannot read {path}: build it on this machine, with this version")
         self._names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        self._dtypes = {
+            name: getattr(torch, np.dtype(tensorrt.nptype(self._engine.get_tensor_dtype(name))).name)
+            for name in self._names
+        }
         # An execution context belongs to one thread.
         self._contexts = threading.local()
 
@@ -75,11 +80,12 @@ class TensorRTNetwork:
         context, stream = self._contexts.context, torch.cuda.current_stream()
         images = images.cuda().contiguous()
         input_name, *output_names = self._names
-        context.set_input_shape(input_name, tuple(images.shape))
+        if not context.set_input_shape(input_name, tuple(images.shape)):
+            raise ValueError(f"The TensorRT engine was not built for images {tuple(images.shape)}: export it for them")
         context.set_tensor_address(input_name, images.data_ptr())
         outputs = {}
         for name in output_names:
-            outputs[name] = torch.empty(tuple(context.get_tensor_shape(name)), device="cuda")
+            outputs[name] = torch.empty(tuple(context.get_tensor_shape(name)), dtype=self._dtypes[name], device="cuda")
             context.set_tensor_address(name, outputs[name].data_ptr())
         context.execute_async_v3(stream.cuda_stream)
         stream.synchronize()

@@ -109,6 +109,9 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
         except ClientDisconnect:
             status = _CLIENT_LEFT
             raise HTTPException(_CLIENT_LEFT, "The client left") from None
+        except BaseException:
+            status = 500
+            raise
         finally:
             metrics.requests.labels(endpoint, status).inc()
 

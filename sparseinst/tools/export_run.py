@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from sparseinst.runtime.export import (
     weights_sha256,
 )
 from sparseinst.runtime.exported_file import ExportMetadata
-from sparseinst.runtime.exported_model import ExportedSegmenter, open_network
+from sparseinst.runtime.exported_model import ExportedSegmenter, open_network, postprocessing_weights
 from sparseinst.runtime.quantize import Quantization, by_error, folded_copy, import_nncf, quantizable_layers
 from sparseinst.runtime.self_check import (
     BOUNDS,
@@ -52,7 +53,7 @@ from sparseinst.tools.export import DYNAMIC
 
 logger = logging.getLogger(__name__)
 
-# Largest loss of AP in percent that --test-json accepts.
+# Largest difference of AP in percent that --test-json accepts; with int8, largest loss.
 AP_BOUNDS = {"float32": 0.1, "float16": 0.5, "int8": 1.0}
 # Most images of --calibration that are run, evenly spaced.
 CALIBRATION_IMAGES = 64
@@ -125,8 +126,9 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
     program = export_program(source, rule.divisibility, size, batch)
     metadata = _with(metadata, outputs=names, has_deform_conv=has_deform_conv(program))
     channels = len(metadata.pixel_mean)
+    largest = -(-cfg.INPUT.MAX_SIZE_TEST // rule.divisibility) * rule.divisibility if rule.divisibility else 0
     shapes = [(batch or number, channels, *(size or sides)) for number, sides in
-              ((1, (2 * rule.divisibility,) * 2), (1, usual), (4, (max(usual),) * 2))]  # fmt: skip
+              ((1, (2 * rule.divisibility,) * 2), (1, usual), (4, (max(*usual, largest),) * 2))]  # fmt: skip
     checked = check_shapes(rule.divisibility, size, batch, usual)
     with output_folder(args.output) as folder:
         path = folder / target.file_name
@@ -145,6 +147,11 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
             if expected_ap is None:
                 float_metadata = _with(metadata, input="normalized")
                 expected_ap = _mask_ap(cfg, ExportedSegmenter(model, model.network, float_metadata))
+                if math.isnan(expected_ap):
+                    raise ValueError(
+                        f"--test-json {args.test_json} gives no AP: it has no annotations, or the model finds nothing "
+                        "in its images. Give annotated images and trained weights"
+                    )
             ap = _mask_ap(cfg, ExportedSegmenter(model, exported, metadata))
             metadata = _with(metadata, ap={"model": expected_ap, "file": ap})
             print(f"AP of the masks: {expected_ap:.2f} in eager float32, {ap:.2f} of the exported file")
@@ -154,7 +161,8 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
                 break
         else:
             bound = AP_BOUNDS[args.precision]
-            raise SelfCheckError(f"The file's AP is {ap:.2f}, the model's {expected_ap:.2f}: {bound} may be lost")
+            rule = f"{bound} may be lost" if args.precision == "int8" else f"they may differ by {bound}"
+            raise SelfCheckError(f"The file's AP is {ap:.2f}, the model's {expected_ap:.2f}: {rule}")
         del exported
         write(path, _with(metadata, self_check=self_check))
     return args.output / target.file_name
@@ -315,6 +323,7 @@ def _metadata(
         has_deform_conv=False,
         weights_sha256=weights_sha256(model),
         version=sparseinst.__version__,
+        postprocessing_weights={} if args.end_to_end else postprocessing_weights(model),
     )
 
 
@@ -332,14 +341,14 @@ def _check_outputs(
 
 
 def _mask_ap(cfg: CfgNode, model: ExportedSegmenter) -> float:
-    """Return the AP of the masks on DATASETS.TEST, in percent."""
+    """Return the AP of the masks on DATASETS.TEST, in percent; NaN where there is none."""
     with tempfile.TemporaryDirectory() as folder:
         own_cfg = cfg.clone()
         own_cfg.defrost()
         own_cfg.OUTPUT_DIR = folder
         if model.metadata.size and model.metadata.size_divisibility:
             own_cfg.INPUT.FIT_SIZE_TEST = list(model.metadata.size)
-        return evaluate(own_cfg, model)["segm"]["AP"]
+        return evaluate(own_cfg, model).get("segm", {}).get("AP", math.nan)
 
 
 def _with(metadata: ExportMetadata, **changes: object) -> ExportMetadata:

@@ -7,7 +7,6 @@ service, unless --host says otherwise; it has no password.
 
 import argparse
 import sys
-from pathlib import Path
 
 from sparseinst.config.arguments import CONFIG_HELP, add_opts_argument
 from sparseinst.engine.console import prepare_console
@@ -20,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--weights", type=Path, required=True, metavar="FILE", help="a checkpoint, or an exported model")
+    add("--weights", required=True, metavar="FILE", help="a checkpoint, sparseinst://NAME, or an exported model")
     add("--config-file", help=f"{CONFIG_HELP}; default: config.yaml in the folder of the checkpoint")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine (default 127.0.0.1)")
     add("--port", type=int, default=8000, help="0: a free one (default 8000)")

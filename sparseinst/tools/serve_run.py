@@ -5,6 +5,7 @@ import contextlib
 import functools
 import ipaddress
 import logging
+import math
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -15,12 +16,13 @@ from detectron2.utils.logger import setup_logger
 
 from sparseinst.config import load_config
 from sparseinst.inference import Predictor
+from sparseinst.runtime.exported_file import is_exported
+from sparseinst.runtime.exported_model import exported_config
 
 logger = logging.getLogger(__name__)
 
 # Of the extra `serve`, by the names of their modules.
 _PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
-_EXPORTED_SUFFIXES = (".onnx", ".xml", ".engine", ".pt2")
 _MAX_CONNECTIONS = 1000
 # A busy machine may take seconds to read the next request of a connection, which must not be closed before.
 _KEEP_ALIVE_SECONDS = 30
@@ -55,32 +57,32 @@ def check_arguments(args: argparse.Namespace) -> None:
         if value < least:
             raise ValueError(f"{flag} is {value}; it must be at least {least}")
     for flag, value in (("--max-upload-mib", args.max_upload_mib), ("--timeout", args.timeout)):
-        if not value > 0:
-            raise ValueError(f"{flag} is {value}; it must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{flag} is {value}; it must be above 0 and finite")
     if args.port > 65535:
         raise ValueError(f"--port is {args.port}; it must be at most 65535")
 
 
-def predictor_loader(weights: Path, config_file: str | None, opts: Sequence[str]) -> Callable[[], Predictor]:
+def predictor_loader(weights: str, config_file: str | None, opts: Sequence[str]) -> Callable[[], Predictor]:
     """Return a function that builds the Predictor of a checkpoint or of an exported model.
 
-    The config is read at once, the weights by the function.
+    A config file is read at once, the weights by the function.
 
     Args:
-        weights: the checkpoint, or the exported model, which needs no config.
+        weights: the checkpoint's path or address, or the exported model, which needs no config.
         config_file: None: config.yaml in the checkpoint's folder.
         opts: KEY VALUE KEY VALUE ...
 
     Raises:
         ValueError: there is no config, it is wrong, or it has IMPORTS: the service runs no code of others.
     """
-    if config_file is None and weights.suffix.lower() in _EXPORTED_SUFFIXES:
-        return functools.partial(Predictor, str(weights), *([list(opts)] if opts else []))
+    if config_file is None and is_exported(weights):
+        return lambda: Predictor(exported_config(weights, opts))
     if config_file is None:
-        config_file = str(weights.parent / "config.yaml")
+        config_file = str(Path(weights).parent / "config.yaml")
         if not Path(config_file).is_file():
             raise ValueError(f"There is no {config_file}: name the config of {weights} by --config-file")
-    cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", str(weights)], allow_imports=False)
+    cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", weights], allow_imports=False)
     return functools.partial(Predictor, cfg)
 
 
@@ -103,7 +105,7 @@ def serve(args: argparse.Namespace, load: Callable[[], Predictor], listener: soc
 
     host, port = listener.getsockname()[:2]
     limits = Limits(round(args.max_upload_mib * 2**20), args.max_waiting, args.workers, args.timeout)
-    app = create_app(ServedModel(load, args.weights), limits)
+    app = create_app(ServedModel(load, Path(args.weights)), limits)
     if not ipaddress.ip_address(host).is_loopback:
         logger.warning("Every machine that reaches %s port %d can use this service: it has no password", host, port)
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
@@ -116,6 +118,7 @@ def serve(args: argparse.Namespace, load: Callable[[], Predictor], listener: soc
             ws="none",
             proxy_headers=False,
             limit_concurrency=_MAX_CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=5,
         )  # fmt: skip
     )

@@ -32,7 +32,7 @@ def runs(monkeypatch):
 
 def train(folder, losses, start=0):
     with EventStorage(start) as storage:
-        (writer,) = build_trackers(["wandb"], str(folder), "SEED: 1")
+        (writer,) = build_trackers(["wandb"], str(folder), "SEED: 1", is_resumed=start > 0)
         for loss in losses:
             storage.put_scalars(loss=loss, smoothing_hint=False)
             if loss > 2:
@@ -57,12 +57,31 @@ def test_a_resumed_training_goes_on_in_its_run(tmp_path, runs):
     assert runs[0][3:] == [("start", "SEED: 1", "7"), ("log", 1, {"loss": 1}), ("close",)]
 
 
+def test_a_new_training_starts_a_new_run(tmp_path, runs):
+    train(tmp_path, [3])
+    runs[1].add("start")
+    assert build_trackers(["wandb"], str(tmp_path), "SEED: 1", is_resumed=False) == []
+    runs[1].clear()
+    train(tmp_path, [1], start=1)
+    assert runs[0][3] == ("start", "SEED: 1", None)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_file_of_runs_costs_a_warning(tmp_path, runs, caplog, content):
+    (tmp_path / "trackers.json").write_text(content)
+    with caplog.at_level(logging.WARNING, "sparseinst"):
+        train(tmp_path, [1], start=1)
+    (warning,) = [record.message for record in caplog.records]
+    assert "trackers.json cannot be read, so the trackers start new runs: " in warning
+    assert runs[0][0] == ("start", "SEED: 1", None)
+
+
 @pytest.mark.parametrize("failing", ["start", "log", "close"])
 def test_a_failure_is_one_warning(tmp_path, runs, caplog, failing):
     runs[1].add(failing)
     with caplog.at_level(logging.WARNING, "sparseinst"):
         if failing == "start":
-            assert build_trackers(["wandb"], str(tmp_path), "") == []
+            assert build_trackers(["wandb"], str(tmp_path), "", False) == []
         else:
             train(tmp_path, [3, 2])
     (warning,) = [record.message for record in caplog.records]

@@ -8,6 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from sparseinst.engine import trainer as trainer_module
 from sparseinst.engine.trainer import Trainer
 from tests.shapes_data import CLASS_NAMES, register_shapes
 from tests.tiny_model import tiny_cfg
@@ -71,6 +72,20 @@ def test_checkpoints_carry_the_classes_and_load_with_stock_parts(shapes, tmp_pat
     assert rest["classes"] == {"names": CLASS_NAMES, "category_ids": [1, 2, 3, 4]}
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_trackers_start_with_the_training(shapes, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(trainer_module, "check_trackers", lambda names: None)
+    monkeypatch.setattr(trainer_module, "build_trackers", lambda *args: started.append(args) or [])
+    for max_iter in (1, 2):
+        cfg = make_cfg(shapes[:1], tmp_path, "SOLVER.MAX_ITER", max_iter, "TRACKERS", ["wandb"])
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=max_iter > 1)
+        assert len(started) == max_iter - 1
+        trainer.train()
+        # The last value: whether it is resumed.
+        assert started[-1] == (["wandb"], str(tmp_path), cfg.dump(), max_iter > 1)
 
 
 def test_resumes_from_the_last_checkpoint(shapes, tmp_path):

@@ -49,7 +49,6 @@ def test_two_actors_give_the_lines_of_one_process(local_ray, workspace):
     found = {row["path"]: json.loads(row["line"]) for row in rows}
     expected = {line["file_name"]: line for line in lines_of_one_process(workspace)}
     assert found.keys() == expected.keys() and len(found) == NUM_IMAGES + 1
-    broken = str(workspace / "in" / "broken.png")
-    assert "it is not an image" in found.pop(broken)["error"] and "it is not an image" in expected.pop(broken)["error"]
-    assert sum(len(line["detections"]) for line in found.values()) > NUM_IMAGES
+    assert "it is not an image" in found[str(workspace / "in" / "broken.png")]["error"]
+    assert sum(len(line.get("detections", [])) for line in found.values()) > NUM_IMAGES
     assert found == expected

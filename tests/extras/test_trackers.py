@@ -19,7 +19,7 @@ def wandb():
 
 def train(folder, losses, start=0, name="mlflow"):
     with EventStorage(start) as storage:
-        writers = build_trackers([name], str(folder), "SEED: 1\n")
+        writers = build_trackers([name], str(folder), "SEED: 1\n", is_resumed=start > 0)
         for loss in losses:
             storage.put_scalars(**{"loss": loss, "segm/AP-a+b": 40.0}, smoothing_hint=False)
             for writer in writers:

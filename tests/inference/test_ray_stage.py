@@ -6,29 +6,35 @@ import numpy as np
 import torch
 
 from sparseinst import load_config
-from sparseinst.inference import Predictor
-from sparseinst.inference.prediction_lines import prediction_line
 from sparseinst.inference.ray_stage import PredictStage
+from sparseinst.tools import predict
+from tests.loggers import loggers_restored
 from tests.red_segmenter import red_segmenter_config
 from tests.tools.demo_scenes import save_scene
 
 
-def test_a_batch_of_files(tmp_path):
+def test_the_lines_of_sparseinst_predict(tmp_path):
     torch.save({"model": {"scores": torch.tensor([0.9, 0.3])}}, tmp_path / "model.pth")
     cfg = red_segmenter_config()
     cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    # RedSegmenter does not read this key, so the blue instance is dropped after the model.
+    cfg.MODEL.OUTPUT.SCORE_THRESHOLD = 0.5
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    path = save_scene(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"text")
-    names = [str(path), str(tmp_path / "b.png")]
-    content = [path.read_bytes(), b"text"]
-    batch = {"bytes": np.array(content, dtype=object), "path": np.array(names, dtype=object)}
+    (tmp_path / "in").mkdir()
+    paths = [save_scene(tmp_path / "in" / "a.png"), tmp_path / "in" / "b.png", tmp_path / "in" / "c.png"]
+    paths[1].write_bytes(b"text")
+    paths[2].write_bytes(b"")
+    output = tmp_path / "out.jsonl"
+    arguments = ["--config-file", tmp_path / "config.yaml", "--input", tmp_path / "in", "--output", output]
+    with loggers_restored():
+        assert predict.main([str(argument) for argument in arguments]) == 1
+    content = [path.read_bytes() for path in paths]
+    batch = {"bytes": np.array(content, dtype=object), "path": np.array(list(map(str, paths)), dtype=object)}
     cfg = load_config(str(tmp_path / "config.yaml"))
     result = PredictStage(cfg)(batch)
-    assert list(result["path"]) == names
-    (instances,) = Predictor(cfg)([path])
-    assert instances.pred_classes.tolist() == [0, 1]
-    assert result["line"][0] == prediction_line(names[0], instances, [0, 1])
-    error = json.loads(result["line"][1])
-    assert error["file_name"] == names[1] and "it is not an image" in error["error"]
+    assert list(result["path"]) == list(map(str, paths))
+    assert list(result["line"]) == output.read_text().splitlines()[1:]
+    first, second, third = map(json.loads, result["line"])
+    assert [detection["category_id"] for detection in first["detections"]] == [0]
+    assert "b.png: it is not an image" in second["error"] and "c.png: the file is empty" in third["error"]
     assert cfg.MODEL.OUTPUT.MASK_FORMAT == "bitmask"

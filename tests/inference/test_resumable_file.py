@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sparseinst.inference import resumable_file
 from sparseinst.inference.resumable_file import ResumableFile, merge, shards
 from tests.disk import little_room
 
@@ -19,6 +20,7 @@ def write(output, names, rank=0, num_ranks=1, header=HEADER):
     with ResumableFile(output, header, rank, num_ranks) as file:
         for name in names:
             file.append(line(name))
+    with ResumableFile(output, header, rank, num_ranks) as file:
         return file.done()
 
 
@@ -96,6 +98,24 @@ def test_shards_are_merged_in_the_order_of_the_names(tmp_path):
     # Another process that ends at the same time, or a kill before the shards were removed.
     write(output, ["a"], 1, 2)
     assert merge(output, HEADER, NAMES) and output.read_text() == text_of(NAMES) and not shards(output)
+
+
+def test_a_process_that_ends_while_another_looks_for_its_lines(tmp_path, monkeypatch):
+    output, all_places, merged = tmp_path / "out.jsonl", resumable_file._all_places, []
+    write(output, ["a"], 0, 2)
+    write(output, ["c"], 1, 2)
+
+    def then_the_other_ends(*args):
+        places = all_places(*args)
+        if not merged:
+            merged.append(False)
+            write(output, ["c", "b"], 1, 2)
+            merged[0] = merge(output, HEADER, NAMES)
+        return places
+
+    monkeypatch.setattr(resumable_file, "_all_places", then_the_other_ends)
+    assert [merge(output, HEADER, NAMES), *merged] == [False, True]
+    assert output.read_text() == text_of(NAMES) and not shards(output)
 
 
 def test_another_number_of_processes_goes_on(tmp_path):

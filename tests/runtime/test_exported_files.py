@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import logging
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +15,18 @@ from sparseinst import load_config
 from sparseinst.checkpoint.atomic_write import OutputError, output_folder
 from sparseinst.data.augmentations import ResizeToFit
 from sparseinst.inference import Predictor
-from sparseinst.runtime import exported_model
+from sparseinst.runtime import exported_file, exported_model, tensorrt
 from sparseinst.runtime.batches import in_batches
 from sparseinst.runtime.export import ExportableNetwork, InputRule, input_rule
 from sparseinst.runtime.exported_file import ExportMetadata, is_exported, read_metadata
-from sparseinst.runtime.exported_model import config_of_run, exported_config, load_exported
-from sparseinst.runtime.self_check import SelfCheckError, check_differences, check_shapes, differences
+from sparseinst.runtime.exported_model import config_of_run, exported_config, load_exported, open_network
+from sparseinst.runtime.self_check import (
+    SelfCheckError,
+    check_differences,
+    check_shapes,
+    differences,
+    end_to_end_differences,
+)
 from tests.tiny_model import NUM_CLASSES, random_input, tiny_cfg, tiny_model
 
 METADATA = ExportMetadata(
@@ -95,6 +104,26 @@ def test_differences_are_found(wrong, message):
         check_differences(found, 1e-4)
 
 
+@pytest.mark.parametrize(("threshold", "is_warned"), [(0.3, False), (0.999, True)])
+def test_a_check_without_detections_is_a_warning(threshold, is_warned, caplog):
+    model = tiny_model("MODEL.SPARSE_INST.CLS_THRESHOLD", threshold, "MODEL.SPARSE_INST.MASK_THRESHOLD", 0.5)
+    network = ExportableNetwork(model.requires_grad_(False), max_detections=4)
+    with caplog.at_level(logging.WARNING, "sparseinst"):
+        assert max(end_to_end_differences(network, network, [(1, 64, 64)]).values()) < 1e-4
+    assert ["compared no mask" in record.message for record in caplog.records] == [True] * is_warned
+
+
+def test_a_fixed_batch_of_tensorrt_is_filled_up(tmp_path, monkeypatch):
+    (tmp_path / "m.engine").write_bytes(b"")
+    seen = []
+    monkeypatch.setattr(
+        tensorrt, "TensorRTNetwork", lambda path: lambda images: {"sums": seen.append(len(images)) or images.sum(1)}
+    )
+    network = open_network(tmp_path / "m.engine", dataclasses.replace(METADATA, batch=2), "torch", 0, [])
+    images = torch.rand(3, 3, 2, 2)
+    assert torch.equal(network(images)["sums"], images.sum(1)) and seen == [2, 2]
+
+
 def test_an_image_fits_its_static_size():
     for height, width, expected in ((30, 40, (64, 85)), (40, 30, (64, 48)), (64, 96, (64, 96)), (1, 900, (1, 96))):
         x = T.AugInput(np.zeros((height, width, 3), np.uint8))
@@ -105,6 +134,18 @@ def test_an_image_fits_its_static_size():
 def test_metadata_of_onnx_are_read_without_the_package(tmp_path):
     assert read_metadata(onnx_file(tmp_path / "m.onnx", size=[64, 96])) == dataclasses.replace(METADATA, size=[64, 96])
     assert is_exported("a/m.onnx") and is_exported("m.xml") and not is_exported("m.pth") and not is_exported("")
+
+
+def test_a_program_of_openvino_is_read_once(tmp_path, monkeypatch):
+    read = []
+    info = SimpleNamespace(astype=lambda kind: METADATA.to_json())
+    program = SimpleNamespace(has_rt_info=lambda key: True, get_rt_info=lambda key: info)
+    monkeypatch.setattr(exported_file, "read_program", lambda path: read.append(path) or program)
+    path = tmp_path / "m.xml"
+    for content in ("a", "longer"):
+        path.write_text(content)
+        assert read_metadata(path).class_names == read_metadata(path).class_names == METADATA.class_names
+    assert read == [path, path]
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2", ".engine"])
@@ -128,7 +169,28 @@ def test_a_file_that_is_cut_off(tmp_path):
             read_metadata(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps({"meta_architecture": 3})])
+@pytest.mark.parametrize("length", [2**40, 2**63 - 1, 2**69])
+@pytest.mark.parametrize("prefix", [b"", b"\x72\x7f\x12"], ids=["field", "entry"])
+def test_a_length_beyond_the_file(tmp_path, prefix, length):
+    # Field 7, the graph; or field 14, an entry of the metadata, whose value has the length.
+    (tmp_path / "m.onnx").write_bytes((prefix or b"\x3a") + varint(length) + bytes(200))
+    with pytest.raises(ValueError, match="cannot be read|no metadata"):
+        read_metadata(tmp_path / "m.onnx")
+
+
+def test_a_damaged_archive(tmp_path):
+    path = tmp_path / "m.pt2"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/extra/sparseinst", METADATA.to_json())
+    content = bytearray(path.read_bytes())
+    # The data begin after a header of 30 bytes and the name.
+    content[50:60] = b"\xff" * 10
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="m.pt2 cannot be read"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "[" * 100_000, json.dumps({"meta_architecture": 3})])
 def test_metadata_of_others(tmp_path, text):
     with pytest.raises(ValueError, match="no metadata of `sparseinst export`"):
         read_metadata(onnx_file(tmp_path / "m.onnx", text))

@@ -14,6 +14,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from sparseinst.serving.answers import answer  # noqa: E402
 from sparseinst.serving.limits import Limits  # noqa: E402
+from sparseinst.serving.queue import PredictionQueue  # noqa: E402
 from tests.serving.service import image_bytes, metric, running, stub_predictor, wait_until  # noqa: E402
 
 
@@ -241,6 +242,19 @@ def test_the_service_goes_on_after_an_inference_that_fails(error):
         assert error_of(client.post("/predict", content=data), 500).startswith("The inference failed: ")
         predictor.model.error = None
         assert client.post("/predict", content=data).json()["instances"] == expected(predictor, data)
+
+
+def test_an_error_of_the_service_itself_is_counted(predictor, monkeypatch):
+    async def fail(*args):
+        raise RuntimeError("x")
+
+    monkeypatch.setattr(PredictionQueue, "run", fail)
+    with running(lambda: predictor) as client:
+        # The server closes the connection after its own error.
+        response = client.post("/predict", content=b"x", headers={"Connection": "close"})
+        assert error_of(response, 500) == "The service failed: RuntimeError"
+        assert metric(client, "sparseinst_requests_total", endpoint="predict", status=500) == 1
+        assert metric(client, "sparseinst_requests_total", endpoint="predict", status=200) == 0
 
 
 def test_a_model_that_cannot_be_loaded_is_loaded_when_its_file_changes(predictor, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def cfg(tmp_path):
     json_file, images = write_ellipses(tmp_path / "data", (64, 96), 3, NUM_CLASSES, num_images=4)
     opts = ("SOLVER.IMS_PER_BATCH", 2, "OUTPUT_DIR", str(tmp_path / "out"), "SOLVER.BASE_LR", 1e-3, "SEED", 3)
     data = ("DATASETS.TRAIN_JSON", str(json_file), "DATASETS.TRAIN_IMAGES", str(images))
-    return as_training(tiny_cfg(*opts, *data))
+    return as_training(tiny_cfg(*opts, *data, "TRACKERS", ["wandb"]))
 
 
 def test_a_timed_step_is_the_trainers_own(cfg, tmp_path):
@@ -43,6 +43,8 @@ def test_a_timed_step_is_the_trainers_own(cfg, tmp_path):
             run_step()
         return trainer.model.state_dict()
 
+    # A measurement is no run of a tracker.
+    assert cfg.TRACKERS == []
     torch.manual_seed(0)
     expected = Trainer(cfg)
     with EventStorage():

@@ -17,7 +17,9 @@ from sparseinst.runtime.exported_file import read_metadata
 from sparseinst.tools import benchmark, demo, export_run, predict
 from tests.loggers import loggers_restored
 from tests.runtime.test_threads import in_threads
-from tests.tools.exported import CLASSES, assert_same_detections, photos, run_export, save_tiny
+from tests.shapes_data import write_shapes
+from tests.tiny_model import tiny_model
+from tests.tools.exported import CLASSES, OPTS, assert_same_detections, photos, run_export, save_tiny
 
 for package in ("onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"the package {package} is not installed")
@@ -66,6 +68,22 @@ def test_a_file_predicts_what_the_model_predicts_in_every_thread(exported, expec
             assert_same_detections(predictor([images[index]], "RGB")[0], answers[index])
 
     in_threads(work)
+
+
+@pytest.mark.parametrize("name", ["onnx", "torch"])
+def test_a_narrow_image_is_padded_to_the_smallest_size(exported, expected, name):
+    """torch.export refuses a side below 64 pixels; the model pads this image to 320x32."""
+    narrow = np.random.default_rng(0).integers(0, 256, (300, 20, 3), dtype=np.uint8)
+    opts = ["INPUT.MIN_SIZE_TEST", 20, "MODEL.WEIGHTS", str(exported(name))]
+    predictor = Predictor(load_config(str(exported("onnx").parent / "config.yaml"), opts))
+    (found,) = predictor([narrow], "RGB")
+    inputs = {"image": torch.from_numpy(narrow.transpose(2, 0, 1).copy())}
+    images = predictor.model.preprocess([inputs])
+    assert images.tensor.shape == (1, 3, 320, 64)
+    with torch.no_grad():
+        outputs = expected.model.network(images.tensor)
+        (wanted,) = expected.model.postprocess(outputs, [inputs], images)
+    assert_same_detections(found, wanted["instances"])
 
 
 def test_the_file_describes_itself(exported, folder):
@@ -167,6 +185,56 @@ def test_a_file_that_differs_is_not_written(folder, tmp_path, monkeypatch, capsy
     error = capsys.readouterr().err
     assert error.startswith("error: The exported pred_scores differs by") and error.count("\n") == 1
     assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
+
+
+@pytest.fixture
+def unconverted(monkeypatch):
+    """Skip the conversion: the file is empty, and its network the model's own. Return the writer's arguments."""
+    calls = []
+    monkeypatch.setattr(export_run, "export_program", lambda *args: None)
+    monkeypatch.setattr(export_run, "has_deform_conv", lambda program: False)
+    monkeypatch.setattr(export_run, "open_network", lambda *args: tiny_model(*OPTS).network)
+
+    def writer(*args):
+        calls.append(args)
+        return lambda path, metadata: path.write_text("")
+
+    monkeypatch.setattr(export_run, "file_writer", writer)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("aps", "code", "message"),
+    [
+        ([40.0, 39.95], 0, ""),
+        ([40.0, 40.2], 1, "The file's AP is 40.20, the model's 40.00: they may differ by 0.1"),
+        ([40.0, float("nan")], 1, "The file's AP is nan, the model's 40.00"),
+        ([float("nan")] * 2, 2, "train.json gives no AP: it has no annotations, or the model finds nothing"),
+        ([None, None], 2, "train.json gives no AP"),
+    ],
+)
+def test_the_aps_are_compared(folder, tmp_path, unconverted, monkeypatch, capsys, aps, code, message):
+    values = iter(aps)
+    results = lambda *args: {} if (ap := next(values)) is None else {"segm": {"AP": ap}}  # noqa: E731
+    monkeypatch.setattr(export_run, "evaluate", results)
+    data = write_shapes(tmp_path / "data", 1)
+    flags = ("--format", "torch", "--output", tmp_path / "out", "--test-json", data[0], "--test-images", data[1])
+    assert run_export(folder, *flags) == code
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == bool(code)
+
+
+def test_tensorrt_gets_the_largest_resized_image(folder, tmp_path, unconverted):
+    assert run_export(folder, "--format", "torch", "--output", tmp_path) == 0
+    # The short side is 64, the long one at most 1333.
+    assert unconverted[0][4] == ((1, 3, 64, 64), (1, 3, 64, 96), (4, 3, 1344, 1344))
+
+
+def test_a_missing_engine_is_found_before_the_work(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(export_run, "export_program", lambda *args: pytest.fail("the work has begun"))
+    assert run_export(folder, "--format", "onnx", "--output", tmp_path) == 2
+    assert "needs the packages onnx, onnxscript, onnxruntime" in capsys.readouterr().err
 
 
 def test_a_size_that_was_frozen_is_found(folder, tmp_path, monkeypatch, capsys):

@@ -4,9 +4,10 @@ import json
 import os
 
 import pytest
+import torch
 
 from sparseinst import load_config
-from sparseinst.inference import Predictor, to_coco_results
+from sparseinst.inference import Predictor, resumable_file, to_coco_results
 from sparseinst.inference.resumable_file import shards
 from sparseinst.inference.timed_predictor import TimedPredictor
 from sparseinst.tools import predict
@@ -80,6 +81,14 @@ def test_done_images_are_not_predicted_again(images, config_file, tmp_path, pred
     assert run(config_file, *arguments) == 0 and predicted == [] and output.read_bytes() == whole
 
 
+def test_one_process_reads_its_file_once(images, config_file, tmp_path, monkeypatch):
+    scan, scanned = resumable_file._scan, []
+    monkeypatch.setattr(resumable_file, "_scan", lambda path, header: scanned.append(path.name) or scan(path, header))
+    for _ in range(2):
+        assert run(config_file, "--input", images, "--output", tmp_path / "out.jsonl") == 0
+    assert scanned == ["out.jsonl"] * 2
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_processes_of_torchrun(images, config_file, tmp_path, predicted, capsys, monkeypatch, num_ranks):
     arguments = ["--input", images, "--output"]
@@ -142,6 +151,22 @@ def test_an_image_that_cannot_be_read_has_a_line(images, config_file, tmp_path, 
     for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(key, str(value))
     assert run(config_file, *arguments[:3], tmp_path / "other.jsonl") == 0
+
+
+def test_an_image_that_is_too_large_for_the_gpu_has_a_line(images, config_file, tmp_path, capsys, monkeypatch):
+    predict_one = TimedPredictor.predict
+
+    def out_of_memory(self, image):
+        if len(image) == 49:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 90.00 GiB")
+        return predict_one(self, image)
+
+    monkeypatch.setattr(TimedPredictor, "predict", out_of_memory)
+    assert run(config_file, "--input", images, "--output", tmp_path / "out.jsonl") == 1
+    lines = lines_of(tmp_path / "out.jsonl")[1:]
+    assert [index for index, line in enumerate(lines) if "error" in line] == [1]
+    assert lines[1]["error"] == "CUDA out of memory. Tried to allocate 90.00 GiB"
+    assert f"{images / 'b.png'}: CUDA out of memory. Tried" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

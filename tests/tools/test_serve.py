@@ -1,6 +1,5 @@
 """The command serve: its config, its errors, and a service that is started and stopped."""
 
-import functools
 import os
 import signal
 import socket
@@ -16,7 +15,9 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 import httpx2  # noqa: E402
 
 from sparseinst.inference import Predictor, read_image  # noqa: E402
+from sparseinst.runtime import exported_model  # noqa: E402
 from sparseinst.tools import serve, serve_run  # noqa: E402
+from tests.runtime.test_exported_files import onnx_file  # noqa: E402
 from tests.serving.service import image_bytes, wait_until  # noqa: E402
 from tests.tiny_model import tiny_cfg, tiny_model  # noqa: E402
 
@@ -42,15 +43,25 @@ def error_of(capsys, *arguments):
 
 
 def test_the_config_of_a_training_is_found(weights):
-    loader = serve_run.predictor_loader(weights, None, ["INPUT.MAX_IMAGE_PIXELS", "5000"])
-    predictor = loader()
+    predictor = serve_run.predictor_loader(str(weights), None, ["INPUT.MAX_IMAGE_PIXELS", "5000"])()
     assert predictor.classes.category_ids == [1, 5, 9] and predictor.max_image_pixels == 5000
 
 
-def test_an_exported_model_needs_no_config(weights):
-    loader = serve_run.predictor_loader(weights.with_suffix(".onnx"), None, [])
-    assert isinstance(loader, functools.partial) and loader.func is Predictor
-    assert loader.args == (str(weights.with_suffix(".onnx")),)
+def test_an_exported_model_needs_no_config(tmp_path, monkeypatch):
+    path = onnx_file(tmp_path / "m.onnx")
+    monkeypatch.setattr(exported_model, "open_network", lambda *args: tiny_model().network)
+    for opts, pixels in ((["INPUT.MAX_IMAGE_PIXELS", "5000"], 5000), ([], tiny_cfg().INPUT.MAX_IMAGE_PIXELS)):
+        predictor = serve_run.predictor_loader(str(path), None, opts)()
+        assert predictor.classes.category_ids == [1, 5, 7] and predictor.max_image_pixels == pixels
+
+
+def test_an_address_is_passed_on_as_it_is(monkeypatch):
+    address = "sparseinst://sparse_inst_r50_giam_aug"
+    given = []
+    monkeypatch.setattr(serve_run, "load_config", lambda config_file, opts, **options: given.append(opts))
+    args = serve.build_parser().parse_args(["--weights", address, "--config-file", "sparse_inst_r50_giam_aug"])
+    serve_run.predictor_loader(args.weights, args.config_file, args.opts)
+    assert given == [["MODEL.WEIGHTS", address]]
 
 
 def test_code_of_others_is_refused(weights, capsys, tmp_path):
@@ -80,7 +91,7 @@ def test_wrong_arguments_are_one_line(weights, capsys, monkeypatch):
     )
     assert "--config-file" not in error_of(capsys, *given, "--config-file", "none.yaml")
     for flag, value in (("--workers", 0), ("--max-waiting", -1), ("--port", 70000), ("--timeout", 0),
-                        ("--max-upload-mib", "nan"), ("--port", -1)):  # fmt: skip
+                        ("--max-upload-mib", "nan"), ("--max-upload-mib", "inf"), ("--port", -1)):  # fmt: skip
         assert flag in error_of(capsys, *given, flag, value)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -244,6 +244,11 @@ class YOLACT(InstanceSegmenter):
         losses = self.criterion(outputs, targets, self.anchors, counts, self.mask_iou_head)
         return with_every_parameter(losses, self)
 
+    @property
+    def postprocessing_modules(self) -> Sequence[str]:
+        """Return the mask-IoU head's name, where there is one."""
+        return ("mask_iou_head",) if self.mask_iou_head is not None else ()
+
     def postprocess(
         self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
     ) -> list[dict]:

@@ -15,11 +15,12 @@ from sparseinst.data.coco_json import register_coco_json
 from sparseinst.engine.trainer import Trainer
 from sparseinst.inference import Predictor
 from sparseinst.structures.rle_masks import RLEMasks
-from sparseinst.tools import analyze_model, benchmark, check_dataset, demo, train_net
+from sparseinst.tools import analyze_model, benchmark, check_dataset, demo, export, train_net
 from tests.distributed.ranks import run_ranks
 from tests.loggers import loggers_restored
-from tests.modeling.yolact.tiny_yolact import PLUS, tiny_yolact_cfg
+from tests.modeling.yolact.tiny_yolact import PLUS, tiny_yolact, tiny_yolact_cfg
 from tests.shapes_data import CLASS_NAMES, write_shapes
+from tests.tools.exported import assert_same_detections
 
 NODE = "MODEL.YOLACT"
 
@@ -153,6 +154,25 @@ def test_timed_and_analyzed(tmp_path, capsys):
     assert settings["eager"]["network"]["median_ms"] > 0
     assert analyze_model.main([*config, *size]) in (0, None)
     assert "protonet" in capsys.readouterr().out
+
+
+def test_an_exported_mask_iou_head_scores_the_same(tmp_path):
+    """The head runs in post-processing, so the file holds its weights besides the network."""
+    (tmp_path / "config.yaml").write_text(tiny_yolact_cfg(*PLUS, f"{NODE}.SCORE_THRESHOLD", 0.26).dump())
+    model = tiny_yolact(*PLUS)
+    # Random weights predict IoUs of 0.
+    model.mask_iou_head.predictor.bias.data += 0.5
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    config, weights = str(tmp_path / "config.yaml"), ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    flags = ["--config-file", config, "--format", "torch", "--size", "256", "256", "--output", str(tmp_path)]
+    assert export.main([*flags, *weights]) == 0
+    image = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
+    (expected,) = Predictor(load_config(config, weights))([image])
+    predictor = Predictor(tmp_path / "model.pt2")
+    assert_same_detections(predictor([image])[0], expected)
+    assert sum(each.numel() for each in predictor.model.parameters()) == sum(
+        each.numel() for each in model.mask_iou_head.parameters()
+    )
 
 
 def test_other_options_of_a_training(folder, tmp_path):
