@@ -123,6 +123,7 @@ class InstanceSegmenter(nn.Module, ABC):
         activation_maps_key: config key that makes the model return activation maps.
         lossless_targets_key: config key that makes the targets keep every object; see `target_check`.
         float_layers: names of modules that INT8 exports leave in float32, with all that reads their results.
+        postprocessing_modules: names of submodules that `postprocess` calls; exported files hold their weights.
         class_names: of the classes that the weights were trained on, in the order of the class logits; None where they
             are unknown. The trainer and the checkpointer set them.
     """
@@ -134,6 +135,7 @@ class InstanceSegmenter(nn.Module, ABC):
     activation_maps_key: ClassVar[str | None] = None
     lossless_targets_key: ClassVar[str | None] = None
     float_layers: ClassVar[tuple[str, ...]] = ()
+    postprocessing_modules: ClassVar[tuple[str, ...]] = ()
     class_names: Sequence[str] | None = None
 
     def __init__(
@@ -313,11 +315,6 @@ class InstanceSegmenter(nn.Module, ABC):
     def postprocessing_options(self) -> dict[str, float | int | str]:
         """Return the thresholds and limits of `postprocess` by name, for exported files; none by default."""
         return {}
-
-    @property
-    def postprocessing_modules(self) -> Sequence[str]:
-        """Return the names of the submodules that `postprocess` calls; exported files hold their weights."""
-        return ()
 
     def dense_detections(
         self, outputs: dict[str, torch.Tensor], padded_size: tuple[int, int], max_detections: int

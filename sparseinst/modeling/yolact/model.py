@@ -54,6 +54,7 @@ class YOLACT(InstanceSegmenter):
     num_classes_key: ClassVar[str] = config.NUM_CLASSES_KEY
     max_detections_key: ClassVar[str] = config.MAX_DETECTIONS_KEY
     float_layers: ClassVar[tuple[str, ...]] = ("cls_score", "bbox_pred", "coeff_pred")
+    postprocessing_modules: ClassVar[tuple[str, ...]] = ("mask_iou_head",)
 
     @configurable
     def __init__(
@@ -243,11 +244,6 @@ class YOLACT(InstanceSegmenter):
         self._check_anchors(outputs)
         losses = self.criterion(outputs, targets, self.anchors, counts, self.mask_iou_head)
         return with_every_parameter(losses, self)
-
-    @property
-    def postprocessing_modules(self) -> Sequence[str]:
-        """Return the mask-IoU head's name, where there is one."""
-        return ("mask_iou_head",) if self.mask_iou_head is not None else ()
 
     def postprocess(
         self, outputs: dict[str, torch.Tensor], batched_inputs: list[dict], images: ImageList
