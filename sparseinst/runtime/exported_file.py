@@ -79,7 +79,7 @@ class ExportMetadata:
     postprocessing_weights: dict[str, str] = dataclasses.field(default_factory=dict)
     self_check: dict[str, float] = dataclasses.field(default_factory=dict)
     ap: dict[str, float] = dataclasses.field(default_factory=dict)
-    skipped_layers: Sequence[str] = ()
+    skipped_layers: Sequence[str] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> str:
         """Return the JSON that `read_metadata` reads."""
