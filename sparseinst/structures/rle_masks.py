@@ -75,7 +75,8 @@ class RLEMasks:
 
     def areas(self) -> np.ndarray:
         """Return the number of pixels of each mask, (n,) int64."""
-        return np.asarray(mask_api.area(self.rles), dtype=np.int64)
+        # One by one: with numpy 2, pycocotools 2.0.11 ends in an OverflowError for lists of more than 255.
+        return np.fromiter((mask_api.area(rle) for rle in self.rles), dtype=np.int64, count=len(self.rles))
 
     def as_json(self) -> list[dict]:
         """Return the encodings for json.dump, with ``counts`` as str."""

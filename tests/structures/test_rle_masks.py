@@ -55,6 +55,11 @@ def test_indexed_as_tensors_are(masks, encoded, item):
     assert isinstance(encoded[item], RLEMasks) and np.array_equal(np.asarray(encoded[item]), chosen.numpy())
 
 
+def test_areas_of_more_masks_than_a_byte_counts(masks, encoded):
+    many = RLEMasks(encoded.rles * 100, (60, 80))
+    assert many.areas().tolist() == masks.sum((1, 2)).tolist() * 100
+
+
 def test_in_instances(masks, encoded):
     instances = instances_of(masks, encoded)
     confident = instances[instances.scores >= 0.5]
