@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -159,6 +160,8 @@ class Comparison:
         if not path.is_file():
             overrides = ["SOLVER.MAX_ITER", PACE_ITERATIONS, "SOLVER.STEPS", "()", "DATASETS.TEST", "()"]
             arguments = run.data.arguments[:4]
+            # One that was interrupted is not continued: it may have no times.
+            shutil.rmtree(folder / "pace", ignore_errors=True)
             error = self._run_training(run, folder / "pace", arguments, overrides)
             if error:
                 return 0

@@ -67,6 +67,21 @@ def test_what_is_done_is_not_repeated(tmp_path, trainings):
     assert len(trainings) == done + 2 and all("seed2" in " ".join(command) for command in trainings[done:])
 
 
+def test_a_time_whose_measurement_was_interrupted_is_measured_anew(tmp_path, trainings, monkeypatch):
+    pace = tmp_path / "cells" / "fast" / "pace"
+    pace.mkdir(parents=True)
+    (pace / "model_final.pth").touch()
+    train = compare_recipes.subprocess.call
+
+    def resume(command, **options):
+        # A finished training writes no metrics when it is resumed.
+        folder = Path(dict(zip(command, command[1:]))["OUTPUT_DIR"])
+        return 0 if (folder / "model_final.pth").exists() else train(command, **options)
+
+    monkeypatch.setattr(compare_recipes.subprocess, "call", resume)
+    assert run(tmp_path, *RECIPES[:2], "--seeds", "1") == 0
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, trainings, capsys):
     recipes = ("--recipe", "broken: small_data/efficientnet_lite0", *RECIPES[:2])
     assert run(tmp_path, *recipes, "--seeds", "1") == 1
