@@ -161,8 +161,8 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
                 break
         else:
             bound = AP_BOUNDS[args.precision]
-            rule = f"{bound} may be lost" if args.precision == "int8" else f"they may differ by {bound}"
-            raise SelfCheckError(f"The file's AP is {ap:.2f}, the model's {expected_ap:.2f}: {rule}")
+            allowed = f"{bound} may be lost" if args.precision == "int8" else f"they may differ by {bound}"
+            raise SelfCheckError(f"The file's AP is {ap:.2f}, the model's {expected_ap:.2f}: {allowed}")
         del exported
         write(path, _with(metadata, self_check=self_check))
     return args.output / target.file_name
@@ -181,11 +181,7 @@ def calibration_images(cfg: CfgNode, model: ExportedSegmenter, name: str) -> lis
     """
     paths = list_images([name])
     paths = paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
-    own_cfg = cfg.clone()
-    own_cfg.defrost()
-    if model.metadata.size and model.metadata.size_divisibility:
-        own_cfg.INPUT.FIT_SIZE_TEST = list(model.metadata.size)
-    resize = T.AugmentationList(build_test_augmentations(own_cfg))
+    resize = T.AugmentationList(build_test_augmentations(_resizing_to_fit(cfg, model.metadata)))
     images = []
     for path in paths:
         image = T.AugInput(read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS))
@@ -343,12 +339,18 @@ def _check_outputs(
 def _mask_ap(cfg: CfgNode, model: ExportedSegmenter) -> float:
     """Return the AP of the masks on DATASETS.TEST, in percent; NaN where there is none."""
     with tempfile.TemporaryDirectory() as folder:
-        own_cfg = cfg.clone()
-        own_cfg.defrost()
+        own_cfg = _resizing_to_fit(cfg, model.metadata)
         own_cfg.OUTPUT_DIR = folder
-        if model.metadata.size and model.metadata.size_divisibility:
-            own_cfg.INPUT.FIT_SIZE_TEST = list(model.metadata.size)
         return evaluate(own_cfg, model).get("segm", {}).get("AP", math.nan)
+
+
+def _resizing_to_fit(cfg: CfgNode, metadata: ExportMetadata) -> CfgNode:
+    """Return a copy of a config with which images fit into the file's size, where it has one."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    if metadata.size and metadata.size_divisibility:
+        cfg.INPUT.FIT_SIZE_TEST = list(metadata.size)
+    return cfg
 
 
 def _with(metadata: ExportMetadata, **changes: object) -> ExportMetadata:
