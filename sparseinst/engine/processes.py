@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import gc
 import multiprocessing
 import os
 import re
@@ -96,8 +97,7 @@ def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.N
         torch.distributed.init_process_group("nccl" if has_gpu else "gloo", init_method="env://", timeout=timeout)
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
         comm.synchronize()
-        main(args)
-        torch.distributed.destroy_process_group()
+        _main_of_rank(main, args)
         return
     if args.num_gpus * args.num_machines == 1:
         main(args)
@@ -105,12 +105,12 @@ def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.N
     with _signals_for_all() as received:
         try:
             launch(
-                main,
+                _main_of_rank,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(args,),
+                args=(main, args),
                 timeout=timeout,
             )
         except ProcessRaisedException as error:
@@ -123,6 +123,20 @@ def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.N
             _exit_for(error, args, f"was ended by {error.signal_name}")
     if received:
         sys.exit(128 + received[0])
+
+
+def _main_of_rank(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Call ``main(args)``, then end the process group and its threads.
+
+    A thread of gloo that still lives when the interpreter ends may abort the process after a complete training
+    (pytorch issue 190489). Detectron2's ``comm`` keeps references to two groups that `destroy_process_group` leaves
+    alive, and so do reference cycles of the model.
+    """
+    main(args)
+    torch.distributed.destroy_process_group()
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()
 
 
 def _exit_for(error: ProcessExitedException | ProcessRaisedException, args: argparse.Namespace, how: str) -> NoReturn:
