@@ -47,6 +47,26 @@ warnings.warn("another one", FutureWarning)
     assert "another one" in started.stderr and "jit" not in started.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, console.SPIN_COUNT),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_waiting_threads_sleep_early_unless_the_user_says_otherwise(given, expected, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PYTHONWARNINGS", "KINETO_LOG_LEVEL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(console, "survive_closed_streams", lambda: None)
+    with warnings.catch_warnings():
+        console.prepare_console()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
 def test_records_for_the_log_file_only(capsys):
     logger = logging.getLogger("test_console")
     seen = []
