@@ -56,7 +56,7 @@ def measure_models(
             for name, model in models.items():
                 if model.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(model.device)
-                run_stages(model, images, augmentations[name], examples[name], timers[name])
+                time_stages(model, images, augmentations[name], examples[name], timers[name])
                 peaks[name] = max(peaks[name], peak_bytes(model.device))
     measurements = {}
     for name, model in models.items():
@@ -104,7 +104,7 @@ def draw_examples(
     return [example_outputs(model, outputs, count, median_area) for count in counts]
 
 
-def run_stages(
+def time_stages(
     model: nn.Module,
     images: Sequence[np.ndarray],
     augmentation: T.AugmentationList,

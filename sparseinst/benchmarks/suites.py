@@ -23,7 +23,7 @@ from sparseinst.benchmarks.inference import (
     batched_inputs,
     draw_examples,
     protocols,
-    run_stages,
+    time_stages,
 )
 from sparseinst.benchmarks.settings import percentiles
 from sparseinst.config import load_config, meta_architecture
@@ -172,7 +172,7 @@ def _timed(cfg: CfgNode, image: np.ndarray, timer: StageTimer) -> Callable[[], N
         model = optimize_as_configured(cfg, _build(cfg))
         with torch.inference_mode():
             examples = draw_examples(model, [image], augmentation, DETECTIONS)
-        return functools.partial(run_stages, model, [image], augmentation, examples, timer)
+        return functools.partial(time_stages, model, [image], augmentation, examples, timer)
     return functools.partial(_run_stock, _stock_models(cfg, image, augmentation), image, augmentation, timer)
 
 

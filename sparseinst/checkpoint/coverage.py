@@ -106,7 +106,7 @@ class Coverage(NamedTuple):
         return "\n".join(lines)
 
 
-def measure(source: str, converted: Converted, target: Mapping[str, torch.Tensor]) -> Coverage:
+def measure_coverage(source: str, converted: Converted, target: Mapping[str, torch.Tensor]) -> Coverage:
     """Compare a file's tensors, under the model's names, with the model.
 
     Args:

@@ -216,11 +216,13 @@ def run_named_suite(args: argparse.Namespace) -> dict:
     models = {each.config: each for each in SUITES[args.suite]}
     models |= {name: SuiteModel(name) for name in args.config_file if name not in models}
     cfg = suite_config(next(iter(models)), args.opts, False)
+    # All on one device, with one line in the log where there is no CUDA.
+    opts = [*args.opts, "MODEL.DEVICE", cfg.MODEL.DEVICE]
     keep_freed_memory_for_inference(cfg)
     random_image = np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)
     image = read_image(args.input[0], "RGB", cfg.INPUT.MAX_IMAGE_PIXELS) if args.input else random_image
     height, width = image.shape[:2]
-    rows = run_suite(list(models.values()), image, args.opts, repetitions=args.repetitions, warmup=args.warmup)
+    rows = run_suite(list(models.values()), image, opts, repetitions=args.repetitions, warmup=args.warmup)
     found = {
         "suite": args.suite,
         "busy": args.busy,
@@ -275,8 +277,8 @@ def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, tuple[nn
             continue
         # Keys outside RUNTIME change the model itself.
         is_other = any(not key.startswith(f"{RUNTIME}.") for key in keys)
-        plain = build_model(own_cfg).eval() if is_other else model
-        models[name] = optimize_as_configured(own_cfg, plain), own_cfg
+        own_model = build_model(own_cfg).eval() if is_other else model
+        models[name] = optimize_as_configured(own_cfg, own_model), own_cfg
     return models
 
 

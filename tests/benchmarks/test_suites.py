@@ -80,14 +80,14 @@ def rows(tiny, order):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suites, "_COMMON_SIZE_KEYS", ("INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 128))
-        for name in ("_build", "run_stages", "_run_stock"):
+        for name in ("_build", "time_stages", "_run_stock"):
             patch.setattr(suites, name, noted(name, getattr(suites, name)))
         return run_suite(models, IMAGE, OPTS, repetitions=2, warmup=1)
 
 
 def test_models_are_loaded_first_and_run_in_turn(rows, order):
     # A model of Detectron2 for each number of objects and its score threshold. One run of our network serves both.
-    of_a_size = ["_build"] * 4 + ["run_stages", "_run_stock"] * 3
+    of_a_size = ["_build"] * 4 + ["time_stages", "_run_stock"] * 3
     assert order == of_a_size * 2
 
 
@@ -127,7 +127,14 @@ def test_the_table(rows):
 
 def test_the_command(rows, tmp_path, monkeypatch, capsys):
     named = []
-    monkeypatch.setattr(suites, "run_suite", lambda models, *args, **kwargs: named.extend(models) or rows)
+
+    def run(models, image, opts, **kwargs):
+        named.extend(models)
+        assert opts == ["MODEL.DEVICE", "cpu"]
+        return rows
+
+    monkeypatch.setattr(suites, "run_suite", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plot, figures = tmp_path / "new" / "speed.png", tmp_path / "speed.json"
     arguments = ["--suite", "realtime", "--config-file", "quick/shapes", "sparse_inst_r50_giam", "--size", "48", "64"]
     with loggers_restored():
