@@ -13,7 +13,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-# More curves of classes cannot be told from one another.
+# More curves of classes look too much the same.
 _MAX_NAMED_CURVES = 10
 # Counts are written into the cells of matrices up to this size.
 _MAX_COUNTED = 25
