@@ -29,6 +29,7 @@ SLOW = (
     "test_configs.py::test_a_step_an_answer_and_a_checkpoint[sparse_inst_pvt_b2",
     "parity/test_solo.py::*solov2_light_512", "parity/test_solo.py::*decoupled", "parity/test_solo.py::*[solo_r50",
     "test_published_configs.py::test_a_step_an_answer_and_a_checkpoint[yolact_plus",
+    "test_published_configs.py::test_a_step_an_answer_and_a_checkpoint[yolact_base",
     "test_published_configs.py::test_a_step_an_answer_and_a_checkpoint[yolact_darknet53",
     "parity/test_yolact.py::*darknet53", "parity/test_yolact.py::*plus",
     "test_benchmark_training.py::test_memory_is_that_of_a_process", "test_benchmark_training.py::test_drawn_shapes",

@@ -11,6 +11,7 @@ import torch
 from detectron2.modeling import build_model
 
 from sparseinst import load_config
+from sparseinst.checkpoint.published import CHECKPOINTS
 from sparseinst.inference import VideoReader, VideoWriter
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
@@ -42,6 +43,21 @@ def test_config_files_in_commands_exist(page):
     names = re.findall(r"--config-file (\S+)", page.read_text())
     files = [name for name in names if name.startswith("configs/") and "my_config" not in name and "*" not in name]
     assert not [name for name in files if not (ROOT / name.strip("`")).is_file()]
+
+
+def test_every_extra_is_explained():
+    extras = re.search(r"extras_require=\{(.*?)^    \}", (ROOT / "setup.py").read_text(), re.DOTALL | re.MULTILINE)[1]
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "getting_started.md").read_text(), re.MULTILINE)
+    explained = {name for row in rows for name in re.findall("`(.*?)`", row)}
+    assert set(re.findall(r'^        "([\w-]+)":', extras, re.MULTILINE)) - explained == set()
+
+
+def test_addresses_of_yolact_are_those_of_the_checkpoints():
+    page = (ROOT / "docs" / "yolact.md").read_text()
+    rows = re.findall(r"^\| \[(yolact_\w+)\].*\((https://huggingface.co/\S+)\) \|$", page, re.MULTILINE)
+    published = {name: address for name, address in CHECKPOINTS.items() if name.startswith("yolact/")}
+    assert {f"yolact/{name}": address.replace("https://huggingface.co/", "hf://").replace("/resolve/main", "")
+            for name, address in rows} == published  # fmt: skip
 
 
 def test_example_of_frames_one_by_one_runs(tmp_path, monkeypatch):

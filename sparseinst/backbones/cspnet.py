@@ -13,7 +13,7 @@ STRIDES = {"csp0": 2, "csp1": 4, "csp2": 8, "csp3": 16, "csp4": 32}
 
 @BACKBONE_REGISTRY.register()
 def build_cspnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """The network MODEL.CSPNET.NAME, with leaky ReLUs of MODEL.CSPNET.NEGATIVE_SLOPE.
+    """Build the network MODEL.CSPNET.NAME, with leaky ReLUs of MODEL.CSPNET.NEGATIVE_SLOPE.
 
     Raises:
         ImportError: timm is not installed.

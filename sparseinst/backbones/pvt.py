@@ -16,7 +16,7 @@ DROP_PATH_RATE = 0.1
 
 @BACKBONE_REGISTRY.register()
 def build_pyramid_vision_transformer(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """PVTv2 of the size MODEL.PVT.NAME; with MODEL.PVT.LINEAR, whatever the NAME, b2 with linear attention.
+    """Build PVTv2 of the size MODEL.PVT.NAME; with MODEL.PVT.LINEAR b2 with linear attention, for every NAME.
 
     Raises:
         ImportError: timm is not installed.
@@ -37,7 +37,7 @@ def build_pyramid_vision_transformer(cfg: CfgNode, input_shape: ShapeSpec) -> Ti
 
 
 def published_name(name: str) -> str:
-    """Name of a tensor of timm's model in the published state dicts: stages are counted from 1 and not nested."""
+    """Return a timm tensor's name in the published state dicts, where stages count from 1 and are not nested."""
     name = re.sub(r"^patch_embed\.", "patch_embed1.", name)
     name = re.sub(r"^stages\.(\d+)\.downsample\.", lambda match: f"patch_embed{int(match[1]) + 1}.", name)
     name = re.sub(r"^stages\.(\d+)\.blocks\.", lambda match: f"block{int(match[1]) + 1}.", name)
@@ -46,7 +46,7 @@ def published_name(name: str) -> str:
 
 
 def timm_name(name: str) -> str:
-    """The way back from :func:`published_name`."""
+    """Reverse :func:`published_name`."""
     name = re.sub(r"^patch_embed1\.", "patch_embed.", name)
     name = re.sub(r"^patch_embed(\d+)\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.", name)
     name = re.sub(r"^block(\d+)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks.", name)

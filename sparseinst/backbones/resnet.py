@@ -22,7 +22,7 @@ VD_FIXED = {"NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64, "STEM_OUT_CHANNELS": 64, "RE
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_dcn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Detectron2's ResNet, whose stages of MODEL.RESNETS.DEFORM_ON_PER_STAGE are deformable without compiled operators.
+    """Build Detectron2's ResNet with stages that are deformable without compiled operators (DEFORM_ON_PER_STAGE).
 
     It follows all keys of MODEL.RESNETS, DEFORM_MODULATED, DEFORM_NUM_GROUPS and DEFORM_INTERVAL included, and has the
     state-dict names of ``build_resnet_backbone``. ResNet-18 and -34 can be deformable too: in the second convolution of
@@ -42,13 +42,13 @@ def build_resnet_dcn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_dcn_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Detectron2's feature pyramid (p2 to p6) around the ResNet of `build_resnet_dcn_backbone`."""
+    """Build Detectron2's feature pyramid (p2 to p6) around the ResNet of `build_resnet_dcn_backbone`."""
     return build_feature_pyramid(cfg, build_resnet_dcn_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_vd_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """ResNet-vd of MODEL.RESNETS.DEPTH: timm's resnet50d and so on, under timm's names.
+    """Build ResNet-vd of MODEL.RESNETS.DEPTH: timm's resnet50d and so on, under timm's names.
 
     It follows DEPTH, NORM, OUT_FEATURES (res2 to res5), DEFORM_ON_PER_STAGE, DEFORM_MODULATED, DEFORM_NUM_GROUPS and
     DEFORM_INTERVAL of MODEL.RESNETS, and MODEL.BACKBONE.FREEZE_AT.
@@ -79,7 +79,7 @@ def build_resnet_vd_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbo
 
 
 def _make_stages_deformable(cfg: CfgNode, resnet: nn.Module, stages: Sequence[str]) -> None:
-    """The last stages may be absent, where no feature of theirs is asked for."""
+    """Make stages deformable as configured; the last ones may be absent where no feature of theirs is asked for."""
     resnets = cfg.MODEL.RESNETS
     if len(resnets.DEFORM_ON_PER_STAGE) != len(stages):
         raise ValueError(

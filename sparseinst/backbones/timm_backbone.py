@@ -78,7 +78,7 @@ class TimmBackbone(Backbone):
                 f"{', '.join(map(str, indices)) or 'none'}. Choose others as OUT_FEATURES and ENCODER.IN_FEATURES, or "
                 "another model"
             )
-        # timm returns the features in the network's order, whatever the order they are asked for.
+        # timm returns the features in the network's order, not in the order of the request.
         self._strides = dict(sorted(strides.items(), key=lambda item: indices[item[1]]))
         self.body = _create_features(model_name, [indices[stride] for stride in self._strides.values()], model_args)
         self._channels = dict(zip(self._strides, self.body.feature_info.channels()))
@@ -108,20 +108,20 @@ class TimmBackbone(Backbone):
         )
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images (B, in_channels, ., .) to the features (B, C, ., .) by name."""
+        """Map images (B, in_channels, ., .) to the features (B, C, ., .) by name."""
         features = self.body(images)
         if self._is_channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return dict(zip(self._strides, features))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each feature."""
+        """Return channels and stride of each feature."""
         return {name: ShapeSpec(channels=self._channels[name], stride=stride) for name, stride in self._strides.items()}
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """The model MODEL.TIMM.NAME; its features res1 to res5 are the maps of stride 2 to 32.
+    """Build the model MODEL.TIMM.NAME; its features res1 to res5 are the maps of stride 2 to 32.
 
     Raises:
         ImportError: timm is not installed.
@@ -140,7 +140,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Detectron2's feature pyramid (p2 to p6) around the model of `build_timm_backbone`.
+    """Build Detectron2's feature pyramid (p2 to p6) around the model of `build_timm_backbone`.
 
     Raises:
         ImportError: as `build_timm_backbone`.
@@ -164,7 +164,7 @@ def _checked_args(model_args: Mapping) -> dict:
 
 
 def select_strides(key: str, names: Sequence[str], strides: Mapping[str, int]) -> dict[str, int]:
-    """Those strides whose names a config lists.
+    """Return those strides whose names a config lists.
 
     Args:
         key: the config's key, for the message.
@@ -231,9 +231,9 @@ def _freeze_batch_norms(body: nn.Module, parts: Sequence[nn.Module]) -> None:
 
 
 def _names_up_to(whole: nn.Module, levels: Sequence[Mapping], index: int) -> set[str] | None:
-    """Names of what is defined before the end of a level, which for timm's models is what runs before it.
+    """Return the names of the modules that are defined before the end of a level; in timm's models they run before it.
 
-    None where the levels are not named after parts of the model, so that nothing tells where they end.
+    Return None where the levels are not named after parts of the model, because their ends are unknown then.
     """
     names = [name for name, _ in whole.named_modules()]
     if any(level.get("module") not in names for level in levels):
@@ -263,7 +263,7 @@ def _freeze(body: nn.Module, prefixes: Mapping[str, str], names: set[str]) -> No
 
 
 def _prefixes(body: nn.Module, whole: nn.Module) -> dict[str, str]:
-    """How names of the whole model begin, by how those of the body do, where the two differ.
+    """Map the beginnings of names in the body to those in the whole model, where the two differ.
 
     To collect features timm takes a model apart, or wraps it: the parts of a sequence `stages` become `stages_0`,
     `stages_1`, or the model itself becomes the one child of the body.

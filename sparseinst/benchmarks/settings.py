@@ -115,11 +115,11 @@ def report(measurements: Mapping[str, Measurement]) -> dict[str, dict]:
     baseline = next(iter(measurements.values())).totals
     return {
         name: {
-            **{stage: _percentiles(1e3 * seconds, "_ms") for stage, seconds in measured.stages.items()},
+            **{stage: percentiles(1e3 * seconds, "_ms") for stage, seconds in measured.stages.items()},
             **measured.more,
             "images_per_second": measured.batch_size / float(np.median(measured.totals)),
             "peak_mb": None if measured.peak_bytes is None else measured.peak_bytes / 2**20,
-            "times_as_fast_as_first": _percentiles(baseline / measured.totals),
+            "times_as_fast_as_first": percentiles(baseline / measured.totals),
         }
         for name, measured in measurements.items()
     }
@@ -135,7 +135,8 @@ def table(figures: Mapping[str, dict]) -> str:
     return tabulate(rows, headers=["", *figures], tablefmt="github", disable_numparse=True)
 
 
-def _percentiles(values: np.ndarray, unit: str = "") -> dict[str, float]:
+def percentiles(values: np.ndarray, unit: str = "") -> dict[str, float]:
+    """Return the median, the 5th and the 95th percentile."""
     low, median, high = np.percentile(values, [5, 50, 95])
     return {f"median{unit}": float(median), f"p5{unit}": float(low), f"p95{unit}": float(high)}
 

@@ -1,6 +1,7 @@
-"""Time every architecture in one process and in turn: ``sparseinst benchmark --suite realtime``."""
+"""Time models of every architecture in one process and in turn: ``sparseinst benchmark --suite realtime``."""
 
-import gc
+import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,35 +14,49 @@ from detectron2.modeling import build_model
 from torch import nn
 from tqdm import tqdm
 
-from sparseinst.benchmarks.inference import batched_inputs, measure_models
-from sparseinst.config import load_config
+from sparseinst.benchmarks.inference import (
+    AS_PUBLISHED,
+    COPY,
+    END_TO_END,
+    NETWORK,
+    PREPROCESSING,
+    batched_inputs,
+    draw_examples,
+    protocols,
+    time_stages,
+)
+from sparseinst.benchmarks.settings import percentiles
+from sparseinst.config import load_config, meta_architecture
 from sparseinst.data.augmentations import build_test_augmentations
-from sparseinst.evaluation.stage_timer import now
+from sparseinst.evaluation.stage_timer import StageTimer
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import optimize_as_configured
 
-# Objects in each image, the protocols (stages of `measure_models`), and the input sizes.
+# Objects in each image, and the input sizes.
 DETECTIONS = (50, 100)
-PROTOCOLS = ("as published", "end to end")
 OWN_SIZE, COMMON_SIZE = "own size", "common size"
 # Short side of the common size, and the side of square inputs; a multiple of 32.
 COMMON_SIDE = 544
 _COMMON_SIZE_KEYS = (
     "INPUT.MIN_SIZE_TEST", COMMON_SIDE, "INPUT.MAX_SIZE_TEST", 960,
 )  # fmt: skip
+# Factor of the random weights of convolutions on the image.
+_FIRST_WEIGHTS = 1e-4
+# Boxes above the score threshold that the NMS of Detectron2's models leaves.
+_CANDIDATES = 150
 
 
 class SuiteModel(NamedTuple):
     """A model of a suite.
 
     Attributes:
-        config: name of a config of this project, or the path of one in Detectron2's model zoo.
-        ap: published mask AP of COCO, in percent.
+        config: path of a config, or name of one of this project or of Detectron2's model zoo.
+        ap: published mask AP of COCO, in percent; None: unknown.
         split: on which it was measured.
     """
 
     config: str
-    ap: float
+    ap: float | None = None
     split: str = "val2017"
 
 
@@ -62,33 +77,38 @@ SUITES = {
 }
 
 
-def suite_config(name: str, opts: Sequence[str], at_common_size: bool, num_detections: int) -> CfgNode:
+def suite_config(name: str, opts: Sequence[str], at_common_size: bool) -> CfgNode:
     """Return the config of a model of a suite, with random weights.
 
     Args:
         name: see `SuiteModel`.
         opts: KEY VALUE overrides of all models.
         at_common_size: resize images to COMMON_SIDE, not as the config says.
-        num_detections: that stock Detectron2 models return.
+
+    Raises:
+        ValueError: see `load_config`.
     """
-    is_stock = name.endswith(".yaml") and name.startswith("COCO-")
-    cfg = load_config(model_zoo.get_config_file(name) if is_stock else name, opts)
+    cfg = load_config(_config_file(name), opts)
     cfg.MODEL.WEIGHTS = ""
     if at_common_size:
         cfg.merge_from_list(list(_COMMON_SIZE_KEYS))
         if cfg.INPUT.SQUARE_SIZE:
             cfg.merge_from_list(["INPUT.SQUARE_SIZE", COMMON_SIDE, "INPUT.MIN_SIZE_TEST", 0])
-    # With random weights, a stock model keeps as many objects as it may.
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 1.0
-    cfg.TEST.DETECTIONS_PER_IMAGE = num_detections
     return cfg
+
+
+def _config_file(name: str) -> str:
+    """Return the path of a config of Detectron2's model zoo, and other names as they are."""
+    try:
+        return name if os.path.isfile(name) else model_zoo.get_config_file(name)
+    except RuntimeError:
+        return name
 
 
 def run_suite(
     models: Sequence[SuiteModel], image: np.ndarray, opts: Sequence[str], *, repetitions: int, warmup: int
 ) -> list[dict]:
-    """Measure the models one after the other.
+    """Load the models at each size, then run all of them in turn within each repetition.
 
     Args:
         models: of the suite.
@@ -97,65 +117,135 @@ def run_suite(
         repetitions, warmup: as of `measure_models`.
 
     Returns:
-        For each model ``config``, ``published_ap``, ``split``, and ``ms``: median milliseconds by size, number of
-        objects and protocol.
+        For each model ``config``, ``family`` (MODEL.META_ARCHITECTURE), ``published_ap``, ``split``, ``precision``, and
+        ``ms``: percentiles of the milliseconds by size, number of objects and protocol.
+
+    Raises:
+        ValueError: a config is wrong, or a model cannot predict so many instances.
     """
-    rows = []
-    steps = tqdm(total=len(models) * 2 * len(DETECTIONS), desc="benchmark", unit="run")
+    rows, cfgs = [], {OWN_SIZE: [], COMMON_SIZE: []}
     for each in models:
-        milliseconds: dict[str, dict[str, dict[str, float]]] = {}
-        for size in (OWN_SIZE, COMMON_SIZE):
-            for num_detections in DETECTIONS:
-                cfg = suite_config(each.config, opts, size == COMMON_SIZE, num_detections)
-                found = _measure(cfg, image, num_detections, repetitions, warmup)
-                milliseconds.setdefault(size, {})[str(num_detections)] = found
-                gc.collect()
+        for size, loaded in cfgs.items():
+            loaded.append(suite_config(each.config, opts, size == COMMON_SIZE))
+        cfg = cfgs[OWN_SIZE][-1]
+        is_ours = issubclass(meta_architecture(cfg), InstanceSegmenter)
+        rows.append(
+            {
+                "config": each.config,
+                "family": cfg.MODEL.META_ARCHITECTURE,
+                "published_ap": each.ap,
+                "split": each.split,
+                "precision": cfg.RUNTIME.PRECISION if is_ours else "float32, eager",
+                "ms": {},
+            }
+        )
+    # Loading counts as a run. Models take different times, so the speed is that of all runs so far.
+    total = len(cfgs) * len(models) * (1 + warmup + repetitions)
+    with tqdm(total=total, desc="benchmark", unit="run", smoothing=0) as steps:
+        for size, loaded in cfgs.items():
+            runs, timers = [], []
+            for cfg, row in zip(loaded, rows):
+                timers.append(StageTimer(torch.device(cfg.MODEL.DEVICE)))
+                try:
+                    runs.append(_timed(cfg, image, timers[-1]))
+                except ValueError as error:
+                    raise ValueError(f"{row['config']}: {error}") from error
                 steps.update()
-        rows.append({"config": each.config, "published_ap": each.ap, "split": each.split, "ms": milliseconds})
-    steps.close()
+            for _ in range(warmup + repetitions):
+                for run in runs:
+                    with torch.inference_mode():
+                        run()
+                    steps.update()
+            for row, timer in zip(rows, timers):
+                row["ms"][size] = _milliseconds(timer, warmup)
     return rows
 
 
-def _measure(cfg: CfgNode, image: np.ndarray, num_detections: int, repetitions: int, warmup: int) -> dict[str, float]:
+def _timed(cfg: CfgNode, image: np.ndarray, timer: StageTimer) -> Callable[[], None]:
+    """Build a model, and return a function that runs it once for all of DETECTIONS.
+
+    Raises:
+        ValueError: the model predicts no instances, or cannot predict so many.
+    """
+    augmentation = T.AugmentationList(list(build_test_augmentations(cfg)))
+    if issubclass(meta_architecture(cfg), InstanceSegmenter):
+        model = optimize_as_configured(cfg, _build(cfg))
+        with torch.inference_mode():
+            examples = draw_examples(model, [image], augmentation, DETECTIONS)
+        return functools.partial(time_stages, model, [image], augmentation, examples, timer)
+    return functools.partial(_run_stock, _stock_models(cfg, image, augmentation), image, augmentation, timer)
+
+
+def _stock_models(cfg: CfgNode, image: np.ndarray, augmentation: T.AugmentationList) -> list[nn.Module]:
+    """Build a model of Detectron2 for each of DETECTIONS, which keeps this number of objects with random weights.
+
+    Raises:
+        ValueError: the model predicts no instances, or cannot predict so many.
+    """
+    inputs = batched_inputs([image], augmentation)
+    models, threshold = [], 0.0
+    for count in (_CANDIDATES, *DETECTIONS):
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
+        cfg.TEST.DETECTIONS_PER_IMAGE = count
+        models.append(_build(cfg))
+        with torch.inference_mode():
+            result = models[-1](inputs)[0]
+        if len(result.get("instances", ())) < count:
+            raise ValueError(
+                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} does not find {count} objects with random "
+                "weights; expected a model of instances, or a larger image"
+            )
+        # NMS gets about as many boxes as in a trained model.
+        threshold = threshold or float(result["instances"].scores.min())
+    return models[1:]
+
+
+def _build(cfg: CfgNode) -> nn.Module:
+    """Build a model with random weights whose outputs are as small as those of trained weights."""
     torch.manual_seed(0)
     model = build_model(cfg).eval()
-    augmentation = T.AugmentationList(list(build_test_augmentations(cfg)))
-    if isinstance(model, InstanceSegmenter):
-        measured = measure_models(
-            {"": optimize_as_configured(cfg, model)}, [image], {"": augmentation}, num_detections=num_detections,
-            repetitions=repetitions, warmup=warmup,
-        )[""]  # fmt: skip
-        return {protocol: 1e3 * float(np.median(measured.stages[protocol])) for protocol in PROTOCOLS}
-    return _measure_stock(model, lambda: batched_inputs([image], augmentation), repetitions, warmup)
+    # Deep networks amplify the image. Without this factor Mask R-CNN proposes the same few boxes again and again, and
+    # tanh turns the rounding of an optimized YOLACT into other signs, which its self-check refuses.
+    for parameter in model.parameters():
+        if parameter.dim() == 4 and parameter.shape[1] == len(cfg.MODEL.PIXEL_MEAN):
+            parameter.data *= _FIRST_WEIGHTS
+    return model
 
 
-def _measure_stock(
-    model: nn.Module, preprocess: Callable[[], list[dict]], repetitions: int, warmup: int
-) -> dict[str, float]:
-    """Time a model of Detectron2, whose forward normalizes, pads, runs the network and makes the masks."""
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(warmup + repetitions):
-            start = now(model.device)
-            inputs = preprocess()
-            resized = now(model.device)
+def _run_stock(
+    models: Sequence[nn.Module], image: np.ndarray, augmentation: T.AugmentationList, timer: StageTimer
+) -> None:
+    """Run and time models of Detectron2, whose forward normalizes, pads, runs the network and makes the masks."""
+    for model in models:
+        with timer.stage(PREPROCESSING):
+            inputs = batched_inputs([image], augmentation)
+        with timer.stage(NETWORK):
             results = model(inputs)
-            done = now(model.device)
-            for result in results:
-                result["instances"].to("cpu")
-            seconds.append((done - resized, now(model.device) - start))
-    return dict(zip(PROTOCOLS, (1e3 * np.median(seconds[warmup:], axis=0)).tolist()))
+        with timer.stage(COPY):
+            results[0]["instances"].to("cpu")
+
+
+def _milliseconds(timer: StageTimer, warmup: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the percentiles of a model's times by number of objects and protocol."""
+    # A stage runs once for each of DETECTIONS, or once for all of them.
+    repetitions = len(timer.seconds[COPY]) // len(DETECTIONS)
+    stages = {stage: np.reshape(laps, (repetitions, -1))[warmup:] for stage, laps in timer.seconds.items()}
+    return {
+        str(count): {name: percentiles(1e3 * seconds[:, index], "_ms") for name, seconds in protocols(stages).items()}
+        for index, count in enumerate(DETECTIONS)
+    }
 
 
 def suite_table(rows: Sequence[dict]) -> str:
-    """Return the rows of `run_suite` as a table of Markdown."""
-    columns = [
-        (size, count, protocol) for size in (OWN_SIZE, COMMON_SIZE) for count in DETECTIONS for protocol in PROTOCOLS
-    ]
-    header = ["config", "AP, published", *(f"{size}, {count} objects, {protocol}" for size, count, protocol in columns)]
+    """Return the rows of `run_suite` as a table of Markdown, medians for each of DETECTIONS in a cell."""
+    columns = [(size, protocol) for size in (OWN_SIZE, COMMON_SIZE) for protocol in (AS_PUBLISHED, END_TO_END)]
+    header = ["config", "AP", *(f"{size}, {protocol}" for size, protocol in columns)]
     lines = [header, ["---"] * len(header)]
     for row in rows:
-        ap = f"{row['published_ap']}" + (f" ({row['split']})" if row["split"] != "val2017" else "")
-        times = [f"{row['ms'][size][str(count)][protocol]:.0f}" for size, count, protocol in columns]
+        ap = "-" if row["published_ap"] is None else f"{row['published_ap']}{' *' * (row['split'] != 'val2017')}"
+        times = [
+            ", ".join(f"{row['ms'][size][str(count)][protocol]['median_ms']:.0f}" for count in DETECTIONS)
+            for size, protocol in columns
+        ]
         lines.append([row["config"].rpartition("/")[2].removesuffix(".yaml"), ap, *times])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

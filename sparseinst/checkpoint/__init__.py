@@ -2,7 +2,7 @@
 
 from sparseinst.checkpoint.atomic_write import OutputError, write_atomically, write_text_atomically
 from sparseinst.checkpoint.checkpointer import SparseInstCheckpointer, checkpointer_from_config
-from sparseinst.checkpoint.coverage import Coverage, measure
+from sparseinst.checkpoint.coverage import Coverage, measure_coverage
 from sparseinst.checkpoint.entries import extract_tensors
 from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
 from sparseinst.checkpoint.locations import check_weights_file, find_weights
@@ -20,7 +20,7 @@ __all__ = [
     "extract_tensors",
     "family_of",
     "find_weights",
-    "measure",
+    "measure_coverage",
     "read_weights_file",
     "write_atomically",
     "write_text_atomically",

@@ -15,14 +15,14 @@ from sparseinst.checkpoint.coverage import (
     count_nonfinite,
     first_names,
     frozen_tensors,
-    measure,
+    measure_coverage,
     offsets,
 )
 from sparseinst.checkpoint.entries import AVERAGED, RAW, Weights, find_weight_sets
 from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
 from sparseinst.checkpoint.locations import find_weights
 from sparseinst.checkpoint.names import BACKBONE, Converted, convert, deciding_keys, explain_mismatch, recipe_of
-from sparseinst.checkpoint.recipe import differences
+from sparseinst.checkpoint.recipe import recipe_differences
 from sparseinst.checkpoint.resumption import find_checkpoint
 from sparseinst.checkpoint.trained_keys import class_names
 
@@ -215,7 +215,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         weights = _choose(filename, sets, ema_weights)
         target = self.model.state_dict()
         converted = convert(weights.tensors, target)
-        self.coverage = measure(source, converted, target)
+        self.coverage = measure_coverage(source, converted, target)
         self._check_recipe(converted)
         if is_start:
             self._check_start(converted)
@@ -235,7 +235,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
 
     def _check_recipe(self, converted: Converted) -> None:
         recipe = recipe_of(converted.model_family)
-        if recipe and (differing := differences(recipe, self.model, self.image_format)):
+        if recipe and (differing := recipe_differences(recipe, self.model, self.image_format)):
             logger.warning(
                 "MODEL.WEIGHTS %s: the released models of %s were trained with %s, and the config has other values, so "
                 "that predictions are wrong. Set these keys, or keep yours if this file was trained with them",

@@ -83,7 +83,7 @@ class Coverage(NamedTuple):
 
     @property
     def backbone_share(self) -> float:
-        """Share of `of_backbone` that is filled, 0 to 1; 1 for a model without a backbone."""
+        """Return the share of `of_backbone` that is filled, 0 to 1; 1 for a model without a backbone."""
         filled, total = self.of_backbone()
         return filled / total if total else 1.0
 
@@ -106,7 +106,7 @@ class Coverage(NamedTuple):
         return "\n".join(lines)
 
 
-def measure(source: str, converted: Converted, target: Mapping[str, torch.Tensor]) -> Coverage:
+def measure_coverage(source: str, converted: Converted, target: Mapping[str, torch.Tensor]) -> Coverage:
     """Compare a file's tensors, under the model's names, with the model.
 
     Args:

@@ -10,7 +10,7 @@ from sparseinst.checkpoint.names.detectron2 import stride_in_1x1
 from sparseinst.checkpoint.names.source import Recipe
 
 
-def differences(recipe: Recipe, model: nn.Module, image_format: str | None = None) -> list[str]:
+def recipe_differences(recipe: Recipe, model: nn.Module, image_format: str | None = None) -> list[str]:
     """Return the config keys in which a model differs from a recipe, each with the recipe's value.
 
     Args:

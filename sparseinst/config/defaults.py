@@ -105,8 +105,8 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     cfg.MODEL.CSPNET.OUT_FEATURES = ["csp1", "csp2", "csp3", "csp4"]
     # Slope of its leaky ReLUs below zero: timm's 0.01; DarkNet's authors and YOLACT have 0.1.
     cfg.MODEL.CSPNET.NEGATIVE_SLOPE = 0.01
-    # BACKBONE.NAME build_resnet_dcn_backbone: of the stages in DEFORM_ON_PER_STAGE every so many-th block is
-    # deformable, from the first one on.
+    # BACKBONE.NAME build_resnet_dcn_backbone: n makes every n-th block of the stages in DEFORM_ON_PER_STAGE deformable,
+    # from the first one on.
     cfg.MODEL.RESNETS.DEFORM_INTERVAL = 1
     # BACKBONE.NAME build_timm_backbone: any model of timm that gives feature maps.
     cfg.MODEL.TIMM = CfgNode()
@@ -153,7 +153,7 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # (height, width): test images are resized to the largest size of their aspect ratio that fits, in place of
     # MIN_SIZE_TEST and MAX_SIZE_TEST. Empty: off. Exported files of a fixed size set it.
     cfg.INPUT.FIT_SIZE_TEST = []
-    # Side in pixels of the square that images are resized to, whatever their shape; 0: off. A model of fixed input size
+    # Side in pixels of the square that images of any shape are resized to; 0: off. A model of fixed input size
     # needs it, and resizes what the mapper passes on: set MIN_SIZE_TEST 0.
     cfg.INPUT.SQUARE_SIZE = 0
     # Take the annotations' boxes, transformed with the image, as ground truth, and pass crowds on as "crowd_boxes". An

@@ -41,7 +41,7 @@ from sparseinst.data.mask_decoding import (
     check_segmentation,
     is_whole,
 )
-from sparseinst.data.other_formats import describe_content
+from sparseinst.data.other_formats import describe_other_format
 
 _IMAGE_KEYS = ("id", "file_name", "height", "width")
 _CATEGORY_KEYS = ("id", "name")
@@ -85,7 +85,7 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
         for_evaluation: also check the fields that only COCO's evaluation reads.
     """
     report = JsonReport([], Counter())
-    if other_format := describe_content(content):
+    if other_format := describe_other_format(content):
         report.add("another format", other_format)
         return report
     if not isinstance(content, dict):

@@ -33,6 +33,16 @@ class SparseInstDatasetMapper:
     of 459 random outlines of 4 to 8 points differed from the cropped mask by more than 10 % of its pixels. This mapper
     crops by rasterization. It reads polygons, compressed and uncompressed RLE with any `INPUT.MASK_FORMAT`, also mixed
     in one image.
+
+    Args:
+        is_train: return ground truth.
+        augmentations: applied in this order.
+        image_format: channel order of the image, "RGB" or "BGR".
+        max_image_pixels: larger images are refused before they are decoded.
+        annotation_boxes: take the boxes of the annotations in place of those of the masks, and return crowds.
+
+    Raises:
+        ValueError: another channel order.
     """
 
     @configurable
@@ -45,17 +55,6 @@ class SparseInstDatasetMapper:
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         annotation_boxes: bool = False,
     ) -> None:
-        """
-        Args:
-            is_train: return ground truth.
-            augmentations: applied in this order.
-            image_format: channel order of the image, "RGB" or "BGR".
-            max_image_pixels: larger images are refused before they are decoded.
-            annotation_boxes: take the boxes of the annotations in place of those of the masks, and return crowds.
-
-        Raises:
-            ValueError: another channel order.
-        """
         check_channel_order(image_format, "INPUT.FORMAT")
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)

@@ -107,7 +107,7 @@ def mask_findings(images: dict[int, dict], annotations: Sequence[dict]) -> Itera
     """
     if not annotations:
         return
-    shapes = measure(images, annotations)
+    shapes = measure_masks(images, annotations)
 
     def found(kind: str, is_affected: np.ndarray, text: str, stops: bool = False) -> Iterator[Finding]:
         if is_affected.any():
@@ -144,7 +144,7 @@ def mask_findings(images: dict[int, dict], annotations: Sequence[dict]) -> Itera
     yield from _box_findings(shapes, ~are_normalised, annotations, found)
 
 
-def measure(images: dict[int, dict], annotations: Sequence[dict]) -> Shapes:
+def measure_masks(images: dict[int, dict], annotations: Sequence[dict]) -> Shapes:
     """Return the geometry of valid masks; polygons are not drawn."""
     segmentations = [annotation["segmentation"] for annotation in annotations]
     sizes = [(images[a["image_id"]]["height"], images[a["image_id"]]["width"]) for a in annotations]

@@ -34,7 +34,7 @@ def content_format(content: Any) -> str | None:
     return VIA if is_via or "_via_settings" in content else None
 
 
-def describe_content(content: Any) -> str | None:
+def describe_other_format(content: Any) -> str | None:
     """Return a message about a parsed json of another format, with the remedy; None where it may be COCO."""
     kind = content_format(content)
     if kind == LABELME:

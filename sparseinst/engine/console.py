@@ -12,6 +12,8 @@ from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
+# Exit code after Ctrl-C, as shells give it.
+EXIT_INTERRUPTED = 130
 # Starts of warnings of other packages that a user cannot act on.
 FOREIGN_WARNINGS = (
     "`torch.jit.",

@@ -63,7 +63,7 @@ class ImageMatches(NamedTuple):
 
 
 def match_masks(outcome: Outcome, min_score: float) -> list[ImageMatches]:
-    """Match the predictions of each image with its objects, whatever their classes.
+    """Match the predictions of each image with its objects, of any class.
 
     The best prediction comes first, and takes the free object with the highest IoU, of at least 0.5.
 

@@ -4,7 +4,7 @@ from sparseinst.data.coco_results import to_coco_results
 from sparseinst.data.images import ImageReadError, read_image
 from sparseinst.inference.predictor import Predictor
 from sparseinst.inference.video import VideoReader, VideoWriter
-from sparseinst.visualization import draw_beside, draw_iams, draw_instances, draw_video
+from sparseinst.visualization import draw_beside, draw_iams, draw_instances
 
 __all__ = [
     "ImageReadError",
@@ -14,7 +14,6 @@ __all__ = [
     "draw_beside",
     "draw_iams",
     "draw_instances",
-    "draw_video",
     "read_image",
     "to_coco_results",
 ]

@@ -76,7 +76,7 @@ def header(cfg: CfgNode, names: Sequence[str], classes: ClassInfo) -> dict:
     }
 
 
-def differences(found: dict, expected: dict) -> list[str]:
+def header_differences(found: dict, expected: dict) -> list[str]:
     """Return how the header of a file differs from the expected one, a text for each entry."""
     there, here = ({key: repr(value) for key, value in _entries(header)} for header in (found, expected))
     texts = []

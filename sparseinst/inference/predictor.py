@@ -131,7 +131,7 @@ class Predictor:
 
     @property
     def iam_normalization(self) -> str:
-        """The model's normalization of activation maps, "sigmoid" or "softmax"; "sigmoid" where it has none."""
+        """Return the model's normalization of activation maps: "sigmoid", also where it has none, or "softmax"."""
         return iam_normalization(self.model)
 
     def __call__(self, images: Iterable[str | os.PathLike | np.ndarray], channel_order: str = "BGR") -> list[Instances]:

@@ -27,7 +27,7 @@ class PredictStage:
     Makes the same lines as ``sparseinst predict``. This module does not import Ray.
 
     Args:
-        cfg: with MODEL.WEIGHTS, a path that each machine can read. Masks are encoded whatever MASK_FORMAT says.
+        cfg: with MODEL.WEIGHTS, a path that each machine can read. Masks are encoded with every MASK_FORMAT.
     """
 
     def __init__(self, cfg: CfgNode) -> None:

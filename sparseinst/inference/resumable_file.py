@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from sparseinst.checkpoint.atomic_write import append_whole, write_atomically
 from sparseinst.checkpoint.file_lock import try_lock
-from sparseinst.inference.prediction_lines import differences
+from sparseinst.inference.prediction_lines import header_differences
 
 _START = b'{"sparseinst": '
 
@@ -160,7 +160,7 @@ def _check_header(path: Path, line: bytes, header: dict) -> None:
     found = _parsed(line)
     if found is None or "sparseinst" not in found:
         raise ValueError(f"--output {path} was not written by `sparseinst predict`, and is left as it is. Give another")
-    texts = differences(found, header)
+    texts = header_differences(found, header)
     if texts:
         more = f", and {len(texts) - 2} more entries differ" if len(texts) > 2 else ""
         raise ValueError(

@@ -52,7 +52,7 @@ class DeformConv2d(nn.Module):
             parameter.requires_grad = conv.weight.requires_grad
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) to what the replaced convolution would return, norm included."""
+        """Map (B, C, h, w) to the result of the replaced convolution, norm included."""
         offsets = self.offset(features)
         output_type = offsets.dtype
         # The CPU's operator takes no 16-bit numbers, whose places on a map of 100 pixels would be 1/16 apart anyway.
@@ -93,5 +93,5 @@ def published_name(name: str) -> str:
 
 
 def own_name(name: str) -> str:
-    """The way back from :func:`published_name`."""
+    """Reverse :func:`published_name`."""
     return name.replace(".conv2_offset.", ".conv2.offset.")

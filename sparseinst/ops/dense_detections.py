@@ -12,12 +12,6 @@ def chosen(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return values.gather(1, indices.reshape(*indices.shape, *[1] * len(shape)).expand(-1, -1, *shape))
 
 
-def pairwise_intersections(masks: torch.Tensor) -> torch.Tensor:
-    """Return the number of pixels (B, n, n) that each two masks (B, n, Hm, Wm) bool of an image share."""
-    flat = masks.float().flatten(2)
-    return flat @ flat.transpose(1, 2)
-
-
 def dense_output(
     scores: torch.Tensor,
     classes: torch.Tensor,

@@ -51,14 +51,31 @@ def mask_nms(masks: torch.Tensor, classes: torch.Tensor, iou_threshold: float) -
 
 def greedy_nms(classes: torch.Tensor, intersections: torch.Tensor, iou_threshold: float) -> torch.Tensor:
     """Do `mask_nms` from the intersections (n, n) that `mask_intersections` returns."""
-    areas = intersections.diagonal()
-    union = areas[:, None] + areas[None, :] - intersections
-    suppresses = ((intersections > iou_threshold * union) & (classes[:, None] == classes[None, :])).tolist()
+    if len(classes) == 0:
+        return torch.zeros(0, dtype=torch.int64, device=classes.device)
+    suppresses = same_objects(classes, intersections, iou_threshold).tolist()
     kept: list[int] = []
     for index in range(len(classes)):
         if not any(suppresses[better][index] for better in kept):
             kept.append(index)
     return torch.tensor(kept, dtype=torch.int64, device=classes.device)
+
+
+def same_objects(classes: torch.Tensor, intersections: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Return whether each two masks have one class and an IoU above the threshold.
+
+    Args:
+        classes: (..., n).
+        intersections: (..., n, n), see `mask_intersections`; n is at least 1.
+        iou_threshold: in (0, 1].
+
+    Returns:
+        (..., n, n) bool.
+    """
+    # A mask shares most pixels with itself; OpenVINO converts no `diagonal`.
+    areas = intersections.amax(-1)
+    union = areas[..., :, None] + areas[..., None, :] - intersections
+    return (intersections > iou_threshold * union) & (classes[..., :, None] == classes[..., None, :])
 
 
 def matrix_nms(
@@ -82,7 +99,7 @@ def matrix_nms(
     """
     if scores.shape[-1] == 0:
         return scores
-    # A mask shares most pixels with itself; OpenVINO converts no `diagonal`.
+    # As in `same_objects`.
     areas = intersections.amax(-1)
     # Of two empty masks it is 0 / 1.
     unions = (areas[..., :, None] + areas[..., None, :] - intersections).clamp(min=1)
@@ -97,10 +114,17 @@ def matrix_nms(
     return scores * decay.amin(-2)
 
 
-def mask_intersections(masks: torch.Tensor) -> torch.Tensor:
-    """Return the number of pixels that each two masks share.
+def pairwise_intersections(masks: torch.Tensor) -> torch.Tensor:
+    """Return the number of pixels (..., n, n) that each two masks (..., n, Hm, Wm) bool share, as float32."""
+    flat = masks.flatten(-2).float()
+    return flat @ flat.transpose(-2, -1)
 
-    On the CPU it is summed tile by tile over the masks that have pixels there, because most masks are small.
+
+def mask_intersections(masks: torch.Tensor) -> torch.Tensor:
+    """Do what `pairwise_intersections` does, for the masks of one image.
+
+    On the CPU sum tile by tile over the masks that have pixels there, because most masks are small. Exports cannot: the
+    shapes depend on the masks.
 
     Args:
         masks: (n, Hm, Wm) bool.
@@ -109,15 +133,13 @@ def mask_intersections(masks: torch.Tensor) -> torch.Tensor:
         (n, n) float32 whole numbers, exact below 2 ** 24; the areas are on the diagonal.
     """
     if masks.device.type != "cpu" or len(masks) < TILED_FROM:
-        flat = masks.flatten(1).float()
-        return flat @ flat.T
+        return pairwise_intersections(masks)
     result = torch.zeros(len(masks), len(masks))
     for rows in masks.split(TILE, dim=1):
         for tile in rows.split(TILE, dim=2):
             used = tile.flatten(1).any(1).nonzero().squeeze(1)
             if len(used):
-                flat = tile[used].flatten(1).float()
-                result[used[:, None], used] += flat @ flat.T
+                result[used[:, None], used] += pairwise_intersections(tile[used])
     return result
 
 

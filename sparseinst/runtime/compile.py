@@ -3,16 +3,16 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
+
+from sparseinst.modeling.meta_arch import Network
 
 logger = logging.getLogger(__name__)
 
 # The flag of oneDNN belongs to the process.
 _ONEDNN_LOCK = threading.Lock()
-
-Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 def compiled(network: Network) -> Network:

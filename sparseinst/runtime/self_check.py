@@ -43,7 +43,7 @@ def check_shapes(
     return [(number, *side) for number, side in zip(batches, sizes)]
 
 
-def differences(
+def output_differences(
     network: ExportableNetwork, exported: Network, shapes: Sequence[tuple[int, int, int]]
 ) -> dict[str, float]:
     """Return the largest difference of each output, over the largest value of that output in eager float32.
@@ -85,7 +85,7 @@ def end_to_end_differences(
     Detections of almost equal scores may change places, so classes and masks are compared where the order is certain.
 
     Args:
-        network, exported, shapes: as in `differences`.
+        network, exported, shapes: as in `output_differences`.
 
     Returns:
         Of the worst image ``scores``: largest difference; ``classes``: share of other classes; ``masks``: share of the

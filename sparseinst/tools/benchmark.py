@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from torch import nn
 
+# Options that --suite does not have, by attribute.
+NOT_OF_SUITES = {
+    "compare": "--compare",
+    "detections": "--detections",
+    "batch_sizes": "--batch-sizes",
+    "area": "--area",
+    "stock": "--stock",
+    "imports": "--import",
+}
 # The named settings of --compare: KEY VALUE pairs below RUNTIME.
 NAMED_SETTINGS = {
     "configured": "",
@@ -52,8 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--suite",
         # The names in sparseinst.benchmarks.suites, which imports PyTorch.
         choices=["realtime"],
-        help="in place of --config-file, time models of every family and Detectron2's Mask R-CNN, at their own and at "
-        "one common size, with 50 and 100 objects",
+        help="time models of every family and Detectron2's Mask R-CNN in turn, at their own and at one common size, "
+        "with 50 and 100 objects; --config-file adds configs, also of Detectron2's model zoo",
     )
     add("--plot", type=Path, metavar="PNG", help="with --suite: plot published AP against the measured time")
     add("--input", nargs="+", metavar="IMAGE", default=[], help="image files (default: a random image)")
@@ -94,7 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 2 where the arguments or the config are wrong."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    # Attributes that exist get no defaults.
+    explicit = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(NOT_OF_SUITES)))
+    args.refused = [flag for name, flag in NOT_OF_SUITES.items() if getattr(explicit, name) is not None]
     prepare_console()
     from sparseinst.benchmarks.settings import run_command
 
@@ -124,11 +137,16 @@ def run(args: argparse.Namespace) -> dict:
     check_least(
         {flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0), "--busy": (args.busy, 0)}
     )
-    if bool(args.suite) == bool(args.config_file):
-        raise ValueError("Give either --config-file or --suite")
     if args.suite:
+        refused = args.refused + ["a second --input"] * (len(args.input) > 1)
+        if refused:
+            raise ValueError(f"--suite has its own settings and one image; leave out {', '.join(refused)}")
         with busy_processes(args.busy):
             return run_named_suite(args)
+    if not args.config_file:
+        raise ValueError("Give --config-file or --suite")
+    if args.plot is not None:
+        raise ValueError("--plot needs --suite")
     if args.area <= 0:
         raise ValueError(f"--area is {args.area}; it must be above 0")
     cfgs = {
@@ -189,32 +207,39 @@ def run_named_suite(args: argparse.Namespace) -> dict:
     import numpy as np
 
     from sparseinst.benchmarks.settings import machine
-    from sparseinst.benchmarks.suites import COMMON_SIDE, SUITES, run_suite, suite_config, suite_table
+    from sparseinst.benchmarks.suites import COMMON_SIDE, SUITES, SuiteModel, run_suite, suite_config, suite_table
     from sparseinst.checkpoint.atomic_write import write_atomically
     from sparseinst.data.images import read_image
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
     from sparseinst.visualization.plots import draw_speed
 
-    models = SUITES[args.suite]
-    cfg = suite_config(models[0].config, args.opts, False, 100)
+    models = {each.config: each for each in SUITES[args.suite]}
+    models |= {name: SuiteModel(name) for name in args.config_file if name not in models}
+    cfg = suite_config(next(iter(models)), args.opts, False)
+    # All on one device, with one line in the log where there is no CUDA.
+    opts = [*args.opts, "MODEL.DEVICE", cfg.MODEL.DEVICE]
     keep_freed_memory_for_inference(cfg)
     random_image = np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)
     image = read_image(args.input[0], "RGB", cfg.INPUT.MAX_IMAGE_PIXELS) if args.input else random_image
-    rows = run_suite(models, image, args.opts, repetitions=args.repetitions, warmup=args.warmup)
+    height, width = image.shape[:2]
+    rows = run_suite(list(models.values()), image, opts, repetitions=args.repetitions, warmup=args.warmup)
     found = {
         "suite": args.suite,
         "busy": args.busy,
         "machine": machine(cfg),
-        "precision": cfg.RUNTIME.PRECISION,
+        "image_size": [height, width],
+        "common_side": COMMON_SIDE,
+        "repetitions": args.repetitions,
+        "warmup": args.warmup,
         "rows": rows,
     }
-    height, width = image.shape[:2]
     print(
-        f"{found['machine']}, {found['precision']}, image of {height}x{width}, batch of 1, median ms of "
-        f"{args.repetitions} repetitions; the common size has a short side of {COMMON_SIDE}\n{suite_table(rows)}"
+        f"{found['machine']}, {cfg.RUNTIME.PRECISION} (Detectron2's models: float32, eager), image of "
+        f"{height}x{width}, batch of 1, common size with a short side of {COMMON_SIDE}, median ms of "
+        f"{args.repetitions} repetitions for 50, 100 objects; AP as published, * test-dev\n\n{suite_table(rows)}"
     )
     if args.plot is not None:
-        png = draw_speed(rows, f"{found['machine']}, {found['precision']}")
+        png = draw_speed(rows, f"{found['machine']}, {cfg.RUNTIME.PRECISION}")
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.plot, lambda file: file.write(png))
     return found
@@ -252,8 +277,8 @@ def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, tuple[nn
             continue
         # Keys outside RUNTIME change the model itself.
         is_other = any(not key.startswith(f"{RUNTIME}.") for key in keys)
-        plain = build_model(own_cfg).eval() if is_other else model
-        models[name] = optimize_as_configured(own_cfg, plain), own_cfg
+        own_model = build_model(own_cfg).eval() if is_other else model
+        models[name] = optimize_as_configured(own_cfg, own_model), own_cfg
     return models
 
 

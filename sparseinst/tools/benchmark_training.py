@@ -34,7 +34,6 @@ NAMED_SETTINGS = {
     "bfloat16": "AMP.ENABLED True AMP.DTYPE bfloat16",
     "float16": "AMP.ENABLED True AMP.DTYPE float16",
 }
-PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--instances", type=int, default=7, metavar="N", help="ellipses in each image (default 7)")
     add("--batch-size", type=int, metavar="N", help="images in a step (default SOLVER.IMS_PER_BATCH)")
-    add("--precision", choices=PRECISIONS, help="default: that of SOLVER.AMP")
+    add("--precision", choices=["float32", "bfloat16", "float16"], help="default: that of SOLVER.AMP")
     add("--device", help="default MODEL.DEVICE, or the CPU where CUDA is missing")
     add("--no-memory", action="store_true", help="do not measure memory, which needs a process for each setting")
     add_common_arguments(parser, NAMED_SETTINGS, "SOLVER", repetitions=5, warmup=1)

@@ -19,6 +19,7 @@ from sparseinst import config
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.data.images import DataError
+from sparseinst.engine.console import EXIT_INTERRUPTED
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.inference import ImageReadError, Predictor, VideoReader, VideoWriter
 from sparseinst.inference.output_files import (
@@ -46,7 +47,6 @@ from sparseinst.ops.mask_output import MaskMemoryError
 from sparseinst.runtime.exported_model import config_of_run
 from sparseinst.visualization import VideoDrawer, draw_beside, draw_iams, draw_instances
 
-EXIT_INTERRUPTED = 130
 NO_WINDOW = (
     "A window cannot be opened: either this OpenCV is built without windows (install opencv-python in place of "
     "opencv-python-headless, the extra 'gui'), or the machine has no display"

@@ -46,8 +46,8 @@ from sparseinst.runtime.self_check import (
     SelfCheckError,
     check_differences,
     check_shapes,
-    differences,
     end_to_end_differences,
+    output_differences,
 )
 from sparseinst.tools.export import DYNAMIC
 
@@ -327,7 +327,7 @@ def _check_outputs(
     network: ExportableNetwork, exported: Network, shapes: list[tuple[int, int, int]], precision: str
 ) -> dict[str, float]:
     """Compare and print, raise SelfCheckError above the precision's bound, and return the figures with the bound."""
-    compare = end_to_end_differences if network.max_detections else differences
+    compare = end_to_end_differences if network.max_detections else output_differences
     worst, bound = compare(network, exported, shapes), BOUNDS[precision]
     shown = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
     allowed = "their AP decides" if bound is None else f"at most {bound:g}"

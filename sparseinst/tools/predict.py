@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import EXIT_INTERRUPTED, prepare_console
 
-EXIT_INTERRUPTED = 130
 # Earlier versions drew under this name.
 FLAGS_OF_DEMO = ("--video-input", "--webcam", "--json", "--ground-truth", "--show-iams", "--mask-nms")
 

@@ -8,14 +8,13 @@ from sparseinst.visualization.instances import (
     heat_maps,
     iam_normalization,
 )
-from sparseinst.visualization.video import VideoDrawer, draw_video
+from sparseinst.visualization.video import VideoDrawer
 
 __all__ = [
     "VideoDrawer",
     "draw_beside",
     "draw_iams",
     "draw_instances",
-    "draw_video",
     "ground_truth_instances",
     "heat_maps",
     "iam_normalization",

@@ -13,7 +13,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-# More curves of classes cannot be told from one another.
+# More curves of classes look too much the same.
 _MAX_NAMED_CURVES = 10
 # Counts are written into the cells of matrices up to this size.
 _MAX_COUNTED = 25
@@ -91,7 +91,7 @@ def draw_speed(rows: Sequence[Mapping], machine: str) -> bytes:
     """Plot published AP against the measured time of an image, end to end with 50 objects.
 
     Args:
-        rows: with ``config``, ``published_ap``, ``split`` and ``ms``, see `sparseinst.benchmarks.suites.run_suite`.
+        rows: of `sparseinst.benchmarks.suites.run_suite`; those without a published AP are not shown.
         machine: where the times were measured.
 
     Returns:
@@ -100,12 +100,13 @@ def draw_speed(rows: Sequence[Mapping], machine: str) -> bytes:
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots()
     sizes = list(rows[0]["ms"])
-    families = sorted({_family(row["config"]) for row in rows})
+    rows = [row for row in rows if row["published_ap"] is not None]
+    families = sorted({row["family"] for row in rows})
     # Names of neighbors in AP stand on different sides of their marks.
     places = itertools.cycle(((6, 6, "left"), (-6, 6, "right"), (6, -13, "left")))
     for row, (x, y, side) in zip(sorted(rows, key=lambda row: -row["published_ap"]), places):
-        color = f"C{families.index(_family(row['config']))}"
-        times = [row["ms"][size]["50"]["end to end"] for size in sizes]
+        color = f"C{families.index(row['family'])}"
+        times = [row["ms"][size]["50"]["end to end"]["median_ms"] for size in sizes]
         for time, fill in zip(times, (color, "none")):
             axes.scatter(time, row["published_ap"], s=70, facecolor=fill, edgecolor=color, zorder=3)
         axes.plot(times, [row["published_ap"]] * len(times), color=color, alpha=0.3)
@@ -122,11 +123,6 @@ def draw_speed(rows: Sequence[Mapping], machine: str) -> bytes:
     axes.margins(x=0.12)
     axes.grid(alpha=0.3, which="both")
     return _png(figure)
-
-
-def _family(config: str) -> str:
-    """Return the folder of a config, or the beginning of its name."""
-    return config.partition("/")[0] if "/" in config else config.partition("_r50")[0].partition("_pvt")[0]
 
 
 def draw_precision_recall(

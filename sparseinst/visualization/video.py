@@ -1,7 +1,5 @@
 """Draw predictions on the frames of a video; an object keeps its color from frame to frame."""
 
-from collections.abc import Iterable, Iterator
-
 import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
@@ -103,15 +101,3 @@ class VideoDrawer:
             alpha=_ALPHA,
         )
         return drawn
-
-
-def draw_video(frames: Iterable[tuple[np.ndarray, Instances]], metadata: Metadata) -> Iterator[np.ndarray]:
-    """Yield the frames of one video with masks, names and scores; an object keeps its color from frame to frame.
-
-    Args:
-        frames: each frame, (height, width, 3) uint8 in RGB, with its instances on the CPU.
-        metadata: holds ``thing_classes``.
-    """
-    drawer = VideoDrawer(metadata)
-    for frame, instances in frames:
-        yield drawer.draw(frame, instances)

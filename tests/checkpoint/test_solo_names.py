@@ -9,7 +9,13 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from sparseinst.checkpoint import SparseInstCheckpointer, checkpointer_from_config, convert, describe_names, measure
+from sparseinst.checkpoint import (
+    SparseInstCheckpointer,
+    checkpointer_from_config,
+    convert,
+    describe_names,
+    measure_coverage,
+)
 from sparseinst.checkpoint import checkpointer as checkpointer_module
 from sparseinst.checkpoint.entries import RAW, Weights
 from sparseinst.checkpoint.files import WeightsFile
@@ -107,7 +113,7 @@ def assert_exact(state, config):
     """Nothing missing, nothing left over. Returns what was converted."""
     target = model(config).state_dict()
     converted = convert(state, target)
-    coverage = measure("file.pth", converted, target)
+    coverage = measure_coverage("file.pth", converted, target)
     assert (coverage.missing, coverage.left_over, coverage.classifier) == ([], [], [])
     assert all(converted.tensors[name] is state[converted.origins[name]] for name in target)
     return converted
@@ -165,7 +171,7 @@ def test_another_model_takes_the_backbone_alone():
     sparse_inst = build_model(load_config("sparse_inst_r50_giam", ["MODEL.DEVICE", "meta"]))
     for stem in ("solo_r50", "adelaidet_solov2_r50"):
         target = sparse_inst.state_dict()
-        coverage = measure("file.pth", convert(read(stem), target), target)
+        coverage = measure_coverage("file.pth", convert(read(stem), target), target)
         assert coverage.backbone_share == 1 and coverage.left_over
         assert all(not name.startswith("backbone.") for name in coverage.missing)
 
@@ -258,9 +264,9 @@ def test_imagenet_weights_fill_the_backbone(stem):
         for name, value in target.items()
         if "bottom_up" in name and "offset" not in name
     }
-    assert measure("file.pth", convert(inner, target), target).backbone_share == 1
+    assert measure_coverage("file.pth", convert(inner, target), target).backbone_share == 1
     del inner["stem.conv1.weight"]
-    assert measure("file.pth", convert(inner, target), target).backbone_share < 1
+    assert measure_coverage("file.pth", convert(inner, target), target).backbone_share < 1
 
 
 def test_values_arrive(tmp_path):
@@ -278,4 +284,4 @@ def test_values_arrive(tmp_path):
 
 def test_a_backbone_is_not_taken_for_a_model():
     target = BackboneOnly(model("solo/solo_r50_3x").backbone).state_dict()
-    assert measure("file.pth", convert(read("solo_r50"), target), target).backbone_share == 1
+    assert measure_coverage("file.pth", convert(read("solo_r50"), target), target).backbone_share == 1

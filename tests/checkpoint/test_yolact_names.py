@@ -8,7 +8,13 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from sparseinst.checkpoint import SparseInstCheckpointer, checkpointer_from_config, convert, describe_names, measure
+from sparseinst.checkpoint import (
+    SparseInstCheckpointer,
+    checkpointer_from_config,
+    convert,
+    describe_names,
+    measure_coverage,
+)
 from sparseinst.checkpoint.published import CHECKPOINTS, terms_of_use
 from sparseinst.config import load_config
 from tests.modeling.yolact.tiny_yolact import tiny_yolact
@@ -52,7 +58,7 @@ def test_official_files_fit_exactly(stem):
         "fpn.downsample_layers.3.bias": torch.zeros(1),
     }
     converted = convert(state, target)
-    coverage = measure("file.pth", converted, target)
+    coverage = measure_coverage("file.pth", converted, target)
     assert (coverage.missing, coverage.left_over, coverage.classifier, coverage.mismatched) == ([], [], [], [])
     assert describe_names(state).startswith("YOLACT of the official code")
     # Each file tensor goes to one place, and only the biases of deformable convolutions are folded.
@@ -140,7 +146,7 @@ def test_a_folded_bias_changes_no_number():
 
 def test_another_model_takes_the_backbone_alone():
     target = build_model(load_config("sparse_inst_r50_giam", ["MODEL.DEVICE", "meta"])).state_dict()
-    coverage = measure("file.pth", convert(read("yolact_r50"), target), target)
+    coverage = measure_coverage("file.pth", convert(read("yolact_r50"), target), target)
     assert coverage.backbone_share == 1 and coverage.left_over
 
 
@@ -190,7 +196,7 @@ def test_weights_of_another_setting_are_told(tmp_path, caplog):
     network = model("yolact_darknet53")
     checkpointer = checkpointer_from_config(cfg, network)
     converted = convert(read("yolact_darknet53"), network.state_dict())
-    checkpointer.coverage = measure("file.pth", converted, network.state_dict())
+    checkpointer.coverage = measure_coverage("file.pth", converted, network.state_dict())
     for mean, is_told in ((0.0, False), (120.0, True)):
         network.pixel_mean = torch.full((3, 1, 1), mean)
         with caplog.at_level(logging.WARNING):

@@ -1,5 +1,6 @@
 """The config and the checkpoint of a run before keys were renamed: load, evaluate, resume."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from sparseinst.config import load_config
 from sparseinst.data.coco_json import register_user_datasets
 from sparseinst.engine.trainer import Trainer
+from sparseinst.tools import train_net
+from tests.loggers import loggers_restored
 from tests.shapes_data import write_shapes
 
 OLD_RUN = Path(__file__).resolve().parents[1] / "old_run"
@@ -71,3 +74,13 @@ def test_it_is_resumed_and_evaluated(opts, tmp_path):
         )  # fmt: skip
     assert "segm" in trainer.train()
     assert trainer.steps_done == 5
+
+
+def test_train_net_evaluates_it(opts, tmp_path):
+    pytest.importorskip("timm", reason="the package timm is not installed (pip install 'sparseinst[timm]')")
+    data = ["--test-json", opts[1], "--test-images", opts[3]]
+    weights = ["MODEL.WEIGHTS", str(OLD_RUN / "model_final.pth"), "OUTPUT_DIR", str(tmp_path)]
+    arguments = ["--config-file", str(OLD_RUN / "config.yaml"), *data, "--eval-only", *weights]
+    with loggers_restored():
+        results = train_net.main(train_net.build_parser().parse_args(arguments))
+    assert json.loads((tmp_path / "results.json").read_text())["results"].keys() == results.keys() >= {"segm"}

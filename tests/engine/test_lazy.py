@@ -87,7 +87,11 @@ def test_gradients_are_clipped(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("lazy_name", "yaml_name"),
-    [(PUBLISHED, "sparse_inst_r50_giam"), ("lazy/solov2_light_448_r50.py", "solov2/solov2_light_448_r50_3x")],
+    [
+        (PUBLISHED, "sparse_inst_r50_giam"),
+        ("lazy/solov2_light_448_r50.py", "solov2/solov2_light_448_r50_3x"),
+        ("lazy/yolact_resnet50.py", "yolact/yolact_resnet50"),
+    ],
 )
 def test_the_recipe_is_that_of_the_yaml(lazy_name, yaml_name):
     lazy, cfg = LazyConfig.load(get_config_file(lazy_name)), load_config(yaml_name)
@@ -99,10 +103,15 @@ def test_the_recipe_is_that_of_the_yaml(lazy_name, yaml_name):
     assert (lazy.train.max_iter, lazy.train.clip_total_norm) == (solver.MAX_ITER, solver.CLIP_TOTAL_NORM)
     assert lazy.dataloader.train.total_batch_size == solver.IMS_PER_BATCH
     assert (lazy.train.eval_period, lazy.train.init_checkpoint) == (cfg.TEST.EVAL_PERIOD, cfg.MODEL.WEIGHTS)
-    resizes = [lazy.dataloader.train.mapper.augmentations[1], test.mapper.augmentations[0]]
-    assert tuple(resizes[0].short_edge_length) == tuple(cfg.INPUT.MIN_SIZE_TRAIN)
-    assert resizes[1].short_edge_length == cfg.INPUT.MIN_SIZE_TEST
-    assert [resize.max_size for resize in resizes] == [cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST]
+    augmentations = lazy.dataloader.train.mapper.augmentations
+    if cfg.INPUT.SQUARE_SIZE:
+        assert augmentations[-1].shape == [cfg.INPUT.SQUARE_SIZE] * 2 and not test.mapper.augmentations
+        assert lazy.model.side == cfg.INPUT.SQUARE_SIZE and list(lazy.model.pixel_mean) == cfg.MODEL.PIXEL_MEAN
+    else:
+        resizes = [augmentations[1], test.mapper.augmentations[0]]
+        assert tuple(resizes[0].short_edge_length) == tuple(cfg.INPUT.MIN_SIZE_TRAIN)
+        assert resizes[1].short_edge_length == cfg.INPUT.MIN_SIZE_TEST
+        assert [resize.max_size for resize in resizes] == [cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST]
     multiplier = instantiate(lazy.lr_multiplier)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     published = build_lr_scheduler(cfg, optimizer)

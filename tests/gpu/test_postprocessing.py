@@ -7,7 +7,7 @@ from pycocotools import mask as mask_api
 
 from sparseinst.modeling.sparse_inst.postprocessing import detect
 from sparseinst.ops import mask_resize
-from tests.faults.test_large_pictures import crowded_outputs
+from tests.faults.test_large_images import crowded_outputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 from sparseinst.data.coco_json import ClassInfo
-from sparseinst.inference.prediction_lines import differences, error_line, header, list_images, prediction_line
+from sparseinst.inference.prediction_lines import error_line, header, header_differences, list_images, prediction_line
 from sparseinst.structures.rle_masks import RLEMasks
 from tests.red_segmenter import red_segmenter_config
 
@@ -61,7 +61,7 @@ def test_the_header_identifies_images_weights_classes_and_config(cfg):
     def changed(*opts, names=("a", "b"), classes=CLASSES):
         other = cfg.clone()
         other.merge_from_list(list(opts))
-        return [text.split(" ")[0] for text in differences(expected, header(other, names, classes))]
+        return [text.split(" ")[0] for text in header_differences(expected, header(other, names, classes))]
 
     assert changed() == []
     assert changed(names=["a", "c"]) == ["images.sha256"]
@@ -77,7 +77,7 @@ def test_long_values_are_compared_to_their_end(cfg):
     """The header of COCO's 80 categories starts alike in both runs."""
     names = [f"class {index}" for index in range(80)]
     headers = [header(cfg, ["a"], ClassInfo([*names[:-1], last], list(range(80)))) for last in ("cat", "dog")]
-    (text,) = differences(*headers)
+    (text,) = header_differences(*headers)
     assert text.startswith("categories is ") and "'cat'" in text and "'dog'" in text and len(text) < 200
 
 
@@ -85,9 +85,11 @@ def test_weights_are_known_by_their_content(cfg, tmp_path):
     expected = header(cfg, ["a"], CLASSES)
     (tmp_path / "moved.pth").write_bytes(b"abc")
     cfg.MODEL.WEIGHTS = str(tmp_path / "moved.pth")
-    assert not differences(expected, header(cfg, ["a"], CLASSES))
+    assert not header_differences(expected, header(cfg, ["a"], CLASSES))
     (tmp_path / "moved.pth").write_bytes(b"abd")
-    assert [text.split(" ")[0] for text in differences(expected, header(cfg, ["a"], CLASSES))] == ["weights.sha256"]
+    assert [text.split(" ")[0] for text in header_differences(expected, header(cfg, ["a"], CLASSES))] == [
+        "weights.sha256"
+    ]
     cfg.MODEL.WEIGHTS = ""
     with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
         header(cfg, ["a"], CLASSES)

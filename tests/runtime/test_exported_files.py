@@ -24,8 +24,8 @@ from sparseinst.runtime.self_check import (
     SelfCheckError,
     check_differences,
     check_shapes,
-    differences,
     end_to_end_differences,
+    output_differences,
 )
 from tests.tiny_model import NUM_CLASSES, random_input, tiny_cfg, tiny_model
 
@@ -98,9 +98,11 @@ def test_shapes_of_the_check_are_new_to_the_network():
 def test_differences_are_found(wrong, message):
     network = ExportableNetwork(tiny_model().requires_grad_(False))
     shapes = check_shapes(32, None, None, (64, 64))[:2]
-    assert max(differences(network, network, shapes).values()) == 0
+    assert max(output_differences(network, network, shapes).values()) == 0
     with pytest.raises(SelfCheckError, match=message):
-        found = differences(network, lambda x: {name: wrong(name, value) for name, value in network(x).items()}, shapes)
+        found = output_differences(
+            network, lambda x: {name: wrong(name, value) for name, value in network(x).items()}, shapes
+        )
         check_differences(found, 1e-4)
 
 

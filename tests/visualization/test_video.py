@@ -5,7 +5,7 @@ from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_api
 
 from sparseinst.structures.rle_masks import RLEMasks
-from sparseinst.visualization import VideoDrawer, draw_video
+from sparseinst.visualization import VideoDrawer
 from sparseinst.visualization.video import REMEMBERED_FRAMES, ObjectTracker
 
 METADATA = Metadata(name="video_test", thing_classes=["bar", "disc"])
@@ -75,7 +75,11 @@ def test_an_object_keeps_its_colour_and_the_frame_its_size():
             # The second frame misses the object.
             yield np.full((97, 131, 3), 128, np.uint8), instances[:0] if index == 1 else instances
 
-    pictures = list(draw_video(predictions(), METADATA))
+    def drawn(frames):
+        drawer = VideoDrawer(METADATA)
+        return [drawer.draw(frame, instances) for frame, instances in frames]
+
+    pictures = drawn(predictions())
     assert [picture.shape for picture in pictures] == [(97, 131, 3)] * 4
     assert (pictures[1] == 128).all()
     colours = [pictures[index][55, 30].astype(int) for index in (0, 2, 3)]
@@ -88,7 +92,7 @@ def test_an_object_keeps_its_colour_and_the_frame_its_size():
             fields = {**instances.get_fields(), "pred_masks": RLEMasks(rles, (97, 131))}
             yield frame, Instances((97, 131), **fields)
 
-    of_encoded = list(draw_video(encoded(), METADATA))
+    of_encoded = drawn(encoded())
     assert all(np.array_equal(*both) for both in zip(pictures, of_encoded))
 
 

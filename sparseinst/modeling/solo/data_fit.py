@@ -129,7 +129,7 @@ def propose_ranges(images: Sequence[ImageObjects], strides: Sequence[int]) -> li
 
 
 def propose_grid(images: Sequence[ImageObjects], stride: int, scale_range: Sequence[float], sigma: float) -> int:
-    """Return a grid whose cells are small beside the objects, and in which few objects of the level are lost.
+    """Return a grid whose cells are small compared with the objects, and in which few objects of the level are lost.
 
     Args:
         images: at the training's size.

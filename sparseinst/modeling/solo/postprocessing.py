@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from sparseinst.modeling.solo.dynamic_head import SOLOv2Head
 from sparseinst.modeling.solo.heads import GridHead
-from sparseinst.ops.dense_detections import chosen, dense_output, pairwise_intersections
+from sparseinst.ops.dense_detections import chosen, dense_output
 from sparseinst.ops.mask_output import output_masks
-from sparseinst.ops.masks import areas_and_sums, greedy_nms, mask_intersections, matrix_nms
+from sparseinst.ops.masks import areas_and_sums, greedy_nms, mask_intersections, matrix_nms, pairwise_intersections
 from sparseinst.structures.detections import Detections
 
 # Float pixels of soft masks that exist at once before NMS.
@@ -101,7 +101,7 @@ def detect(
 ) -> Detections:
     """Select candidates, rescore them by their masks, apply NMS and resize (SOLOv2, section 3.3).
 
-    Soft masks are computed in blocks of cells, each cell once whatever its number of classes, so that the memory does
+    Soft masks are computed in blocks of cells, each cell once for any number of classes, so that the memory does
     not depend on the number of candidates.
 
     Args:

@@ -27,7 +27,7 @@ from sparseinst.structures.gt_masks import padded_masks
 from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.structures.targets import InstanceTargets
 
-# Published checkpoints were trained on input padded to a multiple of this, whatever the backbone.
+# Published checkpoints were trained on input padded to a multiple of this, with every backbone.
 SIZE_DIVISIBILITY = 32
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from sparseinst.ops.dense_detections import chosen, dense_output, pairwise_intersections
+from sparseinst.ops.dense_detections import chosen, dense_output
 from sparseinst.ops.mask_output import output_masks
-from sparseinst.ops.masks import mask_nms, maskness
+from sparseinst.ops.masks import mask_nms, maskness, pairwise_intersections, same_objects
 from sparseinst.structures.detections import Detections
 
 
@@ -116,12 +116,9 @@ def dense_detections(
     # ONNX has topk, and no stable sort: only equal scores may change places.
     scores, order = torch.where(is_kept, rescored, 0.0).topk(scores.shape[1])
     if mask_nms_threshold > 0:
-        masks = chosen(mask_probs, order) > mask_threshold
-        intersections, areas = pairwise_intersections(masks), masks.flatten(2).sum(2)
-        overlaps = intersections > mask_nms_threshold * (areas[:, :, None] + areas[:, None, :] - intersections)
-        chosen_classes = classes.gather(1, order)
-        overlaps = overlaps & (chosen_classes[:, :, None] == chosen_classes[:, None, :])
-        # What the best remaining masks suppress, one mask after the other.
+        intersections = pairwise_intersections(chosen(mask_probs, order) > mask_threshold)
+        overlaps = same_objects(classes.gather(1, order), intersections, mask_nms_threshold)
+        # `greedy_nms` with fixed shapes: what the best remaining masks suppress, one mask after the other.
         remains = torch.ones_like(overlaps[:, 0])
         for index in range(scores.shape[1] - 1):
             suppressed = overlaps[:, index, index + 1 :] & remains[:, index : index + 1]

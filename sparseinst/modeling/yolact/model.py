@@ -176,10 +176,10 @@ class YOLACT(InstanceSegmenter):
         return self
 
     def _batch_norms(self) -> Iterator[nn.Module]:
-        return (module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+        return (module for module in self.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm))
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Resize the images to the square in float32, whatever their shape, and normalize them.
+        """Resize the images to the square in float32, without regard to their shape, and normalize them.
 
         The list keeps the sizes of the images before the resize.
         """

@@ -98,6 +98,17 @@ def test_targets_follow_the_image():
     assert targets[0].sem_seg.flatten(1).sum(1).tolist() == [4 * 3, 0, 2 * 2]
 
 
+def test_semantic_targets_are_resized_as_published():
+    model = tiny_yolact().train()
+    # A cross that covers 28 of a cell's 64 pixels, and its center: bilinear resizing keeps it, an average does not.
+    masks = torch.zeros(1, 64, 64)
+    masks[0, 19:21, 16:24] = masks[0, 16:24, 19:21] = 1
+    instances = Instances((64, 64), gt_classes=torch.tensor([1]), gt_masks=masks)
+    inputs = [{"image": torch.zeros(3, 64, 64), "instances": instances}]
+    (target,) = model.prepare_targets(inputs, model.preprocess(inputs))
+    assert target.sem_seg.nonzero().tolist() == [[1, 2, 2]]
+
+
 def test_thin_objects_and_crowds():
     model = tiny_yolact()
     masks = torch.zeros(2, SIDE, SIDE, dtype=torch.bool)
