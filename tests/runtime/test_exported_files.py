@@ -27,6 +27,8 @@ from sparseinst.runtime.self_check import (
     differences,
     end_to_end_differences,
 )
+from tests.modeling.solo.tiny_solo import tiny_solo_cfg
+from tests.modeling.yolact.tiny_yolact import tiny_yolact_cfg
 from tests.tiny_model import NUM_CLASSES, random_input, tiny_cfg, tiny_model
 
 METADATA = ExportMetadata(
@@ -232,6 +234,50 @@ def test_a_config_of_another_model_is_refused(tmp_path, key, value, message):
     (tmp_path / "config.yaml").write_text(tiny_cfg().dump())
     with pytest.raises(ValueError, match=message):
         load_exported(load_config(str(tmp_path / "config.yaml"), ["MODEL.WEIGHTS", str(path), key, str(value)]))
+
+
+def exported_yolact(path, **changes):
+    """A file whose config and metadata are the tiny YOLACT's."""
+    cfg = tiny_yolact_cfg()
+    square = dict(meta_architecture="YOLACT", config=cfg.dump(), size_divisibility=0, size=[64, 64])
+    means = dict(pixel_mean=list(cfg.MODEL.PIXEL_MEAN), pixel_std=list(cfg.MODEL.PIXEL_STD))
+    return onnx_file(path, channel_order=cfg.INPUT.FORMAT, **square, **means, **changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.YOLACT.ANCHOR_SIZES", [24, 16, 24, 32, 48], r"ANCHOR_SIZES is \[24, 16, .* exported with \[8, 16, "),
+        ("MODEL.YOLACT.ANCHOR_RATIOS", [1.0, 0.4, 2.5], "ANCHOR_RATIOS is .1.0, 0.4"),
+        ("MODEL.YOLACT.SQUARE_ANCHORS", True, "SQUARE_ANCHORS is True, .* exported with False: leave that key"),
+        ("INPUT.SQUARE_SIZE", 128, "INPUT.SQUARE_SIZE is 128, .* exported with 64"),
+    ],
+)
+def test_another_geometry_is_refused(tmp_path, key, value, message):
+    """The boxes would be wrong, or the advice."""
+    path = exported_yolact(tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=message):
+        load_exported(exported_config(path, [key, str(value)]))
+
+
+def test_thresholds_and_keys_of_the_training_are_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(exported_model, "open_network", lambda *args: None)
+    path = exported_yolact(tmp_path / "m.onnx")
+    node = "MODEL.YOLACT."
+    opts = {"SCORE_THRESHOLD": 0.2, "NMS.TYPE": "greedy", "MAX_DETECTIONS": 7, "LOSS.SEM_SEG_WEIGHT": 0.0}
+    values = [str(part) for name, value in opts.items() for part in (f"{node}{name}", value)]
+    model = load_exported(exported_config(path, values)).model
+    assert model.detection.score_threshold == 0.2 and model.detection.max_detections == 7
+
+
+def test_grids_of_another_config_are_refused(tmp_path):
+    cfg = tiny_solo_cfg("solo")
+    means = dict(pixel_mean=list(cfg.MODEL.PIXEL_MEAN), pixel_std=list(cfg.MODEL.PIXEL_STD))
+    solo = dict(meta_architecture="SOLO", config=cfg.dump(), channel_order=cfg.INPUT.FORMAT, **means)
+    path = onnx_file(tmp_path / "m.onnx", **solo)
+    for key in ("STRIDES", "NUM_GRIDS"):
+        with pytest.raises(ValueError, match=f"MODEL.SOLO.{key} is .* exported with"):
+            load_exported(exported_config(path, [f"MODEL.SOLO.{key}", "[16, 8, 16, 32, 32]"]))
 
 
 def test_an_end_to_end_file_is_for_others(tmp_path):
