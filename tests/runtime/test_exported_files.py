@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import zipfile
 from types import SimpleNamespace
 
@@ -28,7 +27,7 @@ from sparseinst.runtime.self_check import (
     end_to_end_differences,
 )
 from tests.modeling.solo.tiny_solo import tiny_solo_cfg
-from tests.modeling.yolact.tiny_yolact import tiny_yolact_cfg
+from tests.modeling.yolact.tiny_yolact import spread_scores, tiny_yolact, tiny_yolact_cfg
 from tests.tiny_model import NUM_CLASSES, random_input, tiny_cfg, tiny_model
 
 METADATA = ExportMetadata(
@@ -106,13 +105,33 @@ def test_differences_are_found(wrong, message):
         check_differences(found, 1e-4)
 
 
-@pytest.mark.parametrize(("threshold", "is_warned"), [(0.3, False), (0.999, True)])
-def test_a_check_without_detections_is_a_warning(threshold, is_warned, caplog):
+@pytest.mark.parametrize(("threshold", "finds"), [(0.3, True), (0.999, False)])
+def test_compared_detections_are_counted(threshold, finds):
     model = tiny_model("MODEL.SPARSE_INST.CLS_THRESHOLD", threshold, "MODEL.SPARSE_INST.MASK_THRESHOLD", 0.5)
     network = ExportableNetwork(model.requires_grad_(False), max_detections=4)
-    with caplog.at_level(logging.WARNING, "sparseinst"):
-        assert max(end_to_end_differences(network, network, [(1, 64, 64)]).values()) < 1e-4
-    assert ["compared no mask" in record.message for record in caplog.records] == [True] * is_warned
+    worst, num_compared = end_to_end_differences(network, network, [(1, 64, 64)])
+    assert max(worst.values()) < 1e-4 and (num_compared > 0) is finds
+    images = [torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    assert (end_to_end_differences(network, network, [(1, 64, 64)], images)[1] > num_compared) is finds
+
+
+@pytest.mark.parametrize("family", ["sparse_inst", "yolact"])
+def test_wrong_boxes_are_found(family):
+    """Tight boxes of masks and predicted boxes; the check finds a shift by a pixel."""
+    if family == "yolact":
+        model = spread_scores(tiny_yolact("MODEL.YOLACT.MAX_DETECTIONS", 20))
+    else:
+        model = tiny_model("MODEL.SPARSE_INST.CLS_THRESHOLD", 0.3, "MODEL.SPARSE_INST.MASK_THRESHOLD", 0.5)
+    network = ExportableNetwork(model.requires_grad_(False), max_detections=20)
+
+    def shifted(images):
+        return {name: value + (name == "boxes") for name, value in network(images).items()}
+
+    assert end_to_end_differences(network, network, [(1, 64, 64)])[0]["boxes"] < 1e-5
+    worst, _ = end_to_end_differences(network, shifted, [(1, 64, 64)])
+    assert worst["boxes"] == pytest.approx(1 / 64, rel=1e-3)
+    with pytest.raises(SelfCheckError, match="The exported boxes differs by 0.016"):
+        check_differences(worst, 1e-4)
 
 
 def test_a_fixed_batch_of_tensorrt_is_filled_up(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from pycocotools import mask as mask_api
 
 from sparseinst import load_config
 from sparseinst.inference import Predictor
+from sparseinst.runtime.export import ExportableNetwork
 from sparseinst.runtime.exported_file import read_metadata
 from sparseinst.tools import benchmark, demo, export_run, predict
 from tests.loggers import loggers_restored
@@ -222,6 +223,32 @@ def test_the_aps_are_compared(folder, tmp_path, unconverted, monkeypatch, capsys
     assert run_export(folder, *flags) == code
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == bool(code)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.999])
+def test_the_last_line_says_whether_detections_were_compared(
+    folder, tmp_path, unconverted, monkeypatch, capsys, threshold
+):
+    """An end-to-end file of a model that finds nothing in random images is compared in images of the user."""
+    opts = ("MODEL.SPARSE_INST.CLS_THRESHOLD", threshold)
+    network = ExportableNetwork(tiny_model(*OPTS, *opts).requires_grad_(False), max_detections=100)
+    monkeypatch.setattr(export_run, "open_network", lambda *args: network)
+    written = []
+    write = lambda path, metadata: written.append(metadata) or path.write_text("")  # noqa: E731
+    monkeypatch.setattr(export_run, "file_writer", lambda *args: write)
+    Image.fromarray(photos()[1]).save(tmp_path / "a.png")
+    flags = ["--format", "onnx", "--size", 64, 96, "--output", tmp_path]
+    # The value of --end-to-end is left out.
+    for number, images in enumerate([[], ["--test-images", tmp_path]]):
+        assert run_export(folder, *flags, *images, "--end-to-end", opts=opts) == 0
+        *_, differences, last = capsys.readouterr().out.splitlines()
+        assert ("1 batches of --test-images" in differences) == number
+        count = written[-1].compared_detections
+        finding = f"; {count} detections were compared" if count else ". No class, mask or box was compared, because"
+        assert finding in last and (count > 0) is (threshold < 0.9)
+        assert written[-1].self_check["boxes"] < 1e-4
+    counts = [metadata.compared_detections for metadata in written[1::2]]
+    assert not counts[0] or counts[1] > counts[0]
 
 
 def test_tensorrt_gets_the_largest_resized_image(folder, tmp_path, unconverted):
