@@ -53,8 +53,10 @@ class Model:
     def normalize_and_pad(self, image: np.ndarray) -> np.ndarray:
         """Return (1, 3, h, w) as the network takes it."""
         mean, std = (np.array(self.metadata[key], np.float32) for key in ("pixel_mean", "pixel_std"))
-        multiple = self.metadata["size_divisibility"]
-        height, width = self.metadata["size"] or (-(-side // multiple) * multiple for side in image.shape[:2])
+        multiple, least = self.metadata["size_divisibility"], self.metadata.get("min_side", 0)
+        height, width = self.metadata["size"] or (
+            -(-max(side, least) // multiple) * multiple for side in image.shape[:2]
+        )
         if self.metadata["input"] == "image":
             padding, pixels = np.round(mean).astype(np.uint8), image
         else:

@@ -56,6 +56,7 @@ class ExportMetadata:
             0: the model found nothing certain in its images.
         ap: with ``--test-json``, mask AP in percent of the "model" in eager float32 and of the "file".
         skipped_layers: with "int8", single layers that stay in float32 because they lose AP.
+        min_side: of padded images of dynamic size, pixels; shorter sides are padded to it. 0: of a static file.
     """
 
     meta_architecture: str
@@ -83,6 +84,7 @@ class ExportMetadata:
     compared_detections: int | None = None
     ap: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped_layers: Sequence[str] = dataclasses.field(default_factory=list)
+    min_side: int = 0
 
     def to_json(self) -> str:
         """Return the JSON that `read_metadata` reads."""

@@ -60,7 +60,8 @@ class ExportedSegmenter(OptimizedSegmenter):
         """
         images = self.model.preprocess(batched_inputs)
         tensor = images.tensor
-        least = self.metadata.size or [MIN_CELLS * self.metadata.size_divisibility] * 2
+        # Files of earlier versions do not hold the smallest side.
+        least = self.metadata.size or [self.metadata.min_side or MIN_CELLS * self.metadata.size_divisibility] * 2
         missing = [size - side for size, side in zip(least, tensor.shape[-2:])]
         if self.metadata.size and min(missing) < 0:
             raise ValueError(

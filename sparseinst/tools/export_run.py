@@ -29,6 +29,7 @@ from sparseinst.inference.predictor import find_classes
 from sparseinst.modeling.meta_arch import InstanceSegmenter, Network
 from sparseinst.runtime.export import (
     FORMATS,
+    MIN_CELLS,
     ExportableNetwork,
     InputRule,
     check_packages,
@@ -327,6 +328,7 @@ def _metadata(
         pixel_std=[float(value) for value in cfg.MODEL.PIXEL_STD],
         size_divisibility=rule.divisibility,
         size=size,
+        min_side=0 if size else MIN_CELLS * rule.divisibility,
         batch=batch,
         short_side=cfg.INPUT.MIN_SIZE_TEST,
         long_side=cfg.INPUT.MAX_SIZE_TEST,

@@ -1,6 +1,7 @@
 """`sparseinst export`: files equal the model on every engine, in every command, and wrong ones are never written."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_the_file_describes_itself(exported, folder):
     metadata = read_metadata(exported("onnx"))
     assert metadata.meta_architecture == "SparseInst" and metadata.channel_order == "RGB"
     assert metadata.class_names == CLASSES["names"] and metadata.category_ids == CLASSES["category_ids"]
-    assert (metadata.size, metadata.batch, metadata.size_divisibility) == (None, None, 32)
+    assert (metadata.size, metadata.batch, metadata.size_divisibility, metadata.min_side) == (None, None, 32, 64)
     assert (metadata.short_side, metadata.long_side) == (64, 1333)
     assert metadata.postprocessing["cls_threshold"] == 0.3
     assert len(metadata.weights_sha256) == 64
@@ -292,6 +293,12 @@ def test_refused_with_one_line(folder, tmp_path, capsys, monkeypatch, flags, mes
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_example_pads_a_narrow_image_as_the_predictor(exported):
+    example = runpy.run_path(str(ROOT / "examples" / "onnx_only.py"))["Model"](str(exported("onnx")))
+    assert example.normalize_and_pad(np.zeros((300, 20, 3), np.uint8)).shape == (1, 3, 320, 64)
+    assert example.normalize_and_pad(np.zeros((65, 64, 3), np.uint8)).shape == (1, 3, 96, 64)
 
 
 def test_the_example_without_torch_finds_the_same(exported, expected, tmp_path):
