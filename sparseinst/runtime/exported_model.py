@@ -181,10 +181,10 @@ def open_network(
         engine: "torch": the one of the file's format; "openvino" also reads ONNX.
         threads: of one image; 0: as many as PyTorch has.
         providers: of ONNX Runtime.
-        precision: "bfloat16" in OpenVINO, where the processor has it; otherwise the file's own precision counts.
+        precision: "float32": that of the file; "bfloat16": of OpenVINO, where the processor has it.
 
     Raises:
-        ValueError: the engine does not read the file, or the processor has no bfloat16.
+        ValueError: the engine does not read the file or lacks the precision, or the processor has no bfloat16.
         ImportError: the engine's package is not installed.
     """
     suffix = Path(path).suffix
@@ -192,6 +192,12 @@ def open_network(
     engine = own if engine == "torch" else engine
     if engine != own and (engine, suffix) != ("openvino", ".onnx"):
         raise ValueError(f"RUNTIME.ENGINE {engine} does not read {path}; leave it out: {suffix} files run in {own}")
+    precisions = ("float32", "bfloat16") if engine == "openvino" else ("float32",)
+    if precision not in precisions:
+        raise ValueError(
+            f"RUNTIME.PRECISION is {precision}; {path} runs in {engine}, whose precisions are {', '.join(precisions)}. "
+            "--precision of `sparseinst export` makes files of float16 and int8"
+        )
     if engine == "onnxruntime":
         return ONNXRuntimeNetwork(path, threads, providers)
     if engine == "openvino":

@@ -315,6 +315,8 @@ def _metadata(
         saved.DATASETS[key] = ""
     saved.DATASETS.TEST = own_datasets
     saved.OUTPUT_DIR = "./output"
+    # Of the model in PyTorch; the file has its own.
+    saved.RUNTIME.ENGINE, saved.RUNTIME.PRECISION = "torch", "float32"
     if size and rule.fixed_size is None:
         saved.INPUT.FIT_SIZE_TEST = list(size)
     return ExportMetadata(

@@ -289,6 +289,16 @@ def test_thresholds_and_keys_of_the_training_are_free(tmp_path, monkeypatch):
     assert model.detection.score_threshold == 0.2 and model.detection.max_detections == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "engine", "precision"),
+    [("m.onnx", "torch", "bfloat16"), ("m.pt2", "torch", "float16"), ("m.onnx", "openvino", "float16"),
+     ("m.engine", "torch", "bfloat16")],
+)  # fmt: skip
+def test_a_precision_that_the_engine_lacks_is_refused(tmp_path, name, engine, precision):
+    with pytest.raises(ValueError, match=f"RUNTIME.PRECISION is {precision}; .*{name} runs in .* precisions are flo"):
+        open_network(tmp_path / name, METADATA, engine, 1, ["CPUExecutionProvider"], precision)
+
+
 def test_grids_of_another_config_are_refused(tmp_path):
     cfg = tiny_solo_cfg("solo")
     means = dict(pixel_mean=list(cfg.MODEL.PIXEL_MEAN), pixel_std=list(cfg.MODEL.PIXEL_STD))

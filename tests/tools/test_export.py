@@ -145,9 +145,10 @@ def test_the_benchmark_compares_a_file(exported, folder, capsys):
 
 
 def test_a_static_file_of_pixels(folder, tmp_path):
-    """Images are resized to fit and padded; batches are filled up."""
+    """Images are resized to fit and padded; batches are filled up; the precision of PyTorch is not the file's."""
     flags = ("--size", 64, 96, "--batch", 2, "--input", "image")
-    assert run_export(folder, "--format", "onnx", "--output", tmp_path, *flags) == 0
+    opts = ("RUNTIME.PRECISION", "bfloat16")
+    assert run_export(folder, "--format", "onnx", "--output", tmp_path, *flags, opts=opts) == 0
     metadata = read_metadata(tmp_path / "model.onnx")
     assert (metadata.size, metadata.batch, metadata.input) == ([64, 96], 2, "image")
     predictor = Predictor(tmp_path / "model.onnx")
