@@ -18,7 +18,7 @@ from sparseinst import config
 from sparseinst.config import load_config
 from sparseinst.modeling.meta_arch import InstanceSegmenter, Network
 from sparseinst.runtime.batches import in_batches
-from sparseinst.runtime.export import MIN_CELLS
+from sparseinst.runtime.export import DEFORMABLE_NOTE, MIN_CELLS
 from sparseinst.runtime.exported_file import ENGINES, ExportMetadata, is_exported, read_metadata
 from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
 from sparseinst.runtime.openvino import OpenVINONetwork, read_program
@@ -199,6 +199,8 @@ def open_network(
             "--precision of `sparseinst export` makes files of float16 and int8"
         )
     if engine == "onnxruntime":
+        if metadata.has_deform_conv and "CUDAExecutionProvider" in providers:
+            logger.warning("RUNTIME.PROVIDERS %s, and %s: %s", list(providers), path, DEFORMABLE_NOTE)
         return ONNXRuntimeNetwork(path, threads, providers)
     if engine == "openvino":
         if suffix == ".onnx" and metadata.has_deform_conv:

@@ -28,6 +28,7 @@ from sparseinst.inference.prediction_lines import list_images
 from sparseinst.inference.predictor import find_classes
 from sparseinst.modeling.meta_arch import InstanceSegmenter, Network
 from sparseinst.runtime.export import (
+    DEFORMABLE_NOTE,
     FORMATS,
     MIN_CELLS,
     ExportableNetwork,
@@ -41,7 +42,7 @@ from sparseinst.runtime.export import (
 )
 from sparseinst.runtime.exported_file import ExportMetadata
 from sparseinst.runtime.exported_model import ExportedSegmenter, open_network, postprocessing_weights
-from sparseinst.runtime.quantize import Quantization, by_error, folded_copy, import_nncf, quantizable_layers
+from sparseinst.runtime.quantize import Quantization, by_error, folded_copy, quantizable_layers
 from sparseinst.runtime.self_check import (
     BOUNDS,
     SelfCheckError,
@@ -51,6 +52,7 @@ from sparseinst.runtime.self_check import (
     end_to_end_differences,
 )
 from sparseinst.tools.export import DYNAMIC, MOST_DETECTIONS
+from sparseinst.tools.export_arguments import check_arguments, chosen_batch, chosen_size
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     """
     target = FORMATS[args.format]
     # Errors come before the work.
-    _check_arguments(args)
+    check_arguments(args)
     check_packages(args.format)
     own_datasets = cfg.DATASETS.TEST
     if args.test_json:
@@ -126,7 +128,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     content = checkpointer_from_config(cfg, model).load(cfg.MODEL.WEIGHTS)
     classes = find_classes(cfg, content.get("classes"), model.class_names)
     rule = input_rule(model)
-    size, batch = _chosen_size(args.size, rule), _chosen_batch(args.batch)
+    size, batch = chosen_size(args.size, rule), chosen_batch(args.batch)
     usual = _usual_size(cfg, model)
 
     metadata = _metadata(cfg, own_datasets, model, classes, args, rule, size, batch)
@@ -142,6 +144,8 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
         source = ExportableNetwork(quantization.model, network.takes_pixels)
     program = export_program(source, rule.divisibility, size, batch)
     metadata = _with(metadata, outputs=names, has_deform_conv=has_deform_conv(program))
+    if metadata.has_deform_conv and args.format == "onnx":
+        print(f"Note: {DEFORMABLE_NOTE}")
     channels = len(metadata.pixel_mean)
     largest = -(-cfg.INPUT.MAX_SIZE_TEST // rule.divisibility) * rule.divisibility if rule.divisibility else 0
     shapes = [(batch or number, channels, *(size or sides)) for number, sides in
@@ -224,61 +228,6 @@ def _skipped_layers(
         print(f"Too much AP is lost. Left in float32: {', '.join(layers[:count])}")
         yield layers[:count]
         count *= 2
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for arguments that exclude each other."""
-    target = FORMATS[args.format]
-    if args.precision not in target.precisions:
-        supported = "; ".join(f"{name}: {', '.join(each.precisions)}" for name, each in FORMATS.items())
-        raise ValueError(f"--precision {args.precision} is not supported by --format {args.format}; {supported}")
-    if args.end_to_end and not target.end_to_end:
-        supported = ", ".join(name for name, each in FORMATS.items() if each.end_to_end)
-        raise ValueError(f"--end-to-end is not supported by --format {args.format}; it is by {supported}")
-    if args.precision == "int8":
-        if not (args.calibration and args.test_json):
-            raise ValueError(
-                "--precision int8 needs --calibration, images like those that the model will see, and --test-json with "
-                "--test-images, because its AP decides whether the file is good"
-            )
-        if args.end_to_end:
-            raise ValueError("--end-to-end is not supported with --precision int8")
-        if args.format == "openvino":
-            import_nncf()
-    elif args.calibration:
-        raise ValueError(f"--calibration is for --precision int8; --precision is {args.precision}")
-    if args.end_to_end < 0:
-        raise ValueError(f"--end-to-end is {args.end_to_end}; it must be at least 1")
-    if args.end_to_end and args.test_json:
-        raise ValueError("--test-json computes the AP of files without --end-to-end: leave one of them out")
-    if bool(args.test_json) != bool(args.test_images) and not args.end_to_end:
-        raise ValueError("--test-json and --test-images go together")
-
-
-def _chosen_size(given: list[str], rule: InputRule) -> tuple[int, int] | None:
-    """Read --size. None: dynamic."""
-    if rule.fixed_size is not None:
-        fixed = " ".join(map(str, rule.fixed_size))
-        if given != fixed.split():
-            raise ValueError(f"--size is {' '.join(given)}; this model supports {fixed}, its own size, only")
-        return rule.fixed_size
-    if given == [DYNAMIC]:
-        return None
-    sides = [int(side) if side.isdecimal() else 0 for side in given]
-    if len(sides) != 2 or min(sides) < 1 or any(side % rule.divisibility for side in sides):
-        raise ValueError(
-            f"--size is {' '.join(given)}; it must be dynamic, or HEIGHT WIDTH in multiples of {rule.divisibility}"
-        )
-    return tuple(sides)
-
-
-def _chosen_batch(given: str) -> int | None:
-    """Read --batch. None: dynamic."""
-    if given == DYNAMIC:
-        return None
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"--batch is {given}; it must be dynamic, or a number from 1 on")
-    return int(given)
 
 
 def _usual_size(cfg: CfgNode, model: InstanceSegmenter) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import zipfile
 from types import SimpleNamespace
 
@@ -297,6 +298,16 @@ def test_thresholds_and_keys_of_the_training_are_free(tmp_path, monkeypatch):
 def test_a_precision_that_the_engine_lacks_is_refused(tmp_path, name, engine, precision):
     with pytest.raises(ValueError, match=f"RUNTIME.PRECISION is {precision}; .*{name} runs in .* precisions are flo"):
         open_network(tmp_path / name, METADATA, engine, 1, ["CPUExecutionProvider"], precision)
+
+
+def test_a_deformable_file_on_cuda_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(exported_model, "ONNXRuntimeNetwork", lambda *args: None)
+    metadata = dataclasses.replace(METADATA, has_deform_conv=True)
+    for providers in (["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]):
+        assert not caplog.messages
+        with caplog.at_level(logging.WARNING, "sparseinst"):
+            open_network(tmp_path / "m.onnx", metadata, "torch", 1, providers)
+    assert len(caplog.messages) == 1 and "Resize ONNX Runtime has no CUDA kernel for" in caplog.text
 
 
 def test_grids_of_another_config_are_refused(tmp_path):

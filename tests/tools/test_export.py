@@ -253,6 +253,13 @@ def test_the_last_line_says_whether_detections_were_compared(
     assert not counts[0] or counts[1] > counts[0]
 
 
+def test_a_deformable_network_is_not_for_cuda(folder, tmp_path, unconverted, monkeypatch, capsys):
+    monkeypatch.setattr(export_run, "has_deform_conv", lambda program: True)
+    for name in ("torch", "onnx"):
+        assert run_export(folder, "--format", name, "--output", tmp_path) == 0
+        assert ("Note: deformable convolutions need ONNX of opset 19" in capsys.readouterr().out) is (name == "onnx")
+
+
 def test_tensorrt_gets_the_largest_resized_image(folder, tmp_path, unconverted):
     assert run_export(folder, "--format", "torch", "--output", tmp_path) == 0
     # The short side is 64, the long one at most 1333.
