@@ -57,6 +57,7 @@ class ExportMetadata:
         ap: with ``--test-json``, mask AP in percent of the "model" in eager float32 and of the "file".
         skipped_layers: with "int8", single layers that stay in float32 because they lose AP.
         min_side: of padded images of dynamic size, pixels; shorter sides are padded to it. 0: of a static file.
+        max_batch: most images in a dynamic batch; None: there is no limit.
     """
 
     meta_architecture: str
@@ -85,6 +86,7 @@ class ExportMetadata:
     ap: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped_layers: Sequence[str] = dataclasses.field(default_factory=list)
     min_side: int = 0
+    max_batch: int | None = None
 
     def to_json(self) -> str:
         """Return the JSON that `read_metadata` reads."""

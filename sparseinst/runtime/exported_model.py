@@ -214,7 +214,7 @@ def open_network(
         from sparseinst.runtime.tensorrt import TensorRTNetwork
 
         module = TensorRTNetwork(path)
-        return lambda images: in_batches(module, images, metadata.batch)
+        return lambda images: in_batches(module, images, metadata.batch, metadata.max_batch)
     try:
         module = torch.export.load(path).module()
     # A damaged file raises errors of many classes.

@@ -62,6 +62,8 @@ AP_BOUNDS = {"float32": 0.1, "float16": 0.5, "int8": 1.0}
 CALIBRATION_IMAGES = 64
 # Of these the errors of single layers are measured, where int8 loses too much AP.
 _ERROR_IMAGES = 4
+# Most images in a dynamic batch of a TensorRT engine.
+_MAX_BATCH = 4
 # Most images of --test-images in which an end-to-end file's detections are compared, evenly spaced.
 _COMPARED_IMAGES = 8
 # Of the image whose resized size is checked, pixels: COCO's most common one.
@@ -149,7 +151,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     channels = len(metadata.pixel_mean)
     largest = -(-cfg.INPUT.MAX_SIZE_TEST // rule.divisibility) * rule.divisibility if rule.divisibility else 0
     shapes = [(batch or number, channels, *(size or sides)) for number, sides in
-              ((1, (2 * rule.divisibility,) * 2), (1, usual), (4, (max(*usual, largest),) * 2))]  # fmt: skip
+              ((1, (2 * rule.divisibility,) * 2), (1, usual), (_MAX_BATCH, (max(*usual, largest),) * 2))]  # fmt: skip
     checked = check_shapes(rule.divisibility, size, batch, usual)
     with output_folder(args.output) as folder:
         path = folder / target.file_name
@@ -281,6 +283,7 @@ def _metadata(
         size=size,
         min_side=0 if size else MIN_CELLS * rule.divisibility,
         batch=batch,
+        max_batch=_MAX_BATCH if args.format == "tensorrt" and batch is None else None,
         short_side=cfg.INPUT.MIN_SIZE_TEST,
         long_side=cfg.INPUT.MAX_SIZE_TEST,
         outputs=[],

@@ -73,6 +73,19 @@ def test_batches_are_filled_up(count, size, calls):
     assert seen == [size or count] * calls
 
 
+@pytest.mark.parametrize(("count", "calls"), [(1, [1]), (4, [4]), (5, [4, 1]), (9, [4, 4, 1])])
+def test_batches_beyond_the_largest_are_split(tmp_path, monkeypatch, count, calls):
+    """TensorRT's engines have a largest batch."""
+    (tmp_path / "m.engine").write_bytes(b"")
+    seen = []
+    monkeypatch.setattr(
+        tensorrt, "TensorRTNetwork", lambda path: lambda images: {"sums": seen.append(len(images)) or images.sum(1)}
+    )
+    network = open_network(tmp_path / "m.engine", dataclasses.replace(METADATA, max_batch=4), "torch", 0, [])
+    images = torch.rand(count, 3, 2, 2)
+    assert torch.equal(network(images)["sums"], images.sum(1)) and seen == calls
+
+
 def test_sizes_that_preprocessing_makes():
     model = tiny_model()
     assert input_rule(model) == InputRule(32)
