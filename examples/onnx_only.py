@@ -53,16 +53,16 @@ class Model:
     def normalize_and_pad(self, image: np.ndarray) -> np.ndarray:
         """Return (1, 3, h, w) as the network takes it."""
         mean, std = (np.array(self.metadata[key], np.float32) for key in ("pixel_mean", "pixel_std"))
-        multiple = self.metadata["size_divisibility"]
-        height, width = self.metadata["size"] or (-(-side // multiple) * multiple for side in image.shape[:2])
+        multiple, least = self.metadata["size_divisibility"], self.metadata.get("min_side", 0)
+        sides = (-(-max(side, least) // multiple) * multiple for side in image.shape[:2])
+        height, width = self.metadata["size"] or sides
         if self.metadata["input"] == "image":
             padding, pixels = np.round(mean).astype(np.uint8), image
         else:
             padding, pixels = np.zeros(3, np.float32), (image - mean) / std
         padded = np.tile(padding, (height, width, 1))
         padded[: image.shape[0], : image.shape[1]] = pixels
-        batch = self.metadata["batch"] or 1
-        return np.ascontiguousarray(np.repeat(padded.transpose(2, 0, 1)[None], batch, axis=0))
+        return np.ascontiguousarray(np.repeat(padded.transpose(2, 0, 1)[None], self.metadata["batch"] or 1, axis=0))
 
     def postprocess(self, outputs, padded_size, image_size, output_size):
         """Score, select, rescore by maskness, sort and resize."""

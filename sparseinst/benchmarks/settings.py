@@ -8,7 +8,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,26 @@ def check_segmenter(model: nn.Module) -> None:
         raise ValueError(f"MODEL.META_ARCHITECTURE is {type(model).__name__}; expected an InstanceSegmenter")
 
 
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return the last parts of each path, as few as distinguish it from the other paths."""
+
+    def name(path: Path) -> str:
+        for count in range(1, len(path.parts) + 1):
+            end = path.parts[-count:]
+            if sum(other.parts[-count:] == end for other in paths) == 1:
+                return str(Path(*end))
+        return str(path)
+
+    return [name(path) for path in paths]
+
+
+def check_distinct(flag: str, names: Sequence[str]) -> None:
+    """Raise ValueError where a name is given twice: the figures of one would replace those of the other."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{flag}: {', '.join(repeated)} is given more than once; each needs a name of its own")
+
+
 def apply_setting(cfg: CfgNode, setting: str, named: Mapping[str, str], section: str) -> tuple[str, CfgNode, list[str]]:
     """Return a config with one of the settings of ``--compare``.
 
@@ -55,8 +76,10 @@ def apply_setting(cfg: CfgNode, setting: str, named: Mapping[str, str], section:
     own_cfg.defrost()
     try:
         words = shlex.split(text if is_own else named[name])
+        if len(words) % 2:
+            raise ValueError(f"expected NAME='KEY VALUE ...', such as mine='{section}.KEY VALUE'; found {text!r}")
         keys = [key if key.partition(".")[0] in cfg else f"{section}.{key}" for key in words[::2]]
-        own_cfg.merge_from_list([word for pair in zip(keys, words[1::2], strict=True) for word in pair])
+        own_cfg.merge_from_list([word for pair in zip(keys, words[1::2]) for word in pair])
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(f"--compare {setting}: {error}") from error
     return name, own_cfg, keys

@@ -22,6 +22,10 @@ from sparseinst.runtime.quantize import Quantization, quantize_onnx, quantize_op
 INPUT_NAME = "images"
 # ONNX Runtime's CPU kernels have DeformConv from opset 19 on; CUDA's lack Resize of 19.
 OPSET, DEFORMABLE_OPSET = 18, 19
+DEFORMABLE_NOTE = (
+    "deformable convolutions need ONNX of opset 19, whose Resize ONNX Runtime has no CUDA kernel for: run the file "
+    "with CPUExecutionProvider, or in OpenVINO by --format openvino"
+)
 # Smallest side of dynamic images, in multiples of the divisibility; smaller maps have no bilinear neighbors.
 MIN_CELLS = 2
 # Sides of the example of dynamic images, in the same multiples: maps with one row, as of SOLO, would be frozen.

@@ -52,8 +52,12 @@ class ExportMetadata:
         postprocessing_weights: float32 tensors that the post-processing needs, by name in the model, as base64.
         self_check: largest difference from the model in eager float32 over the largest value, by output; "bound", the
             largest difference that is allowed.
+        compared_detections: with ``--end-to-end``, detections whose classes, masks and boxes the self-check compared;
+            0: the model found nothing certain in its images.
         ap: with ``--test-json``, mask AP in percent of the "model" in eager float32 and of the "file".
         skipped_layers: with "int8", single layers that stay in float32 because they lose AP.
+        min_side: of padded images of dynamic size, pixels; shorter sides are padded to it. 0: of a static file.
+        max_batch: most images in a dynamic batch; None: there is no limit.
     """
 
     meta_architecture: str
@@ -78,8 +82,11 @@ class ExportMetadata:
     version: str
     postprocessing_weights: dict[str, str] = dataclasses.field(default_factory=dict)
     self_check: dict[str, float] = dataclasses.field(default_factory=dict)
+    compared_detections: int | None = None
     ap: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped_layers: Sequence[str] = dataclasses.field(default_factory=list)
+    min_side: int = 0
+    max_batch: int | None = None
 
     def to_json(self) -> str:
         """Return the JSON that `read_metadata` reads."""

@@ -4,7 +4,7 @@ import base64
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,13 +18,20 @@ from sparseinst import config
 from sparseinst.config import load_config
 from sparseinst.modeling.meta_arch import InstanceSegmenter, Network
 from sparseinst.runtime.batches import in_batches
-from sparseinst.runtime.export import MIN_CELLS
+from sparseinst.runtime.export import DEFORMABLE_NOTE, MIN_CELLS
 from sparseinst.runtime.exported_file import ENGINES, ExportMetadata, is_exported, read_metadata
 from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
 from sparseinst.runtime.openvino import OpenVINONetwork, read_program
 from sparseinst.runtime.optimize import OptimizedSegmenter
 
 logger = logging.getLogger(__name__)
+
+# Parts of the names of keys of a model that may differ from those of its file: thresholds and limits of the
+# post-processing, and what only a training reads.
+_FREE_KEYS = (
+    "THRESHOLD", "NMS", "MAX_DETECTIONS", "OUTPUT_IAM", "LOSS", "MATCHER", "NUM_MASKS", "SCALE_RANGES", "SIGMA",
+    "PRIOR_PROB", "FREEZE_AT", "FREEZE_NORM_BELOW", "ANTIALIASED_TARGETS", "DATASET_MAPPER",
+)  # fmt: skip
 
 
 class ExportedSegmenter(OptimizedSegmenter):
@@ -53,7 +60,8 @@ class ExportedSegmenter(OptimizedSegmenter):
         """
         images = self.model.preprocess(batched_inputs)
         tensor = images.tensor
-        least = self.metadata.size or [MIN_CELLS * self.metadata.size_divisibility] * 2
+        # Files of earlier versions do not hold the smallest side.
+        least = self.metadata.size or [self.metadata.min_side or MIN_CELLS * self.metadata.size_divisibility] * 2
         missing = [size - side for size, side in zip(least, tensor.shape[-2:])]
         if self.metadata.size and min(missing) < 0:
             raise ValueError(
@@ -173,10 +181,10 @@ def open_network(
         engine: "torch": the one of the file's format; "openvino" also reads ONNX.
         threads: of one image; 0: as many as PyTorch has.
         providers: of ONNX Runtime.
-        precision: "bfloat16" in OpenVINO, where the processor has it; otherwise the file's own precision counts.
+        precision: "float32": that of the file; "bfloat16": of OpenVINO, where the processor has it.
 
     Raises:
-        ValueError: the engine does not read the file, or the processor has no bfloat16.
+        ValueError: the engine does not read the file or lacks the precision, or the processor has no bfloat16.
         ImportError: the engine's package is not installed.
     """
     suffix = Path(path).suffix
@@ -184,7 +192,15 @@ def open_network(
     engine = own if engine == "torch" else engine
     if engine != own and (engine, suffix) != ("openvino", ".onnx"):
         raise ValueError(f"RUNTIME.ENGINE {engine} does not read {path}; leave it out: {suffix} files run in {own}")
+    precisions = ("float32", "bfloat16") if engine == "openvino" else ("float32",)
+    if precision not in precisions:
+        raise ValueError(
+            f"RUNTIME.PRECISION is {precision}; {path} runs in {engine}, whose precisions are {', '.join(precisions)}. "
+            "--precision of `sparseinst export` makes files of float16 and int8"
+        )
     if engine == "onnxruntime":
+        if metadata.has_deform_conv and "CUDAExecutionProvider" in providers:
+            logger.warning("RUNTIME.PROVIDERS %s, and %s: %s", list(providers), path, DEFORMABLE_NOTE)
         return ONNXRuntimeNetwork(path, threads, providers)
     if engine == "openvino":
         if suffix == ".onnx" and metadata.has_deform_conv:
@@ -198,7 +214,7 @@ def open_network(
         from sparseinst.runtime.tensorrt import TensorRTNetwork
 
         module = TensorRTNetwork(path)
-        return lambda images: in_batches(module, images, metadata.batch)
+        return lambda images: in_batches(module, images, metadata.batch, metadata.max_batch)
     try:
         module = torch.export.load(path).module()
     # A damaged file raises errors of many classes.
@@ -226,22 +242,47 @@ def _saved_tensor(path: str, metadata: ExportMetadata, name: str, parameter: tor
 
 
 def _check_config(cfg: CfgNode, metadata: ExportMetadata) -> None:
-    """Raise ValueError where a config is of another network."""
-    num_classes = config.num_classes(cfg)
-    rows = [
-        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, metadata.meta_architecture),
-        ("INPUT.FORMAT", cfg.INPUT.FORMAT, metadata.channel_order),
-        ("MODEL.PIXEL_MEAN", list(cfg.MODEL.PIXEL_MEAN), list(metadata.pixel_mean)),
-        ("MODEL.PIXEL_STD", list(cfg.MODEL.PIXEL_STD), list(metadata.pixel_std)),
-    ]
-    if num_classes is not None:
-        rows.append((*num_classes, len(metadata.class_names)))
-    maps_key = getattr(config.meta_architecture(cfg), "activation_maps_key", None)
-    if maps_key and config.value(cfg, maps_key):
-        rows.append((maps_key, True, config.value(yaml.safe_load(metadata.config), maps_key)))
-    for key, value, exported in rows:
+    """Raise ValueError where a config is of another network; the message names the first key that differs."""
+    for key, value, exported in _compared_values(cfg, metadata):
         if value != exported:
             raise ValueError(
-                f"{key} is {value}, and the network in {cfg.MODEL.WEIGHTS} was exported with {exported}: leave the "
-                "config file out, or give the one that was exported"
+                f"{key} is {value}, and the network in {cfg.MODEL.WEIGHTS} was exported with {exported}: leave that "
+                "key or the config file out, or give the config that was exported"
             )
+
+
+def _compared_values(cfg: CfgNode, metadata: ExportMetadata) -> Iterator[tuple[str, object, object]]:
+    """Yield the keys that a config and its exported file must share, with both values."""
+    yield "MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, metadata.meta_architecture
+    yield "INPUT.FORMAT", cfg.INPUT.FORMAT, metadata.channel_order
+    yield "MODEL.PIXEL_MEAN", list(cfg.MODEL.PIXEL_MEAN), list(metadata.pixel_mean)
+    yield "MODEL.PIXEL_STD", list(cfg.MODEL.PIXEL_STD), list(metadata.pixel_std)
+    nodes = ["MODEL.BACKBONE", "MODEL.FPN"]
+    if (num_classes := config.num_classes(cfg)) is not None:
+        yield (*num_classes, len(metadata.class_names))
+        # MODEL.SOLO of MODEL.SOLO.NUM_CLASSES.
+        nodes.insert(0, ".".join(num_classes[0].split(".")[:2]))
+    try:
+        saved = yaml.safe_load(metadata.config)
+        maps_key = getattr(config.meta_architecture(cfg), "activation_maps_key", None)
+        if maps_key and config.value(cfg, maps_key):
+            yield maps_key, True, config.value(saved, maps_key)
+        if not metadata.size_divisibility:
+            # The model's own preprocessing makes the size.
+            yield "INPUT.SQUARE_SIZE", cfg.INPUT.SQUARE_SIZE, saved["INPUT"]["SQUARE_SIZE"]
+        # Without tuples, as it was saved.
+        own = yaml.safe_load(cfg.dump())
+        for node in nodes:
+            yield from _values_of_both(config.value(own, node), config.value(saved, node), node)
+    except (yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{cfg.MODEL.WEIGHTS} holds no config of this model: export the model again") from error
+
+
+def _values_of_both(own: object, saved: object, key: str) -> Iterator[tuple[str, object, object]]:
+    """Yield each key that shapes the model with both values, without keys that another version added or removed."""
+    if not (isinstance(own, dict) and isinstance(saved, dict)):
+        yield key, own, saved
+        return
+    for name in own:
+        if name in saved and not any(part in name for part in _FREE_KEYS):
+            yield from _values_of_both(own[name], saved[name], f"{key}.{name}")

@@ -1,12 +1,13 @@
 """Compare an exported file with the model that it was made from."""
 
-import logging
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.structures import ImageList
 
 from sparseinst.modeling.meta_arch import Network
+from sparseinst.ops.masks import masks_to_boxes
 from sparseinst.runtime.export import MIN_CELLS, ExportableNetwork, example_images
 
 # Largest difference over the largest value of the same output, by precision of the file. INT8 has no bound: rounding
@@ -14,8 +15,6 @@ from sparseinst.runtime.export import MIN_CELLS, ExportableNetwork, example_imag
 BOUNDS = {"float32": 1e-4, "float16": 0.02, "int8": None}
 # Scores that are further apart keep their order.
 _CERTAIN_GAP = 1e-3
-
-logger = logging.getLogger(__name__)
 
 
 class SelfCheckError(ValueError):
@@ -78,33 +77,40 @@ def output_differences(
 
 
 def end_to_end_differences(
-    network: ExportableNetwork, exported: Network, shapes: Sequence[tuple[int, int, int]]
-) -> dict[str, float]:
+    network: ExportableNetwork,
+    exported: Network,
+    shapes: Sequence[tuple[int, int, int]],
+    images: Sequence[torch.Tensor] = (),
+) -> tuple[dict[str, float], int]:
     """Compare the detections of an end-to-end file with those of the model's own `postprocess`.
 
-    Detections of almost equal scores may change places, so classes and masks are compared where the order is certain.
+    Detections of almost equal scores may change places, so all but the scores is compared where the order is certain.
 
     Args:
         network, exported, shapes: as in `output_differences`.
+        images: batches to compare besides random images, in which a trained model finds nothing, as the network takes
+            them.
 
     Returns:
         Of the worst image ``scores``: largest difference; ``classes``: share of other classes; ``masks``: share of the
-        pixels in all its masks that differ. A WARNING says so where no detection was compared.
+        pixels in all its masks that differ; ``boxes``: largest difference over the longer side. Then the number of
+        detections whose classes, masks and boxes were compared.
 
     Raises:
         SelfCheckError: the engine fails, or the numbers of detections differ by more than one.
     """
-    worst = {"scores": 0.0, "classes": 0.0, "masks": 0.0}
+    worst = {"scores": 0.0, "classes": 0.0, "masks": 0.0, "boxes": 0.0}
     num_compared = 0
     model = network.model
-    for seed, (batch, *size) in enumerate(shapes):
-        images = example_images(network, batch, size, seed)
-        found = _run(exported, images)
+    random = (example_images(network, batch, size, seed) for seed, (batch, *size) in enumerate(shapes))
+    for batch in itertools.chain(random, images):
+        found = _run(exported, batch)
+        size = tuple(batch.shape[-2:])
         with torch.inference_mode(), model.output_as(mask_format="bitmask"):
-            normalized = network.normalized(images)
+            normalized = network.normalized(batch)
             outputs = model.network(normalized)
-            inputs = [{"height": size[0], "width": size[1]}] * batch
-            predicted = model.postprocess(outputs, inputs, ImageList(normalized, [tuple(size)] * batch))
+            inputs = [{"height": size[0], "width": size[1]}] * len(batch)
+            predicted = model.postprocess(outputs, inputs, ImageList(normalized, [size] * len(batch)))
         for index, instances in enumerate(result["instances"] for result in predicted):
             kept = (found["scores"][index] > 0).nonzero().squeeze(1)
             most = found["scores"].shape[1]
@@ -120,16 +126,19 @@ def end_to_end_differences(
             certain = torch.minimum(gaps[:-1], gaps[1:]) > _CERTAIN_GAP
             num_compared += int(certain.sum())
             if certain.any():
+                kept, instances = kept[certain], instances[certain]
+                masks = found["masks"][index, kept].bool()
                 is_other = found["classes"][index, kept] != instances.pred_classes
-                pixels = found["masks"][index, kept].bool() != instances.pred_masks
-                worst["classes"] = _larger(worst["classes"], float(is_other[certain].double().mean()))
-                worst["masks"] = _larger(worst["masks"], float(pixels[certain].double().mean()))
-    if num_compared == 0:
-        logger.warning(
-            "The self-check compared no mask and no class: the model finds nothing certain in random images. Compare "
-            "the file's detections with the model's on images of your own"
-        )
-    return worst
+                worst["classes"] = _larger(worst["classes"], float(is_other.double().mean()))
+                pixels = masks != instances.pred_masks
+                worst["masks"] = _larger(worst["masks"], float(pixels.double().mean()))
+                boxes = instances.pred_boxes.tensor
+                if torch.equal(boxes, masks_to_boxes(instances.pred_masks)):
+                    # A pixel at the threshold moves a tight box: the file's boxes belong to its own masks.
+                    boxes = masks_to_boxes(masks)
+                distance = (found["boxes"][index, kept] - boxes).abs().max() / max(size)
+                worst["boxes"] = _larger(worst["boxes"], float(distance))
+    return worst, num_compared
 
 
 def check_differences(worst: Mapping[str, float], bound: float) -> None:

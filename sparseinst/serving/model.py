@@ -1,5 +1,7 @@
 """Load the model of the service in the background."""
 
+import contextlib
+import glob
 import logging
 import threading
 from collections.abc import Callable
@@ -12,18 +14,21 @@ from sparseinst.serving.answers import find_instances
 
 logger = logging.getLogger(__name__)
 
-# The file of a model that cannot be loaded is looked at again after this time.
+# The files of a model that cannot be loaded are looked at again after this time; weights that are downloaded are
+# loaded again after the longer one.
 _RETRY_SECONDS = 5.0
+_DOWNLOAD_SECONDS = 60.0
 
 
 class ServedModel:
     """A predictor that loads while the service already answers.
 
-    Where loading fails, the reason is logged, and the model is loaded again as soon as its file changes.
+    Where loading fails, the reason is logged, and the model is loaded again as soon as its files change; after a minute
+    where its weights are downloaded.
 
     Args:
         load: builds the predictor.
-        file: the weights, or an exported model.
+        weights: path or address of the weights, or of an exported model.
 
     Attributes:
         name: of the file, without its folder.
@@ -32,13 +37,13 @@ class ServedModel:
         error: one line that says why it could not be loaded; None while it is loading, and afterwards.
     """
 
-    def __init__(self, load: Callable[[], Predictor], file: Path) -> None:
-        self.name = file.name
+    def __init__(self, load: Callable[[], Predictor], weights: str) -> None:
+        self.name = Path(weights).name
         self.predictor: Predictor | None = None
         self.has_maps = False
         self.error: str | None = None
         self._load = load
-        self._file = file
+        self._file = None if "://" in weights else Path(weights)
         self._stopped = threading.Event()
 
     @property
@@ -56,7 +61,7 @@ class ServedModel:
 
     def _run(self) -> None:
         while self.predictor is None:
-            stamp = _stamp(self._file)
+            stamp = _stamps(self._file)
             try:
                 predictor = self._load()
                 self.has_maps = _has_maps(predictor)
@@ -65,10 +70,14 @@ class ServedModel:
             # Weights and configs of a user can raise any error, and the service goes on.
             except Exception as error:
                 self.error = one_line(error)
-                logger.error("The model cannot be loaded, and is loaded again when its file changes: %s", self.error)
-            while self.predictor is None and _stamp(self._file) == stamp:
-                if self._stopped.wait(_RETRY_SECONDS):
+                time = f"in {_DOWNLOAD_SECONDS:g} s" if self._file is None else "when its files change"
+                logger.error("The model cannot be loaded, and is loaded again %s: %s", time, self.error)
+            seconds = _DOWNLOAD_SECONDS if self._file is None else _RETRY_SECONDS
+            while self.predictor is None:
+                if self._stopped.wait(seconds):
                     return
+                if self._file is None or _stamps(self._file) != stamp:
+                    break
 
 
 def one_line(error: BaseException) -> str:
@@ -82,10 +91,15 @@ def _has_maps(predictor: Predictor) -> bool:
     return find_instances(predictor, np.full((64, 64, 3), 128, np.uint8), 1.0, with_maps=True).has("pred_iams")
 
 
-def _stamp(file: Path) -> tuple[int, int] | None:
-    """Return what changes with a file's content; None where the file does not exist."""
-    try:
-        stat = file.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size
+def _stamps(file: Path | None) -> list[tuple[str, int, int]]:
+    """Return what changes with the content of a file and of those beside it that differ in the ending.
+
+    An OpenVINO model has its weights in a .bin file, a TensorRT engine its metadata in a .json file.
+    """
+    stamps = []
+    for path in sorted(file.parent.glob(f"{glob.escape(file.stem)}.*")) if file else ():
+        # The file may be removed meanwhile.
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            stamps.append((path.name, stat.st_mtime_ns, stat.st_size))
+    return stamps

@@ -86,7 +86,11 @@ class PredictionQueue:
                 return task.result()
             if gone.done():
                 raise ClientDisconnect
-            raise HTTPException(503, f"No answer within {self._limits.seconds:g} s; try again", {"Retry-After": "1"})
+            text = f"No answer within {self._limits.seconds:g} s"
+            if has_started.is_set():
+                # Another try would predict the image again, and take as long.
+                raise HTTPException(503, f"{text}: the prediction is too slow, send a smaller image")
+            raise HTTPException(503, f"{text}; try again", {"Retry-After": "1"})
         finally:
             gone.cancel()
             # A task that is cancelled while its thread runs would give its turn away too early.

@@ -127,7 +127,15 @@ def run(args: argparse.Namespace) -> dict:
     from detectron2.utils.logger import setup_logger
 
     from sparseinst.benchmarks.inference import batched_inputs, measure_models
-    from sparseinst.benchmarks.settings import busy_processes, check_least, machine, report, table
+    from sparseinst.benchmarks.settings import (
+        busy_processes,
+        check_distinct,
+        check_least,
+        machine,
+        report,
+        short_names,
+        table,
+    )
     from sparseinst.config import load_config
     from sparseinst.data.augmentations import build_test_augmentations
     from sparseinst.data.images import read_image
@@ -159,9 +167,11 @@ def run(args: argparse.Namespace) -> dict:
     images = images or [np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)]
     keep_freed_memory_for_inference(cfg)
     models, augmentations = {}, {}
-    for config_file, own_cfg in cfgs.items():
+    config_names = short_names([Path(config_file).with_suffix("") for config_file in cfgs])
+    check_distinct("--config-file", config_names)
+    for config_name, own_cfg in zip(config_names, cfgs.values()):
         for setting, (model, model_cfg) in build_models(own_cfg, args.compare).items():
-            name = " ".join([Path(config_file).stem] * (len(cfgs) > 1) + [setting] * (len(args.compare) > 1))
+            name = " ".join([config_name] * (len(cfgs) > 1) + [setting] * (len(args.compare) > 1))
             name = name or setting
             models[name] = model
             augmentations[name] = T.AugmentationList(list(build_test_augmentations(model_cfg)))
@@ -257,19 +267,22 @@ def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, tuple[nn
     import torch
     from detectron2.modeling import build_model
 
-    from sparseinst.benchmarks.settings import apply_setting, check_segmenter
+    from sparseinst.benchmarks.settings import apply_setting, check_distinct, check_segmenter, short_names
     from sparseinst.runtime.exported_file import is_exported
     from sparseinst.runtime.exported_model import follow_exported, load_exported
     from sparseinst.runtime.optimize import optimize_as_configured
 
+    files = [setting for setting in settings if is_exported(setting) and Path(setting).is_file()]
+    names = dict(zip(files, short_names([Path(file) for file in files])))
+    check_distinct("--compare", [names.get(setting, setting.partition("=")[0]) for setting in settings])
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     check_segmenter(model)
     models = {}
     for setting in settings:
         own_setting = setting
-        if is_exported(setting) and Path(setting).is_file():
-            own_setting = f"{Path(setting).name}=MODEL.WEIGHTS {shlex.quote(setting)}"
+        if setting in names:
+            own_setting = f"{names[setting]}=MODEL.WEIGHTS {shlex.quote(setting)}"
         name, own_cfg, keys = apply_setting(cfg, own_setting, NAMED_SETTINGS, RUNTIME)
         if is_exported(own_cfg.MODEL.WEIGHTS):
             follow_exported(own_cfg)

@@ -87,7 +87,7 @@ def build_configs(args: argparse.Namespace, folder: Path) -> "dict[str, CfgNode]
         ValueError: the arguments, the config or the data are wrong.
     """
     from sparseinst import config
-    from sparseinst.benchmarks.settings import apply_setting, check_least
+    from sparseinst.benchmarks.settings import apply_setting, check_distinct, check_least
     from sparseinst.benchmarks.training import as_training
     from sparseinst.config import load_config
     from sparseinst.data.coco_json import check_num_classes
@@ -120,6 +120,7 @@ def build_configs(args: argparse.Namespace, folder: Path) -> "dict[str, CfgNode]
     if not cfg.DATASETS.TRAIN:
         raise ValueError("--data config: DATASETS.TRAIN is empty; set it, or DATASETS.TRAIN_JSON and TRAIN_IMAGES")
     check_num_classes(cfg, ("TRAIN",))
+    check_distinct("--compare", [setting.partition("=")[0] for setting in args.compare])
     settings = (apply_setting(cfg, setting, NAMED_SETTINGS, "SOLVER") for setting in args.compare)
     return {name: own_cfg for name, own_cfg, _ in settings}
 

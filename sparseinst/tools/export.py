@@ -14,6 +14,8 @@ from sparseinst.config.arguments import add_config_arguments
 from sparseinst.engine.console import prepare_console
 
 DYNAMIC = "dynamic"
+# Of --end-to-end without a number.
+MOST_DETECTIONS = "100"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,8 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="float16: weights in 16 bits; int8: quantized, see --calibration (default float32)")  # fmt: skip
     add("--input", default="normalized", choices=["image", "normalized"],
         help="image: uint8 images, normalized in the graph (default normalized)")  # fmt: skip
-    add("--end-to-end", type=int, nargs="?", const=100, default=0, metavar="N",
-        help="return up to N detections (default 100) as dense tensors, for runtimes without Python")  # fmt: skip
+    add("--end-to-end", nargs="?", const=MOST_DETECTIONS, default="0", metavar="N",
+        help="return up to N detections (default 100) as dense tensors, for runtimes without Python; the self-check "
+        "compares those in up to 8 of --test-images")  # fmt: skip
     add("--calibration", default="", metavar="FOLDER",
         help="with int8: images like those that the model will see; also a pattern or a list (.txt)")  # fmt: skip
     for name, meaning in (("json", "COCO json: compute the AP of the model and of the file"), ("images", "its images")):

@@ -28,7 +28,9 @@ from sparseinst.inference.prediction_lines import list_images
 from sparseinst.inference.predictor import find_classes
 from sparseinst.modeling.meta_arch import InstanceSegmenter, Network
 from sparseinst.runtime.export import (
+    DEFORMABLE_NOTE,
     FORMATS,
+    MIN_CELLS,
     ExportableNetwork,
     InputRule,
     check_packages,
@@ -40,7 +42,7 @@ from sparseinst.runtime.export import (
 )
 from sparseinst.runtime.exported_file import ExportMetadata
 from sparseinst.runtime.exported_model import ExportedSegmenter, open_network, postprocessing_weights
-from sparseinst.runtime.quantize import Quantization, by_error, folded_copy, import_nncf, quantizable_layers
+from sparseinst.runtime.quantize import Quantization, by_error, folded_copy, quantizable_layers
 from sparseinst.runtime.self_check import (
     BOUNDS,
     SelfCheckError,
@@ -49,7 +51,8 @@ from sparseinst.runtime.self_check import (
     end_to_end_differences,
     output_differences,
 )
-from sparseinst.tools.export import DYNAMIC
+from sparseinst.tools.export import DYNAMIC, MOST_DETECTIONS
+from sparseinst.tools.export_arguments import check_arguments, chosen_batch, chosen_size
 
 logger = logging.getLogger(__name__)
 
@@ -59,33 +62,48 @@ AP_BOUNDS = {"float32": 0.1, "float16": 0.5, "int8": 1.0}
 CALIBRATION_IMAGES = 64
 # Of these the errors of single layers are measured, where int8 loses too much AP.
 _ERROR_IMAGES = 4
+# Most images in a dynamic batch of a TensorRT engine.
+_MAX_BATCH = 4
+# Most images of --test-images in which an end-to-end file's detections are compared, evenly spaced.
+_COMPARED_IMAGES = 8
 # Of the image whose resized size is checked, pixels: COCO's most common one.
 _USUAL_IMAGE = (480, 640)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Return 0; 1 where the file differs from the model; 2 after other errors."""
+    note = ""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.INFO)
     try:
-        # --size takes all that follows it.
+        # --size takes all that follows it, --end-to-end one value.
         num_sizes = 1 if args.size[0] == DYNAMIC else 2
         args.size, leading = args.size[:num_sizes], args.size[num_sizes:]
+        if not args.end_to_end.lstrip("-").isdecimal():
+            leading, args.end_to_end = [*leading, args.end_to_end], MOST_DETECTIONS
+        args.end_to_end = int(args.end_to_end)
         opts = [*leading, *args.opts, "MODEL.DEVICE", "cpu", "DATASETS.TEST_JSON", args.test_json]
         cfg = load_config(args.config_file, [*opts, "DATASETS.TEST_IMAGES", args.test_images], imports=args.imports)
-        path = export(cfg, args)
+        path, metadata = export(cfg, args)
     except SelfCheckError as error:
         print(f"error: {error}. Nothing was written", file=sys.stderr)
         return 1
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"Written: {path}, {sum(file.stat().st_size for file in _files(path)) / 1e6:.1f} MB")
+    if metadata.compared_detections == 0:
+        note = (
+            ". No class, mask or box was compared, because the model finds nothing certain in the images of the "
+            "self-check: name a folder of images with objects by --test-images"
+        )
+    elif metadata.compared_detections:
+        note = f"; {metadata.compared_detections} detections were compared"
+    print(f"Written: {path}, {sum(file.stat().st_size for file in _files(path)) / 1e6:.1f} MB{note}")
     return 0
 
 
-def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
-    """Export the model of a config, and return the path of the file.
+def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata]:
+    """Export the model of a config, and return the path of the file and its metadata.
 
     Args:
         cfg: on the CPU; MODEL.WEIGHTS is loaded.
@@ -99,7 +117,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
     """
     target = FORMATS[args.format]
     # Errors come before the work.
-    _check_arguments(args)
+    check_arguments(args)
     check_packages(args.format)
     own_datasets = cfg.DATASETS.TEST
     if args.test_json:
@@ -112,23 +130,28 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
     content = checkpointer_from_config(cfg, model).load(cfg.MODEL.WEIGHTS)
     classes = find_classes(cfg, content.get("classes"), model.class_names)
     rule = input_rule(model)
-    size, batch = _chosen_size(args.size, rule), _chosen_batch(args.batch)
+    size, batch = chosen_size(args.size, rule), chosen_batch(args.batch)
     usual = _usual_size(cfg, model)
 
     metadata = _metadata(cfg, own_datasets, model, classes, args, rule, size, batch)
     network = ExportableNetwork(model, args.input == "image", args.end_to_end)
     names = _output_names(network, size or usual)
+    float_model = ExportedSegmenter(model, model.network, metadata)
+    is_compared = args.end_to_end and args.test_images
+    compared = _images(cfg, float_model, args.test_images, _COMPARED_IMAGES) if is_compared else []
     source, quantization = network, None
     if args.precision == "int8":
-        images = calibration_images(cfg, ExportedSegmenter(model, model.network, metadata), args.calibration)
+        images = _images(cfg, float_model, args.calibration, CALIBRATION_IMAGES)
         quantization = Quantization(folded_copy(model, network.normalized(images[0])), images)
         source = ExportableNetwork(quantization.model, network.takes_pixels)
     program = export_program(source, rule.divisibility, size, batch)
     metadata = _with(metadata, outputs=names, has_deform_conv=has_deform_conv(program))
+    if metadata.has_deform_conv and args.format == "onnx":
+        print(f"Note: {DEFORMABLE_NOTE}")
     channels = len(metadata.pixel_mean)
     largest = -(-cfg.INPUT.MAX_SIZE_TEST // rule.divisibility) * rule.divisibility if rule.divisibility else 0
     shapes = [(batch or number, channels, *(size or sides)) for number, sides in
-              ((1, (2 * rule.divisibility,) * 2), (1, usual), (4, (max(*usual, largest),) * 2))]  # fmt: skip
+              ((1, (2 * rule.divisibility,) * 2), (1, usual), (_MAX_BATCH, (max(*usual, largest),) * 2))]  # fmt: skip
     checked = check_shapes(rule.divisibility, size, batch, usual)
     with output_folder(args.output) as folder:
         path = folder / target.file_name
@@ -141,7 +164,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
             write = file_writer(args.format, program, names, args.precision, tuple(shapes), quantization)
             write(path, metadata)
             exported = open_network(path, metadata, "torch", cfg.RUNTIME.INTRA_OP_THREADS, cfg.RUNTIME.PROVIDERS)
-            self_check = _check_outputs(network, exported, checked, args.precision)
+            self_check, num_compared = _check_outputs(network, exported, checked, args.precision, compared)
             if not args.test_json:
                 break
             if expected_ap is None:
@@ -164,23 +187,25 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> Path:
             allowed = f"{bound} may be lost" if args.precision == "int8" else f"they may differ by {bound}"
             raise SelfCheckError(f"The file's AP is {ap:.2f}, the model's {expected_ap:.2f}: {allowed}")
         del exported
-        write(path, _with(metadata, self_check=self_check))
-    return args.output / target.file_name
+        metadata = _with(metadata, self_check=self_check, compared_detections=num_compared)
+        write(path, metadata)
+    return args.output / target.file_name, metadata
 
 
-def calibration_images(cfg: CfgNode, model: ExportedSegmenter, name: str) -> list[torch.Tensor]:
-    """Return images as the file takes them, each (B, 3, h, w), where B is the file's batch size or 1.
+def _images(cfg: CfgNode, model: ExportedSegmenter, name: str, most: int) -> list[torch.Tensor]:
+    """Return up to ``most`` images as the file takes them, each (B, 3, h, w), where B is the file's batch size or 1.
 
     Args:
         cfg: of the model.
         model: preprocesses as the file asks for.
         name: of a folder, a pattern, or a text file with one path in each line.
+        most: evenly spaced ones are taken.
 
     Raises:
         ValueError: no image matches, or an image cannot be read.
     """
     paths = list_images([name])
-    paths = paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
+    paths = paths[:: -(-len(paths) // most)]
     resize = T.AugmentationList(build_test_augmentations(_resizing_to_fit(cfg, model.metadata)))
     images = []
     for path in paths:
@@ -205,61 +230,6 @@ def _skipped_layers(
         print(f"Too much AP is lost. Left in float32: {', '.join(layers[:count])}")
         yield layers[:count]
         count *= 2
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for arguments that exclude each other."""
-    target = FORMATS[args.format]
-    if args.precision not in target.precisions:
-        supported = "; ".join(f"{name}: {', '.join(each.precisions)}" for name, each in FORMATS.items())
-        raise ValueError(f"--precision {args.precision} is not supported by --format {args.format}; {supported}")
-    if args.end_to_end and not target.end_to_end:
-        supported = ", ".join(name for name, each in FORMATS.items() if each.end_to_end)
-        raise ValueError(f"--end-to-end is not supported by --format {args.format}; it is by {supported}")
-    if args.precision == "int8":
-        if not (args.calibration and args.test_json):
-            raise ValueError(
-                "--precision int8 needs --calibration, images like those that the model will see, and --test-json with "
-                "--test-images, because its AP decides whether the file is good"
-            )
-        if args.end_to_end:
-            raise ValueError("--end-to-end is not supported with --precision int8")
-        if args.format == "openvino":
-            import_nncf()
-    elif args.calibration:
-        raise ValueError(f"--calibration is for --precision int8; --precision is {args.precision}")
-    if args.end_to_end < 0:
-        raise ValueError(f"--end-to-end is {args.end_to_end}; it must be at least 1")
-    if args.end_to_end and args.test_json:
-        raise ValueError("--test-json computes the AP of files without --end-to-end: leave one of them out")
-    if bool(args.test_json) != bool(args.test_images):
-        raise ValueError("--test-json and --test-images go together")
-
-
-def _chosen_size(given: list[str], rule: InputRule) -> tuple[int, int] | None:
-    """Read --size. None: dynamic."""
-    if rule.fixed_size is not None:
-        fixed = " ".join(map(str, rule.fixed_size))
-        if given != fixed.split():
-            raise ValueError(f"--size is {' '.join(given)}; this model supports {fixed}, its own size, only")
-        return rule.fixed_size
-    if given == [DYNAMIC]:
-        return None
-    sides = [int(side) if side.isdecimal() else 0 for side in given]
-    if len(sides) != 2 or min(sides) < 1 or any(side % rule.divisibility for side in sides):
-        raise ValueError(
-            f"--size is {' '.join(given)}; it must be dynamic, or HEIGHT WIDTH in multiples of {rule.divisibility}"
-        )
-    return tuple(sides)
-
-
-def _chosen_batch(given: str) -> int | None:
-    """Read --batch. None: dynamic."""
-    if given == DYNAMIC:
-        return None
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"--batch is {given}; it must be dynamic, or a number from 1 on")
-    return int(given)
 
 
 def _usual_size(cfg: CfgNode, model: InstanceSegmenter) -> tuple[int, int]:
@@ -296,6 +266,8 @@ def _metadata(
         saved.DATASETS[key] = ""
     saved.DATASETS.TEST = own_datasets
     saved.OUTPUT_DIR = "./output"
+    # Of the model in PyTorch; the file has its own.
+    saved.RUNTIME.ENGINE, saved.RUNTIME.PRECISION = "torch", "float32"
     if size and rule.fixed_size is None:
         saved.INPUT.FIT_SIZE_TEST = list(size)
     return ExportMetadata(
@@ -309,7 +281,9 @@ def _metadata(
         pixel_std=[float(value) for value in cfg.MODEL.PIXEL_STD],
         size_divisibility=rule.divisibility,
         size=size,
+        min_side=0 if size else MIN_CELLS * rule.divisibility,
         batch=batch,
+        max_batch=_MAX_BATCH if args.format == "tensorrt" and batch is None else None,
         short_side=cfg.INPUT.MIN_SIZE_TEST,
         long_side=cfg.INPUT.MAX_SIZE_TEST,
         outputs=[],
@@ -324,16 +298,27 @@ def _metadata(
 
 
 def _check_outputs(
-    network: ExportableNetwork, exported: Network, shapes: list[tuple[int, int, int]], precision: str
-) -> dict[str, float]:
-    """Compare and print, raise SelfCheckError above the precision's bound, and return the figures with the bound."""
-    compare = end_to_end_differences if network.max_detections else output_differences
-    worst, bound = compare(network, exported, shapes), BOUNDS[precision]
+    network: ExportableNetwork,
+    exported: Network,
+    shapes: list[tuple[int, int, int]],
+    precision: str,
+    images: list[torch.Tensor],
+) -> tuple[dict[str, float], int | None]:
+    """Compare and print, and raise SelfCheckError above the precision's bound.
+
+    Return the figures with the bound, and the number of compared detections where the network returns detections.
+    """
+    num_compared, bound = None, BOUNDS[precision]
+    if network.max_detections:
+        worst, num_compared = end_to_end_differences(network, exported, shapes, images)
+    else:
+        worst = output_differences(network, exported, shapes)
     shown = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
     allowed = "their AP decides" if bound is None else f"at most {bound:g}"
-    print(f"Largest differences from eager float32 at {_shown(shapes)}: {shown} ({allowed})")
+    others = f" and {len(images)} batches of --test-images" if images else ""
+    print(f"Largest differences from eager float32 at {_shown(shapes)}{others}: {shown} ({allowed})")
     check_differences(worst, float("inf") if bound is None else bound)
-    return worst if bound is None else {**worst, "bound": bound}
+    return worst if bound is None else {**worst, "bound": bound}, num_compared
 
 
 def _mask_ap(cfg: CfgNode, model: ExportedSegmenter) -> float:

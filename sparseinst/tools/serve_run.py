@@ -105,7 +105,7 @@ def serve(args: argparse.Namespace, load: Callable[[], Predictor], listener: soc
 
     host, port = listener.getsockname()[:2]
     limits = Limits(round(args.max_upload_mib * 2**20), args.max_waiting, args.workers, args.timeout)
-    app = create_app(ServedModel(load, Path(args.weights)), limits)
+    app = create_app(ServedModel(load, args.weights), limits)
     if not ipaddress.ip_address(host).is_loopback:
         logger.warning("Every machine that reaches %s port %d can use this service: it has no password", host, port)
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

@@ -49,11 +49,35 @@ def test_supervision(workplace):
 
 
 def test_sahi(workplace):
+    """SAHI's objects are those that the Predictor finds, in the whole image and in each slice at its place."""
     pytest.importorskip("sahi")
+    from sahi.predict import get_prediction
+    from sahi.slicing import get_slice_bboxes
+
     names = {}
     exec(example("integrations.md", "get_sliced_prediction"), names)
-    objects = names["result"].object_prediction_list
-    assert objects and all(found.mask is not None and found.category.name.startswith("class") for found in objects)
+    predictor, class_names = names["predictor"], names["predictor"].classes.names
+    whole = np.asarray(Image.open("photos/0.png"))
+    height, width = whole.shape[:2]
+
+    def expected(x0, y0, x1, y1):
+        (instances,) = predictor([np.ascontiguousarray(whole[y0:y1, x0:x1])], "RGB")
+        for score, index, mask in zip(instances.scores, instances.pred_classes, np.asarray(instances.pred_masks)):
+            placed = np.zeros((height, width), bool)
+            placed[y0:y1, x0:x1] = mask
+            yield float(score), class_names[index], placed.tobytes()
+
+    def found(result):
+        for each in result.object_prediction_list:
+            yield each.score.value, each.category.name, np.ascontiguousarray(each.mask.bool_mask).tobytes()
+
+    in_whole = list(expected(0, 0, width, height))
+    assert list(found(get_prediction("photos/0.png", names["model"]))) == in_whole != []
+    slices = get_slice_bboxes(height, width, 64, 64, overlap_height_ratio=0.2, overlap_width_ratio=0.2)
+    in_slices = [each for corners in slices for each in expected(*corners)]
+    # NMS drops some of them.
+    sliced = list(found(names["result"]))
+    assert len(sliced) > 2 and set(sliced) <= {*in_whole, *in_slices}
 
 
 def test_fiftyone(workplace, monkeypatch):

@@ -154,6 +154,7 @@ def test_pixels_pointer_and_keyboard(service, predictor, open_page):
     page, data = open_page(service), image_bytes(seed=1)
     choose(page, data)
     wait_for_objects(page, 1)
+    assert all(page.get_by_label(name).is_checked() for name in ("Masks", "Boxes", "Names"))
     content = answer(predictor, data, threshold=0.0)
     red, blue = content["instances"]
     code = """([x, y]) => {
@@ -290,6 +291,36 @@ def test_activation_maps(open_page):
         page.get_by_role("radio", name="Map 2").check(force=True)
         page.wait_for_timeout(300)
         assert len({before, first, page.locator("#canvas").screenshot()}) == 3
+
+
+def test_an_error_of_activation_maps_stays(open_page):
+    opts = ("MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0)
+    predictor = Predictor(tiny_cfg(*opts), model=tiny_model(*opts))
+    with running(lambda: predictor) as client:
+        page = open_page(client)
+        choose(page, image_bytes(height=60, width=90))
+        playwright.expect(page.locator("#status")).to_contain_text("object")
+        answer = {"status": 500, "content_type": "application/json", "body": '{"error": "no memory for maps"}'}
+        page.route("**/predict?*maps=true*", lambda route: route.fulfill(**answer))
+        page.get_by_label("Activation maps").check(force=True)
+        playwright.expect(page.locator("#status")).to_have_text("no memory for maps")
+        page.wait_for_timeout(300)
+        playwright.expect(page.locator("#status")).to_have_text("no memory for maps")
+        assert not page.locator("#show-maps").is_checked()
+
+
+def test_a_prediction_that_is_too_slow_is_not_repeated(open_page):
+    predictor = stub_predictor()
+    with running(lambda: predictor, Limits(seconds=0.5)) as client:
+        page = open_page(client)
+        before = predictor.model.num_started
+        predictor.model.gate.clear()
+        choose(page, image_bytes())
+        playwright.expect(page.locator("#failure-text")).to_contain_text("the prediction is too slow")
+        assert predictor.model.num_started == before + 1
+        predictor.model.gate.set()
+        page.get_by_role("button", name="Try again").click()
+        wait_for_objects(page, 1)
 
 
 def test_formats_that_the_browser_does_not_read(service, open_page):

@@ -34,6 +34,12 @@ def test_a_list_names_files_that_need_not_exist(tmp_path):
     assert os.fsencode(line["file_name"]) == b"caf\xe9.png" and line["error"] == "no such file"
 
 
+def test_a_list_with_a_mark_and_unusual_characters(tmp_path):
+    names = ["a.png", "line\u2028b.png", "next\x85c.png", "form\x0cd.png", "tab\x1ce.png"]
+    (tmp_path / "list.txt").write_text("\n".join(names), encoding="utf-8-sig")
+    assert list_images([str(tmp_path / "list.txt")]) == names
+
+
 def test_folders_patterns_and_lists_together(tmp_path):
     for name in ("b.png", "a.png"):
         Image.new("RGB", (2, 2)).save(tmp_path / name)

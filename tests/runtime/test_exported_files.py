@@ -27,6 +27,8 @@ from sparseinst.runtime.self_check import (
     end_to_end_differences,
     output_differences,
 )
+from tests.modeling.solo.tiny_solo import tiny_solo_cfg
+from tests.modeling.yolact.tiny_yolact import spread_scores, tiny_yolact, tiny_yolact_cfg
 from tests.tiny_model import NUM_CLASSES, random_input, tiny_cfg, tiny_model
 
 METADATA = ExportMetadata(
@@ -71,6 +73,19 @@ def test_batches_are_filled_up(count, size, calls):
     assert seen == [size or count] * calls
 
 
+@pytest.mark.parametrize(("count", "calls"), [(1, [1]), (4, [4]), (5, [4, 1]), (9, [4, 4, 1])])
+def test_batches_beyond_the_largest_are_split(tmp_path, monkeypatch, count, calls):
+    """TensorRT's engines have a largest batch."""
+    (tmp_path / "m.engine").write_bytes(b"")
+    seen = []
+    monkeypatch.setattr(
+        tensorrt, "TensorRTNetwork", lambda path: lambda images: {"sums": seen.append(len(images)) or images.sum(1)}
+    )
+    network = open_network(tmp_path / "m.engine", dataclasses.replace(METADATA, max_batch=4), "torch", 0, [])
+    images = torch.rand(count, 3, 2, 2)
+    assert torch.equal(network(images)["sums"], images.sum(1)) and seen == calls
+
+
 def test_sizes_that_preprocessing_makes():
     model = tiny_model()
     assert input_rule(model) == InputRule(32)
@@ -106,13 +121,33 @@ def test_differences_are_found(wrong, message):
         check_differences(found, 1e-4)
 
 
-@pytest.mark.parametrize(("threshold", "is_warned"), [(0.3, False), (0.999, True)])
-def test_a_check_without_detections_is_a_warning(threshold, is_warned, caplog):
+@pytest.mark.parametrize(("threshold", "finds"), [(0.3, True), (0.999, False)])
+def test_compared_detections_are_counted(threshold, finds):
     model = tiny_model("MODEL.SPARSE_INST.CLS_THRESHOLD", threshold, "MODEL.SPARSE_INST.MASK_THRESHOLD", 0.5)
     network = ExportableNetwork(model.requires_grad_(False), max_detections=4)
-    with caplog.at_level(logging.WARNING, "sparseinst"):
-        assert max(end_to_end_differences(network, network, [(1, 64, 64)]).values()) < 1e-4
-    assert ["compared no mask" in record.message for record in caplog.records] == [True] * is_warned
+    worst, num_compared = end_to_end_differences(network, network, [(1, 64, 64)])
+    assert max(worst.values()) < 1e-4 and (num_compared > 0) is finds
+    images = [torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    assert (end_to_end_differences(network, network, [(1, 64, 64)], images)[1] > num_compared) is finds
+
+
+@pytest.mark.parametrize("family", ["sparse_inst", "yolact"])
+def test_wrong_boxes_are_found(family):
+    """Tight boxes of masks and predicted boxes; the check finds a shift by a pixel."""
+    if family == "yolact":
+        model = spread_scores(tiny_yolact("MODEL.YOLACT.MAX_DETECTIONS", 20))
+    else:
+        model = tiny_model("MODEL.SPARSE_INST.CLS_THRESHOLD", 0.3, "MODEL.SPARSE_INST.MASK_THRESHOLD", 0.5)
+    network = ExportableNetwork(model.requires_grad_(False), max_detections=20)
+
+    def shifted(images):
+        return {name: value + (name == "boxes") for name, value in network(images).items()}
+
+    assert end_to_end_differences(network, network, [(1, 64, 64)])[0]["boxes"] < 1e-5
+    worst, _ = end_to_end_differences(network, shifted, [(1, 64, 64)])
+    assert worst["boxes"] == pytest.approx(1 / 64, rel=1e-3)
+    with pytest.raises(SelfCheckError, match="The exported boxes differs by 0.016"):
+        check_differences(worst, 1e-4)
 
 
 def test_a_fixed_batch_of_tensorrt_is_filled_up(tmp_path, monkeypatch):
@@ -234,6 +269,70 @@ def test_a_config_of_another_model_is_refused(tmp_path, key, value, message):
     (tmp_path / "config.yaml").write_text(tiny_cfg().dump())
     with pytest.raises(ValueError, match=message):
         load_exported(load_config(str(tmp_path / "config.yaml"), ["MODEL.WEIGHTS", str(path), key, str(value)]))
+
+
+def exported_yolact(path, **changes):
+    """A file whose config and metadata are the tiny YOLACT's."""
+    cfg = tiny_yolact_cfg()
+    square = dict(meta_architecture="YOLACT", config=cfg.dump(), size_divisibility=0, size=[64, 64])
+    means = dict(pixel_mean=list(cfg.MODEL.PIXEL_MEAN), pixel_std=list(cfg.MODEL.PIXEL_STD))
+    return onnx_file(path, channel_order=cfg.INPUT.FORMAT, **square, **means, **changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.YOLACT.ANCHOR_SIZES", [24, 16, 24, 32, 48], r"ANCHOR_SIZES is \[24, 16, .* exported with \[8, 16, "),
+        ("MODEL.YOLACT.ANCHOR_RATIOS", [1.0, 0.4, 2.5], "ANCHOR_RATIOS is .1.0, 0.4"),
+        ("MODEL.YOLACT.SQUARE_ANCHORS", True, "SQUARE_ANCHORS is True, .* exported with False: leave that key"),
+        ("INPUT.SQUARE_SIZE", 128, "INPUT.SQUARE_SIZE is 128, .* exported with 64"),
+    ],
+)
+def test_another_geometry_is_refused(tmp_path, key, value, message):
+    """The boxes would be wrong, or the advice."""
+    path = exported_yolact(tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=message):
+        load_exported(exported_config(path, [key, str(value)]))
+
+
+def test_thresholds_and_keys_of_the_training_are_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(exported_model, "open_network", lambda *args: None)
+    path = exported_yolact(tmp_path / "m.onnx")
+    node = "MODEL.YOLACT."
+    opts = {"SCORE_THRESHOLD": 0.2, "NMS.TYPE": "greedy", "MAX_DETECTIONS": 7, "LOSS.SEM_SEG_WEIGHT": 0.0}
+    values = [str(part) for name, value in opts.items() for part in (f"{node}{name}", value)]
+    model = load_exported(exported_config(path, values)).model
+    assert model.detection.score_threshold == 0.2 and model.detection.max_detections == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "precision"),
+    [("m.onnx", "torch", "bfloat16"), ("m.pt2", "torch", "float16"), ("m.onnx", "openvino", "float16"),
+     ("m.engine", "torch", "bfloat16")],
+)  # fmt: skip
+def test_a_precision_that_the_engine_lacks_is_refused(tmp_path, name, engine, precision):
+    with pytest.raises(ValueError, match=f"RUNTIME.PRECISION is {precision}; .*{name} runs in .* precisions are flo"):
+        open_network(tmp_path / name, METADATA, engine, 1, ["CPUExecutionProvider"], precision)
+
+
+def test_a_deformable_file_on_cuda_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(exported_model, "ONNXRuntimeNetwork", lambda *args: None)
+    metadata = dataclasses.replace(METADATA, has_deform_conv=True)
+    for providers in (["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]):
+        assert not caplog.messages
+        with caplog.at_level(logging.WARNING, "sparseinst"):
+            open_network(tmp_path / "m.onnx", metadata, "torch", 1, providers)
+    assert len(caplog.messages) == 1 and "Resize ONNX Runtime has no CUDA kernel for" in caplog.text
+
+
+def test_grids_of_another_config_are_refused(tmp_path):
+    cfg = tiny_solo_cfg("solo")
+    means = dict(pixel_mean=list(cfg.MODEL.PIXEL_MEAN), pixel_std=list(cfg.MODEL.PIXEL_STD))
+    solo = dict(meta_architecture="SOLO", config=cfg.dump(), channel_order=cfg.INPUT.FORMAT, **means)
+    path = onnx_file(tmp_path / "m.onnx", **solo)
+    for key in ("STRIDES", "NUM_GRIDS"):
+        with pytest.raises(ValueError, match=f"MODEL.SOLO.{key} is .* exported with"):
+            load_exported(exported_config(path, [f"MODEL.SOLO.{key}", "[16, 8, 16, 32, 32]"]))
 
 
 def test_an_end_to_end_file_is_for_others(tmp_path):

@@ -8,6 +8,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from sparseinst.runtime.export import ExportableNetwork, export_program, onnx_bytes
+from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
 from sparseinst.runtime.quantize import (
     Quantization,
     by_error,
@@ -16,6 +17,8 @@ from sparseinst.runtime.quantize import (
     quantizable_layers,
     quantize_onnx,
 )
+from tests.modeling.solo.tiny_solo import tiny_solo
+from tests.modeling.yolact.tiny_yolact import tiny_yolact
 from tests.tiny_model import tiny_model
 
 IAM = "decoder.inst_branch.iam_conv"
@@ -86,6 +89,43 @@ def test_an_onnx_file_holds_eight_bits_but_for_layers_in_float(quantized):
             assert node.op_type != "QuantizeLinear"
             tail.update(node.output)
     assert {output.name for output in proto.graph.output} <= tail
+
+
+@pytest.mark.parametrize(
+    ("family", "predictions"),
+    [
+        ("solo", {"cate_pred"}),
+        ("decoupled", {"cate_pred", "mask_pred_x", "mask_pred_y"}),
+        ("solov2", {"cate_pred", "kernel_pred"}),
+        ("yolact", {"cls_score", "bbox_pred", "coeff_pred"}),
+    ],
+)
+def test_predictions_of_every_family_stay_in_float(family, predictions):
+    """SOLO's last mask convolutions are outputs of the network, which post-processing applies, and exact."""
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = tiny_yolact() if family == "yolact" else tiny_solo(family)
+    model = folded_copy(model.requires_grad_(False), images)
+    names = list(model.network(images))
+    program = export_program(ExportableNetwork(model), 32, (64, 64), 1)
+    content = quantize_onnx(onnx_bytes(program, names), "images", Quantization(model, [images]))
+    proto = onnx.load_model_from_string(content)
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    assert sum(values.dtype == np.int8 and values.ndim == 4 for values in weights.values()) > 20
+    # A quantized layer reads its weight from a DequantizeLinear.
+    floats = [weights[name] for node in proto.graph.node if node.op_type == "Conv" for name in node.input[1:2]
+              if name in weights]  # fmt: skip
+    modules = dict(model.named_modules())
+    assert {name.split(".")[1] for name in float_layers(model)} == predictions
+    for name in float_layers(model):
+        assert any(np.array_equal(values, modules[name].weight.numpy()) for values in floats), name
+    with torch.no_grad():
+        expected = model.network(images)
+    found = ONNXRuntimeNetwork(content, 1)(images)
+    differences = {name: float((found[name] - value).abs().max()) for name, value in expected.items()}
+    assert all(differences[name] > 0 for name in names if "_logits" in name)
+    exact = [name for name, value in differences.items() if value == 0]
+    kinds = ("weights", "biases") if family == "solo" else ()
+    assert exact == [f"mask_{kind}_{level}" for level in range(5) for kind in kinds]
 
 
 def test_a_float_layer_that_is_missing_is_an_error(monkeypatch):

@@ -5,7 +5,6 @@ import io
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -62,9 +61,9 @@ def image_bytes(kind="PNG", height=45, width=70, seed=0):
 
 
 @contextlib.contextmanager
-def running(load, limits=None, file=Path("model.pth"), waits=True) -> Iterator[httpx2.Client]:
+def running(load, limits=None, file="model.pth", waits=True) -> Iterator[httpx2.Client]:
     """Run a service; yield a client of it, by default when its model is loaded or has failed."""
-    app = create_app(ServedModel(load, file), limits or Limits())
+    app = create_app(ServedModel(load, str(file)), limits or Limits())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

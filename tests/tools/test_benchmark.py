@@ -1,6 +1,7 @@
 """The benchmark: what it times, what it compares with, its figures and its errors; no test asserts a time."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sparseinst.benchmarks import settings
 from sparseinst.benchmarks.inference import INFERENCE_STAGES, example_outputs, measure_models
 from sparseinst.benchmarks.settings import Measurement, report
 from sparseinst.data.augmentations import build_test_augmentations
+from sparseinst.runtime import exported_model
 from sparseinst.runtime.optimize import optimize_for_inference
 from sparseinst.tools import benchmark
 from tests.oracles.postprocessing import naive_postprocess
@@ -203,7 +205,12 @@ def test_on_the_cpu_the_peak_is_that_of_a_single_row(config, tmp_path, args, is_
     [
         (["--compare", "fastest"], "--compare fastest: there are configured, eager"),
         (["--compare", "mine=FUSED True"], "--compare mine=FUSED True"),
-        (["--compare", "mine=FUSE"], "--compare mine=FUSE"),
+        (
+            ["--compare", "RUNTIME.ENGINE=openvino"],
+            "openvino: expected NAME='KEY VALUE ...', such as mine='RUNTIME.KEY",
+        ),
+        (["--compare", "a=FUSE True", "eager", "a=FUSE False"], "--compare: a is given more than once"),
+        (["--compare", "eager", "eager"], "--compare: eager is given more than once"),
         (["--detections", "7"], "7 objects in an image: MODEL.SPARSE_INST.DECODER.NUM_MASKS allows 0 to 6"),
         (["--busy", "-1"], "--busy is -1; it must be at least 0"),
         (["--repetitions", "0"], "--repetitions is 0; it must be at least 1"),
@@ -215,4 +222,30 @@ def test_on_the_cpu_the_peak_is_that_of_a_single_row(config, tmp_path, args, is_
 )
 def test_errors(config, capsys, args, message):
     assert benchmark.main([*config, *args]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [Path(folder, "model.onnx") for folder in ("fp32", "int8/a", "int8/b")] + [Path("int8/a/other.onnx")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    monkeypatch.setattr(exported_model, "follow_exported", lambda cfg: None)
+    monkeypatch.setattr(exported_model, "load_exported", lambda cfg: cfg.MODEL.WEIGHTS)
+    models = benchmark.build_models(tiny_cfg(), ["eager", *map(str, files)])
+    assert list(models) == ["eager", "fp32/model.onnx", "a/model.onnx", "b/model.onnx", "other.onnx"]
+    assert [models[name][0] for name in list(models)[1:]] == list(map(str, files))
+    with pytest.raises(ValueError, match="--compare: fp32/model.onnx is given more than once"):
+        benchmark.build_models(tiny_cfg(), ["fp32/model.onnx", "./fp32/model.onnx"])
+
+
+def test_configs_of_one_name_are_told_apart_by_their_folders(config, tmp_path):
+    path, other = tmp_path / "speed.json", tmp_path / "large" / "tiny.yaml"
+    other.parent.mkdir()
+    other.write_text(tiny_cfg("INPUT.MIN_SIZE_TEST", 160).dump())
+    first, others = config[1], config[2:]
+    assert benchmark.main(["--config-file", first, str(other), *others, "--json", str(path)]) == 0
+    names = list(json.loads(path.read_text())["batches"][0]["settings"])
+    assert names == [f"{tmp_path.name}/tiny", "large/tiny"]

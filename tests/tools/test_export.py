@@ -1,6 +1,7 @@
 """`sparseinst export`: files equal the model on every engine, in every command, and wrong ones are never written."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pycocotools import mask as mask_api
 
 from sparseinst import load_config
 from sparseinst.inference import Predictor
+from sparseinst.runtime.export import ExportableNetwork
 from sparseinst.runtime.exported_file import read_metadata
 from sparseinst.tools import benchmark, demo, export_run, predict
 from tests.loggers import loggers_restored
@@ -90,7 +92,7 @@ def test_the_file_describes_itself(exported, folder):
     metadata = read_metadata(exported("onnx"))
     assert metadata.meta_architecture == "SparseInst" and metadata.channel_order == "RGB"
     assert metadata.class_names == CLASSES["names"] and metadata.category_ids == CLASSES["category_ids"]
-    assert (metadata.size, metadata.batch, metadata.size_divisibility) == (None, None, 32)
+    assert (metadata.size, metadata.batch, metadata.size_divisibility, metadata.min_side) == (None, None, 32, 64)
     assert (metadata.short_side, metadata.long_side) == (64, 1333)
     assert metadata.postprocessing["cls_threshold"] == 0.3
     assert len(metadata.weights_sha256) == 64
@@ -143,9 +145,10 @@ def test_the_benchmark_compares_a_file(exported, folder, capsys):
 
 
 def test_a_static_file_of_pixels(folder, tmp_path):
-    """Images are resized to fit and padded; batches are filled up."""
+    """Images are resized to fit and padded; batches are filled up; the precision of PyTorch is not the file's."""
     flags = ("--size", 64, 96, "--batch", 2, "--input", "image")
-    assert run_export(folder, "--format", "onnx", "--output", tmp_path, *flags) == 0
+    opts = ("RUNTIME.PRECISION", "bfloat16")
+    assert run_export(folder, "--format", "onnx", "--output", tmp_path, *flags, opts=opts) == 0
     metadata = read_metadata(tmp_path / "model.onnx")
     assert (metadata.size, metadata.batch, metadata.input) == ([64, 96], 2, "image")
     predictor = Predictor(tmp_path / "model.onnx")
@@ -224,6 +227,39 @@ def test_the_aps_are_compared(folder, tmp_path, unconverted, monkeypatch, capsys
     assert message in error and error.count("\n") == bool(code)
 
 
+@pytest.mark.parametrize("threshold", [0.3, 0.999])
+def test_the_last_line_says_whether_detections_were_compared(
+    folder, tmp_path, unconverted, monkeypatch, capsys, threshold
+):
+    """An end-to-end file of a model that finds nothing in random images is compared in images of the user."""
+    opts = ("MODEL.SPARSE_INST.CLS_THRESHOLD", threshold)
+    network = ExportableNetwork(tiny_model(*OPTS, *opts).requires_grad_(False), max_detections=100)
+    monkeypatch.setattr(export_run, "open_network", lambda *args: network)
+    written = []
+    write = lambda path, metadata: written.append(metadata) or path.write_text("")  # noqa: E731
+    monkeypatch.setattr(export_run, "file_writer", lambda *args: write)
+    Image.fromarray(photos()[1]).save(tmp_path / "a.png")
+    flags = ["--format", "onnx", "--size", 64, 96, "--output", tmp_path]
+    # The value of --end-to-end is left out.
+    for number, images in enumerate([[], ["--test-images", tmp_path]]):
+        assert run_export(folder, *flags, *images, "--end-to-end", opts=opts) == 0
+        *_, differences, last = capsys.readouterr().out.splitlines()
+        assert ("1 batches of --test-images" in differences) == number
+        count = written[-1].compared_detections
+        finding = f"; {count} detections were compared" if count else ". No class, mask or box was compared, because"
+        assert finding in last and (count > 0) is (threshold < 0.9)
+        assert written[-1].self_check["boxes"] < 1e-4
+    counts = [metadata.compared_detections for metadata in written[1::2]]
+    assert not counts[0] or counts[1] > counts[0]
+
+
+def test_a_deformable_network_is_not_for_cuda(folder, tmp_path, unconverted, monkeypatch, capsys):
+    monkeypatch.setattr(export_run, "has_deform_conv", lambda program: True)
+    for name in ("torch", "onnx"):
+        assert run_export(folder, "--format", name, "--output", tmp_path) == 0
+        assert ("Note: deformable convolutions need ONNX of opset 19" in capsys.readouterr().out) is (name == "onnx")
+
+
 def test_tensorrt_gets_the_largest_resized_image(folder, tmp_path, unconverted):
     assert run_export(folder, "--format", "torch", "--output", tmp_path) == 0
     # The short side is 64, the long one at most 1333.
@@ -265,6 +301,12 @@ def test_refused_with_one_line(folder, tmp_path, capsys, monkeypatch, flags, mes
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_example_pads_a_narrow_image_as_the_predictor(exported):
+    example = runpy.run_path(str(ROOT / "examples" / "onnx_only.py"))["Model"](str(exported("onnx")))
+    assert example.normalize_and_pad(np.zeros((300, 20, 3), np.uint8)).shape == (1, 3, 320, 64)
+    assert example.normalize_and_pad(np.zeros((65, 64, 3), np.uint8)).shape == (1, 3, 96, 64)
 
 
 def test_the_example_without_torch_finds_the_same(exported, expected, tmp_path):

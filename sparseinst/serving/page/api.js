@@ -8,7 +8,10 @@ export async function getJson(path) {
   return body(response);
 }
 
-/** Predict an image (a Blob). Wait and try again while the service is busy or its model is loading. */
+/**
+ * Predict an image (a Blob). Wait and try again while the service is busy or its model is loading. An answer without
+ * Retry-After is final: the prediction itself failed or took too long.
+ */
 export async function predict(image, { threshold, maps = false, signal }) {
   const response = await post(`predict?threshold=${threshold}&maps=${maps}`, image, signal);
   return body(response);

@@ -97,15 +97,18 @@ async function findMaps(entry) {
   if (entry.maps || entry.state !== "done" || entry.isMapping) return;
   entry.isMapping = true;
   update(entry);
+  let failure = null;
   try {
     const { instances } = await predict(entry.blob, { threshold: LEAST_SCORE, maps: true, signal: entry.abort.signal });
     entry.maps = instances.map(({ activation_maps: maps }) => maps);
   } catch (error) {
-    say(error.message);
+    failure = error.message;
     element("show-maps").checked = false;
   }
   entry.isMapping = false;
   update(entry);
+  // After the update, which says what the image shows.
+  if (failure !== null && state.entries.includes(entry)) say(failure);
 }
 
 function select(entry) {

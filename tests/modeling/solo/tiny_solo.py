@@ -46,7 +46,11 @@ def tiny_solo_cfg(variant: str, *opts):
 def tiny_solo(variant: str, *opts, seed: int = 0) -> nn.Module:
     """Return the model in eval mode, with random weights whose masks and scores differ from one another."""
     torch.manual_seed(seed)
-    model = build_model(tiny_solo_cfg(variant, *opts)).eval()
+    return spread_predictions(build_model(tiny_solo_cfg(variant, *opts)).eval())
+
+
+def spread_predictions(model: nn.Module) -> nn.Module:
+    """Draw random weights of the heads whose masks and scores differ from one another, in place; return the model."""
     for name, parameter in model.head.named_parameters():
         if name.endswith("weight") and parameter.dim() == 4:
             nn.init.kaiming_normal_(parameter)

@@ -1,0 +1,62 @@
+"""Check the arguments of the command `export`."""
+
+import argparse
+
+from sparseinst.runtime.export import FORMATS, InputRule
+from sparseinst.runtime.quantize import import_nncf
+from sparseinst.tools.export import DYNAMIC
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for arguments that exclude each other."""
+    target = FORMATS[args.format]
+    if args.precision not in target.precisions:
+        supported = "; ".join(f"{name}: {', '.join(each.precisions)}" for name, each in FORMATS.items())
+        raise ValueError(f"--precision {args.precision} is not supported by --format {args.format}; {supported}")
+    if args.end_to_end and not target.end_to_end:
+        supported = ", ".join(name for name, each in FORMATS.items() if each.end_to_end)
+        raise ValueError(f"--end-to-end is not supported by --format {args.format}; it is by {supported}")
+    if args.precision == "int8":
+        if not (args.calibration and args.test_json):
+            raise ValueError(
+                "--precision int8 needs --calibration, images like those that the model will see, and --test-json with "
+                "--test-images, because its AP decides whether the file is good"
+            )
+        if args.end_to_end:
+            raise ValueError("--end-to-end is not supported with --precision int8")
+        if args.format == "openvino":
+            import_nncf()
+    elif args.calibration:
+        raise ValueError(f"--calibration is for --precision int8; --precision is {args.precision}")
+    if args.end_to_end < 0:
+        raise ValueError(f"--end-to-end is {args.end_to_end}; it must be at least 1")
+    if args.end_to_end and args.test_json:
+        raise ValueError("--test-json computes the AP of files without --end-to-end: leave one of them out")
+    if bool(args.test_json) != bool(args.test_images) and not args.end_to_end:
+        raise ValueError("--test-json and --test-images go together")
+
+
+def chosen_size(given: list[str], rule: InputRule) -> tuple[int, int] | None:
+    """Read --size. None: dynamic."""
+    if rule.fixed_size is not None:
+        fixed = " ".join(map(str, rule.fixed_size))
+        if given != fixed.split():
+            raise ValueError(f"--size is {' '.join(given)}; this model supports {fixed}, its own size, only")
+        return rule.fixed_size
+    if given == [DYNAMIC]:
+        return None
+    sides = [int(side) if side.isdecimal() else 0 for side in given]
+    if len(sides) != 2 or min(sides) < 1 or any(side % rule.divisibility for side in sides):
+        raise ValueError(
+            f"--size is {' '.join(given)}; it must be dynamic, or HEIGHT WIDTH in multiples of {rule.divisibility}"
+        )
+    return tuple(sides)
+
+
+def chosen_batch(given: str) -> int | None:
+    """Read --batch. None: dynamic."""
+    if given == DYNAMIC:
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"--batch is {given}; it must be dynamic, or a number from 1 on")
+    return int(given)
