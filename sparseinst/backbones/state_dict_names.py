@@ -17,7 +17,7 @@ def rename_state_dict(
     Args:
         module: gets hooks for this, once and for all.
         to_published: from the module's own name of a tensor to the published one; one to one.
-        from_published: the reverse; a name that the module does not know is left over with any result.
+        from_published: the reverse; names that the module does not know may become anything.
     """
     # Of the load that is going on: PyTorch does not tell the last hook where the module stands.
     loading_prefix = ""

@@ -41,8 +41,8 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         for count in range(1, len(path.parts) + 1):
             end = path.parts[-count:]
             if sum(other.parts[-count:] == end for other in paths) == 1:
-                return str(Path(*end))
-        return str(path)
+                return Path(*end).as_posix()
+        return path.as_posix()
 
     return [name(path) for path in paths]
 

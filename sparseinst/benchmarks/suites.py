@@ -101,7 +101,8 @@ def _config_file(name: str) -> str:
     """Return the path of a config of Detectron2's model zoo, and other names as they are."""
     try:
         return name if os.path.isfile(name) else model_zoo.get_config_file(name)
-    except RuntimeError:
+    # Paths of Windows are a ValueError.
+    except (RuntimeError, ValueError):
         return name
 
 

@@ -25,8 +25,6 @@ FOREIGN_WARNINGS = (
     # OpenVINO traces the network; the optimized network is compared with the model afterwards.
     "Output nr ",
 )
-
-
 # Turns of a waiting thread's loop before it sleeps, read by the OpenMP that Linux wheels of PyTorch bring. Its default,
 # 300000, takes the processor from the thread that it waits for where other programs run: docs/performance.md.
 SPIN_COUNT = "4000"

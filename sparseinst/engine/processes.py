@@ -135,7 +135,8 @@ def _main_of_rank(main: Callable[[argparse.Namespace], object], args: argparse.N
     main(args)
     torch.distributed.destroy_process_group()
     comm._LOCAL_PROCESS_GROUP = None
-    comm._get_global_gloo_group.cache_clear()
+    # Another Detectron2 may keep none: the training is complete, so nothing here may fail.
+    getattr(getattr(comm, "_get_global_gloo_group", None), "cache_clear", bool)()
     gc.collect()
 
 

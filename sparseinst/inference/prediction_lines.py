@@ -116,11 +116,11 @@ def error_line(file_name: str, error: Exception) -> str:
 def _read_list(path: Path) -> list[str]:
     try:
         # File names can be any bytes, and editors of Windows write a mark at the start.
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise ValueError(f"--input: the list {path} cannot be read: {error.strerror or error}") from error
     # splitlines would also split at characters that names may hold, such as U+2028.
-    names = [line for line in text.split("\n") if line.strip()]
+    names = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not names:
         raise ValueError(f"--input: the list {path} is empty; expected one image path in each line")
     return names

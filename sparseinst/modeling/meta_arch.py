@@ -92,8 +92,7 @@ class TrainingPart(NamedTuple):
     Attributes:
         images: normalized and padded.
         targets: what the model's `prepare_targets` returned.
-        counts: divisors of the losses, summed over all parts of the step in this process; None where the part is the
-            whole step.
+        counts: divisors of the losses, summed over the parts of the step in this process; None: it has one part.
     """
 
     images: ImageList
@@ -124,8 +123,8 @@ class InstanceSegmenter(nn.Module, ABC):
         lossless_targets_key: config key that makes the targets keep every object; see `target_check`.
         float_layers: names of modules that INT8 exports leave in float32, with all that reads their results.
         postprocessing_modules: names of submodules that `postprocess` calls; exported files hold their weights.
-        class_names: of the classes that the weights were trained on, in the order of the class logits; None where they
-            are unknown. The trainer and the checkpointer set them.
+        geometry_keys: config keys that pre- or post-processing reads, and that must be those of the trained network.
+        class_names: of the weights, in the order of the class logits; None: unknown. Trainer and checkpointer set them.
     """
 
     num_classes_key: ClassVar[str | None] = None
@@ -136,6 +135,7 @@ class InstanceSegmenter(nn.Module, ABC):
     lossless_targets_key: ClassVar[str | None] = None
     float_layers: ClassVar[tuple[str, ...]] = ()
     postprocessing_modules: ClassVar[tuple[str, ...]] = ()
+    geometry_keys: ClassVar[tuple[str, ...]] = ()
     class_names: Sequence[str] | None = None
 
     def __init__(

@@ -26,13 +26,6 @@ from sparseinst.runtime.optimize import OptimizedSegmenter
 
 logger = logging.getLogger(__name__)
 
-# Parts of the names of keys of a model that may differ from those of its file: thresholds and limits of the
-# post-processing, and what only a training reads.
-_FREE_KEYS = (
-    "THRESHOLD", "NMS", "MAX_DETECTIONS", "OUTPUT_IAM", "LOSS", "MATCHER", "NUM_MASKS", "SCALE_RANGES", "SIGMA",
-    "PRIOR_PROB", "FREEZE_AT", "FREEZE_NORM_BELOW", "ANTIALIASED_TARGETS", "DATASET_MAPPER",
-)  # fmt: skip
-
 
 class ExportedSegmenter(OptimizedSegmenter):
     """Run an exported network between the pre- and post-processing of its model.
@@ -114,7 +107,9 @@ def exported_config(path: str | os.PathLike, opts: Sequence[str] = ()) -> CfgNod
         file = Path(folder) / f"{Path(path).name}.yaml"
         file.write_text(metadata.config, encoding="utf-8")
         try:
-            return load_config(str(file), [*opts, "MODEL.WEIGHTS", os.fspath(path)], allow_imports=False)
+            # Files of earlier versions hold the PRECISION of the model in PyTorch.
+            opts = ["RUNTIME.PRECISION", "float32", *opts, "MODEL.WEIGHTS", os.fspath(path)]
+            return load_config(str(file), opts, allow_imports=False)
         except ValueError as error:
             raise ValueError(f"{str(error).replace(str(file), str(path))}. Pass your own config file too") from error
 
@@ -195,8 +190,8 @@ def open_network(
     precisions = ("float32", "bfloat16") if engine == "openvino" else ("float32",)
     if precision not in precisions:
         raise ValueError(
-            f"RUNTIME.PRECISION is {precision}; {path} runs in {engine}, whose precisions are {', '.join(precisions)}. "
-            "--precision of `sparseinst export` makes files of float16 and int8"
+            f"RUNTIME.PRECISION is {precision}; {path} runs in {engine}, whose precisions are {', '.join(precisions)}: "
+            "set RUNTIME.PRECISION float32. --precision of `sparseinst export` makes files of float16 and int8"
         )
     if engine == "onnxruntime":
         if metadata.has_deform_conv and "CUDAExecutionProvider" in providers:
@@ -257,32 +252,17 @@ def _compared_values(cfg: CfgNode, metadata: ExportMetadata) -> Iterator[tuple[s
     yield "INPUT.FORMAT", cfg.INPUT.FORMAT, metadata.channel_order
     yield "MODEL.PIXEL_MEAN", list(cfg.MODEL.PIXEL_MEAN), list(metadata.pixel_mean)
     yield "MODEL.PIXEL_STD", list(cfg.MODEL.PIXEL_STD), list(metadata.pixel_std)
-    nodes = ["MODEL.BACKBONE", "MODEL.FPN"]
     if (num_classes := config.num_classes(cfg)) is not None:
         yield (*num_classes, len(metadata.class_names))
-        # MODEL.SOLO of MODEL.SOLO.NUM_CLASSES.
-        nodes.insert(0, ".".join(num_classes[0].split(".")[:2]))
+    meta_architecture = config.meta_architecture(cfg)
     try:
         saved = yaml.safe_load(metadata.config)
-        maps_key = getattr(config.meta_architecture(cfg), "activation_maps_key", None)
+        maps_key = getattr(meta_architecture, "activation_maps_key", None)
         if maps_key and config.value(cfg, maps_key):
             yield maps_key, True, config.value(saved, maps_key)
-        if not metadata.size_divisibility:
-            # The model's own preprocessing makes the size.
-            yield "INPUT.SQUARE_SIZE", cfg.INPUT.SQUARE_SIZE, saved["INPUT"]["SQUARE_SIZE"]
         # Without tuples, as it was saved.
         own = yaml.safe_load(cfg.dump())
-        for node in nodes:
-            yield from _values_of_both(config.value(own, node), config.value(saved, node), node)
+        for key in getattr(meta_architecture, "geometry_keys", ()):
+            yield key, config.value(own, key), config.value(saved, key)
     except (yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{cfg.MODEL.WEIGHTS} holds no config of this model: export the model again") from error
-
-
-def _values_of_both(own: object, saved: object, key: str) -> Iterator[tuple[str, object, object]]:
-    """Yield each key that shapes the model with both values, without keys that another version added or removed."""
-    if not (isinstance(own, dict) and isinstance(saved, dict)):
-        yield key, own, saved
-        return
-    for name in own:
-        if name in saved and not any(part in name for part in _FREE_KEYS):
-            yield from _values_of_both(own[name], saved[name], f"{key}.{name}")

@@ -146,8 +146,8 @@ def check_differences(worst: Mapping[str, float], bound: float) -> None:
     name = max(worst, key=lambda key: float("inf") if worst[key] != worst[key] else worst[key])
     if not worst[name] <= bound:
         raise SelfCheckError(
-            f"The exported {name} differs by {worst[name]:.2g} of its largest value from the model in eager float32; "
-            f"at most {bound:g} is allowed"
+            f"The exported file differs from the model in eager float32: {name} by {worst[name]:.2g}; at most "
+            f"{bound:g} is allowed"
         )
 
 

@@ -96,9 +96,13 @@ def _stamps(file: Path | None) -> list[tuple[str, int, int]]:
 
     An OpenVINO model has its weights in a .bin file, a TensorRT engine its metadata in a .json file.
     """
-    stamps = []
-    for path in sorted(file.parent.glob(f"{glob.escape(file.stem)}.*")) if file else ():
-        # The file may be removed meanwhile.
+    if file is None:
+        return []
+    paths, stamps = {file}, []
+    # The folder may be removed meanwhile, or the file.
+    with contextlib.suppress(OSError):
+        paths.update(file.parent.glob(f"{glob.escape(file.stem)}.*"))
+    for path in sorted(paths):
         with contextlib.suppress(OSError):
             stat = path.stat()
             stamps.append((path.name, stat.st_mtime_ns, stat.st_size))

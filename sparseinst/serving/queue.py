@@ -12,6 +12,9 @@ from sparseinst.serving.limits import Limits, Upload
 
 Answer = TypeVar("Answer")
 
+# A prediction without an answer that took this share of the time by itself is too slow; others waited in the queue.
+TOO_SLOW = 0.5
+
 
 class PredictionQueue:
     """Take uploads, and run a job on each in a thread, in the order of their arrival.
@@ -52,14 +55,16 @@ class PredictionQueue:
             )
         self.num_running += 1
         try:
-            task, has_started, seconds = await self._start(upload, job)
+            task, started, seconds = await self._start(upload, job)
         except BaseException:
             self.num_running -= 1
             raise
-        return await self._wait(upload, task, has_started, seconds)
+        return await self._wait(upload, task, started, seconds)
 
-    async def _start(self, upload: Upload, job: Callable[[bytes], Answer]) -> tuple[asyncio.Task, asyncio.Event, float]:
-        """Read the upload, and return the task of the job, the event of its start, and the seconds that are left."""
+    async def _start(
+        self, upload: Upload, job: Callable[[bytes], Answer]
+    ) -> tuple[asyncio.Task, asyncio.Future, float]:
+        """Read the upload, and return the task of the job, the time of its start, and the seconds that are left."""
         loop = asyncio.get_running_loop()
         start = loop.time()
         seconds = self._limits.seconds
@@ -67,18 +72,18 @@ class PredictionQueue:
             data = await asyncio.wait_for(upload.read(), seconds)
         except asyncio.TimeoutError as error:
             raise HTTPException(408, f"The upload took longer than {seconds:g} s") from error
-        has_started = asyncio.Event()
+        started = loop.create_future()
 
         async def run() -> Answer:
             async with self._turns:
-                has_started.set()
+                started.set_result(loop.time())
                 return await loop.run_in_executor(self._threads, job, data)
 
         task = loop.create_task(run())
         task.add_done_callback(self._end)
-        return task, has_started, seconds - (loop.time() - start)
+        return task, started, seconds - (loop.time() - start)
 
-    async def _wait(self, upload: Upload, task: asyncio.Task, has_started: asyncio.Event, seconds: float) -> Answer:
+    async def _wait(self, upload: Upload, task: asyncio.Task, started: asyncio.Future, seconds: float) -> Answer:
         gone = asyncio.create_task(upload.client_left())
         try:
             await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -87,14 +92,14 @@ class PredictionQueue:
             if gone.done():
                 raise ClientDisconnect
             text = f"No answer within {self._limits.seconds:g} s"
-            if has_started.is_set():
+            if started.done() and gone.get_loop().time() - started.result() > TOO_SLOW * self._limits.seconds:
                 # Another try would predict the image again, and take as long.
                 raise HTTPException(503, f"{text}: the prediction is too slow, send a smaller image")
             raise HTTPException(503, f"{text}; try again", {"Retry-After": "1"})
         finally:
             gone.cancel()
             # A task that is cancelled while its thread runs would give its turn away too early.
-            if not has_started.is_set():
+            if not started.done():
                 task.cancel()
 
     def _end(self, task: asyncio.Task) -> None:

@@ -273,7 +273,8 @@ def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, tuple[nn
     from sparseinst.runtime.optimize import optimize_as_configured
 
     files = [setting for setting in settings if is_exported(setting) and Path(setting).is_file()]
-    names = dict(zip(files, short_names([Path(file) for file in files])))
+    # A setting's name ends at its "=".
+    names = {file: name.replace("=", "-") for file, name in zip(files, short_names([Path(file) for file in files]))}
     check_distinct("--compare", [names.get(setting, setting.partition("=")[0]) for setting in settings])
     torch.manual_seed(0)
     model = build_model(cfg).eval()

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="float16: weights in 16 bits; int8: quantized, see --calibration (default float32)")  # fmt: skip
     add("--input", default="normalized", choices=["image", "normalized"],
         help="image: uint8 images, normalized in the graph (default normalized)")  # fmt: skip
-    add("--end-to-end", nargs="?", const=MOST_DETECTIONS, default="0", metavar="N",
+    add("--end-to-end", nargs="?", const=MOST_DETECTIONS, metavar="N",
         help="return up to N detections (default 100) as dense tensors, for runtimes without Python; the self-check "
         "compares those in up to 8 of --test-images")  # fmt: skip
     add("--calibration", default="", metavar="FOLDER",

@@ -28,8 +28,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             import_nncf()
     elif args.calibration:
         raise ValueError(f"--calibration is for --precision int8; --precision is {args.precision}")
-    if args.end_to_end < 0:
-        raise ValueError(f"--end-to-end is {args.end_to_end}; it must be at least 1")
     if args.end_to_end and args.test_json:
         raise ValueError("--test-json computes the AP of files without --end-to-end: leave one of them out")
     if bool(args.test_json) != bool(args.test_images) and not args.end_to_end:
@@ -51,6 +49,15 @@ def chosen_size(given: list[str], rule: InputRule) -> tuple[int, int] | None:
             f"--size is {' '.join(given)}; it must be dynamic, or HEIGHT WIDTH in multiples of {rule.divisibility}"
         )
     return tuple(sides)
+
+
+def chosen_number(given: str | None) -> int:
+    """Read --end-to-end. 0: it was not given."""
+    if given is None:
+        return 0
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"--end-to-end is {given!r}; it must be a whole number from 1 on")
+    return int(given)
 
 
 def chosen_batch(given: str) -> int | None:

@@ -52,7 +52,7 @@ from sparseinst.runtime.self_check import (
     output_differences,
 )
 from sparseinst.tools.export import DYNAMIC, MOST_DETECTIONS
-from sparseinst.tools.export_arguments import check_arguments, chosen_batch, chosen_size
+from sparseinst.tools.export_arguments import check_arguments, chosen_batch, chosen_number, chosen_size
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +72,15 @@ _USUAL_IMAGE = (480, 640)
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Return 0; 1 where the file differs from the model; 2 after other errors."""
-    note = ""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.INFO)
     try:
         # --size takes all that follows it, --end-to-end one value.
         num_sizes = 1 if args.size[0] == DYNAMIC else 2
         args.size, leading = args.size[:num_sizes], args.size[num_sizes:]
-        if not args.end_to_end.lstrip("-").isdecimal():
+        if args.end_to_end is not None and args.end_to_end[:1].isalpha():
             leading, args.end_to_end = [*leading, args.end_to_end], MOST_DETECTIONS
-        args.end_to_end = int(args.end_to_end)
+        args.end_to_end = chosen_number(args.end_to_end)
         opts = [*leading, *args.opts, "MODEL.DEVICE", "cpu", "DATASETS.TEST_JSON", args.test_json]
         cfg = load_config(args.config_file, [*opts, "DATASETS.TEST_IMAGES", args.test_images], imports=args.imports)
         path, metadata = export(cfg, args)
@@ -91,10 +90,11 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    note = ""
     if metadata.compared_detections == 0:
         note = (
             ". No class, mask or box was compared, because the model finds nothing certain in the images of the "
-            "self-check: name a folder of images with objects by --test-images"
+            "self-check: --test-images takes a folder of images with objects"
         )
     elif metadata.compared_detections:
         note = f"; {metadata.compared_detections} detections were compared"

@@ -1,5 +1,6 @@
 """The service over HTTP: its endpoints, limits, and what it does where something goes wrong."""
 
+import asyncio
 import io
 import json
 import socket
@@ -15,6 +16,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from sparseinst.serving.answers import answer  # noqa: E402
 from sparseinst.serving.limits import Limits  # noqa: E402
+from sparseinst.serving.model import _stamps  # noqa: E402
 from sparseinst.serving.queue import PredictionQueue  # noqa: E402
 from tests.serving.service import image_bytes, metric, running, stub_predictor, wait_until  # noqa: E402
 
@@ -240,6 +242,39 @@ def test_time_limits(predictor):
         model.gate.set()
         wait_until(lambda: metric(client, "sparseinst_running_requests") == 0)
         assert client.post("/predict", content=data).status_code == 200
+
+
+def test_changes_of_a_file_without_an_ending_are_seen(tmp_path):
+    file = tmp_path / "weights"
+    assert not _stamps(file) and not _stamps(tmp_path / "missing" / "weights")
+    file.write_text("1")
+    before = _stamps(file)
+    file.write_text("12")
+    assert before and before != _stamps(file)
+
+
+class ReadUpload:
+    """An upload of a client that stays."""
+
+    async def read(self):
+        return b""
+
+    async def client_left(self):
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(("first", "second", "header"), [(0.5, 0.4, {"Retry-After": "1"}), (0.0, 0.9, None)])
+def test_only_a_prediction_that_is_slow_by_itself_is_not_tried_again(first, second, header):
+    """The first job keeps the other one waiting."""
+
+    async def run_both():
+        queue = PredictionQueue(Limits(seconds=0.7, workers=1))
+        jobs = [asyncio.create_task(queue.run(ReadUpload(), lambda _, s=s: time.sleep(s))) for s in (first, second)]
+        _, error = await asyncio.gather(*jobs, return_exceptions=True)
+        return error
+
+    error = asyncio.run(run_both())
+    assert error.status_code == 503 and error.headers == header
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of\nmemory"), MemoryError(), KeyError("x")])

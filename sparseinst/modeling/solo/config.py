@@ -43,6 +43,10 @@ RANGES = {
 }
 
 
+# Below a node; what pre- and post-processing read of the network.
+GEOMETRY = ("HEAD", "IN_FEATURES", "STRIDES", "NUM_GRIDS")
+
+
 def _only(expected: object, text: str) -> Callable[[object], object]:
     """Return a conversion that refuses other values."""
 

@@ -56,6 +56,7 @@ class SOLO(InstanceSegmenter):
     float_layers: ClassVar[tuple[str, ...]] = ("cate_pred", "kernel_pred", "mask_pred_x", "mask_pred_y")
     num_classes_key: ClassVar[str] = f"{config.SOLO_NODE}.{config.NUM_CLASSES}"
     max_detections_key: ClassVar[str] = f"{config.SOLO_NODE}.{config.MAX_DETECTIONS}"
+    geometry_keys: ClassVar[tuple[str, ...]] = tuple(f"{config.SOLO_NODE}.{name}" for name in config.GEOMETRY)
 
     @configurable
     def __init__(
@@ -247,6 +248,9 @@ class SOLOv2(SOLO):
     node_name: ClassVar[str] = config.SOLOV2_NODE
     num_classes_key: ClassVar[str] = f"{config.SOLOV2_NODE}.{config.NUM_CLASSES}"
     max_detections_key: ClassVar[str] = f"{config.SOLOV2_NODE}.{config.MAX_DETECTIONS}"
+    geometry_keys: ClassVar[tuple[str, ...]] = tuple(
+        f"{config.SOLOV2_NODE}.{name}" for name in (*config.GEOMETRY, "MASK_FEATURES.IN_FEATURES")
+    )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:

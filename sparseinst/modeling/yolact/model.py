@@ -55,6 +55,11 @@ class YOLACT(InstanceSegmenter):
     max_detections_key: ClassVar[str] = config.MAX_DETECTIONS_KEY
     float_layers: ClassVar[tuple[str, ...]] = ("cls_score", "bbox_pred", "coeff_pred")
     postprocessing_modules: ClassVar[tuple[str, ...]] = ("mask_iou_head",)
+    geometry_keys: ClassVar[tuple[str, ...]] = (
+        "INPUT.SQUARE_SIZE",
+        "MODEL.FPN.IN_FEATURES",
+        *(f"{config.NODE}.{name}" for name in ("ANCHOR_SIZES", "ANCHOR_SCALES", "ANCHOR_RATIOS", "SQUARE_ANCHORS")),
+    )
 
     @configurable
     def __init__(
