@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounter
 
 from sparseinst.runtime import compile as compiling
 from sparseinst.runtime.optimize import optimize_for_inference
+from tests.modeling.yolact.tiny_yolact import tiny_yolact
 from tests.tiny_model import tiny_model
 
 # The maps of these sizes lie on both sides of the limits below which PyTorch chooses another convolution.
@@ -19,6 +20,18 @@ def counter(monkeypatch):
     monkeypatch.setattr(compiling.torch, "compile", lambda network, **kw: real_compile(network, backend=counter, **kw))
     yield counter
     torch._dynamo.reset()
+
+
+def test_yolact_compiles_once(counter):
+    model = tiny_yolact()
+    optimized = optimize_for_inference(model, compile=True)
+    with torch.no_grad():
+        for _ in range(2):
+            images = torch.randn(1, 3, 64, 64)
+            expected = model.network(images)
+            for name, value in optimized.network(images).items():
+                assert (value - expected[name]).abs().max() < 1e-4 * expected[name].abs().max()
+    assert counter.frame_count == 1
 
 
 def test_it_compiles_for_the_first_size_and_once_for_all_others(counter):

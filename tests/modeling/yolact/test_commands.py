@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor, DefaultTrainer
+from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
@@ -200,3 +201,20 @@ def test_detectron2s_trainer_and_mapper(folder, tmp_path):
     trainer = DefaultTrainer(cfg)
     trainer.train()
     assert np.isfinite(trainer.storage.latest()["total_loss"][0])
+    cfg.DATASETS.TEST = ("yolact_stock",)
+    results = DefaultTrainer.test(cfg, trainer.model, [COCOEvaluator("yolact_stock", output_dir=str(tmp_path))])
+    assert results["segm"]["AP"] >= 0 and results["bbox"]["AP"] >= 0
+
+
+def test_a_video_is_drawn(folder, tmp_path):
+    pixels = cv2.imread(str(next((folder / "train").glob("*.jpg"))))
+    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5.0, pixels.shape[1::-1])
+    for _ in range(3):
+        writer.write(pixels)
+    writer.release()
+    code = demo.main(
+        ["--config-file", str(folder / "config.yaml"), "--video-input", str(tmp_path / "clip.mp4"), "--output",
+         str(tmp_path / "drawn.mp4"), "--confidence-threshold", "0.0", "--opts", *of_checkpoint(folder)]
+    )  # fmt: skip
+    assert code == 0
+    assert cv2.VideoCapture(str(tmp_path / "drawn.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
