@@ -6,17 +6,21 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from sparseinst.config import load_config
 from sparseinst.data.coco_json import register_coco_json
+from sparseinst.engine.finite import NonFiniteStepError
 from sparseinst.engine.trainer import Trainer
 from sparseinst.inference import Predictor
 from sparseinst.structures.rle_masks import RLEMasks
-from sparseinst.tools import analyze_model, benchmark, check_dataset, demo, export, train_net
+from sparseinst.tools import analyze_model, benchmark, check_dataset, convert_weights, demo, export, train_net
+from tests.checkpoint.test_yolact_names import read as published_tensors
 from tests.distributed.ranks import run_ranks
 from tests.loggers import loggers_restored
 from tests.modeling.yolact.tiny_yolact import PLUS, tiny_yolact, tiny_yolact_cfg
@@ -78,6 +82,27 @@ def test_resumed_bit_for_bit(folder, tmp_path):
     whole, cut = (saved_weights(path / "model_final.pth") for path in (folder / "trained", tmp_path))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
     assert not torch.equal(half["head.cls_score.weight"], cut["head.cls_score.weight"])
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_step_whose_loss_is_nan_changes_nothing(folder, tmp_path, action):
+    register_coco_json(f"yolact_nan_{action}", str(folder / "train.json"), str(folder / "train"))
+    cfg = load_config(
+        str(folder / "config.yaml"),
+        ["DATASETS.TRAIN", (f"yolact_nan_{action}",), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path),
+         "SOLVER.NONFINITE.ACTION", action, "SOLVER.MAX_ITER", 1],
+    )  # fmt: skip
+    trainer = Trainer(cfg)
+    trainer.model.protonet.register_forward_hook(lambda module, args, output: output * float("nan"))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    if action == "stop":
+        with pytest.raises(NonFiniteStepError, match="the output of protonet"):
+            trainer.train()
+        assert (tmp_path / "model_nonfinite.pth").is_file()
+    else:
+        trainer.train()
+    after = trainer.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def train_a_rank(config, json_file, images, output):
@@ -183,6 +208,30 @@ def test_other_options_of_a_training(folder, tmp_path):
         "SOLVER.CHANNELS_LAST", True, "VIS_PERIOD", 1, "TEST.PRECISE_BN.ENABLED", True, "SOLVER.ACCUMULATE_STEPS", 1,
     )  # fmt: skip
     assert (tmp_path / "model_final.pth").is_file()
+
+
+def test_a_published_file_is_converted_for_the_stock_checkpointer(tmp_path, capsys):
+    """The file's names are those of tests/state_dicts; its values are random."""
+    torch.manual_seed(0)
+    state = {
+        name: torch.randn(value.shape) if value.is_floating_point() else torch.zeros(value.shape, dtype=value.dtype)
+        for name, value in published_tensors("yolact_r50").items()
+    }
+    torch.save(state, tmp_path / "official.pth")
+    output = tmp_path / "converted.pth"
+    convert_weights.main(
+        ["--input", str(tmp_path / "official.pth"), "--config-file", "yolact/yolact_resnet50", "--output", str(output)]
+    )
+    assert "YOLACT of the official code" in capsys.readouterr().out
+    model = build_model(load_config("yolact/yolact_resnet50", ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]))
+    DetectionCheckpointer(model).load(str(output))
+    assert torch.equal(model.protonet.conv1.weight, state["proto_net.0.weight"])
+    # The official code has the background first.
+    classes, official = (
+        weight.unflatten(0, (3, 81))
+        for weight in (model.head.cls_score.weight, state["prediction_layers.0.conf_layer.weight"])
+    )
+    assert torch.equal(classes[:, -1], official[:, 0]) and torch.equal(classes[:, :-1], official[:, 1:])
 
 
 def test_the_data_set_is_checked(folder):
