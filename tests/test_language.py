@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.language import Exemption, find, read_exemptions, read_patterns
+from tests.language import Exemption, find, python_prose, read_exemptions, read_patterns
 
 
 def found_in(tmp_path, text, name="README.md", exemptions=()):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(text)
     return list(find(tmp_path, read_patterns(), exemptions))
 
@@ -47,6 +47,47 @@ def test_a_sentence_is_found_across_lines_of_a_comment(tmp_path):
 )
 def test_good_sentences_pass(tmp_path, sentence):
     assert not found_in(tmp_path, sentence)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("train_net.py", "demo/demo.py", "examples/a.py", "examples/cpp/a.cpp", "examples/cpp/CMakeLists.txt"),
+        *("examples/README.md", "configs/lazy/a.py", "configs/quick/a.yaml", "sparseinst/tools/a.py", "Makefile"),
+        *(f"sparseinst/serving/page/a.{ending}" for ending in ("html", "js", "css")),
+    ],
+)
+def test_every_kind_of_file_is_searched(tmp_path, name):
+    assert found_in(tmp_path, "# The result is there sooner.\n", name) == [f"{name}:1: sooner"]
+
+
+@pytest.mark.parametrize("sign", ["//", " *"])
+def test_a_sentence_is_found_across_lines_of_other_comments(tmp_path, sign):
+    assert found_in(tmp_path, f"{sign} The value is\n{sign} to be set.\n", "examples/a.cpp")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'raise ValueError("the value is " "to be set")',
+        'raise ValueError(\n    f"the {value} is "\n    f"to be set"\n)',
+        'def f():\n    """Return what\n    it is."""',
+        "x = 1  # sooner",
+        "x = r'sooner'",
+    ],
+)
+def test_comments_and_strings_of_python_are_searched(tmp_path, code):
+    assert len(found_in(tmp_path, f"{code}\n", "sparseinst/a.py")) == 1
+
+
+def test_names_in_python_code_are_not_searched(tmp_path):
+    code = 'pictures = what.they.are\nprint(f"the {sooner + 1} of {pictures[0]}", sooner, "a", alike)  # good\n'
+    assert not found_in(tmp_path, code, "sparseinst/a.py")
+
+
+def test_the_prose_of_python_code_stays_where_it_was():
+    source = 'x = f(1, """a\nb""")  # c\ny = "d" \'e\'\n'
+    assert python_prose(source).replace("\0", "~") == "~ ~ ~~~~    a\nb   ~  # c\n~ ~  d   e \n"
 
 
 def test_an_exemption_holds_for_its_file_and_line(tmp_path):
