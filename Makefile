@@ -3,7 +3,7 @@
 VENV ?= .venv
 # `make VENV=~/envs/d2`: not every shell expands the ~ there.
 override VENV := $(patsubst ~/%,$(HOME)/%,$(VENV))
-# What makes $(VENV), where there is none yet: the first Python that SparseInst runs on.
+# The first Python that SparseInst runs on makes $(VENV) where it does not exist.
 IS_SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.10; do \
 	"$$python" -c '$(IS_SUPPORTED)' 2>/dev/null && echo "$$python" && break; done)
@@ -139,7 +139,7 @@ $(INSTALLED):
 environment:
 	@[ ! -e "$(VENV)" ] || [ -e "$(OURS)" ] || $(call STOP,$(VENV) is there$(,) but has no bin/python with pip in it: \
 		remove it$(,) repair it$(,) or name another: make VENV=FOLDER)
-	@[ -n "$(PYTHON)" ] || $(call STOP,SparseInst needs Python 3.10 to 3.13$(,) and there is none on the PATH. \
+	@[ -n "$(PYTHON)" ] || $(call STOP,SparseInst needs Python 3.10 to 3.13$(,) and the PATH has none. \
 		Install one$(,) or name it: make PYTHON=COMMAND)
 	@"$(PYTHON)" -c '$(IS_SUPPORTED)' || $(call STOP,SparseInst needs Python 3.10 to 3.13; \
 		$(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=COMMAND)

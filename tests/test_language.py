@@ -15,6 +15,9 @@ def found_in(tmp_path, text, name="README.md", exemptions=()):
     "sentence",
     [
         "That a file is no config is said at once.",
+        "There is no CUDA device.",
+        "There were no images in it.",
+        "A name that there is not.",
         "Two files, of which one is read.",
         "A value, for which there is a key.",
         "The log tells of it.",
@@ -43,7 +46,7 @@ def test_a_sentence_is_found_across_lines_of_a_comment(tmp_path):
 
 @pytest.mark.parametrize(
     "sentence",
-    ["There is no CUDA device.", "It is no longer read.", "The log tells which file.", "Set to_be and num_pictures."],
+    ["The device is no longer read.", "The log tells which file.", "Set to_be and num_pictures."],
 )
 def test_good_sentences_pass(tmp_path, sentence):
     assert not found_in(tmp_path, sentence)

@@ -158,7 +158,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
                 "OUTPUT_DIR, or remove them to start from the beginning"
             )
         if resume:
-            logger.warning("There is no checkpoint in %s to resume from: starting from the beginning", self.save_dir)
+            logger.warning("%s has no checkpoint to resume from: starting from the beginning", self.save_dir)
         return self.load(path, checkpointables=[])
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:

@@ -223,7 +223,7 @@ def _explained_damage(path: Path, kind: str, errors: tuple[type[Exception], ...]
 
 def _kind_of(path: Path) -> str:
     if not path.exists():
-        raise WeightsFileError(f"There is no such file: {path}")
+        raise WeightsFileError(f"The file {path} does not exist")
     if not path.is_file():
         raise WeightsFileError(f"{path} is a folder; name the weights file in it")
     try:

@@ -107,7 +107,7 @@ def load_config(
         import torch
 
         if not torch.cuda.is_available():
-            logger.warning("MODEL.DEVICE is %s and there is no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
+            logger.warning("MODEL.DEVICE is %s and PyTorch finds no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
             cfg.MODEL.DEVICE = "cpu"
     return cfg
 
@@ -205,7 +205,7 @@ def _read_with_bases(
         file = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         if not os.path.isfile(file):
             raise ValueError(
-                f"In the config file {path}: _BASE_ names {base[:200]!r}, and there is no file {file[:300]}"
+                f"In the config file {path}: _BASE_ names {base[:200]!r}, but the file {file[:300]} does not exist"
             )
         if os.path.realpath(file) in chain:
             raise ValueError(f"The config file {path} inherits from itself: _BASE_ names {base!r}")

@@ -226,7 +226,7 @@ def run_named_suite(args: argparse.Namespace) -> dict:
     models = {each.config: each for each in SUITES[args.suite]}
     models |= {name: SuiteModel(name) for name in args.config_file if name not in models}
     cfg = suite_config(next(iter(models)), args.opts, False)
-    # All on one device, with one line in the log where there is no CUDA.
+    # All on one device, with one line in the log without CUDA.
     opts = [*args.opts, "MODEL.DEVICE", cfg.MODEL.DEVICE]
     keep_freed_memory_for_inference(cfg)
     random_image = np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)

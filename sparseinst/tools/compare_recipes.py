@@ -110,7 +110,7 @@ class Comparison:
 
     Args:
         data, recipes, seeds: whose combinations are trained.
-        seconds: of one training; read where there are no iterations.
+        seconds: of one training; read where ``iterations`` is not given.
         folder: gets DATA/RECIPE/seedN for each run.
         iterations: of one training.
         imports: modules that the recipes need.

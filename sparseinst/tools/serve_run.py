@@ -74,14 +74,14 @@ def predictor_loader(weights: str, config_file: str | None, opts: Sequence[str])
         opts: KEY VALUE KEY VALUE ...
 
     Raises:
-        ValueError: there is no config, it is wrong, or it has IMPORTS: the service runs no code of others.
+        ValueError: the config is missing or wrong, or it has IMPORTS: the service runs no code of others.
     """
     if config_file is None and is_exported(weights):
         return lambda: Predictor(exported_config(weights, opts))
     if config_file is None:
         config_file = str(Path(weights).parent / "config.yaml")
         if not Path(config_file).is_file():
-            raise ValueError(f"There is no {config_file}: name the config of {weights} by --config-file")
+            raise ValueError(f"{config_file} does not exist: name the config of {weights} by --config-file")
     cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", weights], allow_imports=False)
     return functools.partial(Predictor, cfg)
 
