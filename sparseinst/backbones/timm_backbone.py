@@ -150,7 +150,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def _checked_args(model_args: Mapping) -> dict:
-    """Return the arguments. Raise ValueError for a name outside MODEL_ARGS, or a value that is not plain."""
+    """Return the arguments. Raise ValueError for a name outside MODEL_ARGS, or a value other than numbers and texts."""
     for name, value in model_args.items():
         if name not in MODEL_ARGS:
             raise ValueError(

@@ -38,7 +38,7 @@ _ALLOW = "set MODEL.MIN_BACKBONE_COVERAGE 0.0 to start from what fits"
 class SparseInstCheckpointer(DetectionCheckpointer):
     """Load checkpoints and pretrained weights, and report which tensors of the model a file fills.
 
-    It replaces parts of DetectionCheckpointer, which runs code of ``.pkl`` files, only logs tensors that a model does
+    Replaces parts of DetectionCheckpointer, which runs code of ``.pkl`` files, only logs tensors that a model does
     not get, and leaves half a file where a process stops while it writes. The files are the same.
 
     ``load(path)`` requires a file that fills the whole model. ``load(path, checkpointables=[])``, which
@@ -296,7 +296,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             )
         if left_over := coverage.left_over + coverage.classifier:
             logger.warning(
-                "%s HAS TENSORS THAT THE MODEL DOES NOT HAVE: %s. It may belong to another config file%s",
+                "%s HAS TENSORS THAT THE MODEL DOES NOT HAVE: %s. The file may belong to another config file%s",
                 coverage.source,
                 first_names(left_over),
                 keys,

@@ -22,8 +22,8 @@ from sparseinst.config.values import check_values
 
 logger = logging.getLogger(__name__)
 
-# yacs raises KeyError and AssertionError for unknown keys and TypeError for a key below a value (SOLVER.MAX_ITER.X). It
-# lets Python read values, which raises MemoryError or RecursionError for some ("-----...").
+# yacs raises KeyError and AssertionError for unknown keys and TypeError for a key below a value (SOLVER.MAX_ITER.X).
+# Python reads the values, which raises MemoryError or RecursionError for some ("-----...").
 _MERGE_ERRORS = (KeyError, AssertionError, ValueError, TypeError, MemoryError, RecursionError)
 # PyYAML raises all but the first for explicit tags: "!!int ''", "!!bool x", "!!timestamp x", "!!float 1:1:1:...".
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)

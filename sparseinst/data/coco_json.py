@@ -177,7 +177,8 @@ def class_info(dataset_name: str) -> ClassInfo:
     if dataset_name not in DatasetCatalog:
         raise ValueError(
             f"The data set {dataset_name!r} (DATASETS.TRAIN, DATASETS.TEST) is not registered. Register it, or "
-            "give your own data as DATASETS.TRAIN_JSON and DATASETS.TRAIN_IMAGES, DATASETS.TEST_JSON and DATASETS.TEST_IMAGES"
+            "give your own data as DATASETS.TRAIN_JSON and DATASETS.TRAIN_IMAGES, DATASETS.TEST_JSON and "
+            "DATASETS.TEST_IMAGES"
         )
     metadata = MetadataCatalog.get(dataset_name)
     # register_coco_instances sets both only when the json is read; data sets of other formats may have no ids.

@@ -377,7 +377,7 @@ class InstanceSegmenter(nn.Module, ABC):
         """Return outputs of the same shapes from which `postprocess` makes a realistic number of instances.
 
         Benchmarks use them because random weights let all predictions pass or none. A model that does not override
-        this method is timed with what its network returns.
+        this method is timed with the outputs of its network.
 
         Args:
             outputs: what `network` returned.

@@ -1,4 +1,4 @@
-"""What an exported file says about itself, in JSON, in each format's own place for metadata."""
+"""Read and write the description of an exported file: JSON in the metadata of each format."""
 
 import dataclasses
 import functools

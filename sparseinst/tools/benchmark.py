@@ -183,8 +183,8 @@ def run(args: argparse.Namespace) -> dict:
         "batches": [],
     }
     sizes = ", ".join(sorted({f"{image.shape[0]}x{image.shape[1]}" for image in images}))
-    beside = f", beside {args.busy} spinning processes" if args.busy else ""
-    print(f"{', '.join(cfgs)}, {found['machine']}{beside}, {args.detections} objects in each image of {sizes}")
+    busy = f", with {args.busy} spinning processes" if args.busy else ""
+    print(f"{', '.join(cfgs)}, {found['machine']}{busy}, {args.detections} objects in each image of {sizes}")
     for batch_size in args.batch_sizes:
         with busy_processes(args.busy):
             measurements = measure_models(

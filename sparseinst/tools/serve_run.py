@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the service. Return 0 after Ctrl-C, or 2 after a ValueError, ImportError or OSError at the start."""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.INFO)
-    # It logs a warning for each broken form, which any client can send.
+    # The parser of forms logs a warning for each broken form, which any client can send.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
         check_arguments(args)

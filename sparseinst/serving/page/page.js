@@ -1,4 +1,4 @@
-// The page: opened images, their predictions, and what of them is shown.
+// The page: opened images, their predictions, and the shown part of both.
 
 import { getJson, predict, readable } from "./api.js";
 import { canOpenCamera, closeCamera, openCamera, takePhoto } from "./camera.js";
