@@ -84,7 +84,8 @@ def end_to_end_differences(
 ) -> tuple[dict[str, float], int]:
     """Compare the detections of an end-to-end file with those of the model's own `postprocess`.
 
-    Detections of almost equal scores may change their order, so other values are compared where the order is certain.
+    Detections of almost equal scores may change their order, so boxes, classes and masks are compared only where the
+    order is certain.
 
     Args:
         network, exported, shapes: as in `output_differences`.
