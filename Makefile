@@ -1,9 +1,9 @@
-# `make help` lists the commands. Each installs what it needs into $(VENV), and can be run again at any time.
+# `make help` lists the commands. Each installs its requirements into $(VENV), and can be run again at any time.
 
 VENV ?= .venv
 # `make VENV=~/envs/d2`: not every shell expands the ~ there.
 override VENV := $(patsubst ~/%,$(HOME)/%,$(VENV))
-# What makes $(VENV), where there is none yet: the first Python that SparseInst runs on.
+# The first Python that SparseInst runs on makes $(VENV) where it does not exist.
 IS_SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.10; do \
 	"$$python" -c '$(IS_SUPPORTED)' 2>/dev/null && echo "$$python" && break; done)
@@ -14,9 +14,10 @@ TEST_WORKERS ?= 2
 DETECTRON2 := sal-detectron2==0.7.2
 # Where torch and torchvision come from; empty: from the same index as all else, with 3 GB of libraries for GPUs.
 TORCH_INDEX ?=
-# For a test of Detectron2's LVISEvaluator. Without what it names as needed: opencv-python, which needs libGL.
+# For a test of Detectron2's LVISEvaluator. Installed without its requirements: opencv-python needs libGL.
 LVIS := lvis==0.5.3
-# What only tests/extras needs (the tests of the page install Chromium where apt-get may); the second list without what it names as needed: opencv-python, which needs libGL.
+# Packages that only tests/extras needs (the tests of the page install Chromium where apt-get may). The second list is
+# installed without its requirements: opencv-python needs libGL.
 EXTRAS_PACKAGES := 'nncf>=2.14' 'ray[data]>=2.40,<3' 'supervision>=0.27' 'mlflow>=2.14' 'wandb>=0.19' rich 'playwright>=1.50'
 EXTRAS_WITHOUT_NEEDS := 'sahi>=0.11.20' 'trackers>=2.6'
 # Free space that a first installation takes at its peak, in GB: $(VENV) ends up with 6, the rest are downloads.
@@ -72,14 +73,14 @@ quickstart: install
 		--input '$(QUICK_DATA)/val/00000*.jpg' \
 		--output $(QUICK_OUTPUT)/drawn --opts MODEL.WEIGHTS $(QUICK_OUTPUT)/model_final.pth
 	@echo '== Done. Tables of AP and speed: above, and $(QUICK_OUTPUT)/results.json'
-	@echo '         Curves, predictions beside the truth, confusion matrix: $(QUICK_OUTPUT)/*.png, val_predictions.jpg'
+	@echo '         Curves, predictions next to the truth, confusion matrix: $(QUICK_OUTPUT)/*.png, val_predictions.jpg'
 	@echo '         Drawn predictions: $(QUICK_OUTPUT)/drawn'
 
 test: install
 	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
 		-m 'not slow' --ignore=tests/extras
 
-# Those that tests/conftest.py names: variants of what `make test` shows, and what takes long.
+# The tests that tests/conftest.py lists: variants of tests of `make test`, and long tests.
 test-slow: install
 	OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
 		-m slow --ignore=tests/extras
@@ -97,7 +98,7 @@ test-faults: install
 	SPARSEINST_FAULTS=full OMP_NUM_THREADS=1 "$(VENV_PYTHON)" -m pytest -q -rA -n $(TEST_WORKERS) --dist loadfile \
 		tests/faults
 
-# An environment that sees the packages of $(VENV), editable ones too, and has what only these tests need.
+# The environment sees the packages of $(VENV), editable ones too, and has the packages that only these tests need.
 test-extras: install
 	@[ -x "$(VENV)-extras/bin/python" ] || "$(VENV_PYTHON)" -m venv "$(VENV)-extras"
 	@"$(VENV_PYTHON)" -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
@@ -139,7 +140,7 @@ $(INSTALLED):
 environment:
 	@[ ! -e "$(VENV)" ] || [ -e "$(OURS)" ] || $(call STOP,$(VENV) is there$(,) but has no bin/python with pip in it: \
 		remove it$(,) repair it$(,) or name another: make VENV=FOLDER)
-	@[ -n "$(PYTHON)" ] || $(call STOP,SparseInst needs Python 3.10 to 3.13$(,) and there is none on the PATH. \
+	@[ -n "$(PYTHON)" ] || $(call STOP,SparseInst needs Python 3.10 to 3.13$(,) and the PATH has none. \
 		Install one$(,) or name it: make PYTHON=COMMAND)
 	@"$(PYTHON)" -c '$(IS_SUPPORTED)' || $(call STOP,SparseInst needs Python 3.10 to 3.13; \
 		$(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=COMMAND)
@@ -169,8 +170,8 @@ install-pinned:
 	@echo 'Installing SparseInst, editable'
 	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 
-# The versions of torch and all else were chosen for that Detectron2: only what is missing is added.
+# The installed versions of torch and others were chosen for that Detectron2: add missing packages only.
 install-beside-detectron2:
-	@echo 'Installing SparseInst, editable, beside the Detectron2 of $(VENV), with what else is missing there'
+	@echo 'Installing SparseInst, editable, next to the Detectron2 of $(VENV), with the packages that are missing there'
 	@$(PIP_INSTALL) --editable \
 		".[dev$$("$(VENV_PYTHON)" -c 'from importlib.util import find_spec; print("" if find_spec("cv2") else ",headless")')]"

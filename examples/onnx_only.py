@@ -3,7 +3,7 @@
     sparseinst export --config-file CONFIG --format onnx --output out MODEL.WEIGHTS model_final.pth
     python examples/onnx_only.py out/model.onnx photo.jpg --threshold 0.4 --draw drawn.png
 
-The detections are those of `sparseinst.inference.Predictor`. One line of JSON is printed for each.
+`sparseinst.inference.Predictor` returns the same detections. Print one line of JSON for each.
 """
 
 import argparse
@@ -17,7 +17,7 @@ BITS = 22  # of the fractions of Pillow's coefficients
 
 
 class Model:
-    """An exported file, and what its metadata says about images, classes and thresholds."""
+    """Run an exported file as its metadata describes: images, classes, thresholds."""
 
     def __init__(self, path: str) -> None:
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

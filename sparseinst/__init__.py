@@ -23,7 +23,7 @@ if find_spec("detectron2") is None:
         "SparseInst is a plugin of Detectron2, which is not installed. Detectron2 has no release on "
         "PyPI under its own name. Install it as its guide says:\n"
         "    https://detectron2.readthedocs.io/en/latest/tutorials/install.html\n"
-        "or, without a compiler, its redistribution (Python code only), then what it needs:\n"
+        "or, without a compiler, its redistribution (Python code only), then its requirements:\n"
         "    python -m pip install --no-deps --only-binary=:all: --python-version 3.10 "
         '--target "$(python -c \'import sysconfig; print(sysconfig.get_path("purelib"))\')" sal-detectron2==0.7.2\n'
         "    python -m pip install black cloudpickle hydra-core matplotlib omegaconf packaging "

@@ -48,7 +48,7 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
         trained: set MODEL.WEIGHTS to the published checkpoint, in place of the weights that a training starts from.
 
     Raises:
-        ValueError: there is no such config, or no checkpoint was published for it.
+        ValueError: the config does not exist, or no checkpoint was published for it.
     """
     return load_config(config_path, ["MODEL.WEIGHTS", _weights(config_path)] if trained else [])
 

@@ -227,7 +227,7 @@ def test_make_names_an_unsupported_python(tmp_path: Path) -> None:
 
 @needs_make
 def test_make_says_that_no_python_is_there(tmp_path: Path) -> None:
-    assert "needs Python 3.10 to 3.13, and there is none" in make_install(VENV=tmp_path / "venv", PYTHON="")
+    assert "needs Python 3.10 to 3.13, and the PATH has none" in make_install(VENV=tmp_path / "venv", PYTHON="")
 
 
 @needs_make

@@ -24,7 +24,7 @@ VD_FIXED = {"NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64, "STEM_OUT_CHANNELS": 64, "RE
 def build_resnet_dcn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Build Detectron2's ResNet with stages that are deformable without compiled operators (DEFORM_ON_PER_STAGE).
 
-    It follows all keys of MODEL.RESNETS, DEFORM_MODULATED, DEFORM_NUM_GROUPS and DEFORM_INTERVAL included, and has the
+    Follows all keys of MODEL.RESNETS, DEFORM_MODULATED, DEFORM_NUM_GROUPS and DEFORM_INTERVAL included, and has the
     state-dict names of ``build_resnet_backbone``. ResNet-18 and -34 can be deformable too: in the second convolution of
     a block.
 
@@ -50,7 +50,7 @@ def build_resnet_dcn_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_resnet_vd_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Build ResNet-vd of MODEL.RESNETS.DEPTH: timm's resnet50d and so on, under timm's names.
 
-    It follows DEPTH, NORM, OUT_FEATURES (res2 to res5), DEFORM_ON_PER_STAGE, DEFORM_MODULATED, DEFORM_NUM_GROUPS and
+    Follows DEPTH, NORM, OUT_FEATURES (res2 to res5), DEFORM_ON_PER_STAGE, DEFORM_MODULATED, DEFORM_NUM_GROUPS and
     DEFORM_INTERVAL of MODEL.RESNETS, and MODEL.BACKBONE.FREEZE_AT.
 
     Raises:

@@ -150,7 +150,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def _checked_args(model_args: Mapping) -> dict:
-    """Return the arguments. Raise ValueError for a name outside MODEL_ARGS, or a value that is not plain."""
+    """Return the arguments. Raise ValueError for a name outside MODEL_ARGS, or a value other than numbers and texts."""
     for name, value in model_args.items():
         if name not in MODEL_ARGS:
             raise ValueError(
@@ -168,11 +168,11 @@ def select_strides(key: str, names: Sequence[str], strides: Mapping[str, int]) -
 
     Args:
         key: the config's key, for the message.
-        names: what it lists.
-        strides: all that it can list.
+        names: the key's list.
+        strides: of all names that the key may list.
 
     Raises:
-        ValueError: it lists nothing, or a name that there is not.
+        ValueError: the key lists nothing, or an unknown name.
     """
     if not names or any(name not in strides for name in names):
         raise ValueError(f"{key} is {list(names)}; it must have one or more of {', '.join(strides)}")

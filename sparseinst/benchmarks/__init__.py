@@ -1,1 +1,1 @@
-"""What models cost: time, memory, multiply-adds."""
+"""Measure time, memory and multiply-adds of models."""

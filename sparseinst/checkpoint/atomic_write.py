@@ -73,10 +73,10 @@ def append_whole(path: str | os.PathLike, text: str) -> None:
 
 @contextlib.contextmanager
 def output_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary folder; after the with statement move what it holds into ``folder``, or nothing after an error.
+    """Give a temporary folder; after the with statement move its content into ``folder``, or nothing after an error.
 
-    A file replaces the old file, a folder the old folder as a whole. Where the process is killed between the two moves
-    of a folder, the old one is left with the suffix ``.old``.
+    A file replaces the old file; a folder replaces all of the old folder. Where the process is killed between the two
+    moves of a folder, the old folder is left with the suffix ``.old``.
 
     Args:
         folder: is made where it does not exist.

@@ -38,7 +38,7 @@ _ALLOW = "set MODEL.MIN_BACKBONE_COVERAGE 0.0 to start from what fits"
 class SparseInstCheckpointer(DetectionCheckpointer):
     """Load checkpoints and pretrained weights, and report which tensors of the model a file fills.
 
-    It replaces parts of DetectionCheckpointer, which runs code of ``.pkl`` files, only logs tensors that a model does
+    Replaces parts of DetectionCheckpointer, which runs code of ``.pkl`` files, only logs tensors that a model does
     not get, and leaves half a file where a process stops while it writes. The files are the same.
 
     ``load(path)`` requires a file that fills the whole model. ``load(path, checkpointables=[])``, which
@@ -158,7 +158,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
                 "OUTPUT_DIR, or remove them to start from the beginning"
             )
         if resume:
-            logger.warning("There is no checkpoint in %s to resume from: starting from the beginning", self.save_dir)
+            logger.warning("%s has no checkpoint to resume from: starting from the beginning", self.save_dir)
         return self.load(path, checkpointables=[])
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
@@ -296,7 +296,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
             )
         if left_over := coverage.left_over + coverage.classifier:
             logger.warning(
-                "%s HAS TENSORS THAT THE MODEL DOES NOT HAVE: %s. It may belong to another config file%s",
+                "%s HAS TENSORS THAT THE MODEL DOES NOT HAVE: %s. The file may belong to another config file%s",
                 coverage.source,
                 first_names(left_over),
                 keys,

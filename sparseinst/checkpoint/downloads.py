@@ -190,7 +190,7 @@ def _from_hugging_face(repository: str, revision: str, file: str, folder: Path) 
     download = hub.hf_hub_download
     # One warning for each of its retries, which take 24 s without a network.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # It reads this variable only when it is imported.
+    # huggingface_hub reads this variable only at its import.
     mirror = os.environ.get("HF_ENDPOINT")
     return download(repository, file, revision=revision, local_dir=folder, endpoint=mirror)
 

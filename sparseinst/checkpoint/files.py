@@ -204,7 +204,7 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
                     "from someone you trust, set MODEL.TRUSTED_WEIGHTS True; else ask for the bare state dict"
                 ) from error
     logger.warning("%s runs code while it is read, as MODEL.TRUSTED_WEIGHTS allows", path)
-    # That code may be missing or may have changed.
+    # The pickled code may be missing or may have changed.
     with _explained_damage(path, kind, (*_READER_ERRORS, ImportError)):
         return WeightsFile(kind, (_read_any_pickle if kind == PICKLE else _read_any_torch)(path))
 
@@ -223,7 +223,7 @@ def _explained_damage(path: Path, kind: str, errors: tuple[type[Exception], ...]
 
 def _kind_of(path: Path) -> str:
     if not path.exists():
-        raise WeightsFileError(f"There is no such file: {path}")
+        raise WeightsFileError(f"The file {path} does not exist")
     if not path.is_file():
         raise WeightsFileError(f"{path} is a folder; name the weights file in it")
     try:

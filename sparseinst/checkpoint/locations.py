@@ -29,7 +29,7 @@ def check_weights_file(weights: str) -> None:
     if "://" in weights:
         find_download(weights)
     elif weights and not any(map(os.path.isfile, (weights, weights.split("?")[0]))):
-        raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
+        raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, which does not exist")
 
 
 def find_weights(weights: str) -> str:
@@ -53,7 +53,7 @@ def find_weights(weights: str) -> str:
     with _explained_download(weights):
         path = PathManager.get_local_path(weights.split("?")[0])
     if not os.path.isfile(path):
-        raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
+        raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, which does not exist")
     return path
 
 

@@ -69,7 +69,7 @@ def published_address(config: str) -> str:
     """
     name = checkpoint_name(config)
     if name not in CHECKPOINTS:
-        raise ValueError(f"There is no published checkpoint named {name[:100]!r}; there are {', '.join(CHECKPOINTS)}")
+        raise ValueError(f"No published checkpoint is named {name[:100]!r}; the names are {', '.join(CHECKPOINTS)}")
     return CHECKPOINTS[name]
 
 

@@ -19,7 +19,7 @@ def find_checkpoint(folder: str | Path, tried: Collection[Path] = ()) -> tuple[P
         tried: checkpoints that cannot be read.
 
     Returns:
-        The path, None where there is no other checkpoint; and the reason of the choice where ``last_checkpoint`` is
+        The path, None without another checkpoint; and the reason of the choice where ``last_checkpoint`` is
         missing or wrong, else "".
     """
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""Read from a checkpoint what its model was trained with: class names, numbers of classes and of instances."""
+"""Read class names and numbers of classes and instances from the checkpoint of a trained model."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -43,7 +43,7 @@ def run_imports(names: Sequence[str], cfg: CfgNode, source: str) -> None:
     for name in names:
         if name.endswith(".py") and not os.path.isfile(name):
             raise ValueError(
-                f"IMPORTS names the file {name[:300]}, which does not exist. If it was moved, name the new place in "
+                f"IMPORTS names the file {name[:300]}, which does not exist. If it was moved, name the new path in "
                 f"{source}, or add IMPORTS \"['NEW.py']\" to the KEY VALUE overrides"
             )
         try:

@@ -22,8 +22,8 @@ from sparseinst.config.values import check_values
 
 logger = logging.getLogger(__name__)
 
-# yacs raises KeyError and AssertionError for unknown keys and TypeError for a key below a value (SOLVER.MAX_ITER.X). It
-# lets Python read values, which raises MemoryError or RecursionError for some ("-----...").
+# yacs raises KeyError and AssertionError for unknown keys and TypeError for a key below a value (SOLVER.MAX_ITER.X).
+# Python reads the values, which raises MemoryError or RecursionError for some ("-----...").
 _MERGE_ERRORS = (KeyError, AssertionError, ValueError, TypeError, MemoryError, RecursionError)
 # PyYAML raises all but the first for explicit tags: "!!int ''", "!!bool x", "!!timestamp x", "!!float 1:1:1:...".
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)
@@ -107,7 +107,7 @@ def load_config(
         import torch
 
         if not torch.cuda.is_available():
-            logger.warning("MODEL.DEVICE is %s and there is no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
+            logger.warning("MODEL.DEVICE is %s and PyTorch finds no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
             cfg.MODEL.DEVICE = "cpu"
     return cfg
 
@@ -205,7 +205,7 @@ def _read_with_bases(
         file = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         if not os.path.isfile(file):
             raise ValueError(
-                f"In the config file {path}: _BASE_ names {base[:200]!r}, and there is no file {file[:300]}"
+                f"In the config file {path}: _BASE_ names {base[:200]!r}, but the file {file[:300]} does not exist"
             )
         if os.path.realpath(file) in chain:
             raise ValueError(f"The config file {path} inherits from itself: _BASE_ names {base!r}")

@@ -5,7 +5,7 @@ from functools import reduce
 
 from detectron2.config import CfgNode
 
-# What Detectron2's own classes would declare.
+# The declarations that Detectron2's own classes lack.
 _DETECTRON2_KEYS = {
     "GeneralizedRCNN": {
         "num_classes_key": "MODEL.ROI_HEADS.NUM_CLASSES",

@@ -12,12 +12,12 @@ from sparseinst.config.defaults import FAMILIES
 
 
 class RenamedKey(NamedTuple):
-    """What became of a key.
+    """Describe a renamed or removed key.
 
     Attributes:
         new: the key that replaces it, or the same key where only values were renamed; None: the key was removed.
         convert: returns the new key's value; raises ValueError for a value without an equivalent.
-        reason: why it was removed, and what to set instead.
+        reason: why the key was removed, and the replacement.
         default: the old key stays valid, and files are translated only where they set it to another value.
     """
 

@@ -176,8 +176,9 @@ def class_info(dataset_name: str) -> ClassInfo:
     """
     if dataset_name not in DatasetCatalog:
         raise ValueError(
-            f"There is no data set {dataset_name!r} (DATASETS.TRAIN, DATASETS.TEST). Register it, or give your own "
-            "data as DATASETS.TRAIN_JSON and DATASETS.TRAIN_IMAGES, DATASETS.TEST_JSON and DATASETS.TEST_IMAGES"
+            f"The data set {dataset_name!r} (DATASETS.TRAIN, DATASETS.TEST) is not registered. Register it, or "
+            "give your own data as DATASETS.TRAIN_JSON and DATASETS.TRAIN_IMAGES, DATASETS.TEST_JSON and "
+            "DATASETS.TEST_IMAGES"
         )
     metadata = MetadataCatalog.get(dataset_name)
     # register_coco_instances sets both only when the json is read; data sets of other formats may have no ids.
@@ -267,9 +268,9 @@ def _register(
     if other_format := describe_path(json_file):
         raise ValueError(f"{json_key}: {other_format}")
     if not json_file.is_file():
-        raise ValueError(f"{json_key}: there is no file {json_file}")
+        raise ValueError(f"{json_key}: the file {json_file} does not exist")
     if not image_root.is_dir():
-        raise ValueError(f"{images_key}: there is no folder {image_root}")
+        raise ValueError(f"{images_key}: the folder {image_root} does not exist")
     known_as = MetadataCatalog.get(name).get("json_file") if name in MetadataCatalog else None
     if name in DatasetCatalog and known_as != str(json_file):
         raise ValueError(f"The name {name!r} is already that of another data set ({known_as}); use another name")

@@ -31,7 +31,7 @@ class SparseInstDatasetMapper:
     Replaces Detectron2's `DatasetMapper`, whose crop (`CropTransform.apply_polygons`, by shapely) drops a part of a
     self-crossing outline, fills the hole of an outline that touches itself, and fails on fewer than three points: 193
     of 459 random outlines of 4 to 8 points differed from the cropped mask by more than 10 % of its pixels. This mapper
-    crops by rasterization. It reads polygons, compressed and uncompressed RLE with any `INPUT.MASK_FORMAT`, also mixed
+    crops by rasterization, and reads polygons, compressed and uncompressed RLE with any `INPUT.MASK_FORMAT`, also mixed
     in one image.
 
     Args:

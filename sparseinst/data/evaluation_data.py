@@ -38,8 +38,8 @@ def choose_evaluation_data(cfg: CfgNode) -> list[str]:
     elif is_given("TRAIN_JSON") and not any(map(is_given, ("TEST", "TEST_JSON", "TEST_IMAGES"))):
         cfg.DATASETS.TEST, cfg.DATASETS.TEST_JSON, cfg.DATASETS.TEST_IMAGES = (), "", ""
         return [
-            f"There is no evaluation{' and no early stopping' if cfg.TEST.PATIENCE else ''}, because --train-json came "
-            "without data to evaluate on. Give --test-json and --test-images, or --val-share 0.2 to evaluate on a part "
-            "of the images"
+            f"The training has no evaluation{' and no early stopping' if cfg.TEST.PATIENCE else ''}, because "
+            "--train-json came without data to evaluate on. Give --test-json and --test-images, or --val-share 0.2 to "
+            "evaluate on a part of the images"
         ]
     return []

@@ -30,7 +30,7 @@ class FileNames(NamedTuple):
 
 
 class ImageTraits(NamedTuple):
-    """What is valid in an image file, but often wrong.
+    """Hold properties of an image file that are valid, but often wrong.
 
     Attributes:
         file_name: of the json.

@@ -45,7 +45,7 @@ _16_BIT_FORMATS = ("PNG", "PPM")
 
 
 class ImageHeader(NamedTuple):
-    """What an image's header declares.
+    """Hold the values that an image's header declares.
 
     Attributes:
         size: (height, width) of :func:`read_image`.
@@ -187,7 +187,7 @@ def _identified(file: BinaryIO, name: str) -> Image.Image:
     for kind in FORMATS:
         if kind not in Image.OPEN:
             Image.init()
-        # Pillow may have been built without a format; a text says what it lacks.
+        # Pillow may have been built without a format; its text names the missing format.
         build, accepts = Image.OPEN.get(kind, (None, lambda prefix: False))
         with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
             is_accepted = accepts is None or accepts(prefix)

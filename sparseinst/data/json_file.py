@@ -8,7 +8,7 @@ from typing import Any
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raise ValueError where it does not exist or cannot be read."""
     if not path.is_file():
-        raise ValueError(f"There is no file {path}")
+        raise ValueError(f"The file {path} does not exist")
     try:
         content = path.read_bytes()
         # UTF-8, or UTF-16 or 32, as Windows programs save it, with or without a byte order mark.

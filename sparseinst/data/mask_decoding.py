@@ -210,8 +210,8 @@ def read_mask(
 def _draw_polygons(polygons: list[np.ndarray], image_size: tuple[int, int]) -> MaskWindow | None:
     """Draw the union of polygons (P, 2), points x, y, as pycocotools does; None where it lies outside of the image.
 
-    The canvas ends at the polygons, which is faster since most objects are small. It begins at the image's corner,
-    because after a shift pycocotools would round ties differently.
+    The canvas ends at the polygons, which is faster since most objects are small. The canvas begins at the image's
+    corner, because after a shift pycocotools would round ties differently.
     """
     if not polygons:
         return None

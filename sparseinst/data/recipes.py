@@ -41,7 +41,7 @@ def choose_recipe(name: str, train_json: str) -> tuple[str, str]:
 
 
 def _objects_of_images(path: str) -> list[int]:
-    """Return the numbers of objects of the images that have any. What else is wrong, the check of the json says."""
+    """Return the numbers of objects of the images that have any. The check of the json reports other errors."""
     content = read_json(Path(path))
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):

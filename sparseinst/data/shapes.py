@@ -148,7 +148,7 @@ def _draw_layout(rng: Rng, image_size: tuple[int, int], num: int, crowd: bool) -
 
 
 def _place(rng: Rng, image_size: tuple[int, int], sides: np.ndarray, num_pairs: int) -> np.ndarray | None:
-    """Draw centers (N, 2) for :func:`_draw_layout`; None where there is not enough room."""
+    """Draw centers (N, 2) for :func:`_draw_layout`; None without enough room."""
     height, width = image_size
     placed = np.zeros((len(sides), 2))
     for index, side in enumerate(sides):

@@ -105,7 +105,7 @@ class PadWithColor(T.PadTransform):
 
 
 class Expand(T.Augmentation):
-    """Put the image at a random place of a canvas up to four times as wide and high.
+    """Put the image at a random position on a canvas up to four times as wide and high.
 
     Args:
         color: of the canvas, one value for each channel.
@@ -116,7 +116,7 @@ class Expand(T.Augmentation):
         self.color = color
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """Draw the canvas and the place."""
+        """Draw the canvas and the position."""
         ratio = np.random.uniform(1, _LARGEST_EXPANSION)
         height, width = image.shape[:2]
         more_x, more_y = int(width * ratio) - width, int(height * ratio) - height
@@ -127,8 +127,8 @@ class Expand(T.Augmentation):
 class SSDCrop(T.Augmentation):
     """Crop to a window with the center of an object, or keep the image.
 
-    One of six options is drawn: the image as it is, a window whose IoU with an object is at least 0.1, 0.3, 0.7 or 0.9,
-    or any window. Sides are 0.3 to 1 of the image's, with a ratio of 0.5 to 2. An option that fails 50 times is drawn
+    The mode is drawn from six: the image as it is, a window whose IoU with an object is at least 0.1, 0.3, 0.7 or 0.9,
+    or any window. Sides are 0.3 to 1 of the image's, with a ratio of 0.5 to 2. A mode that fails 50 times is drawn
     anew. The augmentation's input needs ``boxes`` (n, 4) x0, y0, x1, y1 and ``is_crowd`` (n,) bool.
 
     Args:
@@ -169,7 +169,7 @@ def _draw_window(size: tuple[int, int]) -> tuple[int, int, int, int] | None:
     crop_height = np.random.uniform(_SMALLEST_CROP * height, height)
     if not 0.5 <= crop_height / crop_width <= 2:
         return None
-    # The published code draws places from pixel 1 on.
+    # The published code draws positions from pixel 1 on.
     left, top = (int(np.random.uniform(min(1, most), most)) for most in (width - crop_width, height - crop_height))
     right, bottom = int(left + crop_width), int(top + crop_height)
     return (left, top, right, bottom) if right > left and bottom > top else None

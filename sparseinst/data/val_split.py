@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-# What tools append to the name of a photo for its crops, tiles and augmented copies.
+# Endings that tools append to the name of a photo for its crops, tiles and augmented copies.
 _SUFFIXES = re.compile(
     r"""(
         [._-](jpe?g|png|bmp|tiff?|webp|gif)(\.rf\.\w+)?            # Roboflow: photo_jpg.rf.HASH

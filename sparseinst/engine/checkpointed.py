@@ -10,7 +10,7 @@ class CheckpointedClasses:
         self.classes = classes
 
     def state_dict(self) -> dict:
-        """Return the classes as plain types."""
+        """Return the classes as a dict."""
         return self.classes._asdict()
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -1,4 +1,4 @@
-"""Prepare the process of a command: what it writes to the terminal, and how its threads wait."""
+"""Prepare the process of a command: its terminal output, and how its threads wait."""
 
 import contextlib
 import io

@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
         also: for each of the caller's own flags, whether any process set it.
         losses: this process's losses, on the host.
         gradient_norm: the Euclidean norm of all gradients together, before a gradient scaler unscales them; a scalar
-            on their device. It overflows before they do.
+            on their device. The norm overflows before the gradients do.
     """
 
     take_step: bool
@@ -98,7 +98,7 @@ class FiniteGuard:
             losses: scalars of the step, not scaled, without a graph.
             batches: the parts of the step, for the image files in the messages.
             repeat: compute the losses of one part again, from its index, with the random numbers of the step and
-                without DistributedDataParallel. It is called for all parts in order.
+                without DistributedDataParallel; called for all parts in order.
             iteration: for the messages and the checkpoint.
             also: the caller's own flags, which go into the same exchange.
 

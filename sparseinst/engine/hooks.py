@@ -28,7 +28,7 @@ class EvaluationHook(HookBase):
 
     Replaces Detectron2's EvalHook and BestCheckpointer, which forget the best score on --resume, so that a worse model
     overwrites model_best.pth, and skip an evaluation during which the run was killed. Here checkpoints hold the best
-    score, and a resumed run repeats an interrupted evaluation. It also ends a training that no longer improves.
+    score, and a resumed run repeats an interrupted evaluation. The hook also ends a training that no longer improves.
 
     Args:
         period: iterations; 0: evaluate only at the end, and save no best model.

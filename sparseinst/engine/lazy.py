@@ -111,7 +111,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     with _in_one_line(f"The overrides {' '.join(overrides)} cannot be applied"):
         cfg = LazyConfig.apply_overrides(cfg, overrides)
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
-        print("WARNING: train.device is cuda and there is no CUDA device: running on the CPU", file=sys.stderr)
+        print("WARNING: train.device is cuda and PyTorch finds no CUDA device: running on the CPU", file=sys.stderr)
         cfg.train.device = "cpu"
     return cfg
 

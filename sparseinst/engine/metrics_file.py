@@ -27,8 +27,8 @@ class MetricsFile(EventWriter):
     """Write one JSON object for each iteration, in a line of its own.
 
     Replaces Detectron2's JSONWriter, which leaves half a line on a full disk, and after --resume writes the iterations
-    since the last checkpoint a second time. Here a line is written whole or not at all, and replaces the interrupted
-    run's lines of a later iteration, and its values of the same one.
+    since the last checkpoint a second time. Here a line is written completely or not at all, and replaces the
+    interrupted run's lines of a later iteration, and its values of the same iteration.
 
     Args:
         path: of the file.
@@ -63,7 +63,7 @@ class OptionalWriter(EventWriter):
 
     Args:
         writer: any.
-        name: of what it writes.
+        name: of its output.
         errors: that end it; by default those of a full disk.
     """
 

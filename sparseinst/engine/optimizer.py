@@ -103,7 +103,7 @@ def resumed_state(
 ) -> dict:
     """Return a saved optimizer state with the settings that the optimizer was built with; log those that changed.
 
-    Learning rates keep their place in the schedule. Without a change the state is the saved one, bit for bit.
+    Learning rates keep their position in the schedule. Without a change the state is the saved one, bit for bit.
 
     Args:
         optimizer: with a scheduler, which sets ``initial_lr``.

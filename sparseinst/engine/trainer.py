@@ -182,7 +182,7 @@ class Trainer(SimpleTrainer):
         Write the classes to OUTPUT_DIR/classes.json.
 
         Raises:
-            ValueError: the file cannot be read or does not fill what it must, or OUTPUT_DIR has no room for a
+            ValueError: the file cannot be read or lacks needed tensors, or OUTPUT_DIR has no room for a
                 checkpoint.
         """
         resumed = resume and self.checkpointer.has_checkpoint()

@@ -9,7 +9,7 @@ from sparseinst.data.coco_json import class_info, registered_images
 from sparseinst.evaluation.coco_evaluation import TASKS, check_coco_eval
 from sparseinst.evaluation.evaluate import build_evaluator
 
-# What the evaluators and the loader read of each image.
+# The evaluators and the loader read these keys of each image.
 _IMAGE_KEYS = ("file_name", "image_id")
 
 

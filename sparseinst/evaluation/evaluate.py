@@ -39,7 +39,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, report: Callable[[str, Outcome], ob
         model: any Detectron2 model; its mode is restored. On several ranks its buffers become those of rank 0. With a
             method ``output_as`` it returns encoded masks to the evaluator of COCO's format. With ``network`` and
             ``postprocess`` its stages are timed one by one.
-        report: called on rank 0 with the name of each data set in COCO's format and what its AP was computed from.
+        report: called on rank 0 with the name of each data set in COCO's format and the inputs of its AP.
 
     Returns:
         The evaluator's results; by data set if there are several. Empty on ranks other than 0.

@@ -16,7 +16,7 @@ ON_CROWD = -2
 
 
 class Outcome(NamedTuple):
-    """What an evaluation of masks was computed from.
+    """Hold the inputs of an evaluation of masks.
 
     Attributes:
         truth: the annotations.
@@ -137,8 +137,8 @@ def precision_and_recall(evaluation: COCOeval, min_iou: float = MIN_IOU) -> np.n
 def best_score(outcome: Outcome) -> float:
     """Return the score above which all predictions together have the best F1 at IoU 0.5; 0.5 without a right one.
 
-    It is computed from the precision-recall curves of the classes, which takes a fraction of the time of matching all
-    predictions.
+    The score is computed from the precision-recall curves of the classes, which takes a fraction of the time of
+    matching all predictions.
     """
     if outcome.evaluation is None:
         return 0.5

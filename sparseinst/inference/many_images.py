@@ -17,7 +17,7 @@ from sparseinst.inference.timed_predictor import TimedPredictor
 
 
 class Summary(NamedTuple):
-    """What one process has done.
+    """Count the work of one process.
 
     Attributes:
         num_before: images of this process that had a line at the start.
@@ -76,7 +76,7 @@ def predict_many(
         with contextlib.closing(predicted), contextlib.closing(work_behind(write, predicted, QUEUE_LENGTH)) as written:
             num_done = sum(1 for _ in tqdm(written, total=len(remaining), unit="image", disable=rank != 0))
         speed = timed.speed(num_done, "images")
-    # The lock held off other processes, so one process knows what its file has.
+    # The lock held off other processes, so one process knows the content of its file.
     is_complete = num_done == len(remaining) if num_ranks == 1 and not shards(output) else merge(output, run, names)
     return Summary(len(share) - len(remaining), num_done, failures, interruption.requested, is_complete, speed)
 

@@ -61,7 +61,7 @@ class Predictor:
     classes and of instances come from the checkpoint, unless the user set them.
 
     Args:
-        model: any Detectron2 model whose output has ``instances``. It runs in evaluation mode, on its own device; its
+        model: any Detectron2 model whose output has ``instances``; runs in evaluation mode, on its own device; its
             mode is restored after each call.
         augmentations: resize the image.
         input_format: channel order that the model was trained with, "RGB" or "BGR" (``INPUT.FORMAT``).

@@ -19,7 +19,7 @@ _START = b'{"sparseinst": '
 
 
 class Place(NamedTuple):
-    """Where the line of an image is: its file, and its start and length in bytes."""
+    """Hold the position of an image's line: its file, and its start and length in bytes."""
 
     path: Path
     start: int
@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """The places of a file's lines by image, and where the last whole line ends."""
+    """Hold the positions of a file's lines by image, and the end of the last complete line."""
 
     places: dict[str, Place]
     end: int
@@ -75,7 +75,7 @@ class ResumableFile:
         return set(self._scan.places).union(*(_scan(path, self._header).places for path in others))
 
     def append(self, line: str) -> None:
-        """Append a line whole. Raise OSError on a full disk; the file then stays as it was."""
+        """Append a line atomically. Raise OSError on a full disk; the file then stays as it was."""
         append_whole(self.path, line + "\n")
 
 
@@ -129,7 +129,7 @@ def _write(file: BinaryIO, header: dict, places: Sequence[Place]) -> None:
 
 
 def _all_places(output: Path, header: dict) -> dict[str, Place]:
-    """Return the places of all lines; those of ``output`` win."""
+    """Return the positions of all lines; lines of ``output`` have precedence."""
     places: dict[str, Place] = {}
     for path in _files(output):
         places.update(_scan(path, header).places)

@@ -47,7 +47,7 @@ class VideoReader:
             source = os.fspath(source)
             name = without_password(source)
             if "://" not in source and not Path(source).is_file():
-                raise ValueError(f"There is no video file {name}")
+                raise ValueError(f"The video file {name} does not exist")
         self._name = name
         self._capture = cv2.VideoCapture(source)
         if not self._capture.isOpened():

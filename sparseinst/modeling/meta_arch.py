@@ -327,7 +327,7 @@ class InstanceSegmenter(nn.Module, ABC):
             max_detections: n, the detections of each image.
 
         Returns:
-            ``scores`` (B, n) float32, best first, 0 where there is no detection; ``classes`` (B, n) int64; ``boxes``
+            ``scores`` (B, n) float32, best first, 0 in rows without a detection; ``classes`` (B, n) int64; ``boxes``
             (B, n, 4) float32, x0, y0, x1, y1 in pixels of the padded image; ``masks`` (B, n, *padded_size) uint8, 0 or
             1. `postprocess` returns the same detections.
 
@@ -377,7 +377,7 @@ class InstanceSegmenter(nn.Module, ABC):
         """Return outputs of the same shapes from which `postprocess` makes a realistic number of instances.
 
         Benchmarks use them because random weights let all predictions pass or none. A model that does not override
-        this method is timed with what its network returns.
+        this method is timed with the outputs of its network.
 
         Args:
             outputs: what `network` returned.

@@ -8,15 +8,15 @@ from torchvision.ops import deform_conv2d
 class DeformConv2d(nn.Module):
     """Convolve with taps that are moved by offsets predicted from the input (arXiv 1703.06211).
 
-    It replaces a convolution and takes over its weight and norm. While the offsets are zero, as they are initially, it
+    Replaces a convolution and takes over its weight and norm. While the offsets are zero, as they are initially, it
     computes the same. Modulated (v2, arXiv 1811.11168) each tap also has a factor in [0, 1],
     which at first is 0.5.
 
     The channels of ``offset`` are (dy, dx) for each tap in rows, for each group of channels; modulated, all logits of
-    the factors follow. That is Detectron2's order.
+    the factors follow, as in Detectron2.
 
     Args:
-        conv: what it replaces. Where its weight is frozen, the offsets are too.
+        conv: the replaced convolution. Where its weight is frozen, the offsets are too.
         num_groups: groups of input channels with offsets of their own.
         modulated: whether taps have factors.
 
@@ -55,7 +55,7 @@ class DeformConv2d(nn.Module):
         """Map (B, C, h, w) to the result of the replaced convolution, norm included."""
         offsets = self.offset(features)
         output_type = offsets.dtype
-        # The CPU's operator takes no 16-bit numbers, whose places on a map of 100 pixels would be 1/16 apart anyway.
+        # The CPU's operator takes no 16-bit numbers, whose positions on a map of 100 pixels would be 1/16 apart anyway.
         compute_type = torch.promote_types(output_type, torch.float32)
         offsets, mask_logits = offsets.to(compute_type).tensor_split([self.num_offsets], dim=1)
         features = deform_conv2d(

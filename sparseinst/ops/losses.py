@@ -71,7 +71,7 @@ def binary_mask_iou(
 ) -> torch.Tensor:
     """Return the IoU of each pair's thresholded masks, the objectness target: intersection / (union + 1e-6).
 
-    It has no gradient.
+    The IoU has no gradient.
 
     Args:
         mask_probs: (P, ...) in [0, 1], one mask per pair.

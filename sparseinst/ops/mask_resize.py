@@ -141,7 +141,7 @@ def _window_function(
 ) -> Callable[[int], MaskWindow | None]:
     """Return a function from a mask's index to its window; it computes only pixels that can be above the threshold.
 
-    It uses NumPy, because PyTorch would start threads for every large block, which takes longer than the block.
+    Uses NumPy, because PyTorch would start threads for every large block, which takes longer than the block.
     """
     rows, columns = (
         composed_axis(*sizes) for sizes in zip(mask_probs.shape[-2:], padded_size, image_size, output_size)

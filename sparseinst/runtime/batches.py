@@ -17,7 +17,7 @@ def in_batches(
         run: the network; takes exactly ``batch_size`` images.
         images: (B, 3, h, w).
         batch_size: None: the network takes any number of images, up to ``most``.
-        most: None: there is no limit.
+        most: None: no limit.
 
     Returns:
         The network's dict for the B images.

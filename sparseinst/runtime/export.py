@@ -61,7 +61,7 @@ def check_packages(format: str) -> None:
 
     Raises:
         ImportError: a package is missing.
-        ValueError: TensorRT, and there is no CUDA device.
+        ValueError: TensorRT without a CUDA device.
     """
     if format == "tensorrt":
         from sparseinst.runtime.tensorrt import import_tensorrt

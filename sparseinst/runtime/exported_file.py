@@ -1,4 +1,4 @@
-"""What an exported file says about itself, in JSON, in each format's own place for metadata."""
+"""Read and write the description of an exported file: JSON in the metadata of each format."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ class ExportMetadata:
         ap: with ``--test-json``, mask AP in percent of the "model" in eager float32 and of the "file".
         skipped_layers: with "int8", single layers that stay in float32 because they lose AP.
         min_side: of padded images of dynamic size, pixels; shorter sides are padded to it. 0: of a static file.
-        max_batch: most images in a dynamic batch; None: there is no limit.
+        max_batch: most images in a dynamic batch; None: any number.
     """
 
     meta_architecture: str
@@ -107,7 +107,7 @@ def read_metadata(path: str | os.PathLike) -> ExportMetadata:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"MODEL.WEIGHTS names {str(path)!r}, and there is no such file")
+        raise ValueError(f"MODEL.WEIGHTS names {str(path)!r}, which does not exist")
     try:
         text = _READERS[path.suffix](path)
     except (OSError, EOFError, KeyError, UnicodeDecodeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:

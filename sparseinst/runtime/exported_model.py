@@ -199,7 +199,7 @@ def open_network(
         return ONNXRuntimeNetwork(path, threads, providers)
     if engine == "openvino":
         if suffix == ".onnx" and metadata.has_deform_conv:
-            # It would end the process.
+            # OpenVINO would end the process.
             raise ValueError(
                 f"OpenVINO cannot read the deformable convolutions of {path}: export with --format openvino, or leave "
                 "RUNTIME.ENGINE out"

@@ -114,7 +114,7 @@ def optimize_for_inference(
 
     Args:
         model: an InstanceSegmenter on its device; not changed. Other models are returned as they are.
-        fuse: fold norms into convolutions and replace modules by what their ``fuse()`` returns; float32 results differ
+        fuse: fold norms into convolutions and replace modules by the result of their ``fuse()``; float32 results differ
             by rounding only.
         channels_last: feature maps in channels-last layout.
         winograd: wide 3x3 convolutions with a quarter of the multiplications; float32 results differ by about 1e-5.
@@ -244,7 +244,7 @@ def _fuse(
 
 
 def _use_offers(module: nn.Module, offers: set[nn.Module]) -> None:
-    """Replace modules inside by what their own ``fuse()`` returns, outermost first, and add these to ``offers``."""
+    """Replace modules inside by the result of their own ``fuse()``, outermost first, and add these to ``offers``."""
     for name, child in list(module.named_children()):
         if child in offers:
             continue

@@ -11,7 +11,7 @@ from sparseinst.ops.masks import masks_to_boxes
 from sparseinst.runtime.export import MIN_CELLS, ExportableNetwork, example_images
 
 # Largest difference over the largest value of the same output, by precision of the file. INT8 has no bound: rounding
-# changes the order of almost equal peaks, and so the places of instances in the outputs.
+# changes the order of almost equal peaks, and so the order of instances in the outputs.
 BOUNDS = {"float32": 1e-4, "float16": 0.02, "int8": None}
 # Scores that are further apart keep their order.
 _CERTAIN_GAP = 1e-3
@@ -84,7 +84,8 @@ def end_to_end_differences(
 ) -> tuple[dict[str, float], int]:
     """Compare the detections of an end-to-end file with those of the model's own `postprocess`.
 
-    Detections of almost equal scores may change places, so all but the scores is compared where the order is certain.
+    Detections of almost equal scores may change their order, so boxes, classes and masks are compared only where the
+    order is certain.
 
     Args:
         network, exported, shapes: as in `output_differences`.

@@ -10,13 +10,13 @@ _MISSING = "TensorRT engines need the package tensorrt and a CUDA device; the pa
 
 
 def import_tensorrt():
-    """Return the module. Raise ImportError where it is missing, ValueError where there is no CUDA device."""
+    """Return the module. Raise ImportError where it is missing, ValueError without a CUDA device."""
     try:
         import tensorrt
     except ImportError as error:
         raise ImportError(f"{_MISSING.format(error)}. Install it: pip install tensorrt") from error
     if not torch.cuda.is_available():
-        raise ValueError("TensorRT engines are built and run on a CUDA device, and there is none")
+        raise ValueError("TensorRT engines are built and run on a CUDA device, and PyTorch finds none")
     return tensorrt
 
 
@@ -29,7 +29,7 @@ def build_engine(onnx_model: bytes, shapes: tuple[tuple[int, ...], ...]) -> byte
 
     Raises:
         ImportError: TensorRT is not installed.
-        ValueError: there is no CUDA device, or TensorRT cannot build the model.
+        ValueError: PyTorch finds no CUDA device, or TensorRT cannot build the model.
     """
     tensorrt = import_tensorrt()
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
@@ -56,7 +56,7 @@ class TensorRTNetwork:
 
     Raises:
         ImportError: TensorRT is not installed.
-        ValueError: there is no CUDA device, or the engine was built for another version, GPU or size.
+        ValueError: PyTorch finds no CUDA device, or the engine was built for another version, GPU or size.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:

@@ -8,7 +8,7 @@ from starlette.types import Message
 
 
 class Limits(NamedTuple):
-    """What one service accepts.
+    """Hold the limits of one service.
 
     Attributes:
         upload_bytes: largest body of a request.

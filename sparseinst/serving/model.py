@@ -92,7 +92,7 @@ def _has_maps(predictor: Predictor) -> bool:
 
 
 def _stamps(file: Path | None) -> list[tuple[str, int, int]]:
-    """Return what changes with the content of a file and of those beside it that differ in the ending.
+    """Return values that change with the content of a file, or of a file with the same name and another ending.
 
     An OpenVINO model has its weights in a .bin file, a TensorRT engine its metadata in a .json file.
     """

@@ -42,7 +42,7 @@ class PredictionQueue:
     async def run(self, upload: Upload, job: Callable[[bytes], Answer]) -> Answer:
         """Read an upload, and return what the job returns for it.
 
-        A job that runs cannot be stopped: it keeps its place in the queue until it ends, also where its client left.
+        A job that runs cannot be stopped: it occupies the queue until it ends, also where its client left.
 
         Raises:
             HTTPException: 429: the queue is full; 413 or 400: the upload is refused; 408: it took too long;

@@ -183,8 +183,8 @@ def run(args: argparse.Namespace) -> dict:
         "batches": [],
     }
     sizes = ", ".join(sorted({f"{image.shape[0]}x{image.shape[1]}" for image in images}))
-    beside = f", beside {args.busy} spinning processes" if args.busy else ""
-    print(f"{', '.join(cfgs)}, {found['machine']}{beside}, {args.detections} objects in each image of {sizes}")
+    busy = f", with {args.busy} spinning processes" if args.busy else ""
+    print(f"{', '.join(cfgs)}, {found['machine']}{busy}, {args.detections} objects in each image of {sizes}")
     for batch_size in args.batch_sizes:
         with busy_processes(args.busy):
             measurements = measure_models(
@@ -226,7 +226,7 @@ def run_named_suite(args: argparse.Namespace) -> dict:
     models = {each.config: each for each in SUITES[args.suite]}
     models |= {name: SuiteModel(name) for name in args.config_file if name not in models}
     cfg = suite_config(next(iter(models)), args.opts, False)
-    # All on one device, with one line in the log where there is no CUDA.
+    # All on one device, with one line in the log without CUDA.
     opts = [*args.opts, "MODEL.DEVICE", cfg.MODEL.DEVICE]
     keep_freed_memory_for_inference(cfg)
     random_image = np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)

@@ -170,7 +170,7 @@ def _train_size(cfg: CfgNode) -> int:
 
 def broken_images(surveys: list[ImageSurvey], absent: list[str], cfg: CfgNode) -> Iterator[Finding]:
     """Yield the missing and the broken files: warnings where a training skips so few images, else problems."""
-    findings = [Finding("missing file", f"there is no file {file_name!r}") for file_name in absent]
+    findings = [Finding("missing file", f"the file {file_name!r} does not exist") for file_name in absent]
     findings += [survey.finding for survey in surveys if survey.finding is not None]
     limit, num_images = cfg.DATALOADER.MAX_BROKEN_IMAGES, len(surveys) + len(absent)
     stops = len(findings) > limit or 0 < len(findings) == num_images
@@ -252,9 +252,9 @@ def run(args: argparse.Namespace) -> int:
         if other_format := describe_path(args.json):
             raise ValueError(other_format)
         if not args.json.is_file():
-            raise ValueError(f"There is no file {args.json}")
+            raise ValueError(f"The file {args.json} does not exist")
         if not args.images.is_dir():
-            raise ValueError(f"There is no folder {args.images}")
+            raise ValueError(f"The folder {args.images} does not exist")
         if args.workers < 0 or args.show < 0:
             raise ValueError("--workers and --show must not be negative")
     except ValueError as error:

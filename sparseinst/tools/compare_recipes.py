@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="NAME TRAIN_JSON TRAIN_IMAGES [TEST_JSON TEST_IMAGES]",
-        help="a data set; without test data, every fourth training image is kept for the evaluation; can be repeated",
+        help="a data set; without test data, every fourth training image is held out for evaluation; can be repeated",
     )
     add(
         "--recipe",
@@ -110,7 +110,7 @@ class Comparison:
 
     Args:
         data, recipes, seeds: whose combinations are trained.
-        seconds: of one training; read where there are no iterations.
+        seconds: of one training; read where ``iterations`` is not given.
         folder: gets DATA/RECIPE/seedN for each run.
         iterations: of one training.
         imports: modules that the recipes need.
@@ -139,7 +139,7 @@ class Comparison:
         """Train what has no results yet, ``jobs`` runs at a time. Return how many runs failed."""
         waiting = [run for run in self.runs if self.figures(run) is None]
         start, failed = time.monotonic(), 0
-        # The iterations of a recipe on a data set are measured beside as many other processes as train later.
+        # The iterations of a recipe on a data set are measured while as many other processes run as train later.
         with ThreadPoolExecutor(jobs) as pool:
             pairs = {(run.data.name, run.recipe.name): run for run in waiting}
             list(pool.map(self.iterations, pairs.values()))
@@ -160,7 +160,7 @@ class Comparison:
         if not path.is_file():
             overrides = ["SOLVER.MAX_ITER", PACE_ITERATIONS, "SOLVER.STEPS", "()", "DATASETS.TEST", "()"]
             arguments = run.data.arguments[:4]
-            # One that was interrupted is not continued: it may have no times.
+            # Start again: an interrupted measurement may have no times.
             shutil.rmtree(folder / "pace", ignore_errors=True)
             error = self._run_training(run, folder / "pace", arguments, overrides)
             if error:

@@ -322,7 +322,7 @@ def _check_outputs(
 
 
 def _mask_ap(cfg: CfgNode, model: ExportedSegmenter) -> float:
-    """Return the AP of the masks on DATASETS.TEST, in percent; NaN where there is none."""
+    """Return the AP of the masks on DATASETS.TEST, in percent; NaN without an AP."""
     with tempfile.TemporaryDirectory() as folder:
         own_cfg = _resizing_to_fit(cfg, model.metadata)
         own_cfg.OUTPUT_DIR = folder

@@ -27,7 +27,7 @@ def select_classes(content: dict, names: list[str]) -> dict:
     present = [category["name"] for category in content["categories"]]
     unknown = [name for name in names if name not in present]
     if unknown:
-        raise ValueError(f"There is no class {', '.join(map(repr, unknown))}; there are {', '.join(present)}")
+        raise ValueError(f"The json has no class {', '.join(map(repr, unknown))}; it has {', '.join(present)}")
     categories = [category for category in content["categories"] if category["name"] in names]
     ids = {category["id"] for category in categories}
     annotations = [a for a in content.get("annotations", []) if a["category_id"] in ids]

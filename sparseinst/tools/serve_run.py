@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the service. Return 0 after Ctrl-C, or 2 after a ValueError, ImportError or OSError at the start."""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.INFO)
-    # It logs a warning for each broken form, which any client can send.
+    # The parser of forms logs a warning for each broken form, which any client can send.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
         check_arguments(args)
@@ -74,14 +74,14 @@ def predictor_loader(weights: str, config_file: str | None, opts: Sequence[str])
         opts: KEY VALUE KEY VALUE ...
 
     Raises:
-        ValueError: there is no config, it is wrong, or it has IMPORTS: the service runs no code of others.
+        ValueError: the config is missing or wrong, or it has IMPORTS: the service runs no code of others.
     """
     if config_file is None and is_exported(weights):
         return lambda: Predictor(exported_config(weights, opts))
     if config_file is None:
         config_file = str(Path(weights).parent / "config.yaml")
         if not Path(config_file).is_file():
-            raise ValueError(f"There is no {config_file}: name the config of {weights} by --config-file")
+            raise ValueError(f"{config_file} does not exist: name the config of {weights} by --config-file")
     cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", weights], allow_imports=False)
     return functools.partial(Predictor, cfg)
 

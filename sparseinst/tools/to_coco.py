@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for path in (args.source, args.images):
             if not path.exists():
-                raise ValueError(f"There is no file or folder {path}")
+                raise ValueError(f"{path} does not exist")
         if args.output.exists():
             raise ValueError(f"{args.output} already exists; remove it, or change --output")
         by_class = args.values == "classes"

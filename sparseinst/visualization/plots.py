@@ -40,7 +40,7 @@ def draw_curves(metrics: Sequence[Mapping[str, float]], iterations_per_epoch: fl
             curves.setdefault(name, []).append((entry["iteration"] + 1, value))
     losses = sorted(name for name in curves if "loss" in name.rpartition("/")[2])
     if not losses:
-        raise ValueError("there are no losses in the metrics")
+        raise ValueError("the metrics have no losses")
     rates = [name for name in ("lr_heads", "lr_backbone") if name in curves] or [
         name for name in ("lr",) if name in curves
     ]

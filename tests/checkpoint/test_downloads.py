@@ -220,8 +220,8 @@ def test_without_the_package_the_extra_and_the_path_are_named(cache, monkeypatch
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("sparseinst://r50", "no published checkpoint named 'r50'; there are sparse_inst_r50_base, "),
-        ("sparseinst://../../etc/passwd", "no published checkpoint"),
+        ("sparseinst://r50", "No published checkpoint is named 'r50'; the names are sparse_inst_r50_base, "),
+        ("sparseinst://../../etc/passwd", "No published checkpoint"),
         ("hf://file.pth", "expected hf://OWNER/NAME/FILE"),
         ("hf://a/b/..", None),
         ("https://", "names no file"),
@@ -239,7 +239,7 @@ def test_every_published_checkpoint_has_a_config():
     for name, address in CHECKPOINTS.items():
         assert Path(sparseinst.get_config_file(name)).as_posix().endswith(f"/{name}.yaml")
         assert find_download(address).address == model_zoo.get_checkpoint_url(f"{name}.yaml")
-    with pytest.raises(ValueError, match="no published checkpoint named 'quick/shapes'"):
+    with pytest.raises(ValueError, match="No published checkpoint is named 'quick/shapes'"):
         model_zoo.get_config("quick/shapes", trained=True)
 
 
@@ -277,5 +277,5 @@ def test_the_command(host, cache, capsys):
     zoo.main([])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "  cached  " in line]
     assert line.split() == [NAME, "cached", CHECKPOINTS[NAME]]
-    with pytest.raises(SystemExit, match="error: .*no published checkpoint"):
+    with pytest.raises(SystemExit, match="error: .*No published checkpoint"):
         zoo.main(["r50"])

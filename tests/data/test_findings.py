@@ -205,7 +205,9 @@ def test_each_finding_is_one_warning_of_training_and_checker(name, tmp_path, cap
     assert re.search(message, warning), warning
     of_checker = warnings_of_checker(*files)
     if name == "missing":
-        assert of_checker[0] == "there is no file 'absent.png'" and of_checker[1].startswith("1 of 1; a training skips")
+        assert of_checker[0] == "the file 'absent.png' does not exist" and of_checker[1].startswith(
+            "1 of 1; a training skips"
+        )
     else:
         assert len(of_checker) == 1 and of_checker[0] in warning
 

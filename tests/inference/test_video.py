@@ -60,7 +60,7 @@ def test_without_a_frame_rate_it_is_25(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_opened_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no video file.*none.mp4"):
+    with pytest.raises(ValueError, match="video file .*none.mp4 does not exist"):
         VideoReader(tmp_path / "none.mp4")
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(ValueError, match="text.mp4"):

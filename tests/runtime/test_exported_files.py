@@ -249,7 +249,7 @@ def test_the_config_of_a_file(tmp_path):
     assert cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES == NUM_CLASSES
     with pytest.raises(ValueError, match="--config-file is missing"):
         config_of_run("", ["MODEL.WEIGHTS", "model.pth"])
-    with pytest.raises(ValueError, match="there is no such file"):
+    with pytest.raises(ValueError, match="which does not exist"):
         exported_config(tmp_path / "other.onnx")
     with pytest.raises(ValueError, match="'model.pth' is neither"):
         Predictor("model.pth")

@@ -169,7 +169,7 @@ def test_busy_processes_spin_while_the_models_are_timed(config, monkeypatch, cap
     monkeypatch.setattr(settings.subprocess, "Popen", start)
     monkeypatch.setattr(benchmark_of_inference, "measure_models", measured)
     assert benchmark.main([*config, "--busy", "2"]) == 0
-    assert "beside 2 spinning processes" in capsys.readouterr().out
+    assert "with 2 spinning processes" in capsys.readouterr().out
     assert len(started) == 2 and all(process.returncode is not None for process in started)
 
 

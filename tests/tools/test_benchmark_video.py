@@ -35,7 +35,7 @@ def test_table(arguments, capsys):
         (["--detections", "7"], "NUM_MASKS allows 0 to 6"),
         (["--threads", "-1"], "--threads is -1"),
         (["--objects", "7"], "NUM_MASKS allows 0 to 6"),
-        (["--video", "none.mp4"], "no video file none.mp4"),
+        (["--video", "none.mp4"], "video file none.mp4 does not exist"),
     ],
 )
 def test_wrong_arguments_are_told(arguments, options, message, capsys):

@@ -131,7 +131,7 @@ def test_wrong_arguments(tmp_path, capsys):
     json_file, images = write(tmp_path)
     for arguments, message in (
         ([tmp_path / "none.json", images], "none.json"),
-        ([json_file, tmp_path / "none"], "There is no folder"),
+        ([json_file, tmp_path / "none"], "none does not exist"),
         ([json_file, images, "--config-file", "no_such_config"], "no_such_config"),
         ([json_file, images, "--opts", "NO.KEY", "1"], "NO.KEY"),
         ([json_file, images, "--workers", "-1"], "--workers"),

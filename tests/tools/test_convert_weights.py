@@ -72,7 +72,7 @@ def test_nothing_is_overwritten_unasked(folder, capsys):
         ((), {"output": "converted.pkl"}, "must end in .pth"),
         ((), {"output": "no such folder/converted.pth"}, "folder that does not exist"),
         ((), {"source": "tiny.yaml"}, "tiny.yaml is a text file"),
-        ((), {"source": "none.pth"}, "no such file"),
+        ((), {"source": "none.pth"}, "none.pth', which does not exist"),
         (("--opts", "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256"), {}, "of the backbone's"),
         (("--opts", "MODEL.NO_SUCH_KEY", "50"), {}, "NO_SUCH_KEY"),
     ],

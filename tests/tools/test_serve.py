@@ -86,7 +86,7 @@ def test_code_of_others_is_refused(weights, capsys, tmp_path):
 
 def test_wrong_arguments_are_one_line(weights, capsys, monkeypatch):
     given = ("--weights", weights)
-    assert "There is no elsewhere/config.yaml: name the config of elsewhere/model.pth by --config-file" in error_of(
+    assert "elsewhere/config.yaml does not exist: name the config of elsewhere/model.pth by --config-file" in error_of(
         capsys, "--weights", "elsewhere/model.pth"
     )
     assert "--config-file" not in error_of(capsys, *given, "--config-file", "none.yaml")

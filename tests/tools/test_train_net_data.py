@@ -91,4 +91,4 @@ def test_a_training_json_alone_never_names_coco(data, tmp_path):
     output = tmp_path / "out"
     results = main("--train-json", data[0], "--train-images", data[1], "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", output)
     log = (output / "log.txt").read_text()
-    assert results == {} and log.count("There is no evaluation") == 1 and "coco_2017" not in log
+    assert results == {} and log.count("The training has no evaluation") == 1 and "coco_2017" not in log

@@ -51,7 +51,7 @@ def test_curves():
     without_ap = opened(draw_curves(metrics))
     metrics.append({"iteration": 100, "segm/AP": 50.0, "segm/AP50": float("nan"), "bbox/AP": 40.0})
     assert not np.array_equal(without_ap, opened(draw_curves(metrics, iterations_per_epoch=7.5)))
-    with pytest.raises(ValueError, match="no losses"):
+    with pytest.raises(ValueError, match="metrics have no losses"):
         draw_curves([{"iteration": 3, "lr": 1.0}])
 
 

@@ -199,7 +199,7 @@ def check_levels(node: CfgNode, node_name: str) -> None:
 
 
 def _check_widths(node: CfgNode, node_name: str) -> None:
-    # It imports torch.
+    # The import of detectron2.layers imports torch.
     from detectron2.layers import get_norm
 
     widths = {"CHANNELS": node.CHANNELS}

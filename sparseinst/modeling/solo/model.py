@@ -242,7 +242,7 @@ class SOLO(InstanceSegmenter):
 class SOLOv2(SOLO):
     """Apply a kernel predicted for each cell to shared mask features (NeurIPS 2020, arXiv 2003.10152).
 
-    It takes the arguments of `SOLO`; ``mask_feature_head`` is needed.
+    Takes the arguments of `SOLO`; ``mask_feature_head`` is needed.
     """
 
     node_name: ClassVar[str] = config.SOLOV2_NODE

@@ -70,8 +70,8 @@ def grid_targets(
     """Return the targets of one image.
 
     Args:
-        instances: with ``gt_classes``, ``gt_masks`` and, where the loader gives them, ``gt_boxes``: of Detectron2's
-            mapper those of the annotations, of ours those of the masks, as without ``gt_boxes``.
+        instances: with ``gt_classes``, ``gt_masks`` and, where the loader gives them, ``gt_boxes``: Detectron2's
+            mapper gives the boxes of the annotations; this package's those of the masks, as without ``gt_boxes``.
         padded_size: of the network's input: the grids cover the padding too, as published.
         spec: the grids.
         device: where the targets are wanted.

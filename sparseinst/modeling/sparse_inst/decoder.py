@@ -355,7 +355,7 @@ def build_sparse_inst_decoder(
         backbone_shapes: of the backbone's features; MASK.DETAIL_FEATURE names one.
 
     Raises:
-        ValueError: the decoder takes no detail, or there is no such feature.
+        ValueError: the decoder takes no detail, or the backbone has no such feature.
     """
     decoder = registered(SPARSE_INST_DECODER_REGISTRY, cfg, "MODEL.SPARSE_INST.DECODER.NAME")
     detail = cfg.MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE

@@ -237,7 +237,7 @@ class SubpixelMaskBranch(MaskBranch):
 class PlacedIAMDecoder(BaseIAMDecoder):
     """Decode with one activation map at each peak of a heat map, in training at each center of the ground truth.
 
-    Measured in docs/own_data.md. It is trained by LOSS.NAME PlacedCriterion. Mask features are on the mask grid
+    Measured in docs/own_data.md. LOSS.NAME PlacedCriterion trains the decoder. Mask features are on the mask grid
     (sub-pixel convolution, arXiv 1609.05158), and see the backbone feature DECODER.MASK.DETAIL_FEATURE.
 
     Args:

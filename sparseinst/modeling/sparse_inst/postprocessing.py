@@ -113,7 +113,7 @@ def dense_detections(
     mask_probs = mask_logits.float().sigmoid()
     rescored = scores * maskness(mask_probs.flatten(0, 1), mask_threshold).view_as(scores)
     is_kept = (scores > cls_threshold) & (rescored > score_threshold)
-    # ONNX has topk, and no stable sort: only equal scores may change places.
+    # ONNX has topk, and no stable sort: only equal scores may change their order.
     scores, order = torch.where(is_kept, rescored, 0.0).topk(scores.shape[1])
     if mask_nms_threshold > 0:
         intersections = pairwise_intersections(chosen(mask_probs, order) > mask_threshold)

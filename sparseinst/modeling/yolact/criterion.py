@@ -136,7 +136,7 @@ class YOLACTCriterion(nn.Module):
         background_loss = (class_logits.logsumexp(2) - class_logits[:, :, -1]).detach()
         background_loss = background_loss.masked_fill(labels != num_classes, -torch.inf)
         for used, loss, label in zip(is_used, background_loss, labels):
-            # Without an object there is no positive anchor: as many negatives as for one.
+            # An image without objects has no positive anchor: it gets as many negatives as for one.
             wanted = int(self.neg_pos_ratio * max(1, int(used.sum())))
             used[loss.topk(min(wanted, int((label == num_classes).sum()))).indices] = True
         return F.cross_entropy(class_logits[is_used], labels[is_used], reduction="sum")

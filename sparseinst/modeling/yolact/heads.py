@@ -139,7 +139,7 @@ class YOLACTHead(nn.Module):
 class MaskIoUHead(nn.Module):
     """Predict the IoU of a soft mask with its object, for each class (YOLACT++, section 6.3).
 
-    It runs in post-processing, on the masks that NMS keeps.
+    Runs in post-processing, on the masks that NMS keeps.
 
     Args:
         num_classes: K.

@@ -40,7 +40,7 @@ class DetectionOptions(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What NMS keeps, best first.
+    """Hold the detections that NMS keeps, best first.
 
     Attributes:
         candidates: (m,) int64, indices of candidates.

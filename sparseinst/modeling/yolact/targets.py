@@ -65,7 +65,7 @@ def anchor_targets(
     if instances.has("gt_boxes"):
         gt_boxes = instances.gt_boxes.tensor.to(device, torch.float32)
     else:
-        # Those of empty masks are empty, too.
+        # Boxes of empty masks are empty, too.
         gt_boxes = BitMasks(gt_masks_tensor(instances) > 0.5).get_bounding_boxes().tensor.to(device)
     gt_boxes = gt_boxes / scale
     is_large = ((gt_boxes[:, 2:] - gt_boxes[:, :2]) * side >= options.min_box_side).all(1)

@@ -44,7 +44,7 @@ class WinogradConv2d(nn.Module):
     """Compute what a convolution computes with fewer multiplications, on the CPU in float32, channels last.
 
     Args:
-        conv: one that :func:`can_be_winograd` accepts. It computes images of few tiles.
+        conv: accepted by :func:`can_be_winograd`; computes images of few tiles.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:

@@ -1,4 +1,4 @@
-// The page: opened images, their predictions, and what of them is shown.
+// The page: opened images, their predictions, and the shown part of both.
 
 import { getJson, predict, readable } from "./api.js";
 import { canOpenCamera, closeCamera, openCamera, takePhoto } from "./camera.js";
@@ -188,7 +188,7 @@ function summary(entry, instances) {
   return `${instances.length} ${instances.length === 1 ? "object" : "objects"}${parts.length ? `: ${parts.join(", ")}` : ""}`;
 }
 
-/** Show the state of one image; nothing but the strip changes where it is not the current one. */
+/** Show the state of one image; only the strip changes where another image is shown. */
 function update(entry) {
   if (entry === state.current) updateAll();
   else fillStrip(element("strip"), state, { select, remove, count: (other) => shown(other.prediction.instances).length });
@@ -365,7 +365,7 @@ element("save-json").addEventListener("click", () => {
 
 // ---------------------------------------------------------------- the model
 
-/** Wait for the model, then show what it is. */
+/** Wait for the model, then show its description. */
 async function connect() {
   const banner = element("banner");
   for (;;) {
