@@ -206,7 +206,7 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
     logger.warning("%s runs code while it is read, as MODEL.TRUSTED_WEIGHTS allows", path)
     # That code may be missing or may have changed.
     with _explained_damage(path, kind, (*_READER_ERRORS, ImportError)):
-        return WeightsFile(kind, (_read_any_pickle if kind == PICKLE else _read_any_torch)(path))
+        return WeightsFile(kind, _read_any_pickle(path) if kind == PICKLE else _read_torch(path, weights_only=False))
 
 
 @contextlib.contextmanager
@@ -279,20 +279,12 @@ def _check_checksums(path: Path) -> None:
                         pass
 
 
-def _read_torch(path: Path) -> object:
+def _read_torch(path: Path, weights_only: bool = True) -> object:
     # Saved by the training scripts of timm and DeiT; holds only values.
     safe_globals = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5
-    with safe_globals([argparse.Namespace]) if safe_globals else contextlib.nullcontext():
-        return _load_torch(path, weights_only=True)
-
-
-def _read_any_torch(path: Path) -> object:
-    return _load_torch(path, weights_only=False)
-
-
-def _load_torch(path: Path, weights_only: bool) -> object:
+    with_namespaces = safe_globals([argparse.Namespace]) if safe_globals else contextlib.nullcontext()
     # Not a path: newer versions choose the reader by the suffix .safetensors.
-    with path.open("rb") as file:
+    with with_namespaces, path.open("rb") as file:
         return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
@@ -322,11 +314,9 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise _damaged(path, SAFETENSORS, error) from error
 
 
-def _needs_code(error: Exception) -> bool:
+def _needs_code(error: pickle.UnpicklingError) -> bool:
     # torch.load raises UnpicklingError for damage too, then without weights_only in the message.
-    return isinstance(error, CodeNeededError) or (
-        isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
-    )
+    return isinstance(error, CodeNeededError) or "weights_only" in str(error)
 
 
 def _unknown_name(error: Exception) -> str:
