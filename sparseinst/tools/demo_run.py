@@ -54,21 +54,14 @@ NO_WINDOW = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. Return the code of `run_images` or `run_video`, or 2 after a ValueError or ImportError."""
+    """Run the command. Return the code of `run_images` or `run_video`."""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.INFO)
-    try:
-        check_arguments(args)
-        cfg = config_of_run(args.config_file, args.opts, args.imports)
-        set_model_keys(cfg, args)
-        keep_freed_memory_for_inference(cfg)
-        return run_video(args, cfg) if args.input is None else run_images(args, cfg)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    check_arguments(args)
+    cfg = config_of_run(args.config_file, args.opts, args.imports)
+    set_model_keys(cfg, args)
+    keep_freed_memory_for_inference(cfg)
+    return run_video(args, cfg) if args.input is None else run_images(args, cfg)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
