@@ -196,7 +196,8 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
         try:
             return WeightsFile(kind, read(path))
         except pickle.UnpicklingError as error:
-            if not _needs_code(error):
+            # torch.load raises UnpicklingError for damage too, then without weights_only in the message.
+            if not isinstance(error, CodeNeededError) and "weights_only" not in str(error):
                 raise
             if not trusted:
                 raise CodeNotTrustedError(
@@ -312,11 +313,6 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise _damaged(path, SAFETENSORS, error) from error
-
-
-def _needs_code(error: pickle.UnpicklingError) -> bool:
-    # torch.load raises UnpicklingError for damage too, then without weights_only in the message.
-    return isinstance(error, CodeNeededError) or "weights_only" in str(error)
 
 
 def _unknown_name(error: Exception) -> str:
