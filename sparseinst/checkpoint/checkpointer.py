@@ -9,7 +9,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from torch import nn
 
-from sparseinst.checkpoint.atomic_write import write_atomically
+from sparseinst.checkpoint.atomic_write import write_atomically, write_text_atomically
 from sparseinst.checkpoint.coverage import (
     Coverage,
     count_nonfinite,
@@ -23,7 +23,7 @@ from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
 from sparseinst.checkpoint.locations import find_weights
 from sparseinst.checkpoint.names import BACKBONE, Converted, convert, deciding_keys, explain_mismatch, recipe_of
 from sparseinst.checkpoint.recipe import recipe_differences
-from sparseinst.checkpoint.resumption import find_checkpoint
+from sparseinst.checkpoint.resumption import RECORD, find_checkpoint
 from sparseinst.checkpoint.trained_keys import class_names
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
         Raises:
             OutputError: as :meth:`save`.
         """
-        text = last_filename_basename.encode()
-        write_atomically(Path(self.save_dir) / "last_checkpoint", lambda file: file.write(text))
+        write_text_atomically(Path(self.save_dir) / RECORD, last_filename_basename)
 
     def has_checkpoint(self) -> bool:
         """Return whether the folder has a checkpoint."""
@@ -208,11 +207,7 @@ class SparseInstCheckpointer(DetectionCheckpointer):
     def _read(self, source: str, filename: str, is_start: bool, ema_weights: str) -> dict:
         """Return the file's content with the model's whole state dict as "model"; missing tensors keep their values."""
         content = read_weights_file(filename, self.trusted).content
-        try:
-            sets = find_weight_sets(content)
-        except ValueError as error:
-            raise WeightsFileError(f"{filename} {error}") from error
-        weights = _choose(filename, sets, ema_weights)
+        weights = _choose(filename, find_weight_sets(content, filename), ema_weights)
         target = self.model.state_dict()
         converted = convert(weights.tensors, target)
         self.coverage = measure_coverage(source, converted, target)

@@ -155,13 +155,8 @@ def count_nonfinite(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def frozen_tensors(model: nn.Module, prefix: str = BACKBONE) -> list[str]:
-    """Return the state dict's names of tensors that training does not change: frozen parameters and frozen norms.
-
-    Args:
-        model: any model.
-        prefix: of the names to return.
-    """
+def frozen_tensors(model: nn.Module) -> list[str]:
+    """Return the backbone's tensors that training does not change, by their names in the model's state dict."""
     frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
     for module in model.modules():
         buffers = dict(module.named_buffers(recurse=False))
@@ -171,7 +166,7 @@ def frozen_tensors(model: nn.Module, prefix: str = BACKBONE) -> list[str]:
     return [
         name
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if id(tensor) in frozen and name.startswith(prefix) and not name.endswith(_UNCOUNTED)
+        if id(tensor) in frozen and name.startswith(BACKBONE) and not name.endswith(_UNCOUNTED)
     ]
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sparseinst.checkpoint.files import WeightsFileError
+
 RAW = "raw"
 AVERAGED = "averaged"
 # Entries of training scripts for the weights, and for their averages.
@@ -37,7 +39,7 @@ class Weights(NamedTuple):
     place: str
 
 
-def find_weight_sets(content: object) -> dict[str, Weights]:
+def find_weight_sets(content: object, source: str = "The content") -> dict[str, Weights]:
     """Return the sets of weights that a file holds: RAW, AVERAGED or both.
 
     An average of the parameters alone is completed by the raw buffers, such as the statistics of norms. MMDetection and
@@ -46,9 +48,10 @@ def find_weight_sets(content: object) -> dict[str, Weights]:
 
     Args:
         content: of the file: a state dict, or a dict with one under WRAPPERS or AVERAGES.
+        source: the file, for the error.
 
     Raises:
-        ValueError: the content has no tensors by name.
+        WeightsFileError: the content has no tensors by name.
     """
     sets = {}
     if isinstance(content, Mapping):
@@ -60,9 +63,9 @@ def find_weight_sets(content: object) -> dict[str, Weights]:
             sets[AVERAGED] = _weights(average, _inner(content[average]))
     if not any(weights.tensors for weights in sets.values()):
         found = f"the entries {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else "none"
-        raise ValueError(
-            f"holds no tensors by name; a dict of tensors was expected, or one in an entry {', '.join(WRAPPERS)}. "
-            f"Found a {type(content).__name__}, with {found}"
+        raise WeightsFileError(
+            f"{source} holds no tensors by name; a dict of tensors was expected, or one in an entry "
+            f"{', '.join(WRAPPERS)}. Found a {type(content).__name__}, with {found}"
         )
     if len(sets) == 2:
         if sets[AVERAGED].entry == "ema_state_dict" and "steps" in content["ema_state_dict"]:
@@ -75,18 +78,13 @@ def find_weight_sets(content: object) -> dict[str, Weights]:
     return sets
 
 
-def extract_tensors(content: object, averaged: bool = True) -> tuple[dict[str, torch.Tensor], str]:
+def extract_tensors(content: object, source: str = "The content") -> tuple[dict[str, torch.Tensor], str]:
     """Return the tensors of a weights file by name, and the entry they are in, "" where the content holds them.
 
-    Args:
-        content: see :func:`find_weight_sets`.
-        averaged: prefer averaged weights.
-
-    Raises:
-        ValueError: the content has no tensors by name.
+    Averaged weights are preferred. Arguments and errors as :func:`find_weight_sets`.
     """
-    sets = find_weight_sets(content)
-    chosen = sets.get(AVERAGED if averaged else RAW) or next(iter(sets.values()))
+    sets = find_weight_sets(content, source)
+    chosen = sets.get(AVERAGED) or sets[RAW]
     return chosen.tensors, chosen.entry
 
 

@@ -196,7 +196,8 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
         try:
             return WeightsFile(kind, read(path))
         except pickle.UnpicklingError as error:
-            if not _needs_code(error):
+            # torch.load raises UnpicklingError for damage too, then without weights_only in the message.
+            if not isinstance(error, CodeNeededError) and "weights_only" not in str(error):
                 raise
             if not trusted:
                 raise CodeNotTrustedError(
@@ -206,7 +207,7 @@ def read_weights_file(path: str | os.PathLike, trusted: bool = False) -> Weights
     logger.warning("%s runs code while it is read, as MODEL.TRUSTED_WEIGHTS allows", path)
     # The pickled code may be missing or may have changed.
     with _explained_damage(path, kind, (*_READER_ERRORS, ImportError)):
-        return WeightsFile(kind, (_read_any_pickle if kind == PICKLE else _read_any_torch)(path))
+        return WeightsFile(kind, _read_any_pickle(path) if kind == PICKLE else _read_torch(path, weights_only=False))
 
 
 @contextlib.contextmanager
@@ -279,20 +280,12 @@ def _check_checksums(path: Path) -> None:
                         pass
 
 
-def _read_torch(path: Path) -> object:
+def _read_torch(path: Path, weights_only: bool = True) -> object:
     # Saved by the training scripts of timm and DeiT; holds only values.
     safe_globals = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5
-    with safe_globals([argparse.Namespace]) if safe_globals else contextlib.nullcontext():
-        return _load_torch(path, weights_only=True)
-
-
-def _read_any_torch(path: Path) -> object:
-    return _load_torch(path, weights_only=False)
-
-
-def _load_torch(path: Path, weights_only: bool) -> object:
+    with_namespaces = safe_globals([argparse.Namespace]) if safe_globals else contextlib.nullcontext()
     # Not a path: newer versions choose the reader by the suffix .safetensors.
-    with path.open("rb") as file:
+    with with_namespaces, path.open("rb") as file:
         return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
@@ -320,13 +313,6 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise _damaged(path, SAFETENSORS, error) from error
-
-
-def _needs_code(error: Exception) -> bool:
-    # torch.load raises UnpicklingError for damage too, then without weights_only in the message.
-    return isinstance(error, CodeNeededError) or (
-        isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
-    )
 
 
 def _unknown_name(error: Exception) -> str:

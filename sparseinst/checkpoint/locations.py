@@ -3,11 +3,9 @@
 Importing this module registers sparseinst://, hf://, timm:// and package:// with Detectron2's PathManager.
 """
 
-import contextlib
 import http.client
 import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from detectron2.utils.file_io import PathHandler, PathManager
@@ -50,17 +48,8 @@ def find_weights(weights: str) -> str:
         return weights
     if download := find_download(weights):
         return download.fetch()
-    with _explained_download(weights):
-        path = PathManager.get_local_path(weights.split("?")[0])
-    if not os.path.isfile(path):
-        raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, which does not exist")
-    return path
-
-
-@contextlib.contextmanager
-def _explained_download(weights: str) -> Iterator[None]:
     try:
-        yield
+        path = PathManager.get_local_path(weights.split("?")[0])
     except WeightsFileError:
         raise
     except _DOWNLOAD_ERRORS as error:
@@ -69,6 +58,9 @@ def _explained_download(weights: str) -> Iterator[None]:
             f"MODEL.WEIGHTS {weights!r} cannot be downloaded ({reason}). Name a file that is on this machine, or "
             'set MODEL.WEIGHTS "" to start from random weights'
         ) from error
+    if not os.path.isfile(path):
+        raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
+    return path
 
 
 class PackageHandler(PathHandler):

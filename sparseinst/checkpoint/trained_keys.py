@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 
 from sparseinst import config
 from sparseinst.checkpoint.entries import extract_tensors
-from sparseinst.checkpoint.files import WeightsFileError, read_weights_file
+from sparseinst.checkpoint.files import read_weights_file
 from sparseinst.checkpoint.locations import find_weights
 from sparseinst.checkpoint.names import convert
 
@@ -41,10 +41,7 @@ def trained_keys(cfg: CfgNode, weights: str) -> dict[str, int]:
         return {}
     filename = find_weights(weights)
     content = read_weights_file(filename, cfg.MODEL.TRUSTED_WEIGHTS).content
-    try:
-        tensors, _ = extract_tensors(content)
-    except ValueError as error:
-        raise WeightsFileError(f"{filename} {error}") from error
+    tensors, _ = extract_tensors(content, filename)
     model = config.meta_architecture(cfg)
     of_shapes = getattr(model, "trained_keys", lambda _: {})(convert(tensors, {}).tensors)
     return {**_said(cfg, content), **of_shapes}

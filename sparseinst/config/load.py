@@ -101,8 +101,6 @@ def load_config(
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
     check_values(cfg)
     meta_architecture(cfg)
-    if not isinstance(cfg.MODEL.DEVICE, str):
-        raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected a device's name, such as cpu or cuda")
     if cfg.MODEL.DEVICE.startswith("cuda"):
         import torch
 

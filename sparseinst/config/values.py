@@ -56,6 +56,7 @@ RANGES: Mapping[str, Range] = {
     "SEED": Range(lambda seed: seed < 2**31, "below 2147483648 (negative: drawn at the start)"),
     "TRACKERS": Range(lambda names: set(names) <= {"wandb", "mlflow"}, "a list of names, each 'wandb' or 'mlflow'"),
     "VIS_PERIOD": NOT_NEGATIVE,
+    "MODEL.DEVICE": Range(lambda name: isinstance(name, str), "a device's name, such as cpu or cuda"),
     "MODEL.PIXEL_MEAN": each(Range(math.isfinite, "a number")),
     "MODEL.PIXEL_STD": each(POSITIVE),
     "MODEL.BACKBONE.FREEZE_AT": between(0, 5),

@@ -21,6 +21,12 @@ class Failure(NamedTuple):
     message: str
 
 
+def describe_failure(file_name: str, error: Exception) -> str:
+    """Return an error in one line that names the file."""
+    message = " ".join(str(error).split())
+    return message if file_name in message else f"{file_name}: {message}"
+
+
 class SafeMapper:
     """Wrap a mapper; return BROKEN_IMAGE_ERRORS as failures in place of raising them."""
 
@@ -32,8 +38,8 @@ class SafeMapper:
         try:
             return self._mapper(image), None
         except BROKEN_IMAGE_ERRORS as error:
-            file_name, message = str(image.get("file_name")), " ".join(str(error).split())
-            return None, Failure(file_name, message if file_name in message else f"{file_name}: {message}")
+            file_name = str(image.get("file_name"))
+            return None, Failure(file_name, describe_failure(file_name, error))
 
 
 class BrokenImages:

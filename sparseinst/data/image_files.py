@@ -178,15 +178,13 @@ def trait_findings(traits: Sequence[ImageTraits]) -> Iterator[Finding]:
         )
 
 
-def sample_findings(
-    images: Sequence[dict[str, Any]], image_root: Path, max_pixels: int = MAX_IMAGE_PIXELS
-) -> Iterator[Finding]:
+def sample_findings(images: Sequence[dict[str, Any]], image_root: Path) -> Iterator[Finding]:
     """Yield :func:`trait_findings` of at most 200 images, evenly spread; unreadable ones are passed over."""
     traits: list[ImageTraits] = []
     for image in images[:: -(-len(images) // _NUM_HEADERS) or 1]:
         num_decoded = sum(trait.num_levels is not None for trait in traits)
         try:
-            traits.append(image_traits(image, image_root, max_pixels, decode=num_decoded < _NUM_DECODED))
+            traits.append(image_traits(image, image_root, MAX_IMAGE_PIXELS, decode=num_decoded < _NUM_DECODED))
         except DataError:
             continue
     yield from trait_findings(traits)

@@ -305,17 +305,13 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
 
 def _sampler_builder(cfg: CfgNode, images: Sequence[dict]) -> Callable[[int], Iterable[int]]:
     """Return a function from a seed to the sampler of DATALOADER.SAMPLER_TRAIN."""
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == "TrainingSampler":
+    config.check_keys(cfg, "DATALOADER.SAMPLER_TRAIN")
+    if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
         return lambda seed: TrainingSampler(len(images), seed=seed)
-    if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            images, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        )
-        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
-    raise ValueError(
-        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be 'TrainingSampler' or 'RepeatFactorTrainingSampler'"
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+        images, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
     )
+    return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
 
 
 class _Samples(list):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from detectron2.data import transforms as T
+from detectron2.structures import Boxes, pairwise_iou
 
 # Least IoU of the crop's options, one of which is drawn; None: the whole image, 0: any crop.
 _CROP_OPTIONS = (None, 0.1, 0.3, 0.7, 0.9, 0.0)
@@ -159,7 +160,7 @@ class SSDCrop(T.Augmentation):
         left, top, right, bottom = window
         if not ((left < x) & (x < right) & (top < y) & (y < bottom)).any():
             return False
-        return not self.check_iou or bool((_ious(np.array(window), boxes) >= least_iou).any())
+        return not self.check_iou or bool((pairwise_iou(Boxes([window]), Boxes(boxes)) >= least_iou).any())
 
 
 def _draw_window(size: tuple[int, int]) -> tuple[int, int, int, int] | None:
@@ -173,14 +174,6 @@ def _draw_window(size: tuple[int, int]) -> tuple[int, int, int, int] | None:
     left, top = (int(np.random.uniform(min(1, most), most)) for most in (width - crop_width, height - crop_height))
     right, bottom = int(left + crop_width), int(top + crop_height)
     return (left, top, right, bottom) if right > left and bottom > top else None
-
-
-def _ious(window: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return the IoU (n,) of a window with boxes (n, 4)."""
-    sides = np.minimum(window[2:], boxes[:, 2:]) - np.maximum(window[:2], boxes[:, :2])
-    intersections = sides.clip(0).prod(1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (window[2:] - window[:2]).prod()
-    return intersections / (areas - intersections)
 
 
 def _coin() -> bool:

@@ -1,13 +1,14 @@
 """Prepare the process of a command: its terminal output, and how its threads wait."""
 
 import contextlib
+import functools
 import io
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,23 @@ def hide_foreign_warnings() -> None:
 
 def _is_about_something_else(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("No CUDA runtime is found")
+
+
+def with_exit_codes(main: Callable[..., int]) -> Callable[..., int]:
+    """Let a command print an error that a user can cause in one line and return 2; return 130 after Ctrl-C."""
+
+    @functools.wraps(main)
+    def wrapper(*args: object, **kwargs: object) -> int:
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, ImportError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("Interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+
+    return wrapper
 
 
 def survive_closed_streams() -> None:

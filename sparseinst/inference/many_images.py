@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from tqdm import tqdm
 
+from sparseinst.data.broken_images import describe_failure
 from sparseinst.inference.pipeline import IMAGE_QUEUE_LENGTH, QUEUE_LENGTH, Interruption, read_images_ahead, work_behind
 from sparseinst.inference.prediction_lines import error_line, header, prediction_line
 from sparseinst.inference.predictor import Predictor
@@ -66,8 +67,7 @@ def predict_many(
         def write(predicted: tuple[str, Instances | Exception]) -> None:
             name, result = predicted
             if isinstance(result, Exception):
-                text = " ".join(str(result).split())
-                failures.append(text if name in text else f"{name}: {text}")
+                failures.append(describe_failure(name, result))
                 file.append(error_line(name, result))
             else:
                 file.append(prediction_line(name, result, predictor.classes.category_ids))

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType, TracebackType
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ def read_images_ahead(
     paths: Iterable[str | os.PathLike], max_pixels: int, queue_length: int
 ) -> Iterator[np.ndarray | ImageReadError]:
     """Yield the RGB image of each path, or the error where one cannot be read; ``queue_length`` are read ahead."""
-    return read_ahead((_image_or_error(path, max_pixels) for path in paths), queue_length)
+    return read_ahead((image_or_error(path, max_pixels) for path in paths), queue_length)
 
 
 def work_behind(
@@ -193,8 +193,9 @@ def _drop(waiting: deque[Future]) -> None:
         future.cancel()
 
 
-def _image_or_error(path: str | os.PathLike, max_pixels: int) -> np.ndarray | ImageReadError:
-    # Returned, because a raised error would end the thread that reads the other images.
+def image_or_error(path: str | os.PathLike | BinaryIO, max_pixels: int) -> np.ndarray | ImageReadError:
+    """Return the RGB image of a path or an open file, or the error where it cannot be read."""
+    # A raised error would end the thread that reads the other images.
     try:
         return read_image(path, max_pixels=max_pixels)
     except ImageReadError as error:

@@ -15,7 +15,7 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from sparseinst.config import register_models
-from sparseinst.data.images import ImageReadError, read_image
+from sparseinst.inference.pipeline import image_or_error
 from sparseinst.inference.prediction_lines import error_line, prediction_line
 from sparseinst.inference.predictor import Predictor
 from sparseinst.inference.timed_predictor import TimedPredictor
@@ -54,11 +54,7 @@ class PredictStage:
         file = io.BytesIO(content)
         # For the text of errors.
         file.name = path
-        try:
-            image = read_image(file, "RGB", self._predictor.max_image_pixels)
-        except ImageReadError as error:
-            image = error
-        result = self._timed.predict_or_error(image)
+        result = self._timed.predict_or_error(image_or_error(file, self._predictor.max_image_pixels))
         if isinstance(result, Exception):
             return error_line(path, result)
         return prediction_line(path, result, self._predictor.classes.category_ids)

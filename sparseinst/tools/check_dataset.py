@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sparseinst.config.arguments import add_config_arguments
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 DEFAULT_CONFIG = "sparse_inst_r50_giam"
 
@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Run the command with argv (default ``sys.argv``).
 
@@ -45,12 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare_console()
     from sparseinst.tools.check_dataset_run import run
 
-    try:
-        return run(args)
-    # The targets depend on the model's keys, which are read after the data.
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(args)
 
 
 if __name__ == "__main__":

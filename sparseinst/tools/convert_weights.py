@@ -41,20 +41,11 @@ def describe(weights: str, trusted: bool = False) -> str:
     Raises:
         ValueError: the file cannot be read, or holds no tensors.
     """
-    from sparseinst.checkpoint import (
-        WeightsFileError,
-        describe_names,
-        extract_tensors,
-        find_weights,
-        read_weights_file,
-    )
+    from sparseinst.checkpoint import describe_names, extract_tensors, find_weights, read_weights_file
 
     path = find_weights(weights)
     kind, content = read_weights_file(path, trusted)
-    try:
-        tensors, entry = extract_tensors(content)
-    except ValueError as error:
-        raise WeightsFileError(f"{path} {error}") from error
+    tensors, entry = extract_tensors(content, path)
     values = sum(tensor.numel() for tensor in tensors.values())
     lines = [
         f"{weights}: {kind}, {Path(path).stat().st_size / 1e6:.1f} MB",

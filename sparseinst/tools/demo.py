@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
 from sparseinst.data.image_formats import FORMATS
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Run the command.
 

@@ -16,12 +16,13 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from sparseinst import config
+from sparseinst.data.broken_images import describe_failure
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.data.images import DataError
 from sparseinst.engine.console import EXIT_INTERRUPTED
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-from sparseinst.inference import ImageReadError, Predictor, VideoReader, VideoWriter
+from sparseinst.inference import Predictor, VideoReader, VideoWriter
 from sparseinst.inference.output_files import (
     IAM_FOLDER,
     CocoResults,
@@ -43,7 +44,6 @@ from sparseinst.inference.pipeline import (
 )
 from sparseinst.inference.timed_predictor import TimedPredictor
 from sparseinst.inference.video import without_password
-from sparseinst.ops.mask_output import MaskMemoryError
 from sparseinst.runtime.exported_model import config_of_run
 from sparseinst.visualization import VideoDrawer, draw_beside, draw_iams, draw_instances
 
@@ -54,21 +54,14 @@ NO_WINDOW = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. Return the code of `run_images` or `run_video`, or 2 after a ValueError or ImportError."""
+    """Run the command. Return the code of `run_images` or `run_video`."""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.INFO)
-    try:
-        check_arguments(args)
-        cfg = config_of_run(args.config_file, args.opts, args.imports)
-        set_model_keys(cfg, args)
-        keep_freed_memory_for_inference(cfg)
-        return run_video(args, cfg) if args.input is None else run_images(args, cfg)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    check_arguments(args)
+    cfg = config_of_run(args.config_file, args.opts, args.imports)
+    set_model_keys(cfg, args)
+    keep_freed_memory_for_inference(cfg)
+    return run_video(args, cfg) if args.input is None else run_images(args, cfg)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -207,16 +200,11 @@ def predict_images(
     with contextlib.closing(read_images_ahead(paths, max_pixels, IMAGE_QUEUE_LENGTH)) as images:
         named = zip(paths, output_names(paths), images, strict=True)
         for path, name, image in tqdm(named, total=len(paths), unit="image"):
-            try:
-                if isinstance(image, ImageReadError):
-                    raise image
-                instances = timed.predict(image)
-            except ImageReadError as error:
-                failures.append(str(error))
-            except MaskMemoryError as error:
-                failures.append(f"{path}: {error}")
+            result = timed.predict_or_error(image)
+            if isinstance(result, Exception):
+                failures.append(describe_failure(str(path), result))
             else:
-                yield path, name, image, instances
+                yield path, name, image, result
 
 
 def predict_frames(
@@ -228,12 +216,11 @@ def predict_frames(
     """
     with contextlib.closing(read_ahead(reader, queue_length)) as frames:
         for number, frame in enumerate(tqdm(frames, total=reader.num_frames, unit="frame"), 1):
-            try:
-                instances = timed.predict(frame)
-            except MaskMemoryError as error:
-                failures.append(f"frame {number}: {error}")
+            result = timed.predict_or_error(frame)
+            if isinstance(result, Exception):
+                failures.append(describe_failure(f"frame {number}", result))
                 return
-            yield frame, instances
+            yield frame, result
 
 
 def load_ground_truth(path: Path | None, classes: ClassInfo, max_pixels: int) -> GroundTruth | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
-from sparseinst.engine.console import EXIT_INTERRUPTED, prepare_console
+from sparseinst.engine.console import EXIT_INTERRUPTED, prepare_console, with_exit_codes
 
 # Earlier versions drew under this name.
 FLAGS_OF_DEMO = ("--video-input", "--webcam", "--json", "--ground-truth", "--show-iams", "--mask-nms")
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -51,15 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     prepare_console()
-    try:
-        check_arguments(args)
-        return run(args)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    check_arguments(args)
+    return run(args)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 
 def select_classes(content: dict, names: list[str]) -> dict:
@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or files."""
     args = build_parser().parse_args(argv)
@@ -50,15 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     from sparseinst.checkpoint.atomic_write import write_text_atomically
     from sparseinst.data.coco_json import load_checked_json
 
-    try:
-        if args.output.exists():
-            raise ValueError(f"{args.output} already exists; remove it, or change --output")
-        selected = select_classes(load_checked_json(args.json)[0], args.classes)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(args.output, json.dumps(selected))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.output.exists():
+        raise ValueError(f"{args.output} already exists; remove it, or change --output")
+    selected = select_classes(load_checked_json(args.json)[0], args.classes)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(args.output, json.dumps(selected))
     with_objects = len({annotation["image_id"] for annotation in selected["annotations"]})
     print(
         f"{args.output}: {len(selected['annotations'])} objects of {', '.join(args.classes)} in {with_objects} of "

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or files."""
     args = build_parser().parse_args(argv)
@@ -37,22 +38,18 @@ def main(argv: list[str] | None = None) -> int:
     from sparseinst.checkpoint.atomic_write import write_text_atomically
     from sparseinst.data.conversion import convert
 
+    for path in (args.source, args.images):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+    if args.output.exists():
+        raise ValueError(f"{args.output} already exists; remove it, or change --output")
+    by_class = args.values == "classes"
     try:
-        for path in (args.source, args.images):
-            if not path.exists():
-                raise ValueError(f"{path} does not exist")
-        if args.output.exists():
-            raise ValueError(f"{args.output} already exists; remove it, or change --output")
-        by_class = args.values == "classes"
         content = convert(args.source, args.images, args.classes, by_class=by_class, max_pixels=args.max_image_pixels)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(args.output, json.dumps(content))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except (LookupError, TypeError, AttributeError) as error:
-        print(f"error: {args.source} has an annotation that cannot be read: {error!r}", file=sys.stderr)
-        return 2
+        raise ValueError(f"{args.source} has an annotation that cannot be read: {error!r}") from error
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(args.output, json.dumps(content))
     counts = Counter(annotation["category_id"] for annotation in content["annotations"])
     shown = ", ".join(f"{category['name']} {counts[category['id']]}" for category in content["categories"])
     print(f"{args.output}: {len(content['annotations'])} objects ({shown}) in {len(content['images'])} images")

@@ -16,6 +16,8 @@ RIGHT: Color = (0.0, 0.75, 0.55)
 WRONG_CLASS: Color = (1.0, 0.75, 0.0)
 WRONG: Color = (0.95, 0.1, 0.25)
 LEGEND = "green: right    yellow: found with another class    red: missed object, or prediction without an object"
+# Two images, each with ground truth and predictions.
+_CELLS_IN_ROW = 4
 _CELL_WIDTH = 400
 # Heights of a cell; images of other shapes get white borders.
 _CELL_HEIGHTS = (200, 480)
@@ -41,16 +43,13 @@ class Comparison(NamedTuple):
     name: str
 
 
-def draw_comparisons(
-    comparisons: Sequence[Comparison], metadata: Metadata, title: str = "", num_columns: int = 2
-) -> np.ndarray:
+def draw_comparisons(comparisons: Sequence[Comparison], metadata: Metadata, title: str) -> np.ndarray:
     """Draw a grid with ground truth and predictions of each image side by side.
 
     Args:
         comparisons: at least one.
         metadata: holds ``thing_classes``.
         title: written above the legend of the colors.
-        num_columns: images in a row.
 
     Returns:
         The grid, (H, W, 3) uint8, RGB.
@@ -69,11 +68,9 @@ def draw_comparisons(
             (_fit(predicted, size), f"prediction: {wrong} of {num_predictions} wrong"),
         ]
     white = (np.full((*size, 3), 255, np.uint8), "")
-    length = 2 * num_columns
-    cells += [white] * (-len(cells) % length)
-    return captioned_grid(
-        [cells[start : start + length] for start in range(0, len(cells), length)], f"{title}\n{LEGEND}"
-    )
+    cells += [white] * (-len(cells) % _CELLS_IN_ROW)
+    rows = [cells[start : start + _CELLS_IN_ROW] for start in range(0, len(cells), _CELLS_IN_ROW)]
+    return captioned_grid(rows, f"{title}\n{LEGEND}")
 
 
 def _ending(name: str, length: int = 28) -> str:

@@ -7,16 +7,16 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from detectron2.structures import BitMasks, Boxes, Instances
+from PIL import Image, ImageDraw
 from pycocotools import mask as mask_api
 from torch import nn
 from torch.nn import functional as F
 
+from sparseinst.structures.gt_masks import gt_masks_tensor
 from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.structures.rle_masks import RLEMasks
-from sparseinst.visualization.paint import Color, mask_window, paint_objects
+from sparseinst.visualization.paint import Color, label_font, mask_window, paint_objects
 
 # A small image is enlarged until its short side has this many pixels, so that names can be read, ...
 _MIN_SHORT_SIDE = 480
@@ -158,13 +158,9 @@ def ground_truth_instances(instances: Instances) -> Instances:
             may be absent where M is 0.
     """
     instances = instances.to("cpu")
-    height, width = instances.image_size
-    masks = instances.gt_masks if instances.has("gt_masks") else torch.zeros(0, height, width)
-    if isinstance(masks, PolygonMasks):
-        masks = BitMasks.from_polygon_masks(masks, height, width)
-    masks = masks if isinstance(masks, BitMasks) else BitMasks(masks)
+    masks = BitMasks(gt_masks_tensor(instances))
     return Instances(
-        (height, width),
+        instances.image_size,
         pred_boxes=masks.get_bounding_boxes(),
         pred_masks=masks.tensor,
         pred_classes=instances.gt_classes,
@@ -231,7 +227,7 @@ def captioned_grid(rows: Sequence[Sequence[tuple[np.ndarray, str]]], title: str 
     top = _CAPTION_HEIGHT * len(title.splitlines())
     sheet = Image.new("RGB", (len(rows[0]) * step_x + _GAP, top + len(rows) * step_y + _GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
+    font = label_font(14)
     pen.text((_GAP, _GAP), title, fill="black", font=font)
     for row_index, row in enumerate(rows):
         for column_index, (image, text) in enumerate(row):

@@ -206,7 +206,7 @@ def _levels(color: Color) -> tuple[int, int, int]:
 def _ink(text: str, size: int) -> np.ndarray:
     """Return the coverage of a label's pixels by its text, (height, width) uint8."""
     text = " ".join(text.split())
-    font = _font(size)
+    font = label_font(size)
     left, top, right, bottom = font.getbbox(text, anchor="ls")
     # All labels have the same height, unless a letter is unusually high or low.
     above = max(-top, round(0.76 * size)) + _LABEL_PADDING
@@ -219,6 +219,6 @@ def _ink(text: str, size: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=16)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Comes with matplotlib.
+def label_font(size: int) -> ImageFont.FreeTypeFont:
+    """Return the font of labels and captions, of a height in pixels; it comes with matplotlib."""
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)

@@ -17,6 +17,20 @@ from tests.tiny_model import tiny_cfg
 REPO = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [(None, 0, ""), (ValueError("wrong"), 2, "error: wrong\n"), (KeyboardInterrupt(), 130, "Interrupted\n")],
+)
+def test_exit_codes_of_commands(error, code, line, capsys):
+    @console.with_exit_codes
+    def main(argv):
+        if error is not None:
+            raise error
+        return len(argv)
+
+    assert main([]) == code and capsys.readouterr().err == line
+
+
 def test_a_broken_pipe_takes_everything():
     reader, writer = os.pipe()
     os.close(reader)
