@@ -59,7 +59,7 @@ def find_weights(weights: str) -> str:
             'set MODEL.WEIGHTS "" to start from random weights'
         ) from error
     if not os.path.isfile(path):
-        raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, and there is no such file")
+        raise WeightsFileError(f"MODEL.WEIGHTS names {weights!r}, which does not exist")
     return path
 
 
