@@ -45,8 +45,6 @@ def hide_foreign_warnings() -> None:
     """Ignore FOREIGN_WARNINGS in this process and, through PYTHONWARNINGS, in ranks and data workers."""
     # A log record about a compiler that nothing here uses.
     logging.getLogger("torch.utils.cpp_extension").addFilter(_is_about_something_else)
-    # Messages of PyTorch's profiler, which is written in C++.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     for start in FOREIGN_WARNINGS:
         warnings.filterwarnings("ignore", re.escape(start))
     wanted = [f"ignore:{start}" for start in FOREIGN_WARNINGS]

@@ -72,7 +72,7 @@ class Trainer(SimpleTrainer):
         check_config(cfg)
         classes = class_info(cfg.DATASETS.TRAIN[0])
         check_evaluation(cfg, classes.names)
-        model = build_model(cfg)
+        model = self.build_model(cfg)
         if cfg.SOLVER.ACCUMULATE_STEPS > 1 and not isinstance(model, InstanceSegmenter):
             raise ValueError(
                 f"SOLVER.ACCUMULATE_STEPS is {cfg.SOLVER.ACCUMULATE_STEPS}, and MODEL.META_ARCHITECTURE "
@@ -124,6 +124,10 @@ class Trainer(SimpleTrainer):
         self._signals = SignalWatch()
         self._save_on_signal = SaveOnSignal(self._signals, self.checkpointer)
         self.register_hooks([*self.build_hooks(model), self._save_on_signal])
+
+    def build_model(self, cfg: CfgNode) -> torch.nn.Module:
+        """Build the model of the config."""
+        return build_model(cfg)
 
     def build_hooks(self, model: torch.nn.Module) -> list:
         """Return Detectron2's hooks in Detectron2's order, and the hooks for evaluation and VIS_PERIOD."""
@@ -275,7 +279,7 @@ class Trainer(SimpleTrainer):
             distributed = isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if distributed and not is_last else contextlib.nullcontext():
                 batch_losses = self._losses(self.model, index, parts)
-                self.grad_scaler.scale(sum(batch_losses.values())).backward()
+                self.backward(sum(batch_losses.values()))
             for name, loss in batch_losses.items():
                 losses[name] = losses.get(name, 0) + loss.detach()
 
@@ -297,6 +301,10 @@ class Trainer(SimpleTrainer):
             clip_total_norm(self.model.parameters(), max_norm, norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss, scaled by the gradient scaler."""
+        self.grad_scaler.scale(loss).backward()
 
     def _losses(self, model: torch.nn.Module, index: int, parts: list[TrainingPart] | None) -> dict[str, torch.Tensor]:
         """Return the losses of one part of the step; the first part sets the random numbers of the step."""

@@ -56,7 +56,7 @@ warnings.warn("another one", FutureWarning)
     ],
 )
 def test_waiting_threads_sleep_early_unless_the_user_says_otherwise(given, expected, monkeypatch):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PYTHONWARNINGS", "KINETO_LOG_LEVEL"):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PYTHONWARNINGS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in given.items():
