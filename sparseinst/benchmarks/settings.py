@@ -21,6 +21,7 @@ from tabulate import tabulate
 from torch import nn
 
 from sparseinst.checkpoint.atomic_write import write_text_atomically
+from sparseinst.engine.console import report_error
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import OptimizedSegmenter
 
@@ -179,7 +180,7 @@ def _cell(value: Any) -> str:
 def run_command(
     args: argparse.Namespace, run: Callable[[argparse.Namespace], dict], errors: tuple[type[Exception], ...] = ()
 ) -> int:
-    """Call ``run``, and write its result to --json. Return 0; 2 after ValueError, ImportError or one of ``errors``."""
+    """Call ``run``, and write its result to --json. Return 0; 1 after ValueError, ImportError or one of ``errors``."""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.WARNING)
     try:
@@ -190,6 +191,5 @@ def run_command(
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(args.json, json.dumps(figures, indent=1) + "\n")
     except (ValueError, ImportError, OSError, *errors) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
     return 0

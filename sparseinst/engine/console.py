@@ -12,6 +12,10 @@ from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
+# Exit code after an error of the user's input, which is printed in one line; argparse's own errors have 2.
+EXIT_ERROR = 1
+# The same where 1 is the result of a run: demo, predict, export and check.
+EXIT_NOT_RUN = 2
 # Exit code after Ctrl-C, as shells give it.
 EXIT_INTERRUPTED = 130
 # Starts of warnings of other packages that a user cannot act on.
@@ -39,6 +43,12 @@ def prepare_console() -> None:
     hide_foreign_warnings()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
+def report_error(error: object, code: int = EXIT_ERROR) -> int:
+    """Print an error of the user's input in one line on stderr, and return the exit code."""
+    print("error:", " ".join(map(str.strip, str(error).splitlines())), file=sys.stderr)
+    return code
 
 
 def hide_foreign_warnings() -> None:

@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0, or 2 where the arguments or the config are wrong."""
+    """Run the command. Return 0, or 1 where the arguments or the config are wrong."""
     parser = build_parser()
     args = parser.parse_args(argv)
     # Attributes that exist get no defaults.

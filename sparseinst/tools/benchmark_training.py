@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0, or 2 where the arguments, the config or the data are wrong."""
+    """Run the command. Return 0, or 1 where the arguments, the config or the data are wrong."""
     args = build_parser().parse_args(argv)
     prepare_console()
     from sparseinst.benchmarks.settings import run_command

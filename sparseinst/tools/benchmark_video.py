@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseinst.config.arguments import add_config_arguments, add_opts_argument
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, report_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,14 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0, or 2 where the arguments, the config or the video are wrong."""
+    """Run the command. Return 0, or 1 where the arguments, the config or the video are wrong."""
     args = build_parser().parse_args(argv)
     prepare_console()
     try:
         run(args)
     except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
     return 0
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sparseinst.config.arguments import add_config_arguments
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import EXIT_NOT_RUN, prepare_console, report_error
 
 DEFAULT_CONFIG = "sparse_inst_r50_giam"
 
@@ -49,8 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     # The targets depend on the model's keys, which are read after the data.
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error, EXIT_NOT_RUN)
 
 
 if __name__ == "__main__":

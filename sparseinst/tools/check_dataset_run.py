@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
@@ -247,19 +246,15 @@ def describe_findings(findings: Iterable[Finding], num_shown: int) -> Iterator[s
 
 def run(args: argparse.Namespace) -> int:
     """Check the data set, print the report, and return the exit code; see `check_dataset.main`."""
-    try:
-        cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts, imports=args.imports)
-        if other_format := describe_path(args.json):
-            raise ValueError(other_format)
-        if not args.json.is_file():
-            raise ValueError(f"There is no file {args.json}")
-        if not args.images.is_dir():
-            raise ValueError(f"There is no folder {args.images}")
-        if args.workers < 0 or args.show < 0:
-            raise ValueError("--workers and --show must not be negative")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts, imports=args.imports)
+    if other_format := describe_path(args.json):
+        raise ValueError(other_format)
+    if not args.json.is_file():
+        raise ValueError(f"There is no file {args.json}")
+    if not args.images.is_dir():
+        raise ValueError(f"There is no folder {args.images}")
+    if args.workers < 0 or args.show < 0:
+        raise ValueError("--workers and --show must not be negative")
     try:
         content = read_json(args.json)
     except ValueError as error:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparseinst.config.arguments import add_import_argument
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, report_error
 
 # Iterations of the training that measures the time of one.
 PACE_ITERATIONS = 40
@@ -237,14 +237,13 @@ def _metrics(folder: Path, name: str) -> Iterator[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 1 where a run failed, and 2 where the arguments are wrong."""
+    """Run the command. Return 1 where a run failed or the arguments are wrong."""
     args = build_parser().parse_args(argv)
     prepare_console()
     try:
         data, recipes = list(map(parse_data, args.data)), list(map(parse_recipe, args.recipe))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
     comparison = Comparison(
         data, recipes, args.seeds, 60 * args.minutes, args.output, args.iterations, imports=args.imports
     )

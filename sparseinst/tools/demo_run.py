@@ -19,7 +19,7 @@ from sparseinst import config
 from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.data.images import DataError
-from sparseinst.engine.console import EXIT_INTERRUPTED
+from sparseinst.engine.console import EXIT_INTERRUPTED, EXIT_NOT_RUN, report_error
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 from sparseinst.inference import ImageReadError, Predictor, VideoReader, VideoWriter
 from sparseinst.inference.output_files import (
@@ -64,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
         keep_freed_memory_for_inference(cfg)
         return run_video(args, cfg) if args.input is None else run_images(args, cfg)
     except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error, EXIT_NOT_RUN)
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from sparseinst.config import load_config
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, register_user_datasets
 from sparseinst.data.images import read_image
+from sparseinst.engine.console import EXIT_NOT_RUN, report_error
 from sparseinst.evaluation import evaluate
 from sparseinst.inference.prediction_lines import list_images
 from sparseinst.inference.predictor import find_classes
@@ -85,11 +85,9 @@ def run(args: argparse.Namespace) -> int:
         cfg = load_config(args.config_file, [*opts, "DATASETS.TEST_IMAGES", args.test_images], imports=args.imports)
         path, metadata = export(cfg, args)
     except SelfCheckError as error:
-        print(f"error: {error}. Nothing was written", file=sys.stderr)
-        return 1
+        return report_error(f"{error}. Nothing was written")
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error, EXIT_NOT_RUN)
     note = ""
     if metadata.compared_detections == 0:
         note = (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
-from sparseinst.engine.console import EXIT_INTERRUPTED, prepare_console
+from sparseinst.engine.console import EXIT_INTERRUPTED, EXIT_NOT_RUN, prepare_console, report_error
 
 # Earlier versions drew under this name.
 FLAGS_OF_DEMO = ("--video-input", "--webcam", "--json", "--ground-truth", "--show-iams", "--mask-nms")
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_arguments(args)
         return run(args)
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error, EXIT_NOT_RUN)
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, report_error
 
 
 def select_classes(content: dict, names: list[str]) -> dict:
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or files."""
+    """Run the command with argv (default ``sys.argv``); return 0, or 1 after an error in arguments or files."""
     args = build_parser().parse_args(argv)
     prepare_console()
     from sparseinst.checkpoint.atomic_write import write_text_atomically
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(args.output, json.dumps(selected))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
     with_objects = len({annotation["image_id"] for annotation in selected["annotations"]})
     print(
         f"{args.output}: {len(selected['annotations'])} objects of {', '.join(args.classes)} in {with_objects} of "

@@ -7,7 +7,6 @@ import ipaddress
 import logging
 import math
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from detectron2.utils.logger import setup_logger
 
 from sparseinst.config import load_config
+from sparseinst.engine.console import report_error
 from sparseinst.inference import Predictor
 from sparseinst.runtime.exported_file import is_exported
 from sparseinst.runtime.exported_model import exported_config
@@ -29,7 +29,7 @@ _KEEP_ALIVE_SECONDS = 30
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the service. Return 0 after Ctrl-C, or 2 after a ValueError, ImportError or OSError at the start."""
+    """Run the service. Return 0 after Ctrl-C, or 1 after a ValueError, ImportError or OSError at the start."""
     for name in ("fvcore", "detectron2", "sparseinst"):
         setup_logger(name=name).setLevel(logging.INFO)
     # It logs a warning for each broken form, which any client can send.
@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
         with contextlib.closing(listen(args.host, args.port)) as listener:
             return serve(args, load, listener)
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, report_error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or files."""
+    """Run the command with argv (default ``sys.argv``); return 0, or 1 after an error in arguments or files."""
     args = build_parser().parse_args(argv)
     prepare_console()
     from sparseinst.checkpoint.atomic_write import write_text_atomically
@@ -48,11 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(args.output, json.dumps(content))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
     except (LookupError, TypeError, AttributeError) as error:
-        print(f"error: {args.source} has an annotation that cannot be read: {error!r}", file=sys.stderr)
-        return 2
+        return report_error(f"{args.source} has an annotation that cannot be read: {error!r}")
     counts = Counter(annotation["category_id"] for annotation in content["annotations"])
     shown = ", ".join(f"{category['name']} {counts[category['id']]}" for category in content["categories"])
     print(f"{args.output}: {len(content['annotations'])} objects ({shown}) in {len(content['images'])} images")

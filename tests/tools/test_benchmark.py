@@ -221,7 +221,7 @@ def test_on_the_cpu_the_peak_is_that_of_a_single_row(config, tmp_path, args, is_
     ],
 )
 def test_errors(config, capsys, args, message):
-    assert benchmark.main([*config, *args]) == 2
+    assert benchmark.main([*config, *args]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
