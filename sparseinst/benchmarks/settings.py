@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import nn
 
 from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.engine.console import report_error
+from sparseinst.engine.run_setup import log_to_console
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import OptimizedSegmenter
 
@@ -181,8 +181,7 @@ def run_command(
     args: argparse.Namespace, run: Callable[[argparse.Namespace], dict], errors: tuple[type[Exception], ...] = ()
 ) -> int:
     """Call ``run``, and write its result to --json. Return 0; 1 after ValueError, ImportError or one of ``errors``."""
-    for name in ("fvcore", "detectron2", "sparseinst"):
-        setup_logger(name=name).setLevel(logging.WARNING)
+    log_to_console(logging.WARNING)
     try:
         check_least({"--threads": (1 if args.threads is None else args.threads, 1)})
         torch.set_num_threads(args.threads or torch.get_num_threads())

@@ -22,6 +22,12 @@ logger = logging.getLogger(__name__)
 LOGGERS = ("sparseinst", "detectron2", "fvcore")
 
 
+def log_to_console(level: int, rank: int = 0) -> None:
+    """Log to stdout in rank 0, in a command without OUTPUT_DIR."""
+    for name in LOGGERS:
+        setup_logger(name=name, distributed_rank=rank).setLevel(level)
+
+
 def save_config(output_dir: str, config_text: str) -> None:
     """Write OUTPUT_DIR/config.yaml in rank 0, before the log, so that a full disk gives one line.
 

@@ -12,7 +12,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
-from detectron2.utils.logger import setup_logger
 
 import sparseinst
 from sparseinst.checkpoint import checkpointer_from_config
@@ -23,6 +22,7 @@ from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.data.coco_json import ClassInfo, register_user_datasets
 from sparseinst.data.images import read_image
 from sparseinst.engine.console import EXIT_NOT_RUN, report_error
+from sparseinst.engine.run_setup import log_to_console
 from sparseinst.evaluation import evaluate
 from sparseinst.inference.prediction_lines import list_images
 from sparseinst.inference.predictor import find_classes
@@ -72,8 +72,7 @@ _USUAL_IMAGE = (480, 640)
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Return 0; 1 where the file differs from the model; 2 after other errors."""
-    for name in ("fvcore", "detectron2", "sparseinst"):
-        setup_logger(name=name).setLevel(logging.INFO)
+    log_to_console(logging.INFO)
     try:
         # --size takes all that follows it, --end-to-end one value.
         num_sizes = 1 if args.size[0] == DYNAMIC else 2

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from detectron2.utils.logger import setup_logger
-
 from sparseinst.config import load_config
 from sparseinst.engine.console import report_error
+from sparseinst.engine.run_setup import log_to_console
 from sparseinst.inference import Predictor
 from sparseinst.runtime.exported_file import is_exported
 from sparseinst.runtime.exported_model import exported_config
@@ -30,8 +29,7 @@ _KEEP_ALIVE_SECONDS = 30
 
 def run(args: argparse.Namespace) -> int:
     """Run the service. Return 0 after Ctrl-C, or 1 after a ValueError, ImportError or OSError at the start."""
-    for name in ("fvcore", "detectron2", "sparseinst"):
-        setup_logger(name=name).setLevel(logging.INFO)
+    log_to_console(logging.INFO)
     # It logs a warning for each broken form, which any client can send.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
