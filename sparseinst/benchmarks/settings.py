@@ -178,7 +178,7 @@ def _cell(value: Any) -> str:
 
 
 def run_command(
-    args: argparse.Namespace, run: Callable[[argparse.Namespace], dict], errors: tuple[type[Exception], ...] = ()
+    args: argparse.Namespace, run: Callable[[argparse.Namespace], Any], errors: tuple[type[Exception], ...] = ()
 ) -> int:
     """Call ``run``, and write its result to --json. Return 0; 1 after ValueError, ImportError or one of ``errors``."""
     log_to_console(logging.WARNING)
@@ -186,7 +186,7 @@ def run_command(
         check_least({"--threads": (1 if args.threads is None else args.threads, 1)})
         torch.set_num_threads(args.threads or torch.get_num_threads())
         figures = run(args)
-        if args.json is not None:
+        if getattr(args, "json", None) is not None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(args.json, json.dumps(figures, indent=1) + "\n")
     except (ValueError, ImportError, OSError, *errors) as error:

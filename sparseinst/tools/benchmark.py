@@ -9,7 +9,6 @@ decoding and drawing are not timed.
 """
 
 import argparse
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,6 @@ NOT_OF_SUITES = {
     "detections": "--detections",
     "batch_sizes": "--batch-sizes",
     "area": "--area",
-    "stock": "--stock",
     "imports": "--import",
 }
 # The named settings of --compare: KEY VALUE pairs below RUNTIME.
@@ -80,11 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="median area of the objects, as a share of the image (default 0.05); 1: each fills the image")  # fmt: skip
     add("--busy", type=int, default=0, metavar="N",
         help="run N spinning processes meanwhile, as on a shared server (default 0)")  # fmt: skip
-    add(
-        "--stock",
-        action="store_true",
-        help="also print the speed of the first setting in Detectron2's inference_on_dataset",
-    )
     several = f"{CONFIG_HELP}; several are run in turn in one process, each at its own test size"
     add_common_arguments(
         parser,
@@ -123,10 +116,8 @@ def run(args: argparse.Namespace) -> dict:
     """
     import numpy as np
     from detectron2.data import transforms as T
-    from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
-    from detectron2.utils.logger import setup_logger
 
-    from sparseinst.benchmarks.inference import batched_inputs, measure_models
+    from sparseinst.benchmarks.inference import measure_models
     from sparseinst.benchmarks.settings import (
         busy_processes,
         check_distinct,
@@ -202,13 +193,6 @@ def run(args: argparse.Namespace) -> dict:
         figures = report(measurements)
         print(f"\nBatch of {batch_size}, {args.repetitions} repetitions after {args.warmup}, ms\n{table(figures)}")
         found["batches"].append({"batch_size": batch_size, "settings": figures})
-    if args.stock:
-        # Detectron2 warms up for 5 batches. Post-processing gets the output of random weights here.
-        setup_logger(name="detectron2").setLevel(logging.INFO)
-        name, model = next(iter(models.items()))
-        inputs = [[x] for x in batched_inputs(images, augmentations[name])]
-        loader = inputs * max(1, 12 // len(inputs))
-        inference_on_dataset(model, loader, DatasetEvaluators([]))
     return found
 
 

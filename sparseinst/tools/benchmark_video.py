@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseinst.config.arguments import add_config_arguments, add_opts_argument
-from sparseinst.engine.console import prepare_console, report_error
+from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,11 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 1 where the arguments, the config or the video are wrong."""
     args = build_parser().parse_args(argv)
     prepare_console()
-    try:
-        run(args)
-    except (ValueError, ImportError) as error:
-        return report_error(error)
-    return 0
+    from sparseinst.benchmarks.settings import run_command
+
+    return run_command(args, run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,9 +73,7 @@ def run(args: argparse.Namespace) -> None:
     from sparseinst.visualization import draw_instances
 
     counts = {"--frames": args.frames, "--repetitions": args.repetitions, "--objects": args.objects}
-    counts["--threads"] = torch.get_num_threads() if args.threads is None else args.threads
     check_least({flag: (value, 1) for flag, value in counts.items()})
-    torch.set_num_threads(counts["--threads"])
     cfg = load_config(args.config_file, args.opts, imports=args.imports)
     keep_freed_memory_for_inference(cfg)
     torch.manual_seed(0)

@@ -137,7 +137,7 @@ def test_figures():
 def test_the_command(config, tmp_path, capsys):
     path = tmp_path / "out" / "speed.json"
     code = benchmark.main(
-        [*config, "--batch-sizes", "1", "2", "--json", str(path), "--stock", "--threads", "1",
+        [*config, "--batch-sizes", "1", "2", "--json", str(path), "--threads", "1",
          "--compare", "eager", "configured", "mine=FUSE False MODEL.OUTPUT.MASK_FORMAT rle"]
     )  # fmt: skip
     text = capsys.readouterr().out
