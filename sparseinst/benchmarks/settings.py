@@ -20,6 +20,7 @@ from tabulate import tabulate
 from torch import nn
 
 from sparseinst.checkpoint.atomic_write import write_text_atomically
+from sparseinst.config.arguments import check_least
 from sparseinst.engine.console import report_error
 from sparseinst.engine.run_setup import log_to_console
 from sparseinst.modeling.meta_arch import InstanceSegmenter
@@ -84,13 +85,6 @@ def apply_setting(cfg: CfgNode, setting: str, named: Mapping[str, str], section:
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(f"--compare {setting}: {error}") from error
     return name, own_cfg, keys
-
-
-def check_least(values: Mapping[str, tuple[float, float]]) -> None:
-    """Raise ValueError where a flag is below its least value; ``values`` maps flags to (value, least)."""
-    for flag, (value, least) in values.items():
-        if value < least:
-            raise ValueError(f"{flag} is {value}; it must be at least {least}")
 
 
 def machine(cfg: CfgNode) -> str:
@@ -183,7 +177,7 @@ def run_command(
     """Call ``run``, and write its result to --json. Return 0; 1 after ValueError, ImportError or one of ``errors``."""
     log_to_console(logging.WARNING)
     try:
-        check_least({"--threads": (1 if args.threads is None else args.threads, 1)})
+        check_least(args, {"--threads": 1})
         torch.set_num_threads(args.threads or torch.get_num_threads())
         figures = run(args)
         if getattr(args, "json", None) is not None:

@@ -15,14 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparseinst.benchmarks.arguments import RUNTIME, add_common_arguments
-from sparseinst.config.arguments import CONFIG_HELP
+from sparseinst.benchmarks.arguments import add_common_arguments
+from sparseinst.config.arguments import CONFIG_HELP, check_least
 from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from torch import nn
 
+# The config node of inference.
+RUNTIME = "RUNTIME"
 # Options that --suite does not have, by attribute.
 NOT_OF_SUITES = {
     "compare": "--compare",
@@ -118,24 +120,13 @@ def run(args: argparse.Namespace) -> dict:
     from detectron2.data import transforms as T
 
     from sparseinst.benchmarks.inference import measure_models
-    from sparseinst.benchmarks.settings import (
-        busy_processes,
-        check_distinct,
-        check_least,
-        machine,
-        report,
-        short_names,
-        table,
-    )
+    from sparseinst.benchmarks.settings import busy_processes, check_distinct, machine, report, short_names, table
     from sparseinst.config import load_config
     from sparseinst.data.augmentations import build_test_augmentations
     from sparseinst.data.images import read_image
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 
-    least = {"--size": min(args.size), "--batch-sizes": min(args.batch_sizes), "--repetitions": args.repetitions}
-    check_least(
-        {flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0), "--busy": (args.busy, 0)}
-    )
+    check_least(args, {"--size": 1, "--batch-sizes": 1, "--repetitions": 1, "--warmup": 0, "--busy": 0})
     if args.suite:
         refused = args.refused + ["a second --input"] * (len(args.input) > 1)
         if refused:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparseinst.config.arguments import add_config_arguments, add_opts_argument
+from sparseinst.config.arguments import add_config_arguments, add_opts_argument, check_least
 from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     from sparseinst.benchmarks.inference import DrawnObjects
-    from sparseinst.benchmarks.settings import check_least, check_segmenter, machine
+    from sparseinst.benchmarks.settings import check_segmenter, machine
     from sparseinst.config import load_config
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
     from sparseinst.inference import Predictor
@@ -72,8 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from sparseinst.tools import demo, demo_run
     from sparseinst.visualization import draw_instances
 
-    counts = {"--frames": args.frames, "--repetitions": args.repetitions, "--objects": args.objects}
-    check_least({flag: (value, 1) for flag, value in counts.items()})
+    check_least(args, {"--frames": 1, "--repetitions": 1, "--objects": 1})
     cfg = load_config(args.config_file, args.opts, imports=args.imports)
     keep_freed_memory_for_inference(cfg)
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sparseinst.config import load_config
+from sparseinst.config.arguments import check_least
 from sparseinst.engine.console import report_error
 from sparseinst.engine.run_setup import log_to_console
 from sparseinst.inference import Predictor
@@ -46,13 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for a wrong value of a flag."""
-    for flag, value, least in (
-        ("--workers", args.workers, 1),
-        ("--max-waiting", args.max_waiting, 0),
-        ("--port", args.port, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{flag} is {value}; it must be at least {least}")
+    check_least(args, {"--workers": 1, "--max-waiting": 0, "--port": 0})
     for flag, value in (("--max-upload-mib", args.max_upload_mib), ("--timeout", args.timeout)):
         if not 0 < value < math.inf:
             raise ValueError(f"{flag} is {value}; it must be above 0 and finite")
