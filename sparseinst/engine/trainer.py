@@ -41,7 +41,7 @@ from sparseinst.engine.optimizer import (
 )
 from sparseinst.engine.output_folder import check_free_space
 from sparseinst.engine.progress import Progress
-from sparseinst.engine.recompute import prepare_as_configured
+from sparseinst.engine.recompute import prepare_for_training
 from sparseinst.engine.report import CurvesHook, evaluation_report
 from sparseinst.engine.trackers import build_trackers, check_trackers
 from sparseinst.evaluation import check_evaluation, check_test_config, evaluate
@@ -81,7 +81,10 @@ class Trainer(SimpleTrainer):
             )
         for warning in model.training_warnings(cfg) if isinstance(model, InstanceSegmenter) else ():
             logger.warning(warning)
-        prepare_as_configured(cfg, model)
+        solver = cfg.SOLVER
+        prepare_for_training(
+            model, channels_last=solver.CHANNELS_LAST, compile=solver.COMPILE, recompute=solver.RECOMPUTE
+        )
         with only_in_log_file("sparseinst"):
             logger.info("Model:\n%s", model)
         self.device = torch.device(cfg.MODEL.DEVICE)
