@@ -124,9 +124,9 @@ class _StagedTrainer(Trainer):
             super().backward(loss)
 
     def _timed(self, function: Callable, stage: str) -> Callable:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             with self._stage(stage):
-                return function(*args)
+                return function(*args, **kwargs)
 
         return run
 
