@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from PIL import Image
@@ -64,6 +65,14 @@ def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     if cfg.INPUT.FIT_SIZE_TEST:
         return [ResizeToFit(cfg.INPUT.FIT_SIZE_TEST)]
     return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
+
+
+def model_input(image: np.ndarray, augmentations: T.AugmentationList) -> dict:
+    """Return an image (h, w, 3) as a dataset mapper gives it to a model: resized, with the size that results have."""
+    augmentation_input = T.AugInput(image)
+    augmentations(augmentation_input)
+    resized = torch.from_numpy(np.ascontiguousarray(augmentation_input.image.transpose(2, 0, 1)))
+    return {"image": resized, "height": image.shape[0], "width": image.shape[1]}
 
 
 def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:

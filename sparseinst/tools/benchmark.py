@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> dict:
             name = " ".join([config_name] * (len(cfgs) > 1) + [setting] * (len(args.compare) > 1))
             name = name or setting
             models[name] = model
-            augmentations[name] = T.AugmentationList(list(build_test_augmentations(model_cfg)))
+            augmentations[name] = T.AugmentationList(build_test_augmentations(model_cfg))
     found = {
         "configs": list(cfgs),
         "busy": args.busy,

@@ -18,7 +18,7 @@ from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.checkpoint.atomic_write import output_folder
 from sparseinst.checkpoint.trained_keys import follow_checkpoint
 from sparseinst.config import load_config
-from sparseinst.data.augmentations import build_test_augmentations
+from sparseinst.data.augmentations import build_test_augmentations, model_input
 from sparseinst.data.coco_json import ClassInfo, register_user_datasets
 from sparseinst.data.images import read_image
 from sparseinst.engine.console import EXIT_NOT_RUN, report_error
@@ -206,10 +206,8 @@ def _images(cfg: CfgNode, model: ExportedSegmenter, name: str, most: int) -> lis
     resize = T.AugmentationList(build_test_augmentations(_resizing_to_fit(cfg, model.metadata)))
     images = []
     for path in paths:
-        image = T.AugInput(read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS))
-        resize(image)
-        pixels = torch.from_numpy(np.ascontiguousarray(image.image.transpose(2, 0, 1)))
-        images.append(model.preprocess([{"image": pixels}] * (model.metadata.batch or 1)).tensor)
+        x = model_input(read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS), resize)
+        images.append(model.preprocess([x] * (model.metadata.batch or 1)).tensor)
     return images
 
 
@@ -231,10 +229,9 @@ def _skipped_layers(
 
 def _usual_size(cfg: CfgNode, model: InstanceSegmenter) -> tuple[int, int]:
     """Return the padded size of an image of COCO's usual size."""
-    image = T.AugInput(np.zeros((*_USUAL_IMAGE, 3), np.uint8))
-    T.AugmentationList(build_test_augmentations(cfg))(image)
-    pixels = torch.from_numpy(np.ascontiguousarray(image.image.transpose(2, 0, 1)))
-    return tuple(model.preprocess([{"image": pixels}]).tensor.shape[-2:])
+    resize = T.AugmentationList(build_test_augmentations(cfg))
+    x = model_input(np.zeros((*_USUAL_IMAGE, 3), np.uint8), resize)
+    return tuple(model.preprocess([x]).tensor.shape[-2:])
 
 
 def _output_names(network: ExportableNetwork, size: tuple[int, int]) -> list[str]:
