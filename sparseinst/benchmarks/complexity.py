@@ -6,18 +6,16 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis, parameter_count
 from fvcore.nn.jit_handles import generic_activation_jit, get_shape
 
 from sparseinst.benchmarks.settings import check_segmenter
+from sparseinst.data.augmentations import photograph_input
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.ops.pooling import AdaptiveAveragePool
 from sparseinst.runtime.export import ExportableNetwork
 
-# Height and width of COCO's most frequent image size.
-PHOTOGRAPH_SIZE = (480, 640)
 # fvcore counts these; the published figures do not, because norms are folded into convolutions.
 FREE = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "adaptive_avg_pool2d")
 
@@ -132,7 +130,5 @@ def analyze_config(cfg: CfgNode, size: Sequence[int] | None = None) -> Complexit
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     if size is None:
-        size = PHOTOGRAPH_SIZE
-        if cfg.INPUT.MIN_SIZE_TEST:
-            size = ResizeShortestEdge.get_output_shape(*size, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        size = photograph_input(cfg)["image"].shape[-2:]
     return analyze(build_model(cfg).eval(), size)

@@ -75,6 +75,11 @@ def model_input(image: np.ndarray, augmentations: T.AugmentationList) -> dict:
     return {"image": resized, "height": image.shape[0], "width": image.shape[1]}
 
 
+def photograph_input(cfg: CfgNode) -> dict:
+    """Return a black image of COCO's most frequent size, 480 x 640, as `model_input` gives it to a config's model."""
+    return model_input(np.zeros((480, 640, 3), np.uint8), T.AugmentationList(build_test_augmentations(cfg)))
+
+
 def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """Return the published recipe: flip; with INPUT.CROP.ENABLED, zoom and crop half of the images; resize.
 

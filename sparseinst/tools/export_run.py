@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
@@ -18,7 +17,7 @@ from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.checkpoint.atomic_write import output_folder
 from sparseinst.checkpoint.trained_keys import follow_checkpoint
 from sparseinst.config import load_config
-from sparseinst.data.augmentations import build_test_augmentations, model_input
+from sparseinst.data.augmentations import build_test_augmentations, model_input, photograph_input
 from sparseinst.data.coco_json import ClassInfo, register_user_datasets
 from sparseinst.data.images import read_image
 from sparseinst.engine.console import EXIT_NOT_RUN, report_error
@@ -66,8 +65,6 @@ _ERROR_IMAGES = 4
 _MAX_BATCH = 4
 # Most images of --test-images in which an end-to-end file's detections are compared, evenly spaced.
 _COMPARED_IMAGES = 8
-# Of the image whose resized size is checked, pixels: COCO's most common one.
-_USUAL_IMAGE = (480, 640)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -128,7 +125,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     classes = find_classes(cfg, content.get("classes"), model.class_names)
     rule = input_rule(model)
     size, batch = chosen_size(args.size, rule), chosen_batch(args.batch)
-    usual = _usual_size(cfg, model)
+    usual = tuple(model.preprocess([photograph_input(cfg)]).tensor.shape[-2:])
 
     metadata = _metadata(cfg, own_datasets, model, classes, args, rule, size, batch)
     network = ExportableNetwork(model, args.input == "image", args.end_to_end)
@@ -225,13 +222,6 @@ def _skipped_layers(
         print(f"Too much AP is lost. Left in float32: {', '.join(layers[:count])}")
         yield layers[:count]
         count *= 2
-
-
-def _usual_size(cfg: CfgNode, model: InstanceSegmenter) -> tuple[int, int]:
-    """Return the padded size of an image of COCO's usual size."""
-    resize = T.AugmentationList(build_test_augmentations(cfg))
-    x = model_input(np.zeros((*_USUAL_IMAGE, 3), np.uint8), resize)
-    return tuple(model.preprocess([x]).tensor.shape[-2:])
 
 
 def _output_names(network: ExportableNetwork, size: tuple[int, int]) -> list[str]:
