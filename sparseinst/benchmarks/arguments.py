@@ -6,9 +6,6 @@ from pathlib import Path
 
 from sparseinst.config.arguments import add_config_arguments, add_opts_argument
 
-# The config node of inference: how a network runs outside training.
-RUNTIME = "RUNTIME"
-
 
 def add_common_arguments(
     parser: argparse.ArgumentParser,

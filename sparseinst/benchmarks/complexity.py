@@ -6,18 +6,16 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis, parameter_count
-from fvcore.nn.jit_handles import get_shape
-from torch import nn
+from fvcore.nn.jit_handles import generic_activation_jit, get_shape
 
 from sparseinst.benchmarks.settings import check_segmenter
+from sparseinst.data.augmentations import photograph_input
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.ops.pooling import AdaptiveAveragePool
+from sparseinst.runtime.export import ExportableNetwork
 
-# Height and width of COCO's most frequent image size.
-PHOTOGRAPH_SIZE = (480, 640)
 # fvcore counts these; the published figures do not, because norms are folded into convolutions.
 FREE = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "adaptive_avg_pool2d")
 
@@ -48,15 +46,6 @@ class Complexity(NamedTuple):
     size: tuple[int, int]
     modules: dict[str, Cost]
     uncounted: tuple[str, ...]
-
-
-class _Network(nn.Module):
-    def __init__(self, model: InstanceSegmenter) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.model.network(images)
 
 
 def _count_deform_conv(inputs: list, outputs: list) -> int:
@@ -100,15 +89,14 @@ def analyze(model: InstanceSegmenter, size: Sequence[int]) -> Complexity:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"The size is {tuple(size)}; it must be a height and a width of at least 1 pixel each")
     image = 255 * torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
-    network = _Network(model)
+    network = ExportableNetwork(model)
     with torch.no_grad():
         images = model.preprocess([{"image": image}]).tensor
         flops, activations = FlopCountAnalysis(network, images), ActivationCountAnalysis(network, images)
         deform_conv, attention = "torchvision::deform_conv2d", "aten::scaled_dot_product_attention"
         flops.set_op_handle(deform_conv, _count_deform_conv, attention, _count_attention, "aten::matmul", _count_matmul)
         flops.set_op_handle(**{f"aten::{name}": lambda *_: 0 for name in FREE})
-        activations.set_op_handle(deform_conv, lambda _, outputs: math.prod(get_shape(outputs[0])))
-        activations.set_op_handle(attention, _attention_activations)
+        activations.set_op_handle(deform_conv, generic_activation_jit(), attention, _attention_activations)
         for analysis in (flops, activations):
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         names = ["model", *(f"model.{name}" for name, _ in model.named_modules() if name and name.count(".") < 2)]
@@ -142,7 +130,5 @@ def analyze_config(cfg: CfgNode, size: Sequence[int] | None = None) -> Complexit
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     if size is None:
-        size = PHOTOGRAPH_SIZE
-        if cfg.INPUT.MIN_SIZE_TEST:
-            size = ResizeShortestEdge.get_output_shape(*size, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        size = photograph_input(cfg)["image"].shape[-2:]
     return analyze(build_model(cfg).eval(), size)

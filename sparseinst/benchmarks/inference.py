@@ -10,6 +10,7 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from sparseinst.benchmarks.settings import Measurement
+from sparseinst.data.augmentations import model_input
 from sparseinst.evaluation.stage_timer import StageTimer, now, peak_bytes
 
 PREPROCESSING, NETWORK, POSTPROCESSING, COPY = "preprocessing", "network", "post-processing", "copy to host"
@@ -83,13 +84,7 @@ def example_outputs(
 
 def batched_inputs(images: Sequence[np.ndarray], augmentation: T.AugmentationList) -> list[dict]:
     """Return images as a dataset mapper gives them to a model: resized, with the size that results have."""
-    inputs = []
-    for image in images:
-        augmentation_input = T.AugInput(image)
-        augmentation(augmentation_input)
-        resized = torch.from_numpy(np.ascontiguousarray(augmentation_input.image.transpose(2, 0, 1)))
-        inputs.append({"image": resized, "height": image.shape[0], "width": image.shape[1]})
-    return inputs
+    return [model_input(image, augmentation) for image in images]
 
 
 def draw_examples(

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import nn
 
 from sparseinst.checkpoint.atomic_write import write_text_atomically
+from sparseinst.config.arguments import check_least
+from sparseinst.engine.console import report_error
+from sparseinst.engine.run_setup import log_to_console
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.optimize import OptimizedSegmenter
 
@@ -83,13 +85,6 @@ def apply_setting(cfg: CfgNode, setting: str, named: Mapping[str, str], section:
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(f"--compare {setting}: {error}") from error
     return name, own_cfg, keys
-
-
-def check_least(values: Mapping[str, tuple[float, float]]) -> None:
-    """Raise ValueError where a flag is below its least value; ``values`` maps flags to (value, least)."""
-    for flag, (value, least) in values.items():
-        if value < least:
-            raise ValueError(f"{flag} is {value}; it must be at least {least}")
 
 
 def machine(cfg: CfgNode) -> str:
@@ -177,19 +172,17 @@ def _cell(value: Any) -> str:
 
 
 def run_command(
-    args: argparse.Namespace, run: Callable[[argparse.Namespace], dict], errors: tuple[type[Exception], ...] = ()
+    args: argparse.Namespace, run: Callable[[argparse.Namespace], Any], errors: tuple[type[Exception], ...] = ()
 ) -> int:
-    """Call ``run``, and write its result to --json. Return 0; 2 after ValueError, ImportError or one of ``errors``."""
-    for name in ("fvcore", "detectron2", "sparseinst"):
-        setup_logger(name=name).setLevel(logging.WARNING)
+    """Call ``run``, and write its result to --json. Return 0; 1 after ValueError, ImportError or one of ``errors``."""
+    log_to_console(logging.WARNING)
     try:
-        check_least({"--threads": (1 if args.threads is None else args.threads, 1)})
+        check_least(args, {"--threads": 1})
         torch.set_num_threads(args.threads or torch.get_num_threads())
         figures = run(args)
-        if args.json is not None:
+        if getattr(args, "json", None) is not None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(args.json, json.dumps(figures, indent=1) + "\n")
     except (ValueError, ImportError, OSError, *errors) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
     return 0

@@ -168,7 +168,7 @@ def _timed(cfg: CfgNode, image: np.ndarray, timer: StageTimer) -> Callable[[], N
     Raises:
         ValueError: the model predicts no instances, or cannot predict so many.
     """
-    augmentation = T.AugmentationList(list(build_test_augmentations(cfg)))
+    augmentation = T.AugmentationList(build_test_augmentations(cfg))
     if issubclass(meta_architecture(cfg), InstanceSegmenter):
         model = optimize_as_configured(cfg, _build(cfg))
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Measure time, memory and data wait of the trainer's own steps with PyTorch's profiler."""
+"""Measure time, memory and data wait of the trainer's own steps."""
 
 import concurrent.futures
 import contextlib
@@ -7,20 +7,21 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch import nn
 
 from sparseinst.benchmarks.settings import Measurement, check_segmenter
-from sparseinst.config import register_models
+from sparseinst.config import meta_architecture, register_models
 from sparseinst.data.coco_json import register_user_datasets
 from sparseinst.data.loader import TrainLoader
 from sparseinst.engine.trainer import Trainer
-from sparseinst.evaluation.stage_timer import now, peak_bytes, resident_bytes
+from sparseinst.evaluation.stage_timer import StageTimer, now, peak_bytes, resident_bytes
+from sparseinst.modeling.meta_arch import InstanceSegmenter
 
 DATA = "waiting for data"
 COPY = "copy and normalize"
@@ -31,11 +32,9 @@ BACKWARD = "backward"
 OPTIMIZER = "optimizer"
 REST = "unscale, clip, guard, log"
 TRAINING_STAGES = (DATA, COPY, NETWORK, TARGETS, LOSSES, BACKWARD, REST, OPTIMIZER)
-# PyTorch records this name for each step of an optimizer.
-_OPTIMIZER_STEP = "Optimizer.step#"
 # Batches that are mapped beforehand where reading is not timed.
 _CACHED_BATCHES = 2
-# Profiled steps; profiling slows them down, so they are not counted among the repetitions.
+# Steps that are timed by stage; synchronizing slows them down, so they are not counted among the repetitions.
 _PROFILED_STEPS = 3
 
 
@@ -55,8 +54,7 @@ class SteppingTrainer:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.OUTPUT_DIR = folder
-        self.trainer = Trainer(cfg)
-        check_segmenter(self.trainer.model)
+        self.trainer = _StagedTrainer(cfg)
         self.batch_size = cfg.SOLVER.IMS_PER_BATCH
         if caches_batches:
             self.trainer.data_loader = _CachedLoader(self.trainer.data_loader)
@@ -74,63 +72,66 @@ class SteppingTrainer:
         return end - start
 
     def profile_steps(self, num_steps: int) -> dict[str, np.ndarray]:
-        """Take steps in the profiler, synchronized after each stage, and return seconds (num_steps,) by stage."""
-        self._record_stages()
+        """Take steps, synchronized before and after each stage, and return seconds (num_steps,) by stage."""
         stages = []
         for _ in range(num_steps):
-            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            with self.trainer.timed() as timer:
                 total = self.step()
-            found = dict.fromkeys(TRAINING_STAGES, 0.0)
-            for event in profiler.key_averages():
-                name = OPTIMIZER if event.key.startswith(_OPTIMIZER_STEP) else event.key
-                if name in found:
-                    found[name] += event.cpu_time_total / 1e6
+            found = dict.fromkeys(TRAINING_STAGES, 0.0) | timer.totals()
             found[DATA] = self._storage.latest()["data_time"][0]
             found[REST] = total - sum(found.values())
-            stages.append([found[stage] for stage in TRAINING_STAGES])
+            stages.append(list(found.values()))
         return dict(zip(TRAINING_STAGES, np.array(stages).T))
 
-    def _record_stages(self) -> None:
-        """Name the stages of model and trainer for the profiler."""
-        model, device, backward = self.trainer.model, self.trainer.device, contextlib.ExitStack()
 
-        def recorded(function: Callable, stage: str) -> Callable:
-            def run(*args, **kwargs):
-                with record_function(stage):
-                    result = function(*args, **kwargs)
-                    now(device)
-                return result
+class _StagedTrainer(Trainer):
+    """A trainer whose steps can be timed stage by stage."""
 
-            return run
-
-        def end_backward() -> None:
-            now(device)
-            backward.close()
-
-        forward = model.forward
-
-        def run_forward(*args):
-            # Ends the backward pass of the previous part, with SOLVER.ACCUMULATE_STEPS.
-            end_backward()
-            losses = forward(*args)
-            backward.enter_context(record_function(BACKWARD))
-            return losses
-
-        model.preprocess = recorded(model.preprocess, COPY)
+    def __init__(self, cfg: CfgNode) -> None:
+        self._timer: StageTimer | None = None
+        super().__init__(cfg)
         # With SOLVER.COMPILE this is the compiled network.
-        model.set_training_network(recorded(model.training_network, NETWORK))
-        model.prepare_targets = recorded(model.prepare_targets, TARGETS)
-        model.losses = recorded(model.losses, LOSSES)
-        model.forward = run_forward
-        self.trainer.register_hooks([_AfterBackward(end_backward)])
+        self.model.set_training_network(self._timed(self.model.training_network, NETWORK))
+        stages = contextlib.ExitStack()
 
+        def start_optimizer(*_) -> None:
+            stages.enter_context(self._stage(OPTIMIZER))
 
-class _AfterBackward(HookBase):
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
+        self.optimizer.register_step_pre_hook(start_optimizer)
+        self.optimizer.register_step_post_hook(lambda *_: stages.close())
 
-    def after_backward(self) -> None:
-        self._function()
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[StageTimer]:
+        """Time the stages of the steps in a with statement."""
+        self._timer = StageTimer(self.device)
+        try:
+            yield self._timer
+        finally:
+            self._timer = None
+
+    def build_model(self, cfg: CfgNode) -> nn.Module:
+        """Build the model as an instance of a subclass whose methods are timed."""
+        model_class = meta_architecture(cfg)
+        if not issubclass(model_class, InstanceSegmenter):
+            check_segmenter(super().build_model(cfg))
+        stages = {"preprocess": COPY, "prepare_targets": TARGETS, "losses": LOSSES}
+        methods = {name: self._timed(getattr(model_class, name), stage) for name, stage in stages.items()}
+        return type(model_class.__name__, (model_class,), methods)(cfg).to(cfg.MODEL.DEVICE)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Time the backward pass."""
+        with self._stage(BACKWARD):
+            super().backward(loss)
+
+    def _timed(self, function: Callable, stage: str) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._stage(stage):
+                return function(*args, **kwargs)
+
+        return run
+
+    def _stage(self, name: str) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._timer is None else self._timer.stage(name)
 
 
 class _CachedLoader:
@@ -167,7 +168,7 @@ def measure_trainings(
         with_memory: measure memory too, in a process for each config.
 
     Returns:
-        Measurements by name, with "step", and TRAINING_STAGES from further steps in the profiler. Memory is as in
+        Measurements by name, with "step", and TRAINING_STAGES from further steps. Memory is as in
         `peak_bytes_of_steps`. ``more`` has "share_of_all_but_the_network", the share of the step outside the network's
         forward pass and the backward pass.
 

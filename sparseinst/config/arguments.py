@@ -1,6 +1,7 @@
-"""Command-line arguments that name a config; of argparse only, so that --help is fast."""
+"""Command-line arguments that name a config, and a check of numbers; of argparse only, so that --help is fast."""
 
 import argparse
+from collections.abc import Mapping
 
 CONFIG_HELP = "YAML file, or the name of one that comes with the package"
 
@@ -34,3 +35,12 @@ def add_opts_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, last"
     )
+
+
+def check_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
+    """Raise ValueError where a number of a command line is below the least value of its flag; None is accepted."""
+    for flag, bound in least.items():
+        given = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        value = min(given) if isinstance(given, list) else given
+        if value is not None and value < bound:
+            raise ValueError(f"{flag} is {value}; it must be at least {bound}")

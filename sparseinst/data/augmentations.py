@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from PIL import Image
@@ -88,6 +89,19 @@ def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     if cfg.INPUT.FIT_SIZE_TEST:
         return [ResizeToFit(cfg.INPUT.FIT_SIZE_TEST)]
     return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
+
+
+def model_input(image: np.ndarray, augmentations: T.AugmentationList) -> dict:
+    """Return an image (h, w, 3) as a dataset mapper gives it to a model: resized, with the size that results have."""
+    augmentation_input = T.AugInput(image)
+    augmentations(augmentation_input)
+    resized = torch.from_numpy(np.ascontiguousarray(augmentation_input.image.transpose(2, 0, 1)))
+    return {"image": resized, "height": image.shape[0], "width": image.shape[1]}
+
+
+def photograph_input(cfg: CfgNode) -> dict:
+    """Return a black image of COCO's most frequent size, 480 x 640, as `model_input` gives it to a config's model."""
+    return model_input(np.zeros((480, 640, 3), np.uint8), T.AugmentationList(build_test_augmentations(cfg)))
 
 
 def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:

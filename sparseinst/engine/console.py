@@ -13,6 +13,10 @@ from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
+# Exit code after an error of the user's input, which is printed in one line; argparse's own errors have 2.
+EXIT_ERROR = 1
+# The same where 1 is the result of a run: demo, predict, export and check.
+EXIT_NOT_RUN = 2
 # Exit code after Ctrl-C, as shells give it.
 EXIT_INTERRUPTED = 130
 # Starts of warnings of other packages that a user cannot act on.
@@ -42,12 +46,16 @@ def prepare_console() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
+def report_error(error: object, code: int = EXIT_ERROR) -> int:
+    """Print an error of the user's input in one line on stderr, and return the exit code."""
+    print("error:", " ".join(map(str.strip, str(error).splitlines())), file=sys.stderr)
+    return code
+
+
 def hide_foreign_warnings() -> None:
     """Ignore FOREIGN_WARNINGS in this process and, through PYTHONWARNINGS, in ranks and data workers."""
     # A log record about a compiler that nothing here uses.
     logging.getLogger("torch.utils.cpp_extension").addFilter(_is_about_something_else)
-    # Messages of PyTorch's profiler, which is written in C++.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     for start in FOREIGN_WARNINGS:
         warnings.filterwarnings("ignore", re.escape(start))
     wanted = [f"ignore:{start}" for start in FOREIGN_WARNINGS]
@@ -60,21 +68,23 @@ def _is_about_something_else(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("No CUDA runtime is found")
 
 
-def with_exit_codes(main: Callable[..., int]) -> Callable[..., int]:
-    """Let a command print an error that a user can cause in one line and return 2; return 130 after Ctrl-C."""
+def with_exit_codes(error_code: int = EXIT_ERROR) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Let a command report an error of the user's input and return the code; return 130 after Ctrl-C."""
 
-    @functools.wraps(main)
-    def wrapper(*args: object, **kwargs: object) -> int:
-        try:
-            return main(*args, **kwargs)
-        except (ValueError, ImportError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("Interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def wrapper(*args: object, **kwargs: object) -> int:
+            try:
+                return main(*args, **kwargs)
+            except (ValueError, ImportError, OSError) as error:
+                return report_error(error, error_code)
+            except KeyboardInterrupt:
+                print("Interrupted", file=sys.stderr)
+                return EXIT_INTERRUPTED
 
-    return wrapper
+        return wrapper
+
+    return decorate
 
 
 def survive_closed_streams() -> None:

@@ -19,6 +19,8 @@ from torch import nn
 from sparseinst.visualization import draw_iams, draw_instances, ground_truth_instances, iam_normalization
 
 MAX_DRAWN = 20
+# The score that the best model maximizes, as "task/name".
+BEST_METRIC = "segm/AP"
 
 logger = logging.getLogger(__name__)
 
@@ -34,23 +36,16 @@ class EvaluationHook(HookBase):
         period: iterations; 0: evaluate only at the end, and save no best model.
         evaluate: returns results as Detectron2's evaluators do; called on all ranks.
         checkpointer: saves the best model.
-        metric: the score to maximize, as "task/name".
         patience: the training ends after so many evaluations without a better score, by setting the trainer's
             ``ends_early``; 0: never.
     """
 
     def __init__(
-        self,
-        period: int,
-        evaluate: Callable[[], dict],
-        checkpointer: DetectionCheckpointer,
-        metric: str = "segm/AP",
-        patience: int = 0,
+        self, period: int, evaluate: Callable[[], dict], checkpointer: DetectionCheckpointer, patience: int = 0
     ) -> None:
         self._period = period
         self._evaluate = evaluate
         self._checkpointer = checkpointer
-        self._metric = metric
         self._best = -math.inf
         self._best_iteration = -1
         self._patience = patience
@@ -91,7 +86,7 @@ class EvaluationHook(HookBase):
             scores = flatten_results_dict(results)
             self.trainer.storage.put_scalars(**scores, smoothing_hint=False)
             if self._period and comm.is_main_process():
-                self._keep_best(scores.get(self._metric), iteration)
+                self._keep_best(scores.get(BEST_METRIC), iteration)
         # Only rank 0 computes the score.
         self._num_worse = comm.all_gather(self._num_worse)[0]
         if self._period and 0 < self._patience <= self._num_worse:
@@ -99,21 +94,21 @@ class EvaluationHook(HookBase):
             logger.info(
                 "No better %s in %d evaluations (TEST.PATIENCE): the training ends. model_best.pth has %.4f, of "
                 "iteration %d",
-                self._metric, self._num_worse, self._best, self._best_iteration,
+                BEST_METRIC, self._num_worse, self._best, self._best_iteration,
             )  # fmt: skip
 
     def _keep_best(self, score: float | None, iteration: int) -> None:
         if score is None:
-            logger.warning("The evaluation has no %s, so no best model is saved", self._metric)
+            logger.warning("The evaluation has no %s, so no best model is saved", BEST_METRIC)
         elif score > self._best:  # False for NaN
-            logger.info("%s %.4f is the best so far: saving model_best", self._metric, score)
+            logger.info("%s %.4f is the best so far: saving model_best", BEST_METRIC, score)
             self._best, self._best_iteration, self._num_worse = float(score), iteration, 0
             self._checkpointer.save("model_best", iteration=iteration)
         else:
             # A resumed run repeats the last evaluation.
             self._num_worse += iteration != self._best_iteration
             logger.info(
-                "%s %.4f; the best is %.4f, of iteration %d", self._metric, score, self._best, self._best_iteration
+                "%s %.4f; the best is %.4f, of iteration %d", BEST_METRIC, score, self._best, self._best_iteration
             )
 
 

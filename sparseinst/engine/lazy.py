@@ -29,10 +29,9 @@ from sparseinst.engine.errors import run_errors, setup_errors
 from sparseinst.engine.hooks import EvaluationHook
 from sparseinst.engine.metrics_file import build_writers
 from sparseinst.engine.optimizer import clip_total_norm
-from sparseinst.engine.output_folder import check_no_earlier_run, claimed
 from sparseinst.engine.processes import check_device
 from sparseinst.engine.progress import Progress
-from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
+from sparseinst.engine.run_setup import begin_run
 from sparseinst.evaluation import figures_table
 
 logger = logging.getLogger(__name__)
@@ -70,15 +69,9 @@ def main(args: argparse.Namespace) -> dict:
             args.config_file = resolve_config_file(args.config_file)
             cfg = load(args.config_file, args.opts)
             check_device(cfg.train.device)
-            if comm.is_main_process():
-                stack.enter_context(claimed(cfg.train.output_dir))
-            if not args.eval_only and not args.resume:
-                check_no_earlier_run(cfg.train.output_dir)
-            config_text = _as_yaml(cfg)
-            save_config(cfg.train.output_dir, config_text)
-            set_up_loggers(cfg.train.output_dir)
-            benchmark = cfg.train.get("cudnn_benchmark", False) and not args.eval_only
-            set_up_run(args, config_text, seed=cfg.train.seed, cudnn_benchmark=benchmark)
+            benchmark = cfg.train.get("cudnn_benchmark", False)
+            text = _as_yaml(cfg)
+            begin_run(args, stack, cfg.train.output_dir, text, seed=cfg.train.seed, cudnn_benchmark=benchmark)
             run = (prepare_evaluation if args.eval_only else prepare_training)(cfg, args.resume)
         with run_errors(cfg.train.output_dir):
             results = run()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,12 +45,6 @@ def prepare_for_training(
                 "InstanceSegmenter: set it to False"
             )
         model.set_training_network(compiled(model.network))
-
-
-def prepare_as_configured(cfg: CfgNode, model: nn.Module) -> None:
-    """Call `prepare_for_training` with the options of SOLVER."""
-    solver = cfg.SOLVER
-    prepare_for_training(model, channels_last=solver.CHANNELS_LAST, compile=solver.COMPILE, recompute=solver.RECOMPUTE)
 
 
 def recompute_activations(model: nn.Module, patterns: Sequence[str]) -> None:

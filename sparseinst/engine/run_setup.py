@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.utils import comm
@@ -16,10 +17,17 @@ from detectron2.utils.logger import setup_logger
 
 from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.engine.console import only_in_log_file
+from sparseinst.engine.output_folder import check_no_earlier_run, claimed
 
 logger = logging.getLogger(__name__)
 
 LOGGERS = ("sparseinst", "detectron2", "fvcore")
+
+
+def log_to_console(level: int, rank: int = 0) -> None:
+    """Log to stdout in rank 0, in a command without OUTPUT_DIR."""
+    for name in LOGGERS:
+        setup_logger(name=name, distributed_rank=rank).setLevel(level)
 
 
 def save_config(output_dir: str, config_text: str) -> None:
@@ -49,6 +57,23 @@ def set_up_loggers(output_dir: str) -> None:
                 atexit.register(_close, stream)
 
 
+def begin_run(
+    args: argparse.Namespace, stack: contextlib.ExitStack, output_dir: str, config_text: str, **settings: Any
+) -> None:
+    """Hold OUTPUT_DIR until the stack is closed, write config.yaml, and call `set_up_loggers` and `set_up_run`.
+
+    Raises:
+        ValueError: the folder cannot be written to or is in use, or a new training would overwrite its checkpoints.
+    """
+    if comm.is_main_process():
+        stack.enter_context(claimed(output_dir))
+    if not args.eval_only and not args.resume:
+        check_no_earlier_run(output_dir)
+    save_config(output_dir, config_text)
+    set_up_loggers(output_dir)
+    set_up_run(args, config_text, **settings)
+
+
 def set_up_run(args: argparse.Namespace, config_text: str, *, seed: int, cudnn_benchmark: bool) -> None:
     """Log the environment and the config to log.txt alone, and seed this process.
 
@@ -56,7 +81,7 @@ def set_up_run(args: argparse.Namespace, config_text: str, *, seed: int, cudnn_b
         args: of the command line.
         config_text: content of config.yaml.
         seed: of all random numbers; negative: a random one.
-        cudnn_benchmark: of torch.
+        cudnn_benchmark: of torch, in a training.
     """
     rank = comm.get_rank()
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
@@ -66,7 +91,7 @@ def set_up_run(args: argparse.Namespace, config_text: str, *, seed: int, cudnn_b
         logger.info("Running with full config:\n%s", config_text)
     # Each process has its own random numbers.
     seed_all_rng(None if seed < 0 else seed + rank)
-    torch.backends.cudnn.benchmark = cudnn_benchmark
+    torch.backends.cudnn.benchmark = cudnn_benchmark and not args.eval_only
 
 
 _failed: set[type[BaseException] | None] = set()

@@ -41,7 +41,7 @@ from sparseinst.engine.optimizer import (
 )
 from sparseinst.engine.output_folder import check_free_space
 from sparseinst.engine.progress import Progress
-from sparseinst.engine.recompute import prepare_as_configured
+from sparseinst.engine.recompute import prepare_for_training
 from sparseinst.engine.report import CurvesHook, evaluation_report
 from sparseinst.engine.trackers import build_trackers, check_trackers
 from sparseinst.evaluation import check_evaluation, check_test_config, evaluate
@@ -72,7 +72,7 @@ class Trainer(SimpleTrainer):
         check_config(cfg)
         classes = class_info(cfg.DATASETS.TRAIN[0])
         check_evaluation(cfg, classes.names)
-        model = build_model(cfg)
+        model = self.build_model(cfg)
         if cfg.SOLVER.ACCUMULATE_STEPS > 1 and not isinstance(model, InstanceSegmenter):
             raise ValueError(
                 f"SOLVER.ACCUMULATE_STEPS is {cfg.SOLVER.ACCUMULATE_STEPS}, and MODEL.META_ARCHITECTURE "
@@ -81,7 +81,10 @@ class Trainer(SimpleTrainer):
             )
         for warning in model.training_warnings(cfg) if isinstance(model, InstanceSegmenter) else ():
             logger.warning(warning)
-        prepare_as_configured(cfg, model)
+        solver = cfg.SOLVER
+        prepare_for_training(
+            model, channels_last=solver.CHANNELS_LAST, compile=solver.COMPILE, recompute=solver.RECOMPUTE
+        )
         with only_in_log_file("sparseinst"):
             logger.info("Model:\n%s", model)
         self.device = torch.device(cfg.MODEL.DEVICE)
@@ -124,6 +127,10 @@ class Trainer(SimpleTrainer):
         self._signals = SignalWatch()
         self._save_on_signal = SaveOnSignal(self._signals, self.checkpointer)
         self.register_hooks([*self.build_hooks(model), self._save_on_signal])
+
+    def build_model(self, cfg: CfgNode) -> torch.nn.Module:
+        """Build the model of the config."""
+        return build_model(cfg)
 
     def build_hooks(self, model: torch.nn.Module) -> list:
         """Return Detectron2's hooks in Detectron2's order, and the hooks for evaluation and VIS_PERIOD."""
@@ -275,7 +282,7 @@ class Trainer(SimpleTrainer):
             distributed = isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if distributed and not is_last else contextlib.nullcontext():
                 batch_losses = self._losses(self.model, index, parts)
-                self.grad_scaler.scale(sum(batch_losses.values())).backward()
+                self.backward(sum(batch_losses.values()))
             for name, loss in batch_losses.items():
                 losses[name] = losses.get(name, 0) + loss.detach()
 
@@ -297,6 +304,10 @@ class Trainer(SimpleTrainer):
             clip_total_norm(self.model.parameters(), max_norm, norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss, scaled by the gradient scaler."""
+        self.grad_scaler.scale(loss).backward()
 
     def _losses(self, model: torch.nn.Module, index: int, parts: list[TrainingPart] | None) -> dict[str, torch.Tensor]:
         """Return the losses of one part of the step; the first part sets the random numbers of the step."""

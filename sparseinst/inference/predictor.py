@@ -20,7 +20,7 @@ from torch import nn
 from sparseinst import config
 from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.checkpoint.trained_keys import follow_checkpoint
-from sparseinst.data.augmentations import build_test_augmentations
+from sparseinst.data.augmentations import build_test_augmentations, model_input
 from sparseinst.data.coco_json import ClassInfo, class_info
 from sparseinst.data.images import MAX_IMAGE_PIXELS, ImageReadError, check_channel_order, read_image
 from sparseinst.runtime.exported_file import is_exported
@@ -170,12 +170,9 @@ class Predictor:
             yield self._predict(pixels)
 
     def _predict(self, pixels: np.ndarray) -> Instances:
-        height, width = pixels.shape[:2]
-        augmentation_input = T.AugInput(pixels)
-        self._augmentations(augmentation_input)
-        image = torch.as_tensor(np.ascontiguousarray(augmentation_input.image.transpose(2, 0, 1)))
+        x = model_input(pixels, self._augmentations)
         with torch.no_grad(), self._evaluation_mode():
-            output = self.model([{"image": image, "height": height, "width": width}])[0]
+            output = self.model([x])[0]
         return output["instances"].to("cpu")
 
     @contextlib.contextmanager

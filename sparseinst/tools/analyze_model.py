@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, report_error
 
 if TYPE_CHECKING:
     from sparseinst.benchmarks.complexity import Cost
@@ -47,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             found.append((config_file, analyze_config(cfg, args.size)))
         # Detectron2's builders and registries raise any of these for wrong keys, and ImportError without timm.
         except (ValueError, KeyError, AssertionError, RuntimeError, ImportError, OSError, yaml.YAMLError) as error:
-            message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-            print(f"error: {config_file}: {message or type(error).__name__}", file=sys.stderr)
-            return 1
+            message = str(error.args[0] if isinstance(error, KeyError) else error)
+            return report_error(f"{config_file}: {message or type(error).__name__}")
     if len(found) == 1:
         modules = found[0][1].modules
         print(_table("part", {name: cost for name, cost in modules.items() if name} | {"total": modules[""]}))
@@ -72,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(args.json, json.dumps(report, indent=2) + "\n")
         except OSError as error:
-            print(f"error: --json: {error}", file=sys.stderr)
-            return 1
+            return report_error(f"--json: {error}")
     return 0
 
 

@@ -9,28 +9,28 @@ decoding and drawing are not timed.
 """
 
 import argparse
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparseinst.benchmarks.arguments import RUNTIME, add_common_arguments
-from sparseinst.config.arguments import CONFIG_HELP
+from sparseinst.benchmarks.arguments import add_common_arguments
+from sparseinst.config.arguments import CONFIG_HELP, check_least
 from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from torch import nn
 
+# The config node of inference.
+RUNTIME = "RUNTIME"
 # Options that --suite does not have, by attribute.
 NOT_OF_SUITES = {
     "compare": "--compare",
     "detections": "--detections",
     "batch_sizes": "--batch-sizes",
     "area": "--area",
-    "stock": "--stock",
     "imports": "--import",
 }
 # The named settings of --compare: KEY VALUE pairs below RUNTIME.
@@ -80,11 +80,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="median area of the objects, as a share of the image (default 0.05); 1: each fills the image")  # fmt: skip
     add("--busy", type=int, default=0, metavar="N",
         help="run N spinning processes meanwhile, as on a shared server (default 0)")  # fmt: skip
-    add(
-        "--stock",
-        action="store_true",
-        help="also print the speed of the first setting in Detectron2's inference_on_dataset",
-    )
     several = f"{CONFIG_HELP}; several are run in turn in one process, each at its own test size"
     add_common_arguments(
         parser,
@@ -102,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0, or 2 where the arguments or the config are wrong."""
+    """Run the command. Return 0, or 1 where the arguments or the config are wrong."""
     parser = build_parser()
     args = parser.parse_args(argv)
     # Attributes that exist get no defaults.
@@ -123,28 +118,15 @@ def run(args: argparse.Namespace) -> dict:
     """
     import numpy as np
     from detectron2.data import transforms as T
-    from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
-    from detectron2.utils.logger import setup_logger
 
-    from sparseinst.benchmarks.inference import batched_inputs, measure_models
-    from sparseinst.benchmarks.settings import (
-        busy_processes,
-        check_distinct,
-        check_least,
-        machine,
-        report,
-        short_names,
-        table,
-    )
+    from sparseinst.benchmarks.inference import measure_models
+    from sparseinst.benchmarks.settings import busy_processes, check_distinct, machine, report, short_names, table
     from sparseinst.config import load_config
     from sparseinst.data.augmentations import build_test_augmentations
     from sparseinst.data.images import read_image
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
 
-    least = {"--size": min(args.size), "--batch-sizes": min(args.batch_sizes), "--repetitions": args.repetitions}
-    check_least(
-        {flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0), "--busy": (args.busy, 0)}
-    )
+    check_least(args, {"--size": 1, "--batch-sizes": 1, "--repetitions": 1, "--warmup": 0, "--busy": 0})
     if args.suite:
         refused = args.refused + ["a second --input"] * (len(args.input) > 1)
         if refused:
@@ -174,7 +156,7 @@ def run(args: argparse.Namespace) -> dict:
             name = " ".join([config_name] * (len(cfgs) > 1) + [setting] * (len(args.compare) > 1))
             name = name or setting
             models[name] = model
-            augmentations[name] = T.AugmentationList(list(build_test_augmentations(model_cfg)))
+            augmentations[name] = T.AugmentationList(build_test_augmentations(model_cfg))
     found = {
         "configs": list(cfgs),
         "busy": args.busy,
@@ -202,13 +184,6 @@ def run(args: argparse.Namespace) -> dict:
         figures = report(measurements)
         print(f"\nBatch of {batch_size}, {args.repetitions} repetitions after {args.warmup}, ms\n{table(figures)}")
         found["batches"].append({"batch_size": batch_size, "settings": figures})
-    if args.stock:
-        # Detectron2 warms up for 5 batches. Post-processing gets the output of random weights here.
-        setup_logger(name="detectron2").setLevel(logging.INFO)
-        name, model = next(iter(models.items()))
-        inputs = [[x] for x in batched_inputs(images, augmentations[name])]
-        loader = inputs * max(1, 12 // len(inputs))
-        inference_on_dataset(model, loader, DatasetEvaluators([]))
     return found
 
 

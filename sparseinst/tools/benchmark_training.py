@@ -1,7 +1,7 @@
 """Time training steps: ``python -m sparseinst.tools.benchmark_training --config-file sparse_inst_r50_giam``.
 
 The steps are the trainer's own, with the real model (random weights), optimizer and guard; the stages come from further
-steps in PyTorch's profiler. By default images are noise and ground truth is ellipses, --instances in each image of
+steps. By default images are noise and ground truth is ellipses, --instances in each image of
 --size, mapped beforehand, so that no step waits for data. --data shapes draws shapes, and --data config uses
 DATASETS.TRAIN (or TRAIN_JSON and TRAIN_IMAGES); both use the real loader: raise DATALOADER.NUM_WORKERS as long as
 "waiting for data" falls. "All but the network" is every stage except the network's forward pass and the backward pass.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseinst.benchmarks.arguments import add_common_arguments
+from sparseinst.config.arguments import check_least
 from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0, or 2 where the arguments, the config or the data are wrong."""
+    """Run the command. Return 0, or 1 where the arguments, the config or the data are wrong."""
     args = build_parser().parse_args(argv)
     prepare_console()
     from sparseinst.benchmarks.settings import run_command
@@ -87,15 +88,13 @@ def build_configs(args: argparse.Namespace, folder: Path) -> "dict[str, CfgNode]
         ValueError: the arguments, the config or the data are wrong.
     """
     from sparseinst import config
-    from sparseinst.benchmarks.settings import apply_setting, check_distinct, check_least
+    from sparseinst.benchmarks.settings import apply_setting, check_distinct
     from sparseinst.benchmarks.training import as_training
     from sparseinst.config import load_config
     from sparseinst.data.coco_json import check_num_classes
     from sparseinst.tools.make_shapes import write_ellipses, write_shapes_dataset
 
-    least = {"--size": min(args.size), "--instances": args.instances, "--repetitions": args.repetitions}
-    least["--batch-size"] = 1 if args.batch_size is None else args.batch_size
-    check_least({flag: (value, 1) for flag, value in least.items()} | {"--warmup": (args.warmup, 0)})
+    check_least(args, {"--size": 1, "--instances": 1, "--repetitions": 1, "--batch-size": 1, "--warmup": 0})
     opts = list(args.opts)
     if args.device is not None:
         opts += ["MODEL.DEVICE", args.device]

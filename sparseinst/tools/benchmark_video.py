@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparseinst.config.arguments import add_config_arguments, add_opts_argument
-from sparseinst.engine.console import prepare_console, with_exit_codes
+from sparseinst.config.arguments import add_config_arguments, add_opts_argument, check_least
+from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,13 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@with_exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0, or 2 where the arguments, the config or the video are wrong."""
+    """Run the command. Return 0, or 1 where the arguments, the config or the video are wrong."""
     args = build_parser().parse_args(argv)
     prepare_console()
-    run(args)
-    return 0
+    from sparseinst.benchmarks.settings import run_command
+
+    return run_command(args, run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     from sparseinst.benchmarks.inference import DrawnObjects
-    from sparseinst.benchmarks.settings import check_least, check_segmenter, machine
+    from sparseinst.benchmarks.settings import check_segmenter, machine
     from sparseinst.config import load_config
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
     from sparseinst.inference import Predictor
@@ -72,10 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from sparseinst.tools import demo, demo_run
     from sparseinst.visualization import draw_instances
 
-    counts = {"--frames": args.frames, "--repetitions": args.repetitions, "--objects": args.objects}
-    counts["--threads"] = torch.get_num_threads() if args.threads is None else args.threads
-    check_least({flag: (value, 1) for flag, value in counts.items()})
-    torch.set_num_threads(counts["--threads"])
+    check_least(args, {"--frames": 1, "--repetitions": 1, "--objects": 1})
     cfg = load_config(args.config_file, args.opts, imports=args.imports)
     keep_freed_memory_for_inference(cfg)
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sparseinst.config.arguments import add_config_arguments
-from sparseinst.engine.console import prepare_console, with_exit_codes
+from sparseinst.engine.console import EXIT_NOT_RUN, prepare_console, with_exit_codes
 
 DEFAULT_CONFIG = "sparse_inst_r50_giam"
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@with_exit_codes
+@with_exit_codes(EXIT_NOT_RUN)
 def main(argv: list[str] | None = None) -> int:
     """Run the command with argv (default ``sys.argv``).
 

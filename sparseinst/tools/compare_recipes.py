@@ -21,13 +21,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from sparseinst.config.arguments import add_import_argument
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, report_error
 
 # Iterations of the training that measures the time of one.
 PACE_ITERATIONS = 40
@@ -153,6 +153,8 @@ class Comparison:
 
     def iterations(self, run: Run) -> int:
         """Return the iterations of a recipe that fit into the time on a data set; measured once. 0: it cannot train."""
+        from sparseinst.engine.metrics_file import METRICS_FILE, read_metrics
+
         if self._iterations:
             return self._iterations
         folder = self.folder_of(run).parent
@@ -165,7 +167,8 @@ class Comparison:
             error = self._run_training(run, folder / "pace", arguments, overrides)
             if error:
                 return 0
-            pace = statistics.median(_metrics(folder / "pace", "time"))
+            metrics = read_metrics(folder / "pace" / METRICS_FILE)
+            pace = statistics.median(entry["time"] for entry in metrics if "time" in entry)
             path.write_text(json.dumps({"seconds": pace}))
         return max(1, round(self.seconds / json.loads(path.read_text())["seconds"]))
 
@@ -228,23 +231,14 @@ class Comparison:
         return f"exit code {code}, see {folder / CONSOLE}" if code else ""
 
 
-def _metrics(folder: Path, name: str) -> Iterator[float]:
-    """Yield a figure of metrics.json, each the median of 20 iterations."""
-    for line in (folder / "metrics.json").read_text().splitlines():
-        entry = json.loads(line)
-        if name in entry:
-            yield entry[name]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 1 where a run failed, and 2 where the arguments are wrong."""
+    """Run the command. Return 1 where a run failed or the arguments are wrong."""
     args = build_parser().parse_args(argv)
     prepare_console()
     try:
         data, recipes = list(map(parse_data, args.data)), list(map(parse_recipe, args.recipe))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
     comparison = Comparison(
         data, recipes, args.seeds, 60 * args.minutes, args.output, args.iterations, imports=args.imports
     )

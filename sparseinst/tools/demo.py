@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
 from sparseinst.data.image_formats import FORMATS
-from sparseinst.engine.console import prepare_console, with_exit_codes
+from sparseinst.engine.console import EXIT_NOT_RUN, prepare_console, with_exit_codes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@with_exit_codes
+@with_exit_codes(EXIT_NOT_RUN)
 def main(argv: list[str] | None = None) -> int:
     """Run the command.
 

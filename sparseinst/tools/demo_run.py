@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
-from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from sparseinst import config
@@ -22,6 +21,7 @@ from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.data.images import DataError
 from sparseinst.engine.console import EXIT_INTERRUPTED
 from sparseinst.engine.host_memory import keep_freed_memory_for_inference
+from sparseinst.engine.run_setup import log_to_console
 from sparseinst.inference import Predictor, VideoReader, VideoWriter
 from sparseinst.inference.output_files import (
     IAM_FOLDER,
@@ -55,8 +55,7 @@ NO_WINDOW = (
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Return the code of `run_images` or `run_video`."""
-    for name in ("fvcore", "detectron2", "sparseinst"):
-        setup_logger(name=name).setLevel(logging.INFO)
+    log_to_console(logging.INFO)
     check_arguments(args)
     cfg = config_of_run(args.config_file, args.opts, args.imports)
     set_model_keys(cfg, args)

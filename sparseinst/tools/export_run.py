@@ -3,26 +3,25 @@
 import argparse
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
-from detectron2.utils.logger import setup_logger
 
 import sparseinst
 from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.checkpoint.atomic_write import output_folder
 from sparseinst.checkpoint.trained_keys import follow_checkpoint
 from sparseinst.config import load_config
-from sparseinst.data.augmentations import build_test_augmentations
+from sparseinst.data.augmentations import build_test_augmentations, model_input, photograph_input
 from sparseinst.data.coco_json import ClassInfo, register_user_datasets
 from sparseinst.data.images import read_image
+from sparseinst.engine.console import EXIT_NOT_RUN, report_error
+from sparseinst.engine.run_setup import log_to_console
 from sparseinst.evaluation import evaluate
 from sparseinst.inference.prediction_lines import list_images
 from sparseinst.inference.predictor import find_classes
@@ -66,14 +65,11 @@ _ERROR_IMAGES = 4
 _MAX_BATCH = 4
 # Most images of --test-images in which an end-to-end file's detections are compared, evenly spaced.
 _COMPARED_IMAGES = 8
-# Of the image whose resized size is checked, pixels: COCO's most common one.
-_USUAL_IMAGE = (480, 640)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Return 0; 1 where the file differs from the model; 2 after other errors."""
-    for name in ("fvcore", "detectron2", "sparseinst"):
-        setup_logger(name=name).setLevel(logging.INFO)
+    log_to_console(logging.INFO)
     try:
         # --size takes all that follows it, --end-to-end one value.
         num_sizes = 1 if args.size[0] == DYNAMIC else 2
@@ -85,11 +81,9 @@ def run(args: argparse.Namespace) -> int:
         cfg = load_config(args.config_file, [*opts, "DATASETS.TEST_IMAGES", args.test_images], imports=args.imports)
         path, metadata = export(cfg, args)
     except SelfCheckError as error:
-        print(f"error: {error}. Nothing was written", file=sys.stderr)
-        return 1
+        return report_error(f"{error}. Nothing was written")
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error, EXIT_NOT_RUN)
     note = ""
     if metadata.compared_detections == 0:
         note = (
@@ -131,7 +125,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     classes = find_classes(cfg, content.get("classes"), model.class_names)
     rule = input_rule(model)
     size, batch = chosen_size(args.size, rule), chosen_batch(args.batch)
-    usual = _usual_size(cfg, model)
+    usual = tuple(model.preprocess([photograph_input(cfg)]).tensor.shape[-2:])
 
     metadata = _metadata(cfg, own_datasets, model, classes, args, rule, size, batch)
     network = ExportableNetwork(model, args.input == "image", args.end_to_end)
@@ -209,10 +203,8 @@ def _images(cfg: CfgNode, model: ExportedSegmenter, name: str, most: int) -> lis
     resize = T.AugmentationList(build_test_augmentations(_resizing_to_fit(cfg, model.metadata)))
     images = []
     for path in paths:
-        image = T.AugInput(read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS))
-        resize(image)
-        pixels = torch.from_numpy(np.ascontiguousarray(image.image.transpose(2, 0, 1)))
-        images.append(model.preprocess([{"image": pixels}] * (model.metadata.batch or 1)).tensor)
+        x = model_input(read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS), resize)
+        images.append(model.preprocess([x] * (model.metadata.batch or 1)).tensor)
     return images
 
 
@@ -230,14 +222,6 @@ def _skipped_layers(
         print(f"Too much AP is lost. Left in float32: {', '.join(layers[:count])}")
         yield layers[:count]
         count *= 2
-
-
-def _usual_size(cfg: CfgNode, model: InstanceSegmenter) -> tuple[int, int]:
-    """Return the padded size of an image of COCO's usual size."""
-    image = T.AugInput(np.zeros((*_USUAL_IMAGE, 3), np.uint8))
-    T.AugmentationList(build_test_augmentations(cfg))(image)
-    pixels = torch.from_numpy(np.ascontiguousarray(image.image.transpose(2, 0, 1)))
-    return tuple(model.preprocess([{"image": pixels}]).tensor.shape[-2:])
 
 
 def _output_names(network: ExportableNetwork, size: tuple[int, int]) -> list[str]:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, report_error
 
 if TYPE_CHECKING:
     from sparseinst.data.shapes import Annotations
@@ -148,15 +148,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or folder."""
+    """Run the command with argv (default ``sys.argv``); return 0, or 1 after an error in arguments or folder."""
     args = build_parser().parse_args(argv)
     prepare_console()
     seeds = {"train": args.train_seed, "val": args.val_seed}
     try:
         written = make_shapes(args.output, {"train": args.train, "val": args.val}, seeds, args.size)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
     print(f"{args.output}: {args.train} + {args.val} images{'' if written else ' (already there)'}")
     return 0
 

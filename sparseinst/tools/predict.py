@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
-from sparseinst.engine.console import EXIT_INTERRUPTED, prepare_console, with_exit_codes
+from sparseinst.engine.console import EXIT_INTERRUPTED, EXIT_NOT_RUN, prepare_console, with_exit_codes
 
 # Earlier versions drew under this name.
 FLAGS_OF_DEMO = ("--video-input", "--webcam", "--json", "--ground-truth", "--show-iams", "--mask-nms")
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@with_exit_codes
+@with_exit_codes(EXIT_NOT_RUN)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -70,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
     import logging
 
     import torch
-    from detectron2.utils.logger import setup_logger
 
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
     from sparseinst.engine.processes import is_started_by_torchrun
+    from sparseinst.engine.run_setup import log_to_console
     from sparseinst.inference import Predictor
     from sparseinst.inference.many_images import predict_many
     from sparseinst.inference.output_files import check_not_read
@@ -85,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
         ranks = {"rank": int(os.environ["RANK"]), "num_ranks": int(os.environ["WORLD_SIZE"])}
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    for name in ("fvcore", "detectron2", "sparseinst"):
-        setup_logger(name=name, distributed_rank=ranks.get("rank", 0)).setLevel(logging.INFO)
+    log_to_console(logging.INFO, ranks.get("rank", 0))
     cfg = config_of_run(args.config_file, args.opts, args.imports)
     cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
     cfg.MODEL.OUTPUT.SCORE_THRESHOLD = max(cfg.MODEL.OUTPUT.SCORE_THRESHOLD, args.confidence_threshold)

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after the program's name; None: those of ``sys.argv``.
 
     Returns:
-        Exit code: 0 after Ctrl-C; 2 where the arguments, the config or the port prevent a start. A model that cannot be
+        Exit code: 0 after Ctrl-C; 1 where the arguments, the config or the port prevent a start. A model that cannot be
         loaded does not end the service: the log, the page and /healthz name the reason.
     """
     args = build_parser().parse_args(argv)

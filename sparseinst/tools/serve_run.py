@@ -7,14 +7,14 @@ import ipaddress
 import logging
 import math
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from detectron2.utils.logger import setup_logger
-
 from sparseinst.config import load_config
+from sparseinst.config.arguments import check_least
+from sparseinst.engine.console import report_error
+from sparseinst.engine.run_setup import log_to_console
 from sparseinst.inference import Predictor
 from sparseinst.runtime.exported_file import is_exported
 from sparseinst.runtime.exported_model import exported_config
@@ -29,9 +29,8 @@ _KEEP_ALIVE_SECONDS = 30
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the service. Return 0 after Ctrl-C, or 2 after a ValueError, ImportError or OSError at the start."""
-    for name in ("fvcore", "detectron2", "sparseinst"):
-        setup_logger(name=name).setLevel(logging.INFO)
+    """Run the service. Return 0 after Ctrl-C, or 1 after a ValueError, ImportError or OSError at the start."""
+    log_to_console(logging.INFO)
     # The parser of forms logs a warning for each broken form, which any client can send.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
@@ -43,19 +42,12 @@ def run(args: argparse.Namespace) -> int:
         with contextlib.closing(listen(args.host, args.port)) as listener:
             return serve(args, load, listener)
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for a wrong value of a flag."""
-    for flag, value, least in (
-        ("--workers", args.workers, 1),
-        ("--max-waiting", args.max_waiting, 0),
-        ("--port", args.port, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{flag} is {value}; it must be at least {least}")
+    check_least(args, {"--workers": 1, "--max-waiting": 0, "--port": 0})
     for flag, value in (("--max-upload-mib", args.max_upload_mib), ("--timeout", args.timeout)):
         if not 0 < value < math.inf:
             raise ValueError(f"{flag} is {value}; it must be above 0 and finite")

@@ -30,9 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@with_exit_codes
+@with_exit_codes()
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with argv (default ``sys.argv``); return 0, or 2 after an error in arguments or files."""
+    """Run the command with argv (default ``sys.argv``); return 0, or 1 after an error in arguments or files."""
     args = build_parser().parse_args(argv)
     prepare_console()
     from sparseinst.checkpoint.atomic_write import write_text_atomically

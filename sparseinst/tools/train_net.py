@@ -112,7 +112,6 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     Raises:
         ValueError: the arguments, the config, the data sets or OUTPUT_DIR cannot be used.
     """
-    from detectron2.utils import comm
 
     from sparseinst.checkpoint import check_weights_file
     from sparseinst.config import resolve_config_file
@@ -120,9 +119,8 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     from sparseinst.data.evaluation_data import choose_evaluation_data
     from sparseinst.data.recipes import choose_recipe
     from sparseinst.engine.model_keys import set_model_keys
-    from sparseinst.engine.output_folder import check_no_earlier_run, claimed
     from sparseinst.engine.processes import check_device
-    from sparseinst.engine.run_setup import save_config, set_up_loggers, set_up_run
+    from sparseinst.engine.run_setup import begin_run
     from sparseinst.evaluation import check_test_config
     from sparseinst.runtime.exported_model import config_of_run
 
@@ -157,18 +155,11 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     if not args.eval_only:
         check_num_classes(cfg, splits)
     cfg.freeze()
-    if comm.is_main_process():
-        stack.enter_context(claimed(cfg.OUTPUT_DIR))
-    if not args.eval_only and not args.resume:
-        check_no_earlier_run(cfg.OUTPUT_DIR)
-    save_config(cfg.OUTPUT_DIR, cfg.dump())
-    set_up_loggers(cfg.OUTPUT_DIR)
+    begin_run(args, stack, cfg.OUTPUT_DIR, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cfg.CUDNN_BENCHMARK)
     for level, lines in ((logging.WARNING, warnings), (logging.INFO, notes)):
         for line in lines:
             logger.log(level, line)
     log_data_warnings(cfg, splits)
-    cudnn_benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
-    set_up_run(args, cfg.dump(), seed=cfg.SEED, cudnn_benchmark=cudnn_benchmark)
     return cfg
 
 

@@ -10,7 +10,7 @@ from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from sparseinst.engine.recompute import prepare_as_configured, prepare_for_training, recompute_activations
+from sparseinst.engine.recompute import prepare_for_training, recompute_activations
 from sparseinst.runtime import compile as compilation
 from tests.distributed.ranks import run_ranks
 from tests.tiny_model import random_input, tiny_cfg
@@ -111,7 +111,7 @@ def rank_gradients():
         cfg = tiny_cfg("MODEL.RESNETS.NORM", "FrozenBN", "SOLVER.RECOMPUTE", patterns)
         torch.manual_seed(0)
         model = build_model(cfg).train()
-        prepare_as_configured(cfg, model)
+        prepare_for_training(model, recompute=cfg.SOLVER.RECOMPUTE)
         ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
         sum(ddp_model([random_input(64, 64, 2, seed=comm.get_rank())]).values()).backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})

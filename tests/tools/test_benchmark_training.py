@@ -20,6 +20,7 @@ from sparseinst.benchmarks.training import (
 from sparseinst.data.coco_json import register_coco_json
 from sparseinst.engine import recompute
 from sparseinst.engine.trainer import Trainer
+from sparseinst.modeling.sparse_inst.model import SparseInst
 from sparseinst.tools import benchmark_training
 from sparseinst.tools.make_shapes import write_ellipses
 from tests.tiny_model import NUM_CLASSES, tiny_cfg
@@ -78,6 +79,15 @@ def test_every_stage_has_its_time(cfg, opts, tmp_path, monkeypatch):
     assert list(stages) == list(TRAINING_STAGES)
     assert all(seconds.shape == (2,) and (seconds > 0).all() for seconds in stages.values()), stages
     assert trainer.step() > 0
+
+
+def test_stages_are_timed_without_a_change_of_the_model(cfg, tmp_path):
+    trainer = SteppingTrainer(cfg, str(tmp_path), caches_batches=True)
+    before = set(vars(trainer.trainer.model))
+    trainer.profile_steps(1)
+    assert set(vars(trainer.trainer.model)) == before
+    assert not before & {"forward", "preprocess", "prepare_targets", "losses"}
+    assert isinstance(trainer.trainer.model, SparseInst)
 
 
 def test_stages_add_up_to_the_step(cfg, tmp_path, monkeypatch):
@@ -193,5 +203,5 @@ def test_errors(tmp_path, capsys, args, message):
     config = tmp_path / "tiny.yaml"
     config.write_text(tiny_cfg().dump())
     fixed = ["--config-file", str(config), "--size", "64", "64", "--batch-size", "2", "--no-memory"]
-    assert benchmark_training.main([*fixed, *args]) == 2
+    assert benchmark_training.main([*fixed, *args]) == 1
     assert message in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_table(arguments, capsys):
     ],
 )
 def test_wrong_arguments_are_told(arguments, options, message, capsys):
-    assert benchmark_video.main([*arguments, *options]) == 2
+    assert benchmark_video.main([*arguments, *options]) == 1
     assert message in capsys.readouterr().err
 
 

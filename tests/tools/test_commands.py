@@ -59,8 +59,54 @@ def test_help_and_exit_code_of_a_name(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["demo", "--help"])
     assert capsys.readouterr().out.startswith("usage: sparseinst demo ")
-    assert main(["select", "none.json", "person", "--output", "x.json"]) == 2
+    assert main(["select", "none.json", "person", "--output", "x.json"]) == 1
     assert "none.json" in capsys.readouterr().err
+
+
+# For each command arguments that its parser accepts and the command refuses.
+CONFIG = ("--config-file", "no_such_config")
+REFUSED = {
+    "train": CONFIG,
+    "eval": CONFIG,
+    "demo": (*CONFIG, "--input", "a.png", "--output", "out"),
+    "predict": (*CONFIG, "--input", "a.png", "--output", "out.jsonl"),
+    "check": ("none.json", "none"),
+    "to-coco": ("none", "none", "--output", "out.json"),
+    "select": ("none.json", "person", "--output", "out.json"),
+    "shapes": ("--output", "out", "--train", "-1"),
+    "zoo": ("no_such_checkpoint",),
+    "serve": ("--weights", "none.pth"),
+    "convert": ("--input", "none.pth"),
+    "export": (*CONFIG, "--format", "onnx", "--output", "out"),
+    "analyze": CONFIG,
+    "compare": ("--data", "x", "y", "--recipe", "a: b", "--output", "out"),
+    "benchmark": CONFIG,
+    "benchmark-video": (*CONFIG, "--video", "none.mp4"),
+    "benchmark-training": CONFIG,
+}
+# Their exit code 1 is the result of a run: some of the images, the data or the exported file is wrong.
+WITH_RESULTS = ("demo", "predict", "check", "export")
+
+
+def exit_code(arguments):
+    try:
+        return main(arguments) or 0
+    except SystemExit as end:
+        # As the interpreter does.
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return 1 if isinstance(end.code, str) else end.code
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_exit_codes_of_errors(name, monkeypatch, tmp_path, capsys, loggers_as_before):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sparseinst"])
+    assert exit_code([name, *REFUSED[name]]) == (2 if name in WITH_RESULTS else 1)
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+    assert exit_code([name, "--no-such-option"]) == 2
+    assert "usage: " in capsys.readouterr().err
 
 
 def test_an_unknown_name_lists_the_known_ones(capsys):

@@ -104,5 +104,5 @@ def test_without_test_data_a_part_of_the_training_data_is_kept():
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, args, message):
-    assert run(tmp_path, *args) == 2
+    assert run(tmp_path, *args) == 1
     assert message in capsys.readouterr().err

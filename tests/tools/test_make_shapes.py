@@ -40,7 +40,7 @@ def test_a_second_run_or_other_settings_leave_the_data_set_as_it_is(tmp_path, ca
     assert run(tmp_path / "shapes") == 0
     assert contents(tmp_path) == before
     assert "already there" in capsys.readouterr().out
-    assert run(tmp_path / "shapes", "--val-seed", "5") == 2
+    assert run(tmp_path / "shapes", "--val-seed", "5") == 1
     assert "change --output" in capsys.readouterr().err
     assert contents(tmp_path) == before
     assert run(tmp_path / "other", "--val-seed", "5") == 0
@@ -50,14 +50,14 @@ def test_a_second_run_or_other_settings_leave_the_data_set_as_it_is(tmp_path, ca
 def test_files_of_the_user_are_kept(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     for path in (tmp_path, tmp_path / "thesis.txt"):
-        assert run(path) == 2
+        assert run(path) == 1
         assert "change --output" in capsys.readouterr().err
     assert list(contents(tmp_path)) == ["thesis.txt"] and (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert run(tmp_path / "file" / "shapes") == 2
+    assert run(tmp_path / "file" / "shapes") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and str(tmp_path / "file") in error and error.count("\n") == 1
 
@@ -77,6 +77,6 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_numbers_out_of_range_leave_nothing(tmp_path, capsys):
-    assert run(tmp_path / "shapes", "--val", "0") == 2
+    assert run(tmp_path / "shapes", "--val", "0") == 1
     assert "'val'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

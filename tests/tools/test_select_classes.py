@@ -29,9 +29,9 @@ def test_keeps_the_classes_all_images_and_the_ids(shapes, tmp_path, capsys):
 
 def test_refusals_are_one_line_and_write_nothing(shapes, tmp_path, capsys):
     output = tmp_path / "out.json"
-    assert select_classes.main([shapes, "dog", "--output", str(output)]) == 2
+    assert select_classes.main([shapes, "dog", "--output", str(output)]) == 1
     assert "'dog'" in (message := capsys.readouterr().err) and "triangle" in message and not output.exists()
-    assert select_classes.main([str(tmp_path / "none.json"), "bar", "--output", str(output)]) == 2
+    assert select_classes.main([str(tmp_path / "none.json"), "bar", "--output", str(output)]) == 1
     assert "none.json" in capsys.readouterr().err and not output.exists()
-    assert select_classes.main([shapes, "bar", "--output", shapes]) == 2
+    assert select_classes.main([shapes, "bar", "--output", shapes]) == 1
     assert "--output" in capsys.readouterr().err

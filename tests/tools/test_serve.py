@@ -36,7 +36,7 @@ def weights(tmp_path):
 
 
 def error_of(capsys, *arguments):
-    assert serve.main([*map(str, arguments)]) == 2
+    assert serve.main([*map(str, arguments)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line

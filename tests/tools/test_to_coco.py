@@ -83,8 +83,8 @@ def test_polygons(make, tmp_path, images, capsys):
         assert content["annotations"][2]["bbox"] == pytest.approx([33, 6, 4, 8], abs=1)  # turned by 90 degrees
     assert "(cat 1, dog" in capsys.readouterr().out
     # The same file is not replaced, and other classes are refused.
-    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json")]) == 2
-    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "x.json"), "--classes", "cat"]) == 2
+    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json")]) == 1
+    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "x.json"), "--classes", "cat"]) == 1
     assert "already exists" in (error := capsys.readouterr().err) and "is not one of ['cat']" in error
 
 
@@ -164,7 +164,7 @@ def test_an_annotation_that_fits_several_images_is_refused(other, tmp_path, imag
     (images / "a.png").rename(images / "w.png" if other == "a.jpg" else images / "v" / "w.png")
     Image.new("RGB", (40, 20)).save(images / "a.png" if other == "a.jpg" else images / "a.bmp")
     source = mask_file(tmp_path, "train/a.png", (1, 2))
-    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json")]) == 2
+    assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json")]) == 1
     assert (error := capsys.readouterr().err).count("\n") == 1
     assert "annotates 'train/a', which may be" in error and str(images / other) in error
 
@@ -188,7 +188,7 @@ def test_the_yaml_of_yolo(tmp_path, images, capsys):
     (tmp_path / "out.json").unlink()
     for text, message in (("names: [", "not valid YAML"), ("- cat", "no class names"), ("", "no class names")):
         (tmp_path / "data.yaml").write_text(text)
-        assert to_coco.main([str(labels), str(images), *output]) == 2
+        assert to_coco.main([str(labels), str(images), *output]) == 1
         error = capsys.readouterr().err
         assert message in error and "data.yaml" in error and error.count("\n") == 1, error
         assert to_coco.main([str(labels), str(images), *output, "--classes", "cat", "dog"]) == 0
@@ -201,7 +201,7 @@ def test_the_yaml_of_yolo(tmp_path, images, capsys):
 
 def test_the_limit_of_pixels(tmp_path, images, capsys):
     source, output = mask_file(tmp_path, "a.png", (1, 2)), ["--output", str(tmp_path / "out.json")]
-    assert to_coco.main([str(source), str(images), *output, "--max-image-pixels", "799"]) == 2
+    assert to_coco.main([str(source), str(images), *output, "--max-image-pixels", "799"]) == 1
     assert "INPUT.MAX_IMAGE_PIXELS is 799" in capsys.readouterr().err
     assert to_coco.main([str(source), str(images), *output, "--max-image-pixels", "800"]) == 0
 
@@ -209,18 +209,18 @@ def test_the_limit_of_pixels(tmp_path, images, capsys):
 def test_what_cannot_be_converted(tmp_path, images, capsys):
     output = ["--output", str(tmp_path / "out.json")]
     (tmp_path / "empty").mkdir()
-    assert to_coco.main([str(tmp_path / "empty"), str(images), *output]) == 2
+    assert to_coco.main([str(tmp_path / "empty"), str(images), *output]) == 1
     assert "no labelme, VIA or YOLO" in capsys.readouterr().err
     labels = yolo(tmp_path)
     (labels / "a.txt").write_text("0 0.5 0.5 0.1 0.1\n")
-    assert to_coco.main([str(labels), str(images), *output]) == 2
+    assert to_coco.main([str(labels), str(images), *output]) == 1
     assert "expected a polygon (boxes: no masks)" in capsys.readouterr().err
     (labels / "a.txt").rename(labels / "c.txt")
-    assert to_coco.main([str(labels), str(images), *output]) == 2
+    assert to_coco.main([str(labels), str(images), *output]) == 1
     assert "has no image 'c'" in capsys.readouterr().err
     path = via(tmp_path)
     path.write_text(path.read_text().replace("all_points_x", "points"))
-    assert to_coco.main([str(path), str(images), *output]) == 2
+    assert to_coco.main([str(path), str(images), *output]) == 1
     assert "an annotation that cannot be read: KeyError('all_points_x')" in capsys.readouterr().err
 
 
