@@ -7,9 +7,9 @@
         --output output/comparison
 
 Each recipe gets the iterations that fit into the time, measured by a short training on the same data, or those of
---iterations; its schedule is scaled to them. Each training runs in a process of one thread; evaluations do not count.
-Runs that have results are not repeated, and interrupted ones are continued, so the command can be given again with more
-seeds, recipes or data.
+--iterations; its schedule is scaled to them. With several --minutes, --plot draws AP over time. Each training runs in a
+process of one thread; evaluations do not count. Runs that have results are not repeated, and interrupted ones are
+continued, so the command can be given again with more times, seeds, recipes or data.
 """
 
 import argparse
@@ -52,10 +52,11 @@ class Recipe(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training."""
+    """One training; its minutes are None where --iterations is given."""
 
     data: Data
     recipe: Recipe
+    minutes: float | None
     seed: int
 
 
@@ -79,10 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="a config file or its name, with overrides; can be repeated",
     )
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
-    add("--minutes", type=float, default=10.0, help="of training, for each run (default 10)")
+    add(
+        "--minutes",
+        type=float,
+        nargs="+",
+        default=[10.0],
+        help="of training, for each run; default 10",
+    )
     add("--iterations", type=int, metavar="N", help="of each run, in place of --minutes")
     add("--jobs", type=int, default=2, metavar="N", help="runs at the same time (default 2)")
     add_import_argument(parser)
+    add("--plot", type=Path, metavar="PNG", help="draw AP over the minutes of training, with the range of the seeds")
     add("--output", required=True, type=Path, metavar="FOLDER", help="gets a folder for each run, and comparison.json")
     return parser
 
@@ -109,10 +117,9 @@ class Comparison:
     """Trainings of every recipe on every data set with every seed, in one folder.
 
     Args:
-        data, recipes, seeds: whose combinations are trained.
-        seconds: of one training; read where ``iterations`` is not given.
-        folder: gets DATA/RECIPE/seedN for each run.
-        iterations: of one training.
+        data, recipes, minutes, seeds: whose combinations are trained.
+        folder: gets DATA/RECIPE/MINUTESmin/seedN or DATA/RECIPE/ITERATIONSit/seedN for each run.
+        iterations: of one training, in place of the minutes.
         imports: modules that the recipes need.
     """
 
@@ -120,20 +127,26 @@ class Comparison:
         self,
         data: Sequence[Data],
         recipes: Sequence[Recipe],
+        minutes: Sequence[float],
         seeds: Sequence[int],
-        seconds: float,
         folder: Path,
         iterations: int | None = None,
         imports: Sequence[str] = (),
     ) -> None:
+        lengths = [None] if iterations else sorted(minutes)
         # Seeds last, so that a table of all recipes is there early.
-        self.runs = [Run(one, recipe, seed) for seed in seeds for one in data for recipe in recipes]
-        self.data, self.recipes, self.seconds, self.folder = data, recipes, seconds, folder
-        self._iterations, self._imports = iterations, imports
+        self.runs = [
+            Run(one, recipe, length, seed) for seed in seeds for length in lengths for one in data for recipe in recipes
+        ]
+        self.folder, self._iterations, self._imports = folder, iterations, imports
 
     def folder_of(self, run: Run) -> Path:
         """Return the OUTPUT_DIR of a run."""
-        return self.folder / run.data.name / run.recipe.name.replace(" ", "_") / f"seed{run.seed}"
+        length = f"{self._iterations}it" if run.minutes is None else f"{run.minutes:g}min"
+        return self._recipe_folder(run) / length / f"seed{run.seed}"
+
+    def _recipe_folder(self, run: Run) -> Path:
+        return self.folder / run.data.name / run.recipe.name.replace(" ", "_")
 
     def train_all(self, jobs: int) -> int:
         """Train what has no results yet, ``jobs`` runs at a time. Return how many runs failed."""
@@ -155,9 +168,9 @@ class Comparison:
         """Return the iterations of a recipe that fit into the time on a data set; measured once. 0: it cannot train."""
         from sparseinst.engine.metrics_file import METRICS_FILE, read_metrics
 
-        if self._iterations:
+        if run.minutes is None:
             return self._iterations
-        folder = self.folder_of(run).parent
+        folder = self._recipe_folder(run)
         path = folder / "pace.json"
         if not path.is_file():
             overrides = ["SOLVER.MAX_ITER", PACE_ITERATIONS, "SOLVER.STEPS", "()", "DATASETS.TEST", "()"]
@@ -170,7 +183,7 @@ class Comparison:
             metrics = read_metrics(folder / "pace" / METRICS_FILE)
             pace = statistics.median(entry["time"] for entry in metrics if "time" in entry)
             path.write_text(json.dumps({"seconds": pace}))
-        return max(1, round(self.seconds / json.loads(path.read_text())["seconds"]))
+        return max(1, round(60 * run.minutes / json.loads(path.read_text())["seconds"]))
 
     def figures(self, run: Run) -> tuple[float, ...] | None:
         """Return AP, AP50 and AP75 of the masks of a finished run, in percent; None of another one."""
@@ -182,34 +195,32 @@ class Comparison:
 
     def table(self) -> tuple[list[dict], str]:
         """Return the means over the finished seeds of each recipe and data set, as rows and as a Markdown table."""
+        groups: dict[tuple, list[Run]] = {}
+        for run in self.runs:
+            if self.figures(run):
+                groups.setdefault((run.data.name, run.recipe.name, run.minutes), []).append(run)
+        order = list(dict.fromkeys((run.data.name, run.recipe.name, run.minutes) for run in self.runs))
         rows = []
-        for one in self.data:
-            for recipe in self.recipes:
-                runs = [run for run in self.runs if run.data is one and run.recipe is recipe and self.figures(run)]
-                if not runs:
-                    continue
-                figures = {name: [self.figures(run)[index] for run in runs] for index, name in enumerate(FIGURES)}
-                rows.append(
-                    {
-                        "data": one.name,
-                        "recipe": recipe.name,
-                        "iterations": self.iterations(runs[0]),
-                        "seeds": [run.seed for run in runs],
-                        **figures,
-                    }
-                )
-        lines = ["| data | recipe | iterations | AP | AP50 | AP75 |", "|---" * 6 + "|"]
+        for group in sorted(groups, key=lambda group: (order.index((*group[:2], order[0][2])), group[2] or 0)):
+            runs = groups[group]
+            figures = {name: [self.figures(run)[index] for run in runs] for index, name in enumerate(FIGURES)}
+            names = dict(zip(("data", "recipe", "minutes"), group))
+            rows.append(
+                {**names, "iterations": self.iterations(runs[0]), "seeds": [run.seed for run in runs], **figures}
+            )
+        lines = ["| data | recipe | minutes | iterations | AP | AP50 | AP75 |", "|---" * 7 + "|"]
         for row in rows:
             cells = [f"{statistics.mean(row[name]):.1f}" for name in FIGURES]
             cells[0] += f" ({', '.join(f'{value:.1f}' for value in row['AP'])})"
-            lines.append(f"| {row['data']} | {row['recipe']} | {row['iterations']} | {' | '.join(cells)} |")
+            minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
+            lines.append(f"| {row['data']} | {row['recipe']} | {minutes} | {row['iterations']} | {' | '.join(cells)} |")
         return rows, "\n".join(lines)
 
     def _train(self, run: Run) -> str:
         """Train and evaluate one run. Return an empty text, or what went wrong."""
         iterations = self.iterations(run)
         if not iterations:
-            return f"no time of an iteration, see {self.folder_of(run).parent / 'pace' / CONSOLE}"
+            return f"no time of an iteration, see {self._recipe_folder(run) / 'pace' / CONSOLE}"
         return self._run_training(run, self.folder_of(run), run.data.arguments, self._schedule(run.recipe, iterations))
 
     def _schedule(self, recipe: Recipe, iterations: int) -> list[object]:
@@ -239,14 +250,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         data, recipes = list(map(parse_data, args.data)), list(map(parse_recipe, args.recipe))
     except ValueError as error:
         return report_error(error)
-    comparison = Comparison(
-        data, recipes, args.seeds, 60 * args.minutes, args.output, args.iterations, imports=args.imports
-    )
+    if args.plot and args.iterations:
+        return report_error("--plot draws AP over --minutes; remove --iterations")
+    comparison = Comparison(data, recipes, args.minutes, args.seeds, args.output, args.iterations, imports=args.imports)
     failed = comparison.train_all(args.jobs)
     rows, table = comparison.table()
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "comparison.json").write_text(json.dumps({"minutes": args.minutes, "rows": rows}, indent=2) + "\n")
+    (args.output / "comparison.json").write_text(json.dumps({"rows": rows}, indent=2) + "\n")
     print(table)
+    if args.plot and rows:
+        from sparseinst.visualization.plots import draw_ap_over_time
+
+        args.plot.write_bytes(draw_ap_over_time(rows))
     return 1 if failed else 0
 
 

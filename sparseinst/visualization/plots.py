@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 # More curves of classes look too much the same.
 _MAX_NAMED_CURVES = 10
@@ -122,6 +122,33 @@ def draw_speed(rows: Sequence[Mapping], machine: str) -> bytes:
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.margins(x=0.12)
     axes.grid(alpha=0.3, which="both")
+    return _png(figure)
+
+
+def draw_ap_over_time(rows: Sequence[Mapping]) -> bytes:
+    """Plot mask AP over the minutes of training, the mean of the seeds with their range.
+
+    Args:
+        rows: of `sparseinst.tools.compare_recipes.Comparison.table`.
+
+    Returns:
+        A PNG file with one diagram for each data set.
+    """
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    figure = Figure(figsize=(4.5 * len(names), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        shown = [row for row in rows if row["data"] == name]
+        for recipe in dict.fromkeys(row["recipe"] for row in shown):
+            points = [(row["minutes"], np.array(row["AP"])) for row in shown if row["recipe"] == recipe]
+            minutes, means = zip(*((minutes, values.mean()) for minutes, values in points))
+            ends = zip(*((values.mean() - values.min(), values.max() - values.mean()) for _, values in points))
+            axes.errorbar(minutes, means, yerr=list(ends), marker="o", capsize=3, label=_short(recipe))
+        axes.set(title=_short(name), xlabel="minutes of training", ylabel="mask AP", xscale="log", ylim=(0, None))
+        axes.set_xticks(sorted({row["minutes"] for row in shown}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     return _png(figure)
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import cv2
 import pytest
 
 from sparseinst.tools import compare_recipes
@@ -33,7 +34,7 @@ def trainings(monkeypatch):
 
 def run(tmp_path, *args):
     data = ["--data", "cells", "train.json", "train", "val.json", "val"]
-    return compare_recipes.main([*data, *args, "--minutes", "1", "--jobs", "1", "--output", str(tmp_path)])
+    return compare_recipes.main([*data, "--minutes", "1", "--jobs", "1", "--output", str(tmp_path), *args])
 
 
 RECIPES = ("--recipe", "fast: small_data/efficientnet_lite0", "--recipe", "slow: small_data/published_recipe SEED 7")
@@ -45,7 +46,7 @@ def test_each_recipe_has_the_iterations_of_its_time(tmp_path, trainings, capsys)
     assert [(row["recipe"], row["iterations"], row["AP"]) for row in rows] == [
         ("fast", 30, [10.0, 20.0]), ("slow", 15, [10.0, 20.0])
     ]  # fmt: skip
-    assert "| cells | slow | 15 | 15.0 (10.0, 20.0) | 60.0 | 20.0 |" in capsys.readouterr().out
+    assert "| cells | slow | 1 | 15 | 15.0 (10.0, 20.0) | 60.0 | 20.0 |" in capsys.readouterr().out
     # Two short trainings without an evaluation, then two seeds of each.
     assert len(trainings) == 6 and [command[-1] for command in trainings] == ["0"] * 6
     paces = [command for command in trainings if "pace" in command[command.index("OUTPUT_DIR") + 1]]
@@ -55,9 +56,24 @@ def test_each_recipe_has_the_iterations_of_its_time(tmp_path, trainings, capsys)
     assert last["SOLVER.STEPS"] == "(12, 14)" and last["SEED"] == "2" and last["--test-images"] == "val"
 
 
+def test_ap_over_time(tmp_path, trainings, capsys):
+    plot = tmp_path / "curves.png"
+    arguments = ("--seeds", "1", "2", "--plot", str(plot), "--minutes", "3", "1")
+    assert run(tmp_path, *RECIPES, *arguments) == 0
+    rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert [(row["recipe"], row["minutes"], row["iterations"], row["seeds"]) for row in rows] == [
+        ("fast", 1, 30, [1, 2]), ("fast", 3, 90, [1, 2]), ("slow", 1, 15, [1, 2]), ("slow", 3, 45, [1, 2])
+    ]  # fmt: skip
+    assert cv2.imread(str(plot)).shape[0] > 200
+    # The time of an iteration is measured once.
+    assert len(trainings) == 2 + 8
+    assert run(tmp_path, *RECIPES, *arguments, "--iterations", "5") == 1
+    assert "--plot draws AP over --minutes" in capsys.readouterr().err
+
+
 def test_equal_iterations_need_no_time(tmp_path, trainings, capsys):
     assert run(tmp_path, *RECIPES, "--seeds", "1", "--iterations", "50") == 0
-    assert len(trainings) == 2 and "| cells | slow | 50 |" in capsys.readouterr().out
+    assert len(trainings) == 2 and "| cells | slow |  | 50 |" in capsys.readouterr().out
 
 
 def test_what_is_done_is_not_repeated(tmp_path, trainings):
@@ -86,7 +102,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, trainings, cap
     recipes = ("--recipe", "broken: small_data/efficientnet_lite0", *RECIPES[:2])
     assert run(tmp_path, *recipes, "--seeds", "1") == 1
     output = capsys.readouterr().out
-    assert "no time of an iteration, see" in output and "| cells | fast | 30 |" in output
+    assert "no time of an iteration, see" in output and "| cells | fast | 1 | 30 |" in output
 
 
 def test_without_test_data_a_part_of_the_training_data_is_kept():
