@@ -3,33 +3,34 @@
 Learned maps must find the objects, and matching tells each map which one: on a few hundred images that takes most of
 the training. Here a heat map with a loss on every cell, that of CenterNet (arXiv 1904.07850), finds the centers of the
 objects and their classes. Each of its highest peaks places one activation map; in training the centers of the ground
-truth do, so nothing is matched. A box at the center, with a loss of its own, and a quadratic in the box's coordinates
-give the mask its location and first shape, an ellipse. The mask features add the outline. Letters:
-sparseinst.structures.
+truth do, so nothing is matched. placed_masks.py makes the masks. Letters: sparseinst.structures.
 """
 
 import math
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
 from sparseinst.modeling.sparse_inst.decoder import (
     PRIOR_PROB,
     SPARSE_INST_DECODER_REGISTRY,
     BaseIAMDecoder,
-    MaskBranch,
     conv_stack,
-    dynamic_masks,
     instance_branch_arguments,
     mask_branch_arguments,
     normalize_iams,
     pool_instances,
+)
+from sparseinst.modeling.sparse_inst.placed_masks import (
+    SubpixelMaskBranch,
+    crop,
+    cut_to_windows,
+    enlarged,
+    map_size,
+    placed_masks,
 )
 from sparseinst.ops.coordinates import append_coordinates, relative_centers
 from sparseinst.ops.losses import center_heatmap, masks_on_grid
@@ -41,14 +42,8 @@ from sparseinst.structures.targets import InstanceTargets
 MAP_RADIUS = 1.5
 # Initial factors of 1, v, u, v ** 2, u ** 2, u * v, see `ellipse_logits`: 0 on the ellipse in the box, 2 in its center.
 ELLIPSE = (2.0, 0.0, 0.0, -2.0, -2.0, 0.0)
-# Coordinates of boxes end here, in halves of a box, so that logits stay finite in float16.
-FARTHEST = 3.0
+# Of a box's size over its initial size: larger factors would make the quadratic of a tiny box imprecise.
 MAX_LOG_SIZE = 4.0
-# Masks are trained on a grid of this many rows and columns over the instance's box, as Mask R-CNN's are: for a small
-# object the mean over the image would hide the outline, and for many objects it takes longer. The box is enlarged on
-# each side by this share of its size, and by this many cells.
-CROP_SIZE = 28
-CROP_MARGIN, MIN_CROP_MARGIN = 0.25, 2.0
 # Subtracted from other cells, so that they rank behind the peaks.
 NOT_A_PEAK = 100.0
 
@@ -135,28 +130,8 @@ class PlacedInstanceBranch(nn.Module):
             rows, columns = rows_and_columns(cells, height, width)
             centers = torch.stack([y[rows], x[columns]], dim=2)
             offsets, log_sizes = self.box(vectors.float()).split(2, dim=2)
-            sizes = self.ellipse_size * log_sizes.clamp(max=MAX_LOG_SIZE).exp()
+            sizes = self.ellipse_size * log_sizes.clamp(-MAX_LOG_SIZE, MAX_LOG_SIZE).exp()
             return torch.cat([centers + self.ellipse_size * offsets, sizes], dim=2)
-
-
-def ellipse_logits(ellipses: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return mask logits that are quadratic in the coordinates of each instance's box.
-
-    Args:
-        ellipses: (B, N, 10) float32: the box (center y, x, height, width in shares of the map), and the factors of 1,
-            v, u, v ** 2, u ** 2 and u * v, where v and u are -1 and 1 at the edges of the box.
-        y, x: rows and columns of the logits in shares of the map, (..., H) and (..., W): one grid for all instances, or
-            with (B, N) in front one for each.
-
-    Returns:
-        (B, N, H, W) float32.
-    """
-    center_y, center_x, box_height, box_width, *factors = ellipses[..., None].unbind(2)
-    v, u = 2 * (y - center_y) / box_height, 2 * (x - center_x) / box_width
-    v, u = v.clamp(-FARTHEST, FARTHEST), u.clamp(-FARTHEST, FARTHEST)
-    rows = factors[0] + factors[1] * v + factors[3] * v.square()
-    columns = factors[2] * u + factors[4] * u.square()
-    return rows[..., None] + columns[..., None, :] + (factors[5] * v)[..., None] * u[..., None, :]
 
 
 @torch.no_grad()
@@ -191,46 +166,6 @@ def placed_maps(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
     x = torch.arange(width, device=cells.device) - columns[..., None]
     scale = -1 / (2 * MAP_RADIUS**2)
     return scale * y.square()[..., :, None] + scale * x.square()[..., None, :]
-
-
-class SubpixelMaskBranch(MaskBranch):
-    """Compute mask features on a finer grid than the decoder's.
-
-    Args:
-        upscale: the finer grid over the decoder's, a whole number.
-        kernel_dim: D.
-        norm: norm of the 3x3 convolutions, "" for none.
-        detail_channels: of a backbone feature on the finer grid that a 3x3 convolution adds; 0: none.
-        kwargs: as those of `MaskBranch`.
-
-    Raises:
-        ValueError: ``upscale`` is not a whole number.
-    """
-
-    def __init__(
-        self, *, upscale: float, kernel_dim: int, norm: str = "", detail_channels: int = 0, **kwargs: Any
-    ) -> None:
-        if upscale != int(upscale):
-            raise ValueError(
-                f"MODEL.SPARSE_INST.DECODER.SCALE_FACTOR is {upscale}; a PlacedIAMDecoder needs a whole number"
-            )
-        self.upscale = int(upscale)
-        super().__init__(kernel_dim=kernel_dim * self.upscale**2, norm=norm, **kwargs)
-        self.detail = None
-        if detail_channels:
-            projection = nn.Conv2d(kernel_dim, kernel_dim, 1)
-            c2_msra_fill(projection)
-            self.detail = nn.Sequential(*conv_stack(kernel_dim + detail_channels, kernel_dim, 1, norm), projection)
-
-    def forward(self, features: torch.Tensor, detail: torch.Tensor | None = None) -> torch.Tensor:
-        """Return mask features (B, D, Hm, Wm).
-
-        Args:
-            features: (B, 2 + C, H, W) with coordinates first.
-            detail: (B, detail_channels, Hm, Wm), where the branch has one.
-        """
-        features = F.pixel_shuffle(super().forward(features), self.upscale)
-        return features if self.detail is None else self.detail(torch.cat([features, detail], dim=1))
 
 
 @SPARSE_INST_DECODER_REGISTRY.register()
@@ -282,15 +217,20 @@ class PlacedIAMDecoder(BaseIAMDecoder):
         ``detail`` is the backbone feature that the mask branch takes.
         """
         features = append_coordinates(features)
-        mask_features = self.mask_branch(features, detail)
+        mask_features, displacements = self.mask_branch(features, detail)
         features, heat_logits = self.inst_branch(features)
         if self.training:
-            return {"inst_features": features, "heat_logits": heat_logits, "mask_features": mask_features}
+            return {
+                "inst_features": features,
+                "heat_logits": heat_logits,
+                "mask_features": mask_features,
+                "displacements": displacements,
+            }
         cells = highest_peaks(heat_logits, self.num_masks)
         outputs, mask_kernels, ellipses = self.inst_branch.predict(features, heat_logits, cells)
         iam_logits = outputs.pop("pred_iam")
-        y, x = (relative_centers(size, features.device) for size in mask_features.shape[-2:])
-        outputs["pred_masks"] = dynamic_masks(mask_kernels, mask_features) + ellipse_logits(ellipses, y, x)
+        mask_logits = placed_masks(mask_kernels, ellipses, mask_features, displacements)
+        outputs["pred_masks"] = cut_to_windows(mask_logits, ellipses)
         if with_iams:
             outputs["pred_iam"] = self._to_mask_grid(iam_logits)
         return outputs
@@ -310,7 +250,7 @@ class PlacedIAMDecoder(BaseIAMDecoder):
             ``gt_masks`` (B, M, S, S) float32 logits and targets on a grid over the true box, enlarged;
             ``heat_logits``, ``heat`` and ``is_center`` (B, K, H, W), see `center_heatmap`. Row i is instance i.
         """
-        heat_logits, mask_features = outputs["heat_logits"], outputs["mask_features"]
+        heat_logits = outputs["heat_logits"]
         most = max(1, *(min(len(target.gt_classes), self.num_masks) for target in targets))
         centers, gt_boxes, gt_masks = [], [], []
         with no_autocast(heat_logits.device):
@@ -321,7 +261,7 @@ class PlacedIAMDecoder(BaseIAMDecoder):
                 centers.append((heat, is_center, F.pad(cells, (0, most - len(cells)))))
                 # An object that covers no cell by half has a box, too.
                 is_inside = masks > 0.5 * masks.flatten(1).amax(1)[:, None, None]
-                boxes = masks_to_boxes(is_inside) / _map_size(masks)
+                boxes = masks_to_boxes(is_inside) / map_size(masks)
                 # The rows without an instance have the whole map as their box.
                 missing = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(most - len(boxes), 4)
                 gt_boxes.append(torch.cat([boxes, missing]))
@@ -329,58 +269,17 @@ class PlacedIAMDecoder(BaseIAMDecoder):
             heat, is_center, cells = (torch.stack(parts) for parts in zip(*centers))
             gt_boxes, gt_masks = torch.stack(gt_boxes), torch.stack(gt_masks)
         decoded, mask_kernels, ellipses = self.inst_branch.predict(outputs["inst_features"], heat_logits, cells)
-        masks = dynamic_masks(mask_kernels, mask_features)
+        masks = placed_masks(mask_kernels, ellipses, outputs["mask_features"], outputs["displacements"])
         with no_autocast(heat_logits.device):
-            windows = enlarged(gt_boxes, _map_size(masks))
-            steps = (torch.arange(CROP_SIZE, device=windows.device) + 0.5) / CROP_SIZE
-            x, y = (
-                windows[..., first, None] + steps * (windows[..., first + 2] - windows[..., first])[..., None]
-                for first in (0, 1)
-            )
+            windows = enlarged(gt_boxes, map_size(masks))
             center, size = (ellipses[..., part].flip(-1) for part in (slice(2), slice(2, 4)))
             return {
                 "pred_scores": decoded["pred_scores"],
                 "boxes": torch.cat([center - size / 2, center + size / 2], dim=2),
                 "gt_boxes": gt_boxes,
-                "pred_masks": crop(masks.float(), windows) + ellipse_logits(ellipses, y, x),
+                "pred_masks": crop(masks, windows),
                 "gt_masks": crop(gt_masks, windows),
                 "heat_logits": heat_logits,
                 "heat": heat,
                 "is_center": is_center,
             }
-
-
-def _map_size(masks: torch.Tensor) -> torch.Tensor:
-    """Return width, height, width, height of maps (..., H, W), for boxes in cells."""
-    height, width = masks.shape[-2:]
-    return torch.tensor([width, height, width, height], dtype=torch.float32, device=masks.device)
-
-
-def enlarged(boxes: torch.Tensor, map_size: torch.Tensor) -> torch.Tensor:
-    """Enlarge boxes (..., 4) on each side by a quarter of their size, and by two cells at least, inside the map.
-
-    Args:
-        boxes: x0, y0, x1, y1 in shares of the map.
-        map_size: width, height, width, height in cells.
-    """
-    size = (boxes[..., 2:] - boxes[..., :2]).repeat_interleave(2, -1)[..., [0, 2, 1, 3]]
-    margin = torch.maximum(CROP_MARGIN * size, MIN_CROP_MARGIN / map_size)
-    return (boxes + margin * margin.new_tensor([-1.0, -1.0, 1.0, 1.0])).clamp(0, 1)
-
-
-def crop(masks: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-    """Sample masks on a grid over their windows, bilinearly.
-
-    Args:
-        masks: (B, N, H, W) float32.
-        windows: (B, N, 4) x0, y0, x1, y1 in shares of the map.
-
-    Returns:
-        (B, N, S, S) float32.
-    """
-    batch, num_masks = masks.shape[:2]
-    rois = (windows * _map_size(masks)).flatten(0, 1)
-    rois = torch.cat([torch.arange(len(rois), dtype=rois.dtype, device=rois.device)[:, None], rois], dim=1)
-    # One sample in the middle of each of S x S bins.
-    crops = roi_align(masks.flatten(0, 1)[:, None], rois, CROP_SIZE, sampling_ratio=1, aligned=True)
-    return crops[:, 0].unflatten(0, (batch, num_masks))
