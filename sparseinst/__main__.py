@@ -39,7 +39,7 @@ COMMANDS = {
     "analyze": Command("analyze_model", "count parameters, multiply-adds and activations"),
     "compare": Command("compare_recipes", "train recipes for equal times, and print a table of their AP"),
     "benchmark": Command("benchmark", "time a model stage by stage"),
-    "benchmark-video": Command("benchmark_video", "compare the speed of demo on a video with the model's"),
+    "benchmark-video": Command("benchmark_video", "compare the speed of demo or predict with the model's"),
     "benchmark-training": Command("benchmark_training", "time training steps"),
 }
 

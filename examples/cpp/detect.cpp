@@ -1,4 +1,4 @@
-// Run an end-to-end SparseInst in C++.
+// Run any model of an export with --end-to-end in C++: SparseInst, SOLO, SOLOv2, YOLACT.
 //
 //   sparseinst export --config-file CONFIG --format openvino --output out --size 640 864 --batch 1 --input image
 //       --end-to-end 100 MODEL.WEIGHTS model_final.pth

@@ -11,6 +11,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from torch import nn
 
 from sparseinst.backbones.feature_pyramid import build_feature_pyramid
+from sparseinst.backbones.same_padding import replace_same_padding
 from sparseinst.backbones.state_dict_names import rename_state_dict
 
 NORMS = ("", "BN", "FrozenBN", "SyncBN")
@@ -81,6 +82,7 @@ class TimmBackbone(Backbone):
         # timm returns the features in the network's order, not in the order of the request.
         self._strides = dict(sorted(strides.items(), key=lambda item: indices[item[1]]))
         self.body = _create_features(model_name, [indices[stride] for stride in self._strides.values()], model_args)
+        replace_same_padding(self.body, _import_timm().layers.Conv2dSame)
         self._channels = dict(zip(self._strides, self.body.feature_info.channels()))
         self._is_channels_last = str(getattr(self.body, "output_fmt", "")).endswith("NHWC")
 

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,10 @@ from sparseinst.runtime.exported_file import METADATA_KEY, ExportMetadata
 from sparseinst.runtime.openvino import import_openvino, name_outputs
 from sparseinst.runtime.quantize import Quantization, quantize_onnx, quantize_openvino
 
+if TYPE_CHECKING:
+    import openvino
+
+FileWriter = Callable[[Path, ExportMetadata], None]
 INPUT_NAME = "images"
 # ONNX Runtime's CPU kernels have DeformConv from opset 19 on; CUDA's lack Resize of 19.
 OPSET, DEFORMABLE_OPSET = 18, 19
@@ -191,15 +195,10 @@ def weights_sha256(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def file_writer(
-    format: str,
-    program: ExportedProgram,
-    names: list[str],
-    precision: str,
-    shapes: tuple[tuple[int, ...], ...],
-    quantization: Quantization | None = None,
-) -> Callable[[Path, ExportMetadata], None]:
-    """Convert a program, and return a function that writes it with metadata to a path, which may be called again.
+def converter(
+    format: str, program: ExportedProgram, names: list[str], precision: str, shapes: tuple[tuple[int, ...], ...]
+) -> Callable[[Quantization | None], FileWriter]:
+    """Convert a program, and return a function that quantizes it, which may be called again with other layers.
 
     Args:
         format: key of FORMATS.
@@ -207,7 +206,10 @@ def file_writer(
         names: of the outputs.
         precision: one of the format's.
         shapes: smallest, usual and largest shape of the images, which TensorRT asks for.
-        quantization: of the precision "int8"; the program is that of its model.
+
+    Returns:
+        A function of the quantization (precision "int8", the model of ``program``; otherwise None). The function
+        returns another, which writes the file with metadata to a path and may be called again.
 
     Raises:
         ImportError: the format needs a package that is not installed.
@@ -215,20 +217,25 @@ def file_writer(
     """
     if format == "onnx":
         content = onnx_bytes(program, names, precision)
-        return _onnx_writer(quantize_onnx(content, INPUT_NAME, quantization) if quantization else content)
+        return lambda quantization: _onnx_writer(
+            content if quantization is None else quantize_onnx(content, INPUT_NAME, quantization)
+        )
     if format == "openvino":
-        return _openvino_writer(program, names, precision, quantization)
+        model = _openvino_model(program, names)
+        return lambda quantization: _openvino_writer(
+            model if quantization is None else quantize_openvino(model.clone(), quantization), precision
+        )
     if format == "tensorrt":
         from sparseinst.runtime.tensorrt import build_engine
 
         engine = build_engine(onnx_bytes(program, names), shapes)
-        return lambda path, metadata: _write_tensorrt(path, engine, metadata)
+        return lambda _: lambda path, metadata: _write_tensorrt(path, engine, metadata)
 
     def write(path: Path, metadata: ExportMetadata) -> None:
         with _quiet():
             torch.export.save(program, path, extra_files={METADATA_KEY: metadata.to_json()})
 
-    return write
+    return lambda _: write
 
 
 def onnx_bytes(program: ExportedProgram, names: list[str], precision: str = "float32") -> bytes:
@@ -310,7 +317,7 @@ def _store_as_half(graph) -> None:
     graph.node.extend(nodes)
 
 
-def _onnx_writer(content: bytes) -> Callable[[Path, ExportMetadata], None]:
+def _onnx_writer(content: bytes) -> FileWriter:
     import onnx
 
     def write(path: Path, metadata: ExportMetadata) -> None:
@@ -322,9 +329,7 @@ def _onnx_writer(content: bytes) -> Callable[[Path, ExportMetadata], None]:
     return write
 
 
-def _openvino_writer(
-    program: ExportedProgram, names: list[str], precision: str, quantization: Quantization | None
-) -> Callable[[Path, ExportMetadata], None]:
+def _openvino_model(program: ExportedProgram, names: list[str]) -> "openvino.Model":
     openvino = import_openvino()
     try:
         with _quiet():
@@ -336,8 +341,11 @@ def _openvino_writer(
         raise ValueError(f"OpenVINO cannot convert the network: {reason}") from error
     name_outputs(model, names)
     model.inputs[0].get_tensor().set_names({INPUT_NAME})
-    if quantization is not None:
-        model = quantize_openvino(model, quantization)
+    return model
+
+
+def _openvino_writer(model: "openvino.Model", precision: str) -> FileWriter:
+    openvino = import_openvino()
 
     def write(path: Path, metadata: ExportMetadata) -> None:
         model.set_rt_info(metadata.to_json(), METADATA_KEY)

@@ -8,6 +8,7 @@ processors without VNNI (AVX2, early AVX-512) add products of 8 and 8 bits in 16
 import contextlib
 import copy
 import hashlib
+import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -20,12 +21,15 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sparseinst.modeling.meta_arch import InstanceSegmenter
+from sparseinst.runtime.progress import WithProgress
 from sparseinst.runtime.rewrites.fold_norms import fold_norms
 
 if TYPE_CHECKING:
     import nncf
     import openvino
 
+# Names in the lines of progress.
+_CALIBRATION, _ERRORS = "Calibration images", "Errors of single layers"
 _Node = TypeVar("_Node", bound=Hashable)
 # The operations of layers, as each graph names them.
 _TORCH_LAYERS = ("aten.conv2d", "aten.linear")
@@ -91,12 +95,11 @@ def by_error(network: nn.Module, layers: Sequence[str], images: Sequence[torch.T
     modules = dict(network.model.named_modules())
     errors = dict.fromkeys(layers, 0.0)
     with torch.inference_mode():
-        for batch in images:
-            expected = network(batch)
-            for name in layers:
-                with _quantized(modules[name]):
-                    found = network(batch)
-                errors[name] += sum(_relative_error(found[key], value) for key, value in expected.items())
+        expected = [network(batch) for batch in images]
+        for name, (batch, outputs) in WithProgress(list(itertools.product(layers, zip(images, expected))), _ERRORS):
+            with _quantized(modules[name]):
+                found = network(batch)
+            errors[name] += sum(_relative_error(found[key], value) for key, value in outputs.items())
     return sorted(layers, key=errors.get, reverse=True)
 
 
@@ -168,7 +171,7 @@ def quantize_openvino(program: "openvino.Model", quantization: Quantization) -> 
     nncf.set_log_level(logging.ERROR)
     return nncf.quantize(
         program,
-        nncf.Dataset([images.numpy() for images in quantization.images]),
+        nncf.Dataset(WithProgress([images.numpy() for images in quantization.images], _CALIBRATION)),
         subset_size=len(quantization.images),
         ignored_scope=nncf.IgnoredScope(names=sorted(ignored), validate=False),
         advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
@@ -211,7 +214,7 @@ def quantize_onnx(content: bytes, input_name: str, quantization: Quantization) -
     ignored = _followers(layers.float_nodes(), readers) | layers.skipped_nodes() | others
 
     class Reader(CalibrationDataReader):
-        images = iter(quantization.images)
+        images = iter(WithProgress(quantization.images, _CALIBRATION))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             image = next(self.images, None)

@@ -1,8 +1,8 @@
-"""Compare the speed of the demo on a video with the model's: ``python -m sparseinst.tools.benchmark_video --help``.
+"""Compare the speed of demo or predict with the model's: ``python -m sparseinst.tools.benchmark_video --help``.
 
-The demo runs on the first frames of the video, in turn with the model alone on the same frames, from a decoded frame to
-masks on the host ("end to end" in tools.benchmark). Weights are not needed, because post-processing gets drawn objects.
-Drawing alone is timed on a random image.
+With --video the demo runs on the first frames of the video, with --input `predict` on images, in turn with the model
+alone on the same decoded images, to masks on the host ("end to end" in tools.benchmark). Weights are not needed,
+because post-processing gets drawn objects. With --video drawing alone is timed too, on a random image.
 """
 
 import argparse
@@ -20,6 +20,12 @@ from sparseinst.engine.console import prepare_console
 
 if TYPE_CHECKING:
     import numpy as np
+    from detectron2.config import CfgNode
+
+    from sparseinst.inference import Predictor
+
+# Decoded images, the name of the command that is compared, and a function that runs it on them.
+_Run = tuple[list["np.ndarray"], str, Callable[[], object]]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,10 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add_config_arguments(parser)
-    add("--video", required=True, metavar="FILE", help="its first frames are used")
-    add("--frames", type=int, default=60, metavar="N", help="frames of the video (default 60)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--video", metavar="FILE", help="its first frames are used")
+    source.add_argument("--input", nargs="+", metavar="NAME", help="images, as predict takes them; the first are used")
+    add("--frames", type=int, default=60, metavar="N", help="frames of the video, or images (default 60)")
     add("--detections", type=int, default=20, metavar="N", help="objects in each frame (default 20)")
-    add("--repetitions", type=int, default=3, metavar="N", help="runs of demo and model, in turn (default 3)")
+    add("--repetitions", type=int, default=3, metavar="N", help="runs of both, in turn (default 3)")
     add("--image", type=int, nargs=2, default=[1080, 1920], metavar=("HEIGHT", "WIDTH"),
         help="size of the image for the time of drawing alone (default 1080 1920)")  # fmt: skip
     add("--objects", type=int, default=30, metavar="N", help="objects drawn on that image (default 30)")
@@ -69,11 +77,12 @@ def run(args: argparse.Namespace) -> None:
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
     from sparseinst.inference import Predictor
     from sparseinst.runtime.optimize import optimize_as_configured
-    from sparseinst.tools import demo, demo_run
     from sparseinst.visualization import draw_instances
 
     check_least(args, {"--frames": 1, "--repetitions": 1, "--objects": 1})
     cfg = load_config(args.config_file, args.opts, imports=args.imports)
+    if args.input:
+        cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
     keep_freed_memory_for_inference(cfg)
     torch.manual_seed(0)
     model = build_model(cfg).eval()
@@ -85,28 +94,49 @@ def run(args: argparse.Namespace) -> None:
     (instances,) = predictor([image], "RGB")
     drawn.num_detections = args.detections
     with tempfile.TemporaryDirectory() as folder:
-        clip = Path(folder) / "clip.mp4"
-        frames = _cut(args.video, clip, args.frames)
-        arguments = ["--config-file", args.config_file, "--video-input", str(clip), "--output", f"{folder}/drawn.mp4"]
-        arguments = demo.build_parser().parse_args(arguments)
-        seconds = _time_in_turn(
-            {
-                "model alone": lambda: predictor(frames, "RGB"),
-                "demo": lambda: demo_run.run_video(arguments, cfg, predictor),
-            },
-            args.repetitions,
-        )
-    height, width = frames[0].shape[:2]
-    print(f"{args.config_file}, {machine(cfg)}: {len(frames)} frames of {height}x{width},")
+        start = _images_run if args.input else _video_run
+        frames, name, run_command = start(args, cfg, predictor, Path(folder))
+        runs = {"model alone": lambda: list(predictor.stream(frames, "RGB")), name: run_command}
+        seconds = _time_in_turn(runs, args.repetitions)
+    sizes = sorted({frame.shape[:2] for frame in frames})
+    shown = " to ".join(f"{height}x{width}" for height, width in dict.fromkeys([sizes[0], sizes[-1]]))
+    print(f"{args.config_file}, {machine(cfg)}: {len(frames)} {'images' if args.input else 'frames'} of {shown},")
     print(f"{args.detections} objects in each; median of {args.repetitions} repetitions in turn")
     rows = [
         [name, len(frames) / np.median(each), np.median(seconds["model alone"] / each)]
         for name, each in seconds.items()
     ]
     print(tabulate(rows, ["", "images/s", "share of the model alone"], tablefmt="github", floatfmt=".2f"))
+    if args.input:
+        return
     drawing = _time_in_turn({"": lambda: draw_instances(image, instances, predictor.metadata)}, args.repetitions)
     print(f"\nDrawing alone, {len(instances)} objects on an image of {args.image[0]}x{args.image[1]}: ", end="")
     print(f"{1e3 * np.median(drawing['']):.1f} ms")
+
+
+def _video_run(args: argparse.Namespace, cfg: "CfgNode", predictor: "Predictor", folder: Path) -> _Run:
+    from sparseinst.tools import demo, demo_run
+
+    clip = folder / "clip.mp4"
+    frames = _cut(args.video, clip, args.frames)
+    arguments = ["--config-file", args.config_file, "--video-input", str(clip), "--output", str(folder / "drawn.mp4")]
+    arguments = demo.build_parser().parse_args(arguments)
+    return frames, "demo", lambda: demo_run.run_video(arguments, cfg, predictor)
+
+
+def _images_run(args: argparse.Namespace, cfg: "CfgNode", predictor: "Predictor", folder: Path) -> _Run:
+    from sparseinst.data.images import read_image
+    from sparseinst.inference.many_images import predict_many
+    from sparseinst.inference.prediction_lines import list_images
+
+    names = list_images(args.input)[: args.frames]
+    cfg = cfg.clone()
+    # The first line of the output names a weights file; the model is there already.
+    cfg.MODEL.WEIGHTS = str(folder / "weights.pth")
+    Path(cfg.MODEL.WEIGHTS).touch()
+    numbers = itertools.count()
+    frames = [read_image(name, max_pixels=cfg.INPUT.MAX_IMAGE_PIXELS) for name in names]
+    return frames, "predict", lambda: predict_many(cfg, predictor, names, folder / f"{next(numbers)}.jsonl")
 
 
 def _cut(source: str, clip: Path, num_frames: int) -> "list[np.ndarray]":

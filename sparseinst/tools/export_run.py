@@ -33,8 +33,8 @@ from sparseinst.runtime.export import (
     ExportableNetwork,
     InputRule,
     check_packages,
+    converter,
     export_program,
-    file_writer,
     has_deform_conv,
     input_rule,
     weights_sha256,
@@ -138,6 +138,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
         images = _images(cfg, float_model, args.calibration, CALIBRATION_IMAGES)
         quantization = Quantization(folded_copy(model, network.normalized(images[0])), images)
         source = ExportableNetwork(quantization.model, network.takes_pixels)
+    logger.info("Exporting the network by torch.export")
     program = export_program(source, rule.divisibility, size, batch)
     metadata = _with(metadata, outputs=names, has_deform_conv=has_deform_conv(program))
     if metadata.has_deform_conv and args.format == "onnx":
@@ -151,24 +152,30 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
         path = folder / target.file_name
         path.parent.mkdir(exist_ok=True)
         expected_ap = None
+        logger.info("Converting the network to %s", args.format)
+        convert = converter(args.format, program, names, args.precision, tuple(shapes))
         for skipped in _skipped_layers(source, program, quantization):
             if quantization is not None:
                 quantization = quantization._replace(skipped=skipped)
+                logger.info("Quantizing, with the ranges of activations on %d images", len(quantization.images))
             metadata = _with(metadata, skipped_layers=list(skipped))
-            write = file_writer(args.format, program, names, args.precision, tuple(shapes), quantization)
+            write = convert(quantization)
             write(path, metadata)
             exported = open_network(path, metadata, "torch", cfg.RUNTIME.INTRA_OP_THREADS, cfg.RUNTIME.PROVIDERS)
+            logger.info("Comparing the file with the model at %s", _shown(checked))
             self_check, num_compared = _check_outputs(network, exported, checked, args.precision, compared)
             if not args.test_json:
                 break
             if expected_ap is None:
                 float_metadata = _with(metadata, input="normalized")
+                logger.info("Computing the AP of the model in eager float32")
                 expected_ap = _mask_ap(cfg, ExportedSegmenter(model, model.network, float_metadata))
                 if math.isnan(expected_ap):
                     raise ValueError(
                         f"--test-json {args.test_json} gives no AP: it has no annotations, or the model finds nothing "
                         "in its images. Give annotated images and trained weights"
                     )
+            logger.info("Computing the AP of the exported file")
             ap = _mask_ap(cfg, ExportedSegmenter(model, exported, metadata))
             metadata = _with(metadata, ap={"model": expected_ap, "file": ap})
             print(f"AP of the masks: {expected_ap:.2f} in eager float32, {ap:.2f} of the exported file")
@@ -217,11 +224,11 @@ def _skipped_layers(
         return
     images = quantization.images[:_ERROR_IMAGES]
     layers = by_error(network, quantizable_layers(program, quantization.model), images)
-    count = 1
-    while count < len(layers):
-        print(f"Too much AP is lost. Left in float32: {', '.join(layers[:count])}")
+    counts = [2**power for power in range(len(layers).bit_length()) if 2**power < len(layers)]
+    for attempt, count in enumerate(counts, 1):
+        shown = ", ".join(layers[:count])
+        print(f"Too much AP is lost. Attempt {attempt} of at most {len(counts)}. Left in float32: {shown}")
         yield layers[:count]
-        count *= 2
 
 
 def _output_names(network: ExportableNetwork, size: tuple[int, int]) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from detectron2.modeling import build_backbone, build_model
 
 from sparseinst.backbones import TimmBackbone
+from sparseinst.backbones.same_padding import replace_same_padding
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 timm = pytest.importorskip("timm", reason="the package timm is not installed (pip install 'sparseinst[timm]')")
@@ -93,6 +94,29 @@ def test_under_sparseinst(model, levels):
     with torch.no_grad():
         instances = model.eval()(inputs)[0]["instances"]
     assert torch.isfinite(instances.scores).all()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), ((3, 5), (2, 3), 1), (2, 3, 1), (3, 2, 2)]
+)
+def test_same_padding_is_that_of_timm(kernel, stride, dilation):
+    conv = timm.layers.Conv2dSame(4, 6, kernel, stride, dilation=dilation, groups=2)
+    sequence = torch.nn.Sequential(conv)
+    replace_same_padding(sequence, timm.layers.Conv2dSame)
+    assert type(sequence[0]) is not type(conv) and sequence[0].weight is conv.weight
+    for size in ((8, 8), (9, 7), (1, 12), (13, 10)):
+        images = torch.randn(2, 4, *size)
+        assert torch.equal(sequence(images), conv(images))
+
+
+def test_dynamic_sizes_stay_simple():
+    """Nested expressions of timm's padding kept torch.export of an EfficientNet from ending."""
+    backbone = TimmBackbone("tf_efficientnet_lite0", {"res2": 4}).eval()
+    rows, columns = torch.export.Dim("rows", min=2), torch.export.Dim("columns", min=2)
+    sizes = {0: None, 2: 32 * rows, 3: 32 * columns}
+    program = torch.export.export(backbone, (torch.randn(1, 3, 64, 96),), dynamic_shapes=(sizes,))
+    shapes = [str(node.meta["val"].shape) for node in program.graph.nodes if hasattr(node.meta.get("val"), "shape")]
+    assert len(shapes) > 20 and not [shape for shape in shapes if "Ceil" in shape or "Max" in shape]
 
 
 def test_order_of_the_features_does_not_matter():

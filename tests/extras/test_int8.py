@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparseinst.runtime.export import ExportableNetwork, export_program, file_writer
+from sparseinst.runtime.export import ExportableNetwork, converter, export_program
 from sparseinst.runtime.exported_file import ExportMetadata
 from sparseinst.runtime.openvino import OpenVINONetwork, read_program
 from sparseinst.runtime.quantize import Quantization, folded_copy, quantizable_layers
@@ -20,8 +20,7 @@ def test_openvino_in_int8(tmp_path):
     layers = quantizable_layers(program, model)
     path = tmp_path / "model.xml"
     quantization = Quantization(model, [images], layers[:1])
-    write = file_writer("openvino", program, NAMES, "int8", (), quantization)
-    write(path, ExportMetadata(*[None] * 20))
+    converter("openvino", program, NAMES, "int8", ())(quantization)(path, ExportMetadata(*[None] * 20))
     read = read_program(path)
     weights = [node for node in read.get_ops() if node.get_type_name() == "Constant"
                and node.get_element_type().get_type_name() == "i8"]  # fmt: skip

@@ -30,6 +30,8 @@ OPTS = ("MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0)
 NUM_CLIENTS, NUM_REQUESTS, WARM_REQUESTS = 200, 2000, 200
 WAITING, WORKERS = 64, 2
 MAX_GROWTH = 50 * 2**20
+# An image of 70 megapixels, one in so many requests; the service's memory at its peak, where both workers have one.
+HUGE, HUGE_PERIOD, MAX_PEAK = (7000, 10_000), 200, 5 * 2**30
 
 
 def photo(height, width, seed):
@@ -52,7 +54,8 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(weights):
+def service(weights):
+    """The address and the process of the service."""
     command = [sys.executable, "-m", "sparseinst", "serve", "--weights", str(weights), "--port", "0"]
     command += ["--max-waiting", str(WAITING), "--workers", str(WORKERS), "--max-upload-mib", "4", "--timeout", "600"]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
@@ -61,7 +64,7 @@ def address(weights):
         lines = iter(process.stdout.readline, "")
         address = next(line.strip() for line in lines if line.startswith("http://"))
         wait_until(lambda: httpx2.get(f"{address}/healthz").status_code == 200, 300)
-        yield address
+        yield address, process.pid
     finally:
         process.terminate()
         process.wait()
@@ -69,17 +72,19 @@ def address(weights):
 
 @pytest.fixture(scope="module")
 def cases(weights, tmp_path_factory):
-    """(share, upload, status, instances of the Predictor or a part of the error)."""
+    """(share, upload, status, instances of the Predictor or a part of the error); the huge image is first."""
     predictor = Predictor(load_config(str(weights.with_name("config.yaml")), ["MODEL.WEIGHTS", str(weights)]))
     file = tmp_path_factory.mktemp("images") / "photo.jpg"
-    cases = []
+    cases = [(0, photo(*HUGE, 99), 200, None)]
     for seed, (height, width) in enumerate([(64, 64), (90, 60), (61, 133), (240, 320), (480, 640)] * 4):
         data = photo(height, width, seed)
         cases.append((5, data, 200, None))
     cases += [(1, photo(1500, 2000, seed), 200, None) for seed in range(50, 54)]
     for index, (share, data, status, _) in enumerate(cases):
         file.write_bytes(data)
-        (instances,) = predictor([read_image(file)], "RGB")
+        # As the service: boolean masks of the huge image would take gigabytes.
+        with predictor.model.output_as(mask_format="rle"):
+            (instances,) = predictor([read_image(file)], "RGB")
         results = to_coco_results(instances, 1, predictor.classes.category_ids)
         assert results
         cases[index] = (share, data, status, results)
@@ -104,7 +109,9 @@ class Load:
         self.wrong = []
 
     async def run(self, num_requests):
-        remaining = iter(range(num_requests))
+        cases = self._rng.choices(self._cases, [case[0] for case in self._cases], k=num_requests)
+        cases[HUGE_PERIOD // 2 :: HUGE_PERIOD] = [self._cases[0]] * len(cases[HUGE_PERIOD // 2 :: HUGE_PERIOD])
+        remaining = iter(cases)
         # A connection for each request: these clients share a busy process, and could come back to one that the service
         # has closed because it was idle for long.
         limits = httpx2.Limits(max_connections=NUM_CLIENTS, max_keepalive_connections=0)
@@ -112,8 +119,7 @@ class Load:
             await asyncio.gather(*(self._client(client, remaining) for _ in range(NUM_CLIENTS)))
 
     async def _client(self, client, remaining):
-        for _ in remaining:
-            _, data, status, expected = self._rng.choices(self._cases, [case[0] for case in self._cases])[0]
+        for _, data, status, expected in remaining:
             as_form = {"files": {"image": data}} if self._rng.random() < 0.5 and data else {"content": data}
             self.num_sent += 1
             try:
@@ -136,7 +142,15 @@ def is_right(response, status, expected):
     return [{key: one[key] for key in expected[0]} for one in found] == expected
 
 
-def test_200_clients_get_right_answers_and_memory_stays(address, cases):
+def peak_memory(pid):
+    """The most memory that was resident, bytes; 0 where the system does not tell."""
+    status = Path(f"/proc/{pid}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def test_200_clients_get_right_answers_and_memory_stays(service, cases):
+    address, pid = service
     with httpx2.Client(base_url=address, timeout=60) as client:
         load = Load(address, cases)
         asyncio.run(load.run(WARM_REQUESTS))
@@ -144,9 +158,11 @@ def test_200_clients_get_right_answers_and_memory_stays(address, cases):
         asyncio.run(load.run(NUM_REQUESTS - WARM_REQUESTS))
         after = metric(client, "process_resident_memory_bytes")
         sizes = [f"{size / 2**20:.0f} MiB" for size in (before, after)]
+        peak = peak_memory(pid)
         print(f"resident memory after {WARM_REQUESTS} and {load.num_sent} requests: {sizes}; {load.num_busy} times 429")
+        print(f"at its peak: {peak / 2**20:.0f} MiB")
         assert load.num_sent == NUM_REQUESTS and not load.wrong, (len(load.wrong), load.wrong[:9])
         # More clients than places.
         assert load.num_busy > 0
-        assert after - before < MAX_GROWTH
+        assert after - before < MAX_GROWTH and peak < MAX_PEAK
         assert metric(client, "sparseinst_running_requests") == 0

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sparseinst.benchmarks.inference import DrawnObjects
 from sparseinst.inference import VideoWriter
@@ -26,6 +27,19 @@ def test_table(arguments, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[0:1] == "|"]
     assert [row[0] for row in rows[2:]] == ["model alone", "demo"]
     assert rows[2][2] == "1.00" and all(float(row[1]) > 0 for row in rows[2:])
+
+
+def test_predict_on_images(tmp_path, arguments, capsys):
+    for index, size in enumerate([(48, 64), (30, 90), (60, 80)]):
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / f"{index}.png")
+    arguments[2:4] = ["--input", str(tmp_path)]
+    before = sorted(tmp_path.iterdir())
+    assert benchmark_video.main([*arguments, "--frames", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 images of 30x90 to 48x64" in printed and "Drawing" not in printed
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[0:1] == "|"]
+    assert [row[0] for row in rows[2:]] == ["model alone", "predict"] and float(rows[3][1]) > 0
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,9 @@ def unconverted(monkeypatch):
 
     def writer(*args):
         calls.append(args)
-        return lambda path, metadata: path.write_text("")
+        return lambda quantization: lambda path, metadata: path.write_text("")
 
-    monkeypatch.setattr(export_run, "file_writer", writer)
+    monkeypatch.setattr(export_run, "converter", writer)
     return calls
 
 
@@ -237,7 +237,7 @@ def test_the_last_line_says_whether_detections_were_compared(
     monkeypatch.setattr(export_run, "open_network", lambda *args: network)
     written = []
     write = lambda path, metadata: written.append(metadata) or path.write_text("")  # noqa: E731
-    monkeypatch.setattr(export_run, "file_writer", lambda *args: write)
+    monkeypatch.setattr(export_run, "converter", lambda *args: lambda quantization: write)
     Image.fromarray(photos()[1]).save(tmp_path / "a.png")
     flags = ["--format", "onnx", "--size", 64, 96, "--output", tmp_path]
     # The value of --end-to-end is left out.

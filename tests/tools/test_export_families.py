@@ -1,4 +1,4 @@
-"""`sparseinst export` of SOLOv2 and YOLACT, with and without their post-processing. Slow."""
+"""`sparseinst export` of SOLO, SOLOv2 and YOLACT, with and without their post-processing. Slow."""
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ for package in ("onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"the package {package} is not installed")
 pytestmark = pytest.mark.usefixtures("loggers_as_before")
 FILES = {"onnx": "model.onnx", "openvino": "model_openvino/model.xml"}
-SIZES = {"solov2": (64, 96), "yolact": (64, 64), "yolact_plus": (256, 256)}
+SIZES = {"solo": (64, 96), "decoupled": (64, 96), "solov2": (64, 96), "yolact": (64, 64), "yolact_plus": (256, 256)}
 # Most masks of YOLACT++ with random weights are empty.
-NUM_DETECTIONS = {"solov2": 5, "yolact": 5, "yolact_plus": 60}
+NUM_DETECTIONS = {"solo": 5, "decoupled": 5, "solov2": 5, "yolact": 5, "yolact_plus": 60}
 
 
 def save(folder, family):
     """Write config and weights; return the model."""
-    if family == "solov2":
+    if "solo" in family or family == "decoupled":
         model, cfg = tiny_solo(family), tiny_solo_cfg(family)
     else:
         # Both drop empty masks after this limit.

@@ -10,16 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparseinst.config import registered
-from sparseinst.modeling.solo.heads import (
-    SOLO_HEAD_REGISTRY,
-    GridHead,
-    Tower,
-    conv_norm,
-    init_conv,
-    resize,
-    resized_probs,
-    upsample,
-)
+from sparseinst.modeling.solo.heads import SOLO_HEAD_REGISTRY, GridHead, resize, resized_probs, upsample
+from sparseinst.modeling.solo.tower import Tower, conv_norm, init_conv
 from sparseinst.ops.coordinates import coordinate_channels
 from sparseinst.ops.dense_detections import chosen
 
@@ -93,8 +85,10 @@ class SOLOv2Head(GridHead):
         probs = (kernels.T @ features.flatten(1)).sigmoid().unflatten(1, features.shape[1:])
         return resized_probs(probs, size)
 
-    def dense_mask_probs(self, outputs: dict[str, torch.Tensor], cells: torch.Tensor) -> torch.Tensor:
-        """Compute the masks (B, n, Hm, Wm) of cells (B, n), numbered through all levels, in float32."""
+    def dense_mask_probs(
+        self, outputs: dict[str, torch.Tensor], cells: torch.Tensor, size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Apply the cells' kernels to the mask features; see the base class."""
         features = outputs["mask_features"].float()
         kernels = chosen(outputs["kernels"].float().transpose(1, 2), cells)
         return (kernels @ features.flatten(2)).sigmoid().unflatten(2, features.shape[2:])

@@ -4,74 +4,26 @@ A level l has a grid of S_l x S_l cells; the cells of a level are numbered by ro
 cells; masks of single cells are computed from them on demand, because few of the thousands are ever needed.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.utils.registry import Registry
 from torch import nn
 from torch.nn import functional as F
 
 from sparseinst.config import registered
+from sparseinst.modeling.solo.tower import Tower, init_conv
 from sparseinst.ops.coordinates import coordinate_channels
-from sparseinst.ops.deform_conv import DeformConv2d
+from sparseinst.ops.dense_detections import chosen
 
 SOLO_HEAD_REGISTRY = Registry("SOLO_HEAD")
 SOLO_HEAD_REGISTRY.__doc__ = """
 Heads of SOLO and SOLOv2: subclasses of GridHead, built as ``Name(cfg, input_shape)`` with the ShapeSpecs of the
 backbone by feature name.
 """
-
-INIT_STD = 0.01
-
-
-class Tower(nn.ModuleList):
-    """Convolutions 3x3, each with a norm and a ReLU.
-
-    Args:
-        in_channels: channels of the input.
-        channels: width of the convolutions.
-        num_convs: how many.
-        norm: a norm of Detectron2; with "" the convolutions have a bias.
-        deform: which convolutions are deformable: "", "last" or "all".
-        modulated: whether these are modulated (v2).
-    """
-
-    def __init__(
-        self, in_channels: int, channels: int, num_convs: int, norm: str, deform: str = "", modulated: bool = False
-    ) -> None:
-        first_deformable = {"": num_convs, "last": num_convs - 1, "all": 0}[deform]
-        super().__init__(
-            conv_norm(in_channels if index == 0 else channels, channels, 3, norm, index >= first_deformable, modulated)
-            for index in range(num_convs)
-        )
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return a map of the input's size."""
-        for conv in self:
-            features = F.relu(conv(features))
-        return features
-
-
-def conv_norm(
-    in_channels: int, channels: int, kernel_size: int, norm: str, is_deformable: bool = False, modulated: bool = False
-) -> nn.Module:
-    """Return a convolution with a norm, initialized as published: weights of N(0, 0.01), offsets of zero."""
-    conv = Conv2d(
-        in_channels, channels, kernel_size, padding=kernel_size // 2, bias=not norm, norm=get_norm(norm, channels)
-    )
-    init_conv(conv)
-    return DeformConv2d(conv, modulated=modulated) if is_deformable else conv
-
-
-def init_conv(conv: nn.Conv2d, prior_prob: float | None = None) -> None:
-    """Draw weights of N(0, 0.01); set the bias to 0, or so that the sigmoid is ``prior_prob``."""
-    nn.init.normal_(conv.weight, std=INIT_STD)
-    if conv.bias is not None:
-        nn.init.constant_(conv.bias, 0.0 if prior_prob is None else -math.log((1 - prior_prob) / prior_prob))
 
 
 def resize(features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -219,6 +171,24 @@ class GridHead(nn.Module, ABC):
             (n, h, w) in [0, 1], over the padded input.
         """
 
+    def dense_mask_probs(
+        self, outputs: dict[str, torch.Tensor], cells: torch.Tensor, size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Compute the masks of cells of any level in float32, with shapes that do not depend on the cells.
+
+        Args:
+            outputs: as in `mask_probs`.
+            cells: (B, n) int64, numbered through all levels.
+            size: of the masks of the finest level.
+
+        Returns:
+            (B, n, *size) in [0, 1], those of `mask_probs`.
+
+        Raises:
+            ValueError: the head does not implement this; the default.
+        """
+        raise ValueError(f"--end-to-end: {type(self).__name__} has no post-processing that can be exported")
+
 
 def _scaled(level: torch.Tensor, feature_stride: int, stride: int) -> tuple[int, int]:
     return tuple(side * feature_stride // stride for side in level.shape[-2:])
@@ -277,6 +247,25 @@ class SOLOHead(GridHead):
     ) -> torch.Tensor:
         """Return the sigmoids of the mask logits, then resize them; see the base class."""
         return resized_probs(self.mask_logits(outputs, image, level, cells).sigmoid(), size)
+
+    def dense_mask_probs(
+        self, outputs: dict[str, torch.Tensor], cells: torch.Tensor, size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Apply the cells' rows to the features of each level, and choose the cell's level; see the base class."""
+        levels = range(len(self.num_grids))
+        rows = chosen(torch.cat([outputs[f"mask_weights_{level}"] for level in levels], dim=1).float(), cells)
+        biases = torch.cat([outputs[f"mask_biases_{level}"] for level in levels], dim=1).float().gather(1, cells)
+        probs, start = None, 0
+        for level, count in enumerate(self.level_sizes):
+            features = outputs[f"mask_features_{level}"].float()
+            logits = rows @ features.flatten(2) + biases[..., None]
+            level_probs = upsample(logits.unflatten(2, features.shape[2:])).sigmoid()
+            if self.mask_strides[level] != min(self.mask_strides):
+                level_probs = resize(level_probs, size)
+            is_finer = (cells < start)[..., None, None]
+            probs = level_probs if probs is None else torch.where(is_finer, probs, level_probs)
+            start += count
+        return probs
 
 
 def resized_probs(probs: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
@@ -344,6 +333,24 @@ class DecoupledSOLOHead(GridHead):
             used, position = indices.unique(return_inverse=True)
             logits = outputs[f"mask_logits_{axis}_{level}"][image].index_select(0, used).float()
             factors.append(resized_probs(logits.sigmoid(), size).index_select(0, position))
+        return factors[0] * factors[1]
+
+    def dense_mask_probs(
+        self, outputs: dict[str, torch.Tensor], cells: torch.Tensor, size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Resize the factors of all columns and rows, then multiply those of the cells; see the base class."""
+        in_grid = [torch.arange(count, device=cells.device) for count in self.level_sizes]
+        starts = [sum(self.num_grids[:level]) for level in range(len(self.num_grids))]
+        columns = [start + each % s for each, start, s in zip(in_grid, starts, self.num_grids)]
+        rows = [start + each // s for each, start, s in zip(in_grid, starts, self.num_grids)]
+        factors = []
+        for axis, indices in (("x", columns), ("y", rows)):
+            probs = [outputs[f"mask_logits_{axis}_{level}"].float().sigmoid() for level in range(len(self.num_grids))]
+            resized = [
+                each if stride == min(self.mask_strides) else resize(each, size)
+                for each, stride in zip(probs, self.mask_strides)
+            ]
+            factors.append(chosen(torch.cat(resized, dim=1), torch.cat(indices)[cells]))
         return factors[0] * factors[1]
 
 

@@ -226,6 +226,23 @@ class SOLO(InstanceSegmenter):
         with no_autocast(self.device):
             return [{"instances": found} for found, _ in self.detect_each(detect_image, batched_inputs, images)]
 
+    def dense_detections(
+        self, outputs: dict[str, torch.Tensor], padded_size: tuple[int, int], max_detections: int
+    ) -> dict[str, torch.Tensor]:
+        """Return a fixed number of detections; see the base class."""
+        if self.detection.nms_type != "matrix":
+            raise ValueError(
+                f"{self.node_name}.NMS.TYPE is {self.detection.nms_type}; --end-to-end supports matrix only"
+            )
+        return dense_detections(
+            self.head,
+            outputs,
+            self.detection,
+            padded_size=padded_size,
+            max_detections=min(max_detections, self.detection.max_detections),
+            score_threshold=self.output.score_threshold,
+        )
+
     @property
     def postprocessing_options(self) -> dict[str, float | int | str]:
         """Return thresholds and limits; see the base class."""
@@ -256,23 +273,6 @@ class SOLOv2(SOLO):
     def from_config(cls, cfg: CfgNode) -> dict:
         arguments = super().from_config(cfg)
         return {**arguments, "mask_feature_head": build_mask_feature_head(cfg, arguments["backbone"].output_shape())}
-
-    def dense_detections(
-        self, outputs: dict[str, torch.Tensor], padded_size: tuple[int, int], max_detections: int
-    ) -> dict[str, torch.Tensor]:
-        """Return a fixed number of detections; see the base class."""
-        if self.detection.nms_type != "matrix":
-            raise ValueError(
-                f"{self.node_name}.NMS.TYPE is {self.detection.nms_type}; --end-to-end supports matrix only"
-            )
-        return dense_detections(
-            self.head,
-            outputs,
-            self.detection,
-            padded_size=padded_size,
-            max_detections=min(max_detections, self.detection.max_detections),
-            score_threshold=self.output.score_threshold,
-        )
 
 
 def _register_solov2() -> None:

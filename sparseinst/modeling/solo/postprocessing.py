@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from sparseinst.modeling.solo.dynamic_head import SOLOv2Head
 from sparseinst.modeling.solo.heads import GridHead
 from sparseinst.ops.dense_detections import chosen, dense_output
 from sparseinst.ops.mask_output import output_masks
@@ -125,7 +124,7 @@ def detect(
     cells, classes, scores = candidate_cells(outputs["cate_logits"][image], head.num_grids, options.score_threshold)
     # Positions of the candidates in `used`, the cells of all candidates.
     used, position = cells.unique(return_inverse=True)
-    size = tuple(side // min(head.mask_strides) for side in padded_size)
+    size = _mask_size(head, padded_size)
     block = max(1, MAX_PIXELS_AT_ONCE // max(1, size[0] * size[1]))
 
     maskness, masks = _score_masks(head, outputs, image, used, size, options.mask_threshold, block)
@@ -160,7 +159,7 @@ def detect(
 
 
 def dense_detections(
-    head: SOLOv2Head,
+    head: GridHead,
     outputs: dict[str, torch.Tensor],
     options: DetectionOptions,
     *,
@@ -187,7 +186,7 @@ def dense_detections(
     num_classes = scores.shape[2]
     scores, pairs = scores.flatten(1).topk(min(options.nms_pre, scores.shape[1] * num_classes))
     cells, classes = pairs // num_classes, pairs % num_classes
-    mask_probs = head.dense_mask_probs(outputs, cells)
+    mask_probs = head.dense_mask_probs(outputs, cells, _mask_size(head, padded_size))
     areas, sums = (each.view_as(scores) for each in areas_and_sums(mask_probs.flatten(0, 1), options.mask_threshold))
     is_candidate = (scores > options.score_threshold) & (areas > _cell_strides(head, cells.device)[cells])
     scores, order = torch.where(is_candidate, scores * sums / areas.clamp(min=1), 0.0).topk(scores.shape[1])
@@ -220,6 +219,11 @@ def _score_masks(
     if masks is None:
         masks = torch.zeros((0, *size), device=cells.device)
     return torch.cat(maskness), masks if len(cells) <= block else None
+
+
+def _mask_size(head: GridHead, padded_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of the finest level's masks, in which candidates are compared."""
+    return tuple(side // min(head.mask_strides) for side in padded_size)
 
 
 def _cell_strides(head: GridHead, device: torch.device) -> torch.Tensor:

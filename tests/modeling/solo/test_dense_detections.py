@@ -1,4 +1,4 @@
-"""SOLOv2's post-processing with fixed shapes against the one of all other engines."""
+"""The post-processing with fixed shapes of SOLO and SOLOv2 against the one of all other engines."""
 
 import pytest
 import torch
@@ -29,6 +29,33 @@ def test_it_finds_what_detect_finds(opts, max_detections):
     assert min(counts) > 2 and (max_detections == 100 or max(counts) == max_detections)
 
 
+@pytest.mark.parametrize("variant", ["solo", "decoupled", "decoupled_light"])
+def test_heads_of_solo(variant):
+    model = tiny_solo(variant, "MODEL.SOLO.NMS.PRE", NUM_PAIRS)
+    assert min(assert_dense_equals_postprocess(model, IMAGES)) > 2
+
+
+@pytest.mark.parametrize("variant", ["solo", "decoupled", "solov2"])
+def test_masks_of_cells_of_all_levels(variant):
+    """Cells in any order, some twice, give the masks that `mask_probs` computes level by level."""
+    model = tiny_solo(variant)
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randint(sum(model.head.level_sizes), (3, 40), generator=generator)
+    cells[:, :5] = torch.tensor([0, 99, 100, 224, 0])
+    size = (16, 24)
+    with torch.no_grad():
+        outputs = model.network(IMAGES)
+        dense = model.head.dense_mask_probs(outputs, cells, size)
+        for image in range(3):
+            for cell, found in zip(cells[image].tolist(), dense[image]):
+                level = 0
+                while cell >= model.head.level_sizes[level]:
+                    cell -= model.head.level_sizes[level]
+                    level += 1
+                expected = model.head.mask_probs(outputs, image, level, torch.tensor([cell]), size)[0]
+                assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_candidates_beyond_the_limit_are_left_out():
     model = tiny_solo("solov2", f"{NODE}.NMS.PRE", 4)
     with torch.no_grad():
@@ -44,7 +71,7 @@ def test_no_candidates():
     ("variant", "opts", "message"),
     [
         ("solov2", (f"{NODE}.NMS.TYPE", "mask"), "MODEL.SOLOV2.NMS.TYPE is mask; --end-to-end supports matrix only"),
-        ("solo", (), "--end-to-end: SOLO has no post-processing"),
+        ("solo", ("MODEL.SOLO.NMS.TYPE", "mask"), "MODEL.SOLO.NMS.TYPE is mask; --end-to-end supports matrix only"),
     ],
 )
 def test_others_are_refused(variant, opts, message):
