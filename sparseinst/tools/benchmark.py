@@ -44,7 +44,7 @@ NAMED_SETTINGS = {
     "bfloat16": "PRECISION bfloat16",
     "float16": "PRECISION float16",
     "openvino": "ENGINE openvino",
-    "openvino-plain": "ENGINE openvino WINOGRAD False",
+    "openvino-without-winograd": "ENGINE openvino WINOGRAD False",
     "openvino-bfloat16": "ENGINE openvino PRECISION bfloat16",
     "onnxruntime": "ENGINE onnxruntime",
 }
