@@ -160,9 +160,6 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # object is left out where the center of its box is outside of the image. False: boxes are tight around the masks,
     # and crowds are left out.
     cfg.INPUT.ANNOTATION_BOXES = False
-    # Training: smallest and largest of random factors on the size that MIN_SIZE_TRAIN and MAX_SIZE_TRAIN give; larger
-    # images are cropped to that size. (): off. Detectron2's DatasetMapper does not read it.
-    cfg.INPUT.SCALE_JITTER = ()
     # Training: the augmentations of SSD (arXiv 1512.02325), before flip and resize; they need ANNOTATION_BOXES.
     cfg.INPUT.SSD = CfgNode()
     cfg.INPUT.SSD.ENABLED = False

@@ -91,10 +91,6 @@ RANGES: Mapping[str, Range] = {
     "INPUT.FIT_SIZE_TEST": Range(
         lambda size: len(size) in (0, 2) and all(COUNT.accepts(side) for side in size), "(height, width), or empty: off"
     ),
-    "INPUT.SCALE_JITTER": Range(
-        lambda value: not value or (len(value) == 2 and 0.1 <= value[0] <= value[1] <= 10),
-        "() (off), or the smallest and the largest factor in [0.1, 10]",
-    ),
     "INPUT.SQUARE_SIZE": Range(lambda side: isinstance(side, int) and side >= 0, "a whole number of pixels (0: off)"),
     "INPUT.MAX_IMAGE_PIXELS": COUNT,
     "INPUT.RANDOM_FLIP": one_of("none", "horizontal", "vertical"),

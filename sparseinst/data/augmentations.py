@@ -34,30 +34,6 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return T.ResizeTransform(*image.shape[:2], *new_size, self.interp)
 
 
-class JitteredResize(ResizeShortestEdge):
-    """Resize as the base class, times a random factor; crop what exceeds the base class's size, at a random position.
-
-    Args:
-        scale_range: smallest and largest factor.
-        args, kwargs: as those of the base class.
-    """
-
-    def __init__(self, scale_range: Sequence[float], *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self.scale_range = tuple(scale_range)
-
-    def get_transform(self, image: np.ndarray) -> T.Transform:
-        resize = super().get_transform(image)
-        limits = image.shape[:2] if isinstance(resize, T.NoOpTransform) else (resize.new_h, resize.new_w)
-        factor = np.random.uniform(*self.scale_range)
-        size = [max(1, round(factor * limit)) for limit in limits]
-        height, width = (min(pair) for pair in zip(size, limits))
-        top, left = (np.random.randint(full - part + 1) for full, part in zip(size, (height, width)))
-        return T.TransformList(
-            [T.ResizeTransform(*image.shape[:2], *size, self.interp), T.CropTransform(left, top, width, height)]
-        )
-
-
 class RandomCrop(T.RandomCrop):
     """Crop as Detectron2 does, but at least one pixel high and wide, however small the fraction."""
 
@@ -107,12 +83,12 @@ def photograph_input(cfg: CfgNode) -> dict:
 def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """Return the published recipe: flip; with INPUT.CROP.ENABLED, zoom and crop half of the images; resize.
 
-    With INPUT.SCALE_JITTER the resize is a `JitteredResize`. With INPUT.SSD.ENABLED SSD's augmentations come first.
-    With INPUT.SQUARE_SIZE images become float32, and are resized to the square.
+    With INPUT.SSD.ENABLED the augmentations of SSD come first. With INPUT.SQUARE_SIZE images become float32, and are
+    resized to the square.
 
     Raises:
-        ValueError: INPUT.RANDOM_FLIP, INPUT.CROP, INPUT.SSD, INPUT.SCALE_JITTER, INPUT.MIN_SIZE_TRAIN or
-            INPUT.MIN_SIZE_TRAIN_SAMPLING is invalid.
+        ValueError: INPUT.RANDOM_FLIP, INPUT.CROP, INPUT.SSD, INPUT.MIN_SIZE_TRAIN or INPUT.MIN_SIZE_TRAIN_SAMPLING is
+            invalid.
         ImportError: INPUT.SSD.ENABLED without OpenCV.
     """
     check_keys(cfg, "INPUT.RANDOM_FLIP", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "INPUT.CROP.TYPE", "INPUT.CROP.SIZE")
@@ -143,13 +119,6 @@ def build_train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
         zoom = ResizeShortestEdge(_SHORT_SIDES_BEFORE_CROP, _LONG_SIDE_BEFORE_CROP, "choice")
         zoom_and_crop = T.AugmentationList([zoom, RandomCrop(crop_type, crop_size)])
         augmentations.append(T.RandomApply(zoom_and_crop, prob=_CROP_PROBABILITY))
-    jitter = cfg.INPUT.SCALE_JITTER
-    if side and jitter:
-        raise ValueError(f"INPUT.SCALE_JITTER is {jitter} with INPUT.SQUARE_SIZE {side}; set one of them to () or 0")
-    if side:
-        augmentations.append(T.Resize((side, side)))
-    elif jitter:
-        augmentations.append(JitteredResize(jitter, min_sizes, cfg.INPUT.MAX_SIZE_TRAIN, sampling))
-    else:
-        augmentations.append(ResizeShortestEdge(min_sizes, cfg.INPUT.MAX_SIZE_TRAIN, sampling))
+    resize = T.Resize((side, side)) if side else ResizeShortestEdge(min_sizes, cfg.INPUT.MAX_SIZE_TRAIN, sampling)
+    augmentations.append(resize)
     return augmentations

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 from detectron2.data import transforms as T
 
-from sparseinst.config import check_values
 from sparseinst.data.augmentations import (
-    JitteredResize,
     RandomCrop,
     ResizeShortestEdge,
     build_test_augmentations,
@@ -83,40 +81,3 @@ def test_the_training_recipe_on_images_of_any_size(size, crop):
         # A strip of 600 x 2400000 before the crop would take 4 GB.
         most = max([most, *(max(t.new_h, t.new_w) for t in transforms.transforms if isinstance(t, T.ResizeTransform))])
     assert most <= 10_000 and (most == 10_000) == (4000 in size)
-
-
-def test_scale_jitter_scales_and_crops_to_the_size_without_it():
-    # The gray value is the column.
-    image = np.repeat(np.tile(np.arange(200, dtype=np.uint8), (100, 1))[..., None], 3, axis=2)
-    np.random.seed(0)
-    widths, first_columns = [], []
-    for _ in range(60):
-        result = JitteredResize((0.5, 2.0), (50,), 1000, "choice").get_transform(image).apply_image(image)
-        height, width = result.shape[:2]
-        assert height <= 50 and width <= 100 and width == pytest.approx(2 * height, abs=2)
-        if width < 100:
-            # The whole image, smaller.
-            assert result[0, 0, 0] < 10 and result[0, -1, 0] > 190
-        widths.append(width)
-        first_columns.append(int(result[0, 0, 0]))
-        # Twice the size shows half of the image.
-        assert int(result[0, -1, 0]) - first_columns[-1] > 90
-    assert min(widths) < 60 and widths.count(100) > 20 and max(first_columns) > 30
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (3, 5)])
-def test_scale_jitter_on_images_of_any_size(size):
-    np.random.seed(0)
-    augmentation = JitteredResize((0.1, 3.0), (32,), 60, "choice")
-    assert all(1 <= side <= 60 for _ in range(20) for side in size_after(augmentation, *size))
-
-
-def test_scale_jitter_is_a_key():
-    cfg = tiny_cfg("INPUT.SCALE_JITTER", (0.7, 1.5), "INPUT.MIN_SIZE_TRAIN", (64,))
-    assert build_train_augmentations(cfg)[-1].scale_range == (0.7, 1.5)
-    cfg.INPUT.SQUARE_SIZE = 64
-    with pytest.raises(ValueError, match="INPUT.SCALE_JITTER is .* with INPUT.SQUARE_SIZE 64"):
-        build_train_augmentations(cfg)
-    for value in ((0.7,), (1.5, 0.7), (0.0, 1.0)):
-        with pytest.raises(ValueError, match="INPUT.SCALE_JITTER"):
-            check_values(tiny_cfg("INPUT.SCALE_JITTER", value))
