@@ -99,8 +99,15 @@ def load_config(
     _limit_detections(cfg)
     # A training writes its config, and YAML cannot represent every Python value.
     _merge(cfg.dump, f"The config of {path} and the KEY VALUE overrides cannot be written as YAML")
-    check_values(cfg)
-    meta_architecture(cfg)
+    try:
+        check_values(cfg)
+        meta_architecture(cfg)
+    except ValueError as error:
+        # The message begins with the key.
+        key = str(error).partition(" ")[0]
+        if any(f"{key}.".startswith(f"{group}.") for group in opts[::2]):
+            raise
+        raise ValueError(f"In the config file {path}: {error}") from error
     if cfg.MODEL.DEVICE.startswith("cuda"):
         import torch
 

@@ -6,7 +6,7 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from sparseinst.config import add_sparse_inst_config, check_value, check_values, load_config
+from sparseinst.config import add_sparse_inst_config, check_value, check_values, get_config_file, load_config
 from sparseinst.config.values import RANGES
 from sparseinst.engine.optimizer import IMPLEMENTATIONS
 from sparseinst.engine.trainer import AMP_DTYPES
@@ -49,6 +49,14 @@ def test_a_value_out_of_range_stops_with_its_key(key, value):
     with pytest.raises(ValueError, match=f"^{key} is .*; it must be .") as caught:
         load_config("quick/shapes", [key, value])
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_out_of_range_in_a_file_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"_BASE_: {get_config_file('quick/shapes')}\nSOLVER: {{WARMUP_ITERS: -1}}\n")
+    with pytest.raises(ValueError, match=f"^In the config file {path}: SOLVER.WARMUP_ITERS is -1; it must be"):
+        load_config(str(path))
+    assert load_config(str(path), ["SOLVER.WARMUP_ITERS", "3"]).SOLVER.WARMUP_ITERS == 3
 
 
 def test_every_range_refuses_something():
