@@ -40,9 +40,9 @@ from sparseinst.structures.targets import InstanceTargets
 
 # Standard deviation of the Gaussian of each activation map, in cells.
 MAP_RADIUS = 1.5
-# Initial factors of 1, v, u, v ** 2, u ** 2, u * v, see `ellipse_logits`: 0 on the ellipse in the box, 2 in its center.
+# Initial factors of 1, v, u, v ** 2, u ** 2, u * v, see `ellipse_forms`: 0 on the ellipse in the box, 2 in its center.
 ELLIPSE = (2.0, 0.0, 0.0, -2.0, -2.0, 0.0)
-# Of a box's size over its initial size: larger factors would make the quadratic of a tiny box imprecise.
+# Logarithm of a box's size over its initial size, in both directions: the quadratic of a smaller box loses digits.
 MAX_LOG_SIZE = 4.0
 # Subtracted from other cells, so that they rank behind the peaks.
 NOT_A_PEAK = 100.0
@@ -110,7 +110,7 @@ class PlacedInstanceBranch(nn.Module):
 
         Returns:
             ``pred_logits`` and ``pred_scores`` of `SparseInst.network` with ``pred_iam`` (B, N, H, W); the mask kernels
-            (B, N, D); the ellipses (B, N, 10) of `ellipse_logits`.
+            (B, N, D); the ellipses (B, N, 10) of `ellipse_forms`.
         """
         iam_logits = self.saliency(features) + placed_maps(cells, *features.shape[-2:])
         own, class_logits = (
@@ -129,7 +129,9 @@ class PlacedInstanceBranch(nn.Module):
             y, x = (relative_centers(size, cells.device) for size in (height, width))
             rows, columns = rows_and_columns(cells, height, width)
             centers = torch.stack([y[rows], x[columns]], dim=2)
-            offsets, log_sizes = self.box(vectors.float()).split(2, dim=2)
+            # RUNTIME.PRECISION stores the weights in 16 bits.
+            boxes = F.linear(vectors.float(), self.box.weight.float(), self.box.bias.float())
+            offsets, log_sizes = boxes.split(2, dim=2)
             sizes = self.ellipse_size * log_sizes.clamp(-MAX_LOG_SIZE, MAX_LOG_SIZE).exp()
             return torch.cat([centers + self.ellipse_size * offsets, sizes], dim=2)
 
@@ -269,7 +271,9 @@ class PlacedIAMDecoder(BaseIAMDecoder):
             heat, is_center, cells = (torch.stack(parts) for parts in zip(*centers))
             gt_boxes, gt_masks = torch.stack(gt_boxes), torch.stack(gt_masks)
         decoded, mask_kernels, ellipses = self.inst_branch.predict(outputs["inst_features"], heat_logits, cells)
-        masks = placed_masks(mask_kernels, ellipses, outputs["mask_features"], outputs["displacements"])
+        masks = placed_masks(
+            mask_kernels, ellipses, outputs["mask_features"], outputs["displacements"], in_training=True
+        )
         with no_autocast(heat_logits.device):
             windows = enlarged(gt_boxes, map_size(masks))
             center, size = (ellipses[..., part].flip(-1) for part in (slice(2), slice(2, 4)))

@@ -76,53 +76,81 @@ class SubpixelMaskBranch(MaskBranch):
 
 
 def placed_masks(
-    mask_kernels: torch.Tensor, ellipses: torch.Tensor, mask_features: torch.Tensor, displacements: torch.Tensor
+    mask_kernels: torch.Tensor,
+    ellipses: torch.Tensor,
+    mask_features: torch.Tensor,
+    displacements: torch.Tensor,
+    in_training: bool = False,
 ) -> torch.Tensor:
     """Return mask logits (B, N, H, W) in float32.
 
     Args:
         mask_kernels: (B, N, D).
-        ellipses: (B, N, 10), see `ellipse_logits`.
+        ellipses: (B, N, 10), see `ellipse_forms`.
         mask_features: (B, D, H, W).
         displacements: (B, 2, H, W) of y and x in shares of the map.
+        in_training: multiply the quadratic out, which needs a fifth of the memory for the gradient, but loses digits.
     """
     products = dynamic_masks(mask_kernels, mask_features)
-    # 16-bit numbers would not do for the squares of coordinates in a small box.
     with no_autocast(displacements.device):
         y, x = (relative_centers(size, displacements.device) for size in displacements.shape[-2:])
-        return products.float() + ellipse_logits(
-            ellipses, y[:, None] + displacements[:, 0].float(), x + displacements[:, 1].float()
-        )
+        y, x = y[:, None] + displacements[:, 0].float(), x + displacements[:, 1].float()
+        logits = (multiplied_out_logits if in_training else ellipse_logits)(ellipses, y, x)
+        return products.float() + logits
+
+
+def ellipse_forms(ellipses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a quadratic in the coordinates of each instance's box as one + v * a + u * b.
+
+    v and u are -1 and 1 at the edges of the box; they, a and b are linear in the position.
+
+    Args:
+        ellipses: (B, N, 10) float32: the box (center y, x, height, width in shares of the map), and the factors of 1,
+            v, u, v ** 2, u ** 2 and u * v.
+
+    Returns:
+        one (B, N); the linear forms v, a, u, b (B, N, 4, 3), as factors of 1, y and x in shares of the map.
+    """
+    center_y, center_x, height, width, one, v_factor, u_factor, vv, uu, uv = ellipses.unbind(2)
+    zero, scale_y, scale_x = torch.zeros_like(one), 2 / height, 2 / width
+    v = torch.stack([-scale_y * center_y, scale_y, zero], dim=2)
+    u = torch.stack([-scale_x * center_x, zero, scale_x], dim=2)
+    constant = torch.tensor([1.0, 0.0, 0.0], device=ellipses.device)
+    a = v_factor[..., None] * constant + vv[..., None] * v + uv[..., None] * u
+    b = u_factor[..., None] * constant + uu[..., None] * u
+    return one, torch.stack([v, a, u, b], dim=2)
 
 
 def ellipse_logits(ellipses: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return mask logits that are quadratic in the coordinates of each instance's box.
 
-    The quadratic is multiplied out, so that all instances take one product of matrices.
+    The linear forms lose few digits in 16 bits or TF32, which engines choose by themselves.
 
     Args:
-        ellipses: (B, N, 10) float32: the box (center y, x, height, width in shares of the map), and the factors of 1,
-            v, u, v ** 2, u ** 2 and u * v, where v and u are -1 and 1 at the edges of the box.
+        ellipses: see `ellipse_forms`.
         y, x: (B, H, W) float32, the position that each pixel stands for, in shares of the map.
 
     Returns:
         (B, N, H, W) float32.
     """
-    center_y, center_x, height, width, one, v, u, vv, uu, uv = ellipses.unbind(2)
-    # v is scale_y * y - shift_y.
-    scale_y, scale_x = 2 / height, 2 / width
-    shift_y, shift_x = scale_y * center_y, scale_x * center_x
-    constant = one - v * shift_y - u * shift_x + vv * shift_y**2 + uu * shift_x**2 + uv * shift_y * shift_x
-    factors = [
-        constant,
-        scale_y * (v - 2 * vv * shift_y - uv * shift_x),
-        scale_x * (u - 2 * uu * shift_x - uv * shift_y),
-        vv * scale_y**2,
-        uu * scale_x**2,
-        uv * scale_y * scale_x,
-    ]
-    powers = torch.stack([torch.ones_like(y), y, x, y * y, x * x, y * x], dim=1)
-    return dynamic_masks(torch.stack(factors, dim=2), powers)
+    one, forms = ellipse_forms(ellipses)
+    positions = torch.stack([torch.ones_like(y), y, x], dim=1)
+    v, a, u, b = dynamic_masks(forms.flatten(1, 2), positions).unflatten(1, forms.shape[1:3]).unbind(2)
+    return one[..., None, None] + v * a + u * b
+
+
+def multiplied_out_logits(ellipses: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return `ellipse_logits` by one product of matrices, bounded by `OUTSIDE`.
+
+    Terms as large as the square of the map over the box are subtracted, so float32 is needed.
+    """
+    one, forms = ellipse_forms(ellipses)
+    v, a, u, b = forms.unbind(2)
+    # Factors of all products of two of 1, y and x.
+    factors = (v[..., None] * a[..., None, :] + u[..., None] * b[..., None, :]).flatten(2)
+    positions = torch.stack([torch.ones_like(y), y, x], dim=1)
+    products = (positions[:, :, None] * positions[:, None]).flatten(1, 2)
+    return (dynamic_masks(factors, products) + one[..., None, None]).clamp(OUTSIDE, -OUTSIDE)
 
 
 def cut_to_windows(mask_logits: torch.Tensor, ellipses: torch.Tensor) -> torch.Tensor:
@@ -132,7 +160,7 @@ def cut_to_windows(mask_logits: torch.Tensor, ellipses: torch.Tensor) -> torch.T
 
     Args:
         mask_logits: (B, N, H, W).
-        ellipses: (B, N, 10), see `ellipse_logits`.
+        ellipses: (B, N, 10), see `ellipse_forms`.
     """
     centers_and_sizes = (ellipses[..., :2, None], ellipses[..., 2:4, None])
     inside = []

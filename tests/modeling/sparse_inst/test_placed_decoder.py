@@ -1,5 +1,6 @@
 """Maps at the peaks of a heat map: peaks against brute force, the heat map's targets and loss by hand, the model."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from detectron2.modeling import build_model
 
 from sparseinst.modeling.sparse_inst import placed_decoder
+from sparseinst.modeling.sparse_inst import placed_masks as placed_masks_module
+from sparseinst.modeling.sparse_inst.decoder import dynamic_masks
 from sparseinst.modeling.sparse_inst.model import SparseInst
 from sparseinst.modeling.sparse_inst.placed_decoder import ELLIPSE, highest_peaks, placed_maps
 from sparseinst.modeling.sparse_inst.placed_masks import (
@@ -16,10 +19,12 @@ from sparseinst.modeling.sparse_inst.placed_masks import (
     cut_to_windows,
     ellipse_logits,
     enlarged,
+    multiplied_out_logits,
     placed_masks,
 )
 from sparseinst.ops.coordinates import relative_centers
 from sparseinst.ops.losses import box_loss, center_focal_loss, center_heatmap
+from sparseinst.runtime.optimize import optimize_for_inference
 from sparseinst.structures.targets import InstanceTargets
 from tests.runtime.test_export import check_export
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
@@ -135,7 +140,33 @@ def test_the_ellipse_of_a_tiny_box_is_exact_enough():
     expected = 2 - 2 * v**2 - 2 * u**2
     near = expected > -50
     assert near.sum() > 10
-    assert (ellipse_logits(ellipses, y, x)[:, 0] - expected)[near].abs().max() < 0.5
+    assert (ellipse_logits(ellipses, y, x)[:, 0] - expected)[near].abs().max() < 0.01
+    # Clamped, and less exact.
+    found = multiplied_out_logits(ellipses, y, x)[:, 0]
+    assert (found - expected.clamp(OUTSIDE, -OUTSIDE))[near].abs().max() < 1 and found.min() == OUTSIDE
+
+
+def test_16_bits_do_for_the_linear_forms(monkeypatch):
+    # A box of a twelfth of the map. OpenVINO's bfloat16 rounds the factors and positions of products.
+    rounded = lambda kernels, maps: dynamic_masks(kernels.bfloat16().float(), maps.bfloat16().float())  # noqa: E731
+    ellipses = torch.tensor([[[0.7, 0.6, 1 / 12, 1 / 12, *ELLIPSE]]])
+    expected = ellipse_logits(ellipses, *positions_on_map(96, 96))
+    monkeypatch.setattr(placed_masks_module, "dynamic_masks", rounded)
+    near = expected > -2
+    assert (ellipse_logits(ellipses, *positions_on_map(96, 96)) - expected)[near].abs().max() < 1
+    assert (multiplied_out_logits(ellipses, *positions_on_map(96, 96)) - expected)[near].abs().max() > 3
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_it_runs_in_16_bits(precision):
+    model = placed_model()
+    image = random_input(64, 96)
+    with torch.no_grad():
+        expected = model.network(model.preprocess([image]).tensor)["pred_masks"]
+        optimized = optimize_for_inference(copy.deepcopy(model), precision=precision)
+        found = optimized.network(model.preprocess([image]).tensor)["pred_masks"]
+    assert not torch.equal(found, expected)
+    assert ((found > 0) == (expected > 0)).float().mean() > 0.9
 
 
 def test_displacements_separate_equal_pixels():
@@ -206,6 +237,8 @@ def test_a_crop_of_a_plane_is_the_plane():
 
 def test_training_predicts_at_the_centers_what_inference_predicts_at_peaks(monkeypatch):
     model = placed_model().train()
+    # Without the bound of training.
+    monkeypatch.setattr(placed_masks_module, "OUTSIDE", -1e9)
     inputs = [random_input(64, 96, num_instances=count, seed=count) for count in (2, 0, 9)]
     images = model.preprocess(inputs)
     targets = model.prepare_targets(inputs, images)
