@@ -50,29 +50,36 @@ class SubpixelMaskBranch(MaskBranch):
                 f"MODEL.SPARSE_INST.DECODER.SCALE_FACTOR is {upscale}; a PlacedIAMDecoder needs a whole number"
             )
         self.upscale = int(upscale)
-        num_channels = kernel_dim + 2
-        super().__init__(kernel_dim=num_channels * self.upscale**2, norm=norm, **kwargs)
-        self.detail = None
+        # Before the last convolution there are as many channels as all outputs have.
+        hidden = kernel_dim + 2 if detail_channels else kernel_dim
+        super().__init__(kernel_dim=hidden * self.upscale**2, norm=norm, **kwargs)
         if detail_channels:
-            projection = nn.Conv2d(num_channels, num_channels, 1)
-            c2_msra_fill(projection)
-            convs = conv_stack(num_channels + detail_channels, num_channels, 1, norm)
-            self.detail = nn.Sequential(*convs, projection)
-            nn.init.zeros_(projection.weight[kernel_dim:])
+            self.detail = nn.Sequential(*conv_stack(hidden + detail_channels, hidden, 1, norm))
+            self.detail_projection = nn.Conv2d(hidden, kernel_dim, 1)
+            c2_msra_fill(self.detail_projection)
+            self.displacement = nn.Conv2d(hidden, 2, 1)
         else:
-            nn.init.zeros_(self.projection.weight[kernel_dim * self.upscale**2 :])
+            self.detail = None
+            self.displacement = nn.Conv2d(self.projection.in_channels, 2 * self.upscale**2, 1)
+        # A layer of its own, because INT8 would round displacements in steps of the much larger mask features.
+        nn.init.zeros_(self.displacement.weight)
+        nn.init.zeros_(self.displacement.bias)
 
-    def forward(self, features: torch.Tensor, detail: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, features: torch.Tensor, detail: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mask features (B, D, Hm, Wm), and displacements (B, 2, Hm, Wm) of y and x in shares of the map.
 
         Args:
             features: (B, 2 + C, H, W) with coordinates first.
             detail: (B, detail_channels, Hm, Wm), where the branch has one.
         """
-        features = F.pixel_shuffle(super().forward(features), self.upscale)
-        if self.detail is not None:
-            features = self.detail(torch.cat([features, detail], dim=1))
-        return features[:, :-2], features[:, -2:]
+        features = self.mask_convs(features)
+        fine = F.pixel_shuffle(self.projection(features), self.upscale)
+        if self.detail is None:
+            return fine, F.pixel_shuffle(self.displacement(features), self.upscale)
+        fine = self.detail(torch.cat([fine, detail], dim=1))
+        return self.detail_projection(fine), self.displacement(fine)
 
 
 def placed_masks(
