@@ -84,8 +84,8 @@ REFUSED = {
     "benchmark-video": (*CONFIG, "--video", "none.mp4"),
     "benchmark-training": CONFIG,
 }
-# Their exit code 1 is the result of a run: some of the images, the data or the exported file is wrong.
-WITH_RESULTS = ("demo", "predict", "check", "export")
+# Their exit code 1 is the result of a run: some of the images, the data, the trainings or the exported file is wrong.
+WITH_RESULTS = ("demo", "predict", "check", "export", "compare")
 
 
 def exit_code(arguments):
