@@ -41,7 +41,7 @@ def replace_same_padding(body: nn.Module, kind: type[nn.Conv2d]) -> None:
     them with dynamic sizes still gets the rounded quotients.
 
     Args:
-        body: network whose submodules are replaced; itself it is no convolution.
+        body: network whose submodules are replaced, at any depth.
         kind: of the replaced modules, timm's Conv2dSame; its subclasses stay.
     """
     for parent in list(body.modules()):
