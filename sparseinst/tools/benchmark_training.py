@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from sparseinst.benchmarks.arguments import add_common_arguments
 from sparseinst.config.arguments import check_least
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 1 where the arguments, the config or the data are wrong."""
     args = build_parser().parse_args(argv)
