@@ -35,7 +35,15 @@ class SamePaddingConv2d(nn.Conv2d):
 
 
 def replace_same_padding(body: nn.Module, kind: type[nn.Conv2d]) -> None:
-    """Replace the convolutions of a type, timm's Conv2dSame, in place."""
+    """Replace convolutions with SAME padding in place.
+
+    timm's StdConv2dSame, ScaledStdConv2dSame, MaxPool2dSame and AvgPool2dSame stay: torch.export of a network that has
+    them with dynamic sizes still gets the rounded quotients.
+
+    Args:
+        body: network whose submodules are replaced, at any depth.
+        kind: of the replaced modules, timm's Conv2dSame; its subclasses stay.
+    """
     for parent in list(body.modules()):
         for name, child in parent.named_children():
             if type(child) is kind:

@@ -174,7 +174,7 @@ def _cell(value: Any) -> str:
 def run_command(
     args: argparse.Namespace, run: Callable[[argparse.Namespace], Any], errors: tuple[type[Exception], ...] = ()
 ) -> int:
-    """Call ``run``, and write its result to --json. Return 0; 1 after ValueError, ImportError or one of ``errors``."""
+    """Call ``run``, and write its result to --json. Return 0; 1 after one of ``errors``."""
     log_to_console(logging.WARNING)
     try:
         check_least(args, {"--threads": 1})
@@ -183,6 +183,6 @@ def run_command(
         if getattr(args, "json", None) is not None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(args.json, json.dumps(figures, indent=1) + "\n")
-    except (ValueError, ImportError, OSError, *errors) as error:
+    except errors as error:
         return report_error(error)
     return 0

@@ -35,7 +35,7 @@ TRAINING_STAGES = (DATA, COPY, NETWORK, TARGETS, LOSSES, BACKWARD, REST, OPTIMIZ
 # Batches that are mapped beforehand where reading is not timed.
 _CACHED_BATCHES = 2
 # Steps that are timed by stage; synchronizing slows them down, so they are not counted among the repetitions.
-_PROFILED_STEPS = 3
+_STAGED_STEPS = 3
 
 
 class SteppingTrainer:
@@ -71,7 +71,7 @@ class SteppingTrainer:
             self._storage.step()
         return end - start
 
-    def profile_steps(self, num_steps: int) -> dict[str, np.ndarray]:
+    def time_stages(self, num_steps: int) -> dict[str, np.ndarray]:
         """Take steps, synchronized before and after each stage, and return seconds (num_steps,) by stage."""
         stages = []
         for _ in range(num_steps):
@@ -168,9 +168,9 @@ def measure_trainings(
         with_memory: measure memory too, in a process for each config.
 
     Returns:
-        Measurements by name, with "step", and TRAINING_STAGES from further steps. Memory is as in
-        `peak_bytes_of_steps`. ``more`` has "share_of_all_but_the_network", the share of the step outside the network's
-        forward pass and the backward pass.
+        Measurements by name, with "step", and TRAINING_STAGES of further steps, which are synchronized before and after
+        each stage. Memory is as in `peak_bytes_of_steps`. ``more`` has "share_of_all_but_the_network", the share of the
+        step outside the network's forward pass and the backward pass.
 
     Raises:
         ValueError: a config cannot be trained, or there is too little memory.
@@ -182,7 +182,7 @@ def measure_trainings(
         totals = np.array(seconds[warmup:]).T
         measurements = {}
         for (name, trainer), total in zip(trainers.items(), totals):
-            stages = trainer.profile_steps(_PROFILED_STEPS)
+            stages = trainer.time_stages(_STAGED_STEPS)
             outside = 1 - (stages[NETWORK] + stages[BACKWARD]) / sum(stages.values())
             more = {"share_of_all_but_the_network": float(np.median(outside))}
             measurements[name] = Measurement({**stages, "step": total}, total, trainer.batch_size, peaks[name], more)

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # Exit code after an error of the user's input, which is printed in one line; argparse's own errors have 2.
 EXIT_ERROR = 1
-# The same where 1 is the result of a run: demo, predict, export and check.
+# The same where 1 is the result of a run: demo, predict, export, check and compare.
 EXIT_NOT_RUN = 2
 # Exit code after Ctrl-C, as shells give it.
 EXIT_INTERRUPTED = 130

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
-from sparseinst.engine.console import prepare_console, report_error
+from sparseinst.engine.console import prepare_console, report_error, with_exit_codes
 
 if TYPE_CHECKING:
     from sparseinst.benchmarks.complexity import Cost
@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, without data, weights or GPU. Return 0, or 1 where a model cannot be built or analyzed."""
     args = build_parser().parse_args(argv)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sparseinst.benchmarks.arguments import add_common_arguments
 from sparseinst.config.arguments import CONFIG_HELP, check_least
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -96,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 1 where the arguments or the config are wrong."""
     parser = build_parser()

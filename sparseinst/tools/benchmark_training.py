@@ -1,10 +1,11 @@
 """Time training steps: ``python -m sparseinst.tools.benchmark_training --config-file sparse_inst_r50_giam``.
 
-The steps are the trainer's own, with the real model (random weights), optimizer and guard; the stages come from further
-steps. By default images are noise and ground truth is ellipses, --instances in each image of
---size, mapped beforehand, so that no step waits for data. --data shapes draws shapes, and --data config uses
-DATASETS.TRAIN (or TRAIN_JSON and TRAIN_IMAGES); both use the real loader: raise DATALOADER.NUM_WORKERS as long as
-"waiting for data" falls. "All but the network" is every stage except the network's forward pass and the backward pass.
+The steps are the trainer's own, with the real model (random weights), optimizer and guard. The stages are timed in
+further steps, which are synchronized before and after each stage. By default images are noise and ground truth is
+ellipses, --instances in each image of --size, mapped beforehand, so that no step waits for data. --data shapes draws
+shapes, and --data config uses DATASETS.TRAIN (or TRAIN_JSON and TRAIN_IMAGES); both use the real loader: raise
+DATALOADER.NUM_WORKERS as long as "waiting for data" falls. "All but the network" is every stage except the network's
+forward pass and the backward pass.
 Memory is measured in a process for each setting: on CUDA the peak of PyTorch's allocator, on the CPU the largest
 resident set minus that before the model.
 """
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from sparseinst.benchmarks.arguments import add_common_arguments
 from sparseinst.config.arguments import check_least
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 1 where the arguments, the config or the data are wrong."""
     args = build_parser().parse_args(argv)

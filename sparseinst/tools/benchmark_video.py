@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseinst.config.arguments import add_config_arguments, add_opts_argument, check_least
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,14 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--frames", type=int, default=60, metavar="N", help="frames of the video, or images (default 60)")
     add("--detections", type=int, default=20, metavar="N", help="objects in each frame (default 20)")
     add("--repetitions", type=int, default=3, metavar="N", help="runs of both, in turn (default 3)")
-    add("--image", type=int, nargs=2, default=[1080, 1920], metavar=("HEIGHT", "WIDTH"),
-        help="size of the image for the time of drawing alone (default 1080 1920)")  # fmt: skip
-    add("--objects", type=int, default=30, metavar="N", help="objects drawn on that image (default 30)")
+    add("--image", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+        help="with --video: size of the image for the time of drawing alone (default 1080 1920)")  # fmt: skip
+    add("--objects", type=int, metavar="N", help="with --video: objects drawn on that image (default 30)")
     add("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU")
     add_opts_argument(parser)
     return parser
 
 
+@with_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0, or 1 where the arguments, the config or the video are wrong."""
     args = build_parser().parse_args(argv)
@@ -79,7 +80,10 @@ def run(args: argparse.Namespace) -> None:
     from sparseinst.runtime.optimize import optimize_as_configured
     from sparseinst.visualization import draw_instances
 
-    check_least(args, {"--frames": 1, "--repetitions": 1, "--objects": 1})
+    check_least(args, {"--frames": 1, "--repetitions": 1, "--objects": 1, "--image": 1})
+    for flag, value in (("--objects", args.objects), ("--image", args.image)):
+        if args.input and value is not None:
+            raise ValueError(f"{flag} is about drawing, which --input does not time; leave it out")
     cfg = load_config(args.config_file, args.opts, imports=args.imports)
     if args.input:
         cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
@@ -87,19 +91,23 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     check_segmenter(model)
-    drawn = DrawnObjects(optimize_as_configured(cfg, model), args.objects).eval()
+    drawn = DrawnObjects(optimize_as_configured(cfg, model), args.detections).eval()
     predictor = Predictor(cfg, model=drawn)
-    # First, so that too many objects for the model stop the command at once.
-    image = np.random.default_rng(0).integers(0, 256, (*args.image, 3), dtype=np.uint8)
-    (instances,) = predictor([image], "RGB")
-    drawn.num_detections = args.detections
+    if args.video:
+        height, width = args.image or (1080, 1920)
+        image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        # First, so that too many objects for the model stop the command at once.
+        predictor([image], "RGB")
+        drawn.num_detections = args.objects or 30
+        (instances,) = predictor([image], "RGB")
+        drawn.num_detections = args.detections
     with tempfile.TemporaryDirectory() as folder:
         start = _images_run if args.input else _video_run
         frames, name, run_command = start(args, cfg, predictor, Path(folder))
         runs = {"model alone": lambda: list(predictor.stream(frames, "RGB")), name: run_command}
         seconds = _time_in_turn(runs, args.repetitions)
     sizes = sorted({frame.shape[:2] for frame in frames})
-    shown = " to ".join(f"{height}x{width}" for height, width in dict.fromkeys([sizes[0], sizes[-1]]))
+    shown = " to ".join(f"{size[0]}x{size[1]}" for size in dict.fromkeys([sizes[0], sizes[-1]]))
     print(f"{args.config_file}, {machine(cfg)}: {len(frames)} {'images' if args.input else 'frames'} of {shown},")
     print(f"{args.detections} objects in each; median of {args.repetitions} repetitions in turn")
     rows = [
@@ -110,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     if args.input:
         return
     drawing = _time_in_turn({"": lambda: draw_instances(image, instances, predictor.metadata)}, args.repetitions)
-    print(f"\nDrawing alone, {len(instances)} objects on an image of {args.image[0]}x{args.image[1]}: ", end="")
+    print(f"\nDrawing alone, {len(instances)} objects on an image of {height}x{width}: ", end="")
     print(f"{1e3 * np.median(drawing['']):.1f} ms")
 
 
@@ -130,6 +138,8 @@ def _images_run(args: argparse.Namespace, cfg: "CfgNode", predictor: "Predictor"
     from sparseinst.inference.prediction_lines import list_images
 
     names = list_images(args.input)[: args.frames]
+    # Before all are decoded, so that too many objects for the model stop the command at once.
+    predictor(names[:1])
     cfg = cfg.clone()
     # The first line of the output names a weights file; the model is there already.
     cfg.MODEL.WEIGHTS = str(folder / "weights.pth")

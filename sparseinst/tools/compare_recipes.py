@@ -14,6 +14,7 @@ continued, so the command can be given again with more times, seeds, recipes or 
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -21,13 +22,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from sparseinst.config.arguments import add_import_argument
-from sparseinst.engine.console import prepare_console, report_error
+from sparseinst.config.arguments import add_import_argument, check_least
+from sparseinst.engine.console import EXIT_NOT_RUN, prepare_console, with_exit_codes
 
 # Iterations of the training that measures the time of one.
 PACE_ITERATIONS = 40
@@ -117,10 +119,13 @@ class Comparison:
     """Trainings of every recipe on every data set with every seed, in one folder.
 
     Args:
-        data, recipes, minutes, seeds: whose combinations are trained.
+        data, recipes, minutes, seeds: whose combinations are trained; repeated minutes and seeds count once.
         folder: gets DATA/RECIPE/MINUTESmin/seedN or DATA/RECIPE/ITERATIONSit/seedN for each run.
         iterations: of one training, in place of the minutes.
         imports: modules that the recipes need.
+
+    Raises:
+        ValueError: two runs have the same folder.
     """
 
     def __init__(
@@ -133,12 +138,19 @@ class Comparison:
         iterations: int | None = None,
         imports: Sequence[str] = (),
     ) -> None:
-        lengths = [None] if iterations else sorted(minutes)
+        lengths = [None] if iterations is not None else sorted(set(minutes))
         # Seeds last, so that a table of all recipes is there early.
         self.runs = [
-            Run(one, recipe, length, seed) for seed in seeds for length in lengths for one in data for recipe in recipes
+            Run(one, recipe, length, seed)
+            for seed in dict.fromkeys(seeds)
+            for length in lengths
+            for one in data
+            for recipe in recipes
         ]
         self.folder, self._iterations, self._imports = folder, iterations, imports
+        folders = Counter(map(self.folder_of, self.runs))
+        if shared := [str(path) for path, count in folders.items() if count > 1]:
+            raise ValueError(f"{shared[0]} belongs to several runs; give each --data and each --recipe another name")
 
     def folder_of(self, run: Run) -> Path:
         """Return the OUTPUT_DIR of a run."""
@@ -242,20 +254,14 @@ class Comparison:
         return f"exit code {code}, see {folder / CONSOLE}" if code else ""
 
 
+@with_exit_codes(EXIT_NOT_RUN)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 1 where a run failed or the arguments are wrong."""
+    """Run the command. Return 0; 1 where a run failed; 2 where the arguments are wrong or a file cannot be written."""
     args = build_parser().parse_args(argv)
     prepare_console()
-    try:
-        data, recipes = list(map(parse_data, args.data)), list(map(parse_recipe, args.recipe))
-    except ValueError as error:
-        return report_error(error)
-    if args.plot and args.iterations:
-        return report_error("--plot draws AP over --minutes; remove --iterations")
-    comparison = Comparison(data, recipes, args.minutes, args.seeds, args.output, args.iterations, imports=args.imports)
+    comparison = _checked_comparison(args)
     failed = comparison.train_all(args.jobs)
     rows, table = comparison.table()
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "comparison.json").write_text(json.dumps({"rows": rows}, indent=2) + "\n")
     print(table)
     if args.plot and rows:
@@ -263,6 +269,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         args.plot.write_bytes(draw_ap_over_time(rows))
     return 1 if failed else 0
+
+
+def _checked_comparison(args: argparse.Namespace) -> Comparison:
+    """Return the comparison of a command line, and make the folders of its output.
+
+    Raises:
+        ValueError: the arguments or a config are wrong.
+        ImportError: a config needs a package that is not installed.
+        OSError: a folder cannot be made.
+    """
+    from sparseinst import load_config
+
+    data, recipes = list(map(parse_data, args.data)), list(map(parse_recipe, args.recipe))
+    check_least(args, {"--iterations": 1, "--jobs": 1, "--seeds": 0})
+    for minutes in args.minutes:
+        if not 0 < minutes < math.inf:
+            raise ValueError(f"--minutes is {minutes:g}; it must be above 0, and finite")
+    if args.plot and args.iterations is not None:
+        raise ValueError("--plot draws AP over --minutes; remove --iterations")
+    if args.plot and args.plot.is_dir():
+        raise ValueError(f"--plot {args.plot} is a folder")
+    comparison = Comparison(data, recipes, args.minutes, args.seeds, args.output, args.iterations, imports=args.imports)
+    for recipe in recipes:
+        load_config(recipe.config_file, recipe.overrides, imports=args.imports)
+    for folder in [args.output, *([args.plot.parent] if args.plot else [])]:
+        folder.mkdir(parents=True, exist_ok=True)
+    return comparison
 
 
 if __name__ == "__main__":

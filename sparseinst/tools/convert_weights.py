@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseinst.config.arguments import CONFIG_HELP, add_config_arguments, add_opts_argument
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -105,26 +105,25 @@ def convert_file(cfg: "CfgNode", weights: str, output: str, force: bool = False)
     return coverage.text()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command. Exit with code 1 and one line on an error."""
+@with_exit_codes()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return 0, or 1 after an error."""
     args = build_parser().parse_args(argv)
     prepare_console()
     from sparseinst.config import load_config
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        if bool(args.config_file) != bool(args.output):
-            raise ValueError("--config-file and --output go together; without both, the file is only described")
-        if not args.config_file:
-            print(describe(args.input, args.trusted))
-            return
-        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts], imports=args.imports)
-        cfg.MODEL.TRUSTED_WEIGHTS |= args.trusted
-        print(convert_file(cfg, args.input, args.output, args.force))
-        print(f"Written: {args.output}")
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if bool(args.config_file) != bool(args.output):
+        raise ValueError("--config-file and --output go together; without both, the file is only described")
+    if not args.config_file:
+        print(describe(args.input, args.trusted))
+        return 0
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts], imports=args.imports)
+    cfg.MODEL.TRUSTED_WEIGHTS |= args.trusted
+    print(convert_file(cfg, args.input, args.output, args.force))
+    print(f"Written: {args.output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparseinst.config.arguments import add_config_arguments
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import EXIT_NOT_RUN, prepare_console, with_exit_codes
 
 DYNAMIC = "dynamic"
 # Of --end-to-end without a number.
@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes(EXIT_NOT_RUN)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0; 1 where the file differs from the model; 2 after other errors. Both leave no file."""
     args = build_parser().parse_args(argv)

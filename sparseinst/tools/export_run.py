@@ -20,7 +20,7 @@ from sparseinst.config import load_config
 from sparseinst.data.augmentations import build_test_augmentations, model_input, photograph_input
 from sparseinst.data.coco_json import ClassInfo, register_user_datasets
 from sparseinst.data.images import read_image
-from sparseinst.engine.console import EXIT_NOT_RUN, report_error
+from sparseinst.engine.console import report_error
 from sparseinst.engine.run_setup import log_to_console
 from sparseinst.evaluation import evaluate
 from sparseinst.inference.prediction_lines import list_images
@@ -68,7 +68,7 @@ _COMPARED_IMAGES = 8
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. Return 0; 1 where the file differs from the model; 2 after other errors."""
+    """Run the command. Return 0, or 1 where the file differs from the model; raise what `export` raises."""
     log_to_console(logging.INFO)
     try:
         # --size takes all that follows it, --end-to-end one value.
@@ -82,8 +82,6 @@ def run(args: argparse.Namespace) -> int:
         path, metadata = export(cfg, args)
     except SelfCheckError as error:
         return report_error(f"{error}. Nothing was written")
-    except (ValueError, ImportError, OSError) as error:
-        return report_error(error, EXIT_NOT_RUN)
     note = ""
     if metadata.compared_detections == 0:
         note = (

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from sparseinst.engine.console import prepare_console, report_error
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 if TYPE_CHECKING:
     from sparseinst.data.shapes import Annotations
@@ -147,15 +147,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes()
 def main(argv: list[str] | None = None) -> int:
     """Run the command with argv (default ``sys.argv``); return 0, or 1 after an error in arguments or folder."""
     args = build_parser().parse_args(argv)
     prepare_console()
     seeds = {"train": args.train_seed, "val": args.val_seed}
-    try:
-        written = make_shapes(args.output, {"train": args.train, "val": args.val}, seeds, args.size)
-    except (ValueError, OSError) as error:
-        return report_error(error)
+    written = make_shapes(args.output, {"train": args.train, "val": args.val}, seeds, args.size)
     print(f"{args.output}: {args.train} + {args.val} images{'' if written else ' (already there)'}")
     return 0
 

@@ -112,7 +112,6 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     Raises:
         ValueError: the arguments, the config, the data sets or OUTPUT_DIR cannot be used.
     """
-
     from sparseinst.checkpoint import check_weights_file
     from sparseinst.config import resolve_config_file
     from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets

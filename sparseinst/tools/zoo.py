@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,8 +39,9 @@ def list_checkpoints() -> str:
     return "\n".join([f"{'checkpoint':{width}}  {'':6}  address", *lines, f"cached in {folder} as NAME.pth"])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command. Exit with code 1 and one line on an error."""
+@with_exit_codes()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return 0, or 1 after an error."""
     args = build_parser().parse_args(argv)
     prepare_console()
     # Importing torch would slow down --help.
@@ -48,14 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sparseinst").setLevel(logging.INFO)
-    try:
-        if not args.name:
-            print(list_checkpoints())
-            return
+    if args.name:
         print(find_weights(args.name if "://" in args.name else f"sparseinst://{args.name}"))
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    else:
+        print(list_checkpoints())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -53,7 +53,7 @@ def test_a_timed_step_is_the_trainers_own(cfg, tmp_path):
     torch.manual_seed(0)
     timed = SteppingTrainer(cfg, str(tmp_path), caches_batches=False)
     # The first step with the stages recorded, too.
-    timed.profile_steps(1)
+    timed.time_stages(1)
     found = weights(timed.trainer, lambda: None if timed.trainer.iter == 0 else timed.step())
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -75,7 +75,7 @@ def test_every_stage_has_its_time(cfg, opts, tmp_path, monkeypatch):
     monkeypatch.setattr(recompute, "compiled", lambda network: lambda images: network(images))
     cfg.merge_from_list(list(opts))
     trainer = SteppingTrainer(cfg, str(tmp_path), caches_batches=True)
-    stages = trainer.profile_steps(2)
+    stages = trainer.time_stages(2)
     assert list(stages) == list(TRAINING_STAGES)
     assert all(seconds.shape == (2,) and (seconds > 0).all() for seconds in stages.values()), stages
     assert trainer.step() > 0
@@ -84,7 +84,7 @@ def test_every_stage_has_its_time(cfg, opts, tmp_path, monkeypatch):
 def test_stages_are_timed_without_a_change_of_the_model(cfg, tmp_path):
     trainer = SteppingTrainer(cfg, str(tmp_path), caches_batches=True)
     before = set(vars(trainer.trainer.model))
-    trainer.profile_steps(1)
+    trainer.time_stages(1)
     assert set(vars(trainer.trainer.model)) == before
     assert not before & {"forward", "preprocess", "prepare_targets", "losses"}
     assert isinstance(trainer.trainer.model, SparseInst)
@@ -95,7 +95,7 @@ def test_stages_add_up_to_the_step(cfg, tmp_path, monkeypatch):
     seconds = []
     step = trainer.step
     monkeypatch.setattr(trainer, "step", lambda: seconds.append(step()) or seconds[-1])
-    assert np.allclose(sum(trainer.profile_steps(2).values()), seconds)
+    assert np.allclose(sum(trainer.time_stages(2).values()), seconds)
 
 
 def test_cached_batches_are_taken_in_turn_and_others_are_read(cfg, tmp_path):
@@ -117,7 +117,7 @@ def test_settings_are_measured_in_turn(cfg, monkeypatch):
     other = cfg.clone()
     other.SOLVER.BASE_LR = 2e-3
     found = measure_trainings({"a": cfg, "b": other}, caches_batches=True, repetitions=2, warmup=1, with_memory=False)
-    # Then the profiled steps.
+    # Then the steps that are timed by stage.
     assert order == [1e-3, 2e-3] * 3 + [1e-3] * 3 + [2e-3] * 3
     for measured in found.values():
         assert list(measured.stages) == [*TRAINING_STAGES, "step"]

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from sparseinst.benchmarks.inference import DrawnObjects
+from sparseinst.data import images
 from sparseinst.inference import VideoWriter
 from sparseinst.tools import benchmark_video
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
@@ -16,7 +17,15 @@ def arguments(tmp_path):
             writer.write(np.zeros((48, 64, 3), np.uint8))
     (tmp_path / "tiny.yaml").write_text(tiny_cfg().dump())
     arguments = ["--config-file", tmp_path / "tiny.yaml", "--video", tmp_path / "clip.mp4", "--detections", 3]
-    return [str(argument) for argument in [*arguments, "--objects", 4, "--repetitions", 1, "--image", 60, 80]]
+    return [str(argument) for argument in [*arguments, "--repetitions", 1, "--objects", 4, "--image", 60, 80]]
+
+
+@pytest.fixture
+def image_arguments(tmp_path, arguments):
+    for index, size in enumerate([(48, 64), (30, 90), (60, 80)]):
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / f"{index}.png")
+    # Without --objects and --image.
+    return [*arguments[:2], "--input", str(tmp_path), *arguments[4 : arguments.index("--objects")]]
 
 
 def test_table(arguments, capsys):
@@ -29,12 +38,9 @@ def test_table(arguments, capsys):
     assert rows[2][2] == "1.00" and all(float(row[1]) > 0 for row in rows[2:])
 
 
-def test_predict_on_images(tmp_path, arguments, capsys):
-    for index, size in enumerate([(48, 64), (30, 90), (60, 80)]):
-        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / f"{index}.png")
-    arguments[2:4] = ["--input", str(tmp_path)]
+def test_predict_on_images(tmp_path, image_arguments, capsys):
     before = sorted(tmp_path.iterdir())
-    assert benchmark_video.main([*arguments, "--frames", "2"]) == 0
+    assert benchmark_video.main([*image_arguments, "--frames", "2"]) == 0
     printed = capsys.readouterr().out
     assert "2 images of 30x90 to 48x64" in printed and "Drawing" not in printed
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[0:1] == "|"]
@@ -55,6 +61,27 @@ def test_predict_on_images(tmp_path, arguments, capsys):
 def test_wrong_arguments_are_told(arguments, options, message, capsys):
     assert benchmark_video.main([*arguments, *options]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--detections", "7"], "NUM_MASKS allows 0 to 6"),
+        (["--objects", "4"], "--objects is about drawing, which --input does not time; leave it out"),
+        (["--image", "60", "80"], "--image is about drawing"),
+    ],
+)
+def test_wrong_arguments_end_before_images_are_decoded(image_arguments, options, message, capsys, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(images, "read_image", lambda name, **_: decoded.append(name))
+    assert benchmark_video.main([*image_arguments, *options]) == 1
+    assert message in capsys.readouterr().err and decoded == []
+
+
+def test_too_many_detections_are_told_before_frames_are_decoded(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_video, "_cut", None)
+    assert benchmark_video.main([*arguments, "--detections", "7"]) == 1
+    assert "NUM_MASKS allows 0 to 6" in capsys.readouterr().err
 
 
 def test_so_many_objects_are_found():

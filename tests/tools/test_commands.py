@@ -84,8 +84,8 @@ REFUSED = {
     "benchmark-video": (*CONFIG, "--video", "none.mp4"),
     "benchmark-training": CONFIG,
 }
-# Their exit code 1 is the result of a run: some of the images, the data or the exported file is wrong.
-WITH_RESULTS = ("demo", "predict", "check", "export")
+# Their exit code 1 is the result of a run: some of the images, the data, the trainings or the exported file is wrong.
+WITH_RESULTS = ("demo", "predict", "check", "export", "compare")
 
 
 def exit_code(arguments):
@@ -107,6 +107,22 @@ def test_exit_codes_of_errors(name, monkeypatch, tmp_path, capsys, loggers_as_be
     assert printed.startswith("error: ") and printed.count("\n") == 1
     assert exit_code([name, "--no-such-option"]) == 2
     assert "usage: " in capsys.readouterr().err
+
+
+# A training and the service end in another way: tests/faults and tests/tools/test_serve.py.
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "eval", "serve")])
+def test_ctrl_c(name, monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"sparseinst.tools.{COMMANDS[name].module}.prepare_console", interrupted)
+    monkeypatch.setattr(sys, "argv", ["sparseinst"])
+    try:
+        code = exit_code([name, *REFUSED[name]])
+    except KeyboardInterrupt:
+        pytest.fail("A traceback follows Ctrl-C")
+    assert code == 130
+    assert capsys.readouterr().err == "Interrupted\n"
 
 
 def test_an_unknown_name_lists_the_known_ones(capsys):

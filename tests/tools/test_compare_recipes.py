@@ -67,7 +67,7 @@ def test_ap_over_time(tmp_path, trainings, capsys):
     assert cv2.imread(str(plot)).shape[0] > 200
     # The time of an iteration is measured once.
     assert len(trainings) == 2 + 8
-    assert run(tmp_path, *RECIPES, *arguments, "--iterations", "5") == 1
+    assert run(tmp_path, *RECIPES, *arguments, "--iterations", "5") == 2
     assert "--plot draws AP over --minutes" in capsys.readouterr().err
 
 
@@ -117,8 +117,38 @@ def test_without_test_data_a_part_of_the_training_data_is_kept():
         (["--recipe", "a: small_data/efficientnet_lite0 SEED"], "expected 'NAME: CONFIG [KEY VALUE ...]'"),
         (["--recipe", "a:"], "expected 'NAME: CONFIG [KEY VALUE ...]'"),
         (["--recipe", "a: b", "--data", "x", "y"], "2 values; expected 3 or 5"),
+        ([*RECIPES, "--recipe", "a: no_such_config"], "no_such_config"),
+        ([*RECIPES, "--iterations", "5", "--recipe", "a: no_such_config"], "no_such_config"),
+        (["--recipe", "a: small_data/efficientnet_lite0 SOLVER.NO_SUCH_KEY 1"], "SOLVER.NO_SUCH_KEY"),
+        ([*RECIPES, "--iterations", "0"], "--iterations is 0; it must be at least 1"),
+        ([*RECIPES, "--jobs", "0"], "--jobs is 0; it must be at least 1"),
+        ([*RECIPES, "--seeds", "1", "-1"], "--seeds is -1; it must be at least 0"),
+        ([*RECIPES, "--minutes", "1", "0"], "--minutes is 0; it must be above 0"),
+        ([*RECIPES, "--minutes", "nan"], "--minutes is nan; it must be above 0"),
+        ([*RECIPES, "--minutes", "inf"], "--minutes is inf; it must be above 0, and finite"),
+        ([*RECIPES, "--recipe", "fast: small_data/yolact"], "cells/fast/1min/seed1 belongs to several runs"),
+        ([*RECIPES, "--plot", "."], "--plot . is a folder"),
+        ([*RECIPES, "--plot", f"{__file__}/curves.png"], __file__),
     ],
 )
-def test_wrong_arguments(tmp_path, capsys, args, message):
-    assert run(tmp_path, *args) == 1
-    assert message in capsys.readouterr().err
+def test_wrong_arguments_end_before_any_training(tmp_path, trainings, capsys, args, message):
+    assert run(tmp_path, *args) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.startswith("error: ") and printed.count("\n") == 1
+    assert trainings == []
+
+
+def test_times_and_seeds_given_twice_are_trained_once(tmp_path, trainings):
+    assert run(tmp_path, *RECIPES[:2], "--seeds", "2", "1", "2", "--minutes", "1", "1.0") == 0
+    # The measurement of the time, then two seeds.
+    assert len(trainings) == 1 + 2
+
+
+def test_the_folder_of_the_plot_is_made_before_the_trainings(tmp_path, trainings, monkeypatch):
+    train, plot = compare_recipes.subprocess.call, tmp_path / "new" / "curves.png"
+    found = []
+    monkeypatch.setattr(
+        compare_recipes.subprocess, "call", lambda *args, **kw: found.append(plot.parent.is_dir()) or train(*args, **kw)
+    )
+    assert run(tmp_path / "out", *RECIPES[:2], "--seeds", "1", "--plot", str(plot)) == 0
+    assert found == [True, True] and plot.is_file()

@@ -137,6 +137,13 @@ class GridHead(nn.Module, ABC):
             resized.append(level)
         return resized
 
+    def has_finest_masks(self, level: int) -> bool:
+        """Return whether maps of half a level's stride have the size of the masks of the finest level.
+
+        Sizes are not compared, so that an exported graph gets no condition on them.
+        """
+        return self.strides[level] == 2 * min(self.mask_strides)
+
     def category_logits(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return (B, K, all cells), level after level.
 
@@ -260,7 +267,7 @@ class SOLOHead(GridHead):
             features = outputs[f"mask_features_{level}"].float()
             logits = rows @ features.flatten(2) + biases[..., None]
             level_probs = upsample(logits.unflatten(2, features.shape[2:])).sigmoid()
-            if self.mask_strides[level] != min(self.mask_strides):
+            if not self.has_finest_masks(level):
                 level_probs = resize(level_probs, size)
             is_finer = (cells < start)[..., None, None]
             probs = level_probs if probs is None else torch.where(is_finer, probs, level_probs)
@@ -346,10 +353,7 @@ class DecoupledSOLOHead(GridHead):
         factors = []
         for axis, indices in (("x", columns), ("y", rows)):
             probs = [outputs[f"mask_logits_{axis}_{level}"].float().sigmoid() for level in range(len(self.num_grids))]
-            resized = [
-                each if stride == min(self.mask_strides) else resize(each, size)
-                for each, stride in zip(probs, self.mask_strides)
-            ]
+            resized = [each if self.has_finest_masks(level) else resize(each, size) for level, each in enumerate(probs)]
             factors.append(chosen(torch.cat(resized, dim=1), torch.cat(indices)[cells]))
         return factors[0] * factors[1]
 

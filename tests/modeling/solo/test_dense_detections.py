@@ -35,14 +35,18 @@ def test_heads_of_solo(variant):
     assert min(assert_dense_equals_postprocess(model, IMAGES)) > 2
 
 
+# The masks of a level of stride 1 are finer than the image, and are resized as well.
+@pytest.mark.parametrize("strides", [[8, 8, 16, 32, 32], [1, 8, 8, 16, 32], [2, 1, 8, 16, 32]])
 @pytest.mark.parametrize("variant", ["solo", "decoupled", "solov2"])
-def test_masks_of_cells_of_all_levels(variant):
+def test_masks_of_cells_of_all_levels(variant, strides):
     """Cells in any order, some twice, give the masks that `mask_probs` computes level by level."""
-    model = tiny_solo(variant)
+    node = NODE if variant == "solov2" else "MODEL.SOLO"
+    model = tiny_solo(variant, f"{node}.STRIDES", strides)
     generator = torch.Generator().manual_seed(0)
     cells = torch.randint(sum(model.head.level_sizes), (3, 40), generator=generator)
     cells[:, :5] = torch.tensor([0, 99, 100, 224, 0])
-    size = (16, 24)
+    stride = min(model.head.mask_strides)
+    size = (64 // stride, 96 // stride)
     with torch.no_grad():
         outputs = model.network(IMAGES)
         dense = model.head.dense_mask_probs(outputs, cells, size)
