@@ -65,9 +65,7 @@ class SubpixelMaskBranch(MaskBranch):
         nn.init.zeros_(self.displacement.weight)
         nn.init.zeros_(self.displacement.bias)
 
-    def forward(
-        self, features: torch.Tensor, detail: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, features: torch.Tensor, detail: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mask features (B, D, Hm, Wm), and displacements (B, 2, Hm, Wm) of y and x in shares of the map.
 
         Args:
