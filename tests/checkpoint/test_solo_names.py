@@ -58,7 +58,7 @@ def load_stored(monkeypatch, tmp_path):
         content = {"state_dict": read(stem)}
         monkeypatch.setattr(checkpointer_module, "read_weights_file", lambda *_: WeightsFile("PyTorch", content))
         sets = {RAW: Weights("state_dict", content["state_dict"], "the entry state_dict")}
-        monkeypatch.setattr(checkpointer_module, "find_weight_sets", lambda _: sets)
+        monkeypatch.setattr(checkpointer_module, "find_weight_sets", lambda *_: sets)
         monkeypatch.setattr(checkpointer_module, "count_nonfinite", lambda _: {})
         checkpointer.load(str(path))
 
