@@ -156,7 +156,9 @@ FLAWS: dict[str, Flaw] = {
     "height is zero": _both(_image(height=0), "image 2 .*height 0"),
     "width is missing": _both(lambda content: content["images"][1].pop("width"), "entry 1 of 'images' has no 'width'"),
     "file_name is null": _both(_image(file_name=None), "image 2 has the file_name None"),
-    "a missing file": _both(_image(file_name="absent_2.png"), "file 'absent_2.png' does not exist|absent_2.png: No such file"),
+    "a missing file": _both(
+        _image(file_name="absent_2.png"), "'absent_2.png' does not exist|absent_2.png: No such file"
+    ),
     "another size": _both(_image(height=50), "2.png has 40 x 60 pixels .*made for 50 x 60: correct height and width"),
     "turned": _both(_image(height=60, width=40), "2.png has 40 x 60 .*for 60 x 40: .*EXIF"),
     # The whole
