@@ -216,13 +216,14 @@ def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
         is_matched = (first_key, key) == ("DATASETS.TRAIN", "DATASETS.TEST") and len(set(names)) == len(names)
         if names != first_names and not (is_matched and sorted(names) == sorted(first_names)):
             raise ValueError(
-                f"{key} {name!r} has {_count(names)}, but {first_key} {first_name!r} has {_count(first_names)}: "
-                f"one model needs the same classes in the same order (set {key}, or {key}_JSON and {key}_IMAGES)"
+                f"{_told(key, name)} has {_count(names)}, but {_told(first_key, first_name)} has "
+                f"{_count(first_names)}: one model needs the same classes in the same order (set {key}, or {key}_JSON "
+                f"and {key}_IMAGES)"
             )
     key, num_classes = config.num_classes(cfg) or (None, len(first_names))
     if len(first_names) != num_classes:
         raise ValueError(
-            f"{first_key} {first_name!r} has {_count(first_names)}, but {key} is {num_classes}: set "
+            f"{_told(first_key, first_name)} has {_count(first_names)}, but {key} is {num_classes}: set "
             f"{key} {len(first_names)}"
         )
 
@@ -230,6 +231,11 @@ def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
 def _all_names(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_NAMES_SHOWN]) + ", ..." * (len(names) > _NAMES_SHOWN)
     return f"{len(names)} {'class' if len(names) == 1 else 'classes'} [{shown}]"
+
+
+def _told(key: str, dataset_name: str) -> str:
+    json_file = MetadataCatalog.get(dataset_name).get("json_file")
+    return f"{key} {dataset_name!r}" + (f" ({json_file})" if json_file else "")
 
 
 def _count(names: list[str]) -> str:

@@ -127,7 +127,7 @@ def test_wrong_number_of_classes_names_the_key_to_set(files):
     cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES = 80
     register_user_datasets(cfg, ("TRAIN",))
     message = (
-        r"DATASETS.TRAIN 'user_my_data_v1_\w+' has 3 classes \(cross, bar, disc\), but "
+        r"DATASETS.TRAIN 'user_my_data_v1_\w+' \(.*my data \(v1\).json\) has 3 classes \(cross, bar, disc\), but "
         "MODEL.SPARSE_INST.DECODER.NUM_CLASSES is 80: set MODEL.SPARSE_INST.DECODER.NUM_CLASSES 3"
     )
     with pytest.raises(ValueError, match=message):
