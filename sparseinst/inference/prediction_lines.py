@@ -47,6 +47,12 @@ def list_images(inputs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def check_weights_given(cfg: CfgNode) -> None:
+    """Raise ValueError where MODEL.WEIGHTS is empty."""
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS is empty, and random weights predict nothing. Set it to a checkpoint")
+
+
 def header(cfg: CfgNode, names: Sequence[str], classes: ClassInfo) -> dict:
     """Return what identifies a run: the images, the content of the weights file, the classes and the config.
 
@@ -58,8 +64,7 @@ def header(cfg: CfgNode, names: Sequence[str], classes: ClassInfo) -> dict:
     Raises:
         ValueError: MODEL.WEIGHTS is empty or cannot be found.
     """
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("MODEL.WEIGHTS is empty, and random weights predict nothing. Set it to a checkpoint")
+    check_weights_given(cfg)
     # Without tuples and numbers as keys, as it is read back.
     config = json.loads(json.dumps(yaml.safe_load(cfg.dump())))
     for key in _UNUSED_NODES:
