@@ -115,7 +115,7 @@ def prediction_line(file_name: str, instances: Instances, category_ids: Sequence
 
 def error_line(file_name: str, error: Exception) -> str:
     """Return the line of an image that cannot be used: JSON with ``file_name`` and ``error``."""
-    return json.dumps({"file_name": file_name, "error": " ".join(str(error).split())})
+    return json.dumps({"file_name": file_name, "error": " ".join(str(error).split()) or type(error).__name__})
 
 
 def _read_list(path: Path) -> list[str]:
