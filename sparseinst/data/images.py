@@ -19,8 +19,9 @@ CHANNEL_ORDERS = ("RGB", "BGR")
 # Default of INPUT.MAX_IMAGE_PIXELS: the largest phone cameras have 200 megapixels, 600 MB as RGB.
 MAX_IMAGE_PIXELS = 200_000_000
 
-# Pixels that are converted at once. Conversions copy them several times, and Pillow's RGB has 4 bytes per pixel.
-_BLOCK_PIXELS = 2**22
+# Pixels that are converted at once. Conversions copy them several times, and Pillow's RGB has 4 bytes per pixel. Blocks
+# take half as long again as a whole image, so photographs of most cameras are one block.
+_BLOCK_PIXELS = 2**25
 
 # Most scans of a progressive JPEG, libtiff's limit. Encoders write about 10; each takes as long as the whole image.
 MAX_JPEG_SCANS = 100
