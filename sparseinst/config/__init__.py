@@ -8,7 +8,7 @@ import importlib
 _MODULES = {
     "defaults": ("add_sparse_inst_config", "get_config_file"),
     "explicit": ("is_explicit", "mark_explicit"),
-    "load": ("load_config", "register_models", "resolve_config_file"),
+    "load": ("choose_device", "load_config", "register_models", "resolve_config_file"),
     "model_keys": (
         "dataset_mapper",
         "declared_values",

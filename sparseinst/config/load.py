@@ -31,6 +31,8 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, Overflo
 _MAX_VALUES = 20_000
 # Detectron2's default.
 _DETECTIONS_PER_IMAGE = 100
+# Attribute of a config: the MODEL.DEVICE that `choose_device` replaced.
+_REPLACED_DEVICE = "replaced_device"
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 
@@ -108,13 +110,27 @@ def load_config(
         if any(f"{key}.".startswith(f"{group}.") for group in opts[::2]):
             raise
         raise ValueError(f"In the config file {path}: {error}") from error
-    if cfg.MODEL.DEVICE.startswith("cuda"):
+    choose_device(cfg)
+    return cfg
+
+
+def choose_device(cfg: CfgNode) -> None:
+    """Set a MODEL.DEVICE of CUDA to "cpu" in a process without CUDA, in place, with one line in the log.
+
+    In a process with CUDA, undo that for a config that a process without CUDA loaded.
+    """
+    device = cfg.MODEL.DEVICE
+    if device == "cpu":
+        device = vars(cfg).get(_REPLACED_DEVICE, device)
+    if device.startswith("cuda"):
         import torch
 
         if not torch.cuda.is_available():
-            logger.warning("MODEL.DEVICE is %s and PyTorch finds no CUDA device: running on the CPU", cfg.MODEL.DEVICE)
-            cfg.MODEL.DEVICE = "cpu"
-    return cfg
+            logger.warning("MODEL.DEVICE is %s and PyTorch finds no CUDA device: running on the CPU", device)
+            # Not an entry of the config, which would be saved with it.
+            vars(cfg)[_REPLACED_DEVICE] = device
+            device = "cpu"
+    cfg.MODEL.DEVICE = device
 
 
 def register_models(cfg: CfgNode) -> None:

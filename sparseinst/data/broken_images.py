@@ -23,7 +23,7 @@ class Failure(NamedTuple):
 
 def describe_failure(file_name: str, error: Exception) -> str:
     """Return an error in one line that names the file."""
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()) or type(error).__name__
     return message if file_name in message else f"{file_name}: {message}"
 
 

@@ -19,6 +19,10 @@ CHANNEL_ORDERS = ("RGB", "BGR")
 # Default of INPUT.MAX_IMAGE_PIXELS: the largest phone cameras have 200 megapixels, 600 MB as RGB.
 MAX_IMAGE_PIXELS = 200_000_000
 
+# Pixels that are converted at once. Conversions copy them several times, and Pillow's RGB has 4 bytes per pixel. Blocks
+# take half as long again as a whole image, so photographs of most cameras are one block.
+_BLOCK_PIXELS = 2**25
+
 # Most scans of a progressive JPEG, libtiff's limit. Encoders write about 10; each takes as long as the whole image.
 MAX_JPEG_SCANS = 100
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # not part of the compressed data
@@ -106,17 +110,13 @@ def read_image(
         # Decoded before the EXIF entry is read, because decoding rotates a TIFF and removes the entry.
         image.load()
         orientation = _orientation(image)
-        if _is_16_bit(image):
-            gray = np.asarray(image).astype(np.int64)
-            image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
-        else:
-            # Pillow warns about a transparent color that does not fit RGB.
-            image.info.pop("transparency", None)
-        # convert would copy RGB images.
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        # Pillow warns about a transparent color that does not fit RGB.
+        image.info.pop("transparency", None)
         if orientation in _TRANSPOSES:
-            image = image.transpose(_TRANSPOSES[orientation])
-        pixels = np.asarray(image)
+            stored, image = image, image.transpose(_TRANSPOSES[orientation])
+            # Frees its pixels.
+            stored.close()
+        pixels = _to_rgb(image)
     return pixels if channel_order == "RGB" else pixels[:, :, ::-1]
 
 
@@ -213,6 +213,22 @@ def _check_scans(file: BinaryIO) -> None:
         # Segments, which may hold a preview with markers of its own, are skipped.
         length = 0 if marker[1] in b"\x01\xd8" else int.from_bytes(content[marker.end() : marker.end() + 2], "big")
         marker = _JPEG_MARKER.search(content, marker.end() + length)
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """Return the pixels of an image, (height, width, 3) uint8; convert a large one in blocks of rows to save memory."""
+    num_rows = max(1, _BLOCK_PIXELS // image.width)
+    if image.height > num_rows:
+        pixels = np.empty((image.height, image.width, 3), np.uint8)
+        for top in range(0, image.height, num_rows):
+            bottom = min(top + num_rows, image.height)
+            pixels[top:bottom] = _to_rgb(image.crop((0, top, image.width, bottom)))
+        return pixels
+    if _is_16_bit(image):
+        gray = np.asarray(image).astype(np.int32)
+        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
+    # convert would copy RGB images.
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _is_16_bit(image: Image.Image) -> bool:

@@ -29,6 +29,17 @@ def is_started_by_torchrun() -> bool:
     return all(name in os.environ for name in TORCHRUN_VARIABLES)
 
 
+def take_gpu_of_rank() -> None:
+    """Make the GPU of this rank of torchrun the current one. Raise ValueError where a rank of this machine has none."""
+    num_ranks, num_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if num_ranks > num_gpus:
+        raise ValueError(
+            f"torchrun started {num_ranks} processes on this machine, which has {num_gpus} GPUs: each needs one. "
+            f"Set --nproc_per_node to at most {num_gpus}, or predict with MODEL.DEVICE cpu"
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
 def check_process_arguments(args: argparse.Namespace) -> None:
     """Check the arguments of a training in several processes.
 

@@ -47,6 +47,12 @@ def list_images(inputs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def check_weights_given(cfg: CfgNode) -> None:
+    """Raise ValueError where MODEL.WEIGHTS is empty."""
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS is empty, and random weights predict nothing. Set it to a checkpoint")
+
+
 def header(cfg: CfgNode, names: Sequence[str], classes: ClassInfo) -> dict:
     """Return what identifies a run: the images, the content of the weights file, the classes and the config.
 
@@ -58,8 +64,7 @@ def header(cfg: CfgNode, names: Sequence[str], classes: ClassInfo) -> dict:
     Raises:
         ValueError: MODEL.WEIGHTS is empty or cannot be found.
     """
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("MODEL.WEIGHTS is empty, and random weights predict nothing. Set it to a checkpoint")
+    check_weights_given(cfg)
     # Without tuples and numbers as keys, as it is read back.
     config = json.loads(json.dumps(yaml.safe_load(cfg.dump())))
     for key in _UNUSED_NODES:
@@ -110,7 +115,7 @@ def prediction_line(file_name: str, instances: Instances, category_ids: Sequence
 
 def error_line(file_name: str, error: Exception) -> str:
     """Return the line of an image that cannot be used: JSON with ``file_name`` and ``error``."""
-    return json.dumps({"file_name": file_name, "error": " ".join(str(error).split())})
+    return json.dumps({"file_name": file_name, "error": " ".join(str(error).split()) or type(error).__name__})
 
 
 def _read_list(path: Path) -> list[str]:

@@ -14,9 +14,9 @@ import io
 import numpy as np
 from detectron2.config import CfgNode
 
-from sparseinst.config import register_models
+from sparseinst.config import choose_device, register_models
 from sparseinst.inference.pipeline import image_or_error
-from sparseinst.inference.prediction_lines import error_line, prediction_line
+from sparseinst.inference.prediction_lines import check_weights_given, error_line, prediction_line
 from sparseinst.inference.predictor import Predictor
 from sparseinst.inference.timed_predictor import TimedPredictor
 
@@ -27,13 +27,20 @@ class PredictStage:
     Makes the same lines as ``sparseinst predict``. This module does not import Ray.
 
     Args:
-        cfg: with MODEL.WEIGHTS, a path that each machine can read. Masks are encoded with every MASK_FORMAT.
+        cfg: with MODEL.WEIGHTS, a path that each machine can read. A MODEL.DEVICE of CUDA, the default, holds where
+            Ray gives the actor a GPU; other actors run on the CPU. Masks are encoded with every MASK_FORMAT.
+
+    Raises:
+        ValueError: MODEL.WEIGHTS is empty, or as `Predictor`.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check_weights_given(cfg)
         register_models(cfg)
         cfg = cfg.clone()
         cfg.defrost()
+        # The driver that loaded the config may have a GPU where actors have none, or the reverse.
+        choose_device(cfg)
         cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
         self._predictor = Predictor(cfg)
         self._timed = TimedPredictor(self._predictor, cfg.MODEL.OUTPUT.SCORE_THRESHOLD)

@@ -5,8 +5,8 @@ one that ends merges them into OUT.jsonl. No process waits for another. The firs
 line counts once it ends in a line break, so a killed process leaves at most one line that is written anew.
 """
 
-import glob
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -108,7 +108,8 @@ def merge(output: Path, header: dict, names: Sequence[str]) -> bool:
 
 def shards(output: Path) -> list[Path]:
     """Return the shards of a run that exist."""
-    return sorted(output.parent.glob(f"{glob.escape(output.stem)}.rank*{glob.escape(output.suffix)}"))
+    name = re.compile(rf"{re.escape(output.stem)}\.rank\d+{re.escape(output.suffix)}")
+    return sorted(path for path in output.parent.glob("*.rank*") if name.fullmatch(path.name))
 
 
 def _files(output: Path) -> list[Path]:

@@ -10,6 +10,8 @@ from sparseinst.data.images import ImageReadError
 from sparseinst.inference.predictor import Predictor
 from sparseinst.ops.mask_output import MaskMemoryError
 
+_GRAY_IMAGE = np.full((64, 64, 3), 128, np.uint8)
+
 
 class TimedPredictor:
     """Predict with a predictor, and sum up its time.
@@ -38,7 +40,11 @@ class TimedPredictor:
         return instances[:num_kept] if kept[:num_kept].all() else instances[kept]
 
     def predict_or_error(self, image_rgb: np.ndarray | ImageReadError) -> Instances | Exception:
-        """Return the instances as `predict`; or the error where the image is one, or is too large for the memory."""
+        """Return the instances as `predict`; or the error where the image is one, or the model fails on it.
+
+        Raises:
+            ValueError: the model fails on a small gray image too, so the error is not the image's.
+        """
         if isinstance(image_rgb, ImageReadError):
             return image_rgb
         try:
@@ -46,6 +52,20 @@ class TimedPredictor:
         except (MaskMemoryError, torch.cuda.OutOfMemoryError) as error:
             # The frames of its traceback hold tensors.
             return error.with_traceback(None)
+        # Of an allocation, or of an engine.
+        except (RuntimeError, MemoryError) as error:
+            failure = error.with_traceback(None)
+            self._check_model()
+            return failure
+
+    def _check_model(self) -> None:
+        try:
+            self._predictor([_GRAY_IMAGE], "RGB")
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"The model fails on every image, also on a gray one of 64 x 64: {type(error).__name__}: {error}. "
+                "Check MODEL.WEIGHTS, MODEL.DEVICE and the keys of RUNTIME"
+            ) from error
 
     def speed(self, num_done: int, unit: str) -> str:
         """Return one line: the number of images or frames done since this object was made, and their rate."""

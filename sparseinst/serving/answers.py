@@ -10,10 +10,15 @@ import numpy as np
 from detectron2.structures import Instances
 from PIL import Image
 
-from sparseinst.data.images import read_image
+from sparseinst.data.images import ImageTooLargeError, read_image
 from sparseinst.inference import Predictor, draw_instances, to_coco_results
 from sparseinst.visualization import heat_maps
 from sparseinst.visualization.instances import mask_windows
+
+# libjpeg's limit.
+_MAX_JPEG_SIDE = 65_500
+# Enlarged masks take four times their memory, and OpenCV copies them.
+_MAX_ENLARGED_PIXELS = 2**24
 
 
 def predict(
@@ -94,8 +99,18 @@ def answer(
 
 
 def drawing(predictor: Predictor, data: bytes, *, threshold: float) -> bytes:
-    """Predict an encoded image, and return it as a JPEG with its instances drawn; arguments as in `predict`."""
-    image, instances = predict(predictor, data, threshold)
+    """Predict an encoded image, and return it as a JPEG with its instances drawn; arguments as in `predict`.
+
+    Raises:
+        ImageReadError: as `predict`. ImageTooLargeError also where a JPEG cannot have the size.
+    """
+    image = read_image(io.BytesIO(data), max_pixels=predictor.max_image_pixels)
+    if max(image.shape) > _MAX_JPEG_SIDE:
+        raise ImageTooLargeError(
+            f"The image has {image.shape[0]} x {image.shape[1]} pixels, and the drawing is a JPEG, whose sides have at "
+            f"most {_MAX_JPEG_SIDE}; send a smaller image, or request /predict"
+        )
+    instances = find_instances(predictor, image, threshold)
     buffer = io.BytesIO()
     Image.fromarray(draw_instances(image, instances, predictor.metadata)).save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()
@@ -110,5 +125,9 @@ def _polygons(instances: Instances) -> list[list[list[float]]]:
 def _outlines(mask: np.ndarray, left: int, top: int) -> list[list[float]]:
     # OpenCV's outlines join centers of pixels. With four pixels for each they miss its edge by a quarter of a pixel,
     # and a single pixel has an area.
-    contours, _ = cv2.findContours(mask.repeat(2, 0).repeat(2, 1), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [((contour[:, 0] + 0.5) / 2 + (left, top)).ravel().tolist() for contour in contours]
+    scale = 2 if mask.size <= _MAX_ENLARGED_PIXELS else 1
+    if scale == 2:
+        mask = mask.repeat(2, 0).repeat(2, 1)
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    # Without the enlargement, parts of a pixel or of a line have fewer than three points.
+    return [((contour[:, 0] + 0.5) / scale + (left, top)).ravel().tolist() for contour in contours if len(contour) >= 3]

@@ -69,24 +69,24 @@ def run(args: argparse.Namespace) -> int:
     """Predict, and print what was done. Return the exit code; errors as `predict_many`."""
     import logging
 
-    import torch
-
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
-    from sparseinst.engine.processes import is_started_by_torchrun
+    from sparseinst.engine.processes import is_started_by_torchrun, take_gpu_of_rank
     from sparseinst.engine.run_setup import log_to_console
     from sparseinst.inference import Predictor
     from sparseinst.inference.many_images import predict_many
     from sparseinst.inference.output_files import check_not_read
     from sparseinst.inference.prediction_lines import list_images
+    from sparseinst.runtime.exported_file import ENGINES
     from sparseinst.runtime.exported_model import config_of_run
 
     ranks = {}
     if is_started_by_torchrun():
         ranks = {"rank": int(os.environ["RANK"]), "num_ranks": int(os.environ["WORLD_SIZE"])}
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     log_to_console(logging.INFO, ranks.get("rank", 0))
     cfg = config_of_run(args.config_file, args.opts, args.imports)
+    # Files for TensorRT hold another device.
+    if ranks and (cfg.MODEL.DEVICE == "cuda" or ENGINES.get(Path(cfg.MODEL.WEIGHTS).suffix) == "tensorrt"):
+        take_gpu_of_rank()
     cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
     cfg.MODEL.OUTPUT.SCORE_THRESHOLD = max(cfg.MODEL.OUTPUT.SCORE_THRESHOLD, args.confidence_threshold)
     keep_freed_memory_for_inference(cfg)

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparseinst.config import load_config
 from sparseinst.config.arguments import check_least
@@ -19,12 +20,15 @@ from sparseinst.inference import Predictor
 from sparseinst.runtime.exported_file import is_exported
 from sparseinst.runtime.exported_model import exported_config
 
+if TYPE_CHECKING:
+    import uvicorn
+
 logger = logging.getLogger(__name__)
 
 # Of the extra `serve`, by the names of their modules.
 _PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 _MAX_CONNECTIONS = 1000
-# A busy machine may take seconds to read the next request of a connection, which must not be closed before.
+# Time for a complete request head. A busy machine may take seconds to read the next request of a connection.
 _KEEP_ALIVE_SECONDS = 30
 
 
@@ -66,7 +70,8 @@ def predictor_loader(weights: str, config_file: str | None, opts: Sequence[str])
         opts: KEY VALUE KEY VALUE ...
 
     Raises:
-        ValueError: the config is missing or wrong, or it has IMPORTS: the service runs no code of others.
+        ValueError: the config is missing or wrong, or it has IMPORTS or MODEL.TRUSTED_WEIGHTS, unless ``opts`` have the
+            latter: the service runs no code of others.
     """
     if config_file is None and is_exported(weights):
         return lambda: Predictor(exported_config(weights, opts))
@@ -75,6 +80,11 @@ def predictor_loader(weights: str, config_file: str | None, opts: Sequence[str])
         if not Path(config_file).is_file():
             raise ValueError(f"{config_file} does not exist: name the config of {weights} by --config-file")
     cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", weights], allow_imports=False)
+    if cfg.MODEL.TRUSTED_WEIGHTS and "MODEL.TRUSTED_WEIGHTS" not in opts[::2]:
+        raise ValueError(
+            f"{config_file} sets MODEL.TRUSTED_WEIGHTS to True, so that {weights} may run code. If you trust the "
+            "weights, add --opts MODEL.TRUSTED_WEIGHTS True; else set it to False in the file"
+        )
     return functools.partial(Predictor, cfg)
 
 
@@ -101,19 +111,27 @@ def serve(args: argparse.Namespace, load: Callable[[], Predictor], listener: soc
     if not ipaddress.ip_address(host).is_loopback:
         logger.warning("Every machine that reaches %s port %d can use this service: it has no password", host, port)
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            proxy_headers=False,
-            limit_concurrency=_MAX_CONNECTIONS,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=5,
-        )  # fmt: skip
-    )
+    server = uvicorn.Server(server_config(app))
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     return 0
+
+
+def server_config(app: Callable) -> "uvicorn.Config":
+    """Return the settings of the server for an ASGI application."""
+    import uvicorn
+
+    from sparseinst.serving.protocol import HeadTimeoutProtocol
+
+    return uvicorn.Config(
+        app,
+        http=HeadTimeoutProtocol,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        proxy_headers=False,
+        limit_concurrency=_MAX_CONNECTIONS,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,
+    )

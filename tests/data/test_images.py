@@ -4,6 +4,7 @@ import io
 import random
 import struct
 import threading
+import tracemalloc
 import warnings
 import zlib
 
@@ -14,6 +15,7 @@ from detectron2.data import detection_utils
 from PIL import Image, ImageFile
 
 from sparseinst.config import add_sparse_inst_config
+from sparseinst.data import images
 from sparseinst.data.image_formats import FORMATS, IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from sparseinst.data.images import (
     MAX_IMAGE_PIXELS,
@@ -119,6 +121,38 @@ def test_16_bits_are_rescaled_not_clipped(suffix, tmp_path):
     assert np.array_equal(read_image(path), np.repeat(expected[..., None], 3, axis=2))
     # The stock reader: everything above 255 is white.
     assert (detection_utils.read_image(str(path), "RGB")[values > 255] == 255).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_blocks_of_rows_equal_the_whole(dtype, orientation, tmp_path, monkeypatch):
+    values = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (13, 7), dtype=dtype)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(values).save(tmp_path / "a.png", exif=exif)
+    expected = read_image(tmp_path / "a.png")
+    turned = {1: values, 3: values[::-1, ::-1], 6: values.T[:, ::-1]}[orientation]
+    gray = turned if dtype == np.uint8 else np.rint(turned / 257)
+    assert (expected == gray[..., None]).all()
+    # Two rows, and less than a row.
+    for num_pixels in (27, 1):
+        monkeypatch.setattr(images, "_BLOCK_PIXELS", num_pixels)
+        assert np.array_equal(read_image(tmp_path / "a.png"), expected)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((1500, 1000), np.uint16), ((1500, 1000, 3), np.uint8)])
+def test_the_memory_of_a_large_image(shape, dtype, tmp_path, monkeypatch):
+    """Besides Pillow's own image there is one of 3 bytes per pixel, and blocks."""
+    Image.fromarray(np.ones(shape, dtype)).save(tmp_path / "a.png")
+    read_image(tmp_path / "a.png")
+    monkeypatch.setattr(images, "_BLOCK_PIXELS", 2**15, raising=False)
+    tracemalloc.start()
+    try:
+        read_image(tmp_path / "a.png")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 3 <= peak / (1500 * 1000) < 4
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])

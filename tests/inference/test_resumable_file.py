@@ -134,6 +134,15 @@ def test_names_with_the_marks_of_patterns(tmp_path):
     assert merge(output, HEADER, NAMES) and output.read_text() == text_of(NAMES)
 
 
+def test_files_of_the_user_are_not_shards(tmp_path):
+    output = tmp_path / "out.jsonl"
+    write(output, NAMES, 0, 2)
+    for name in ("out.ranked.jsonl", "out.rank1.old.jsonl", "out.rank.jsonl"):
+        (tmp_path / name).write_text("my own")
+    assert merge(output, HEADER, NAMES) and output.read_text() == text_of(NAMES)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_a_file_in_use(tmp_path):
     output = tmp_path / "out.jsonl"
     with ResumableFile(output, HEADER) as file:

@@ -17,6 +17,7 @@ from sparseinst.visualization import heat_maps
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
+from sparseinst.serving import answers  # noqa: E402
 from sparseinst.serving.answers import answer, drawing, predict  # noqa: E402
 from tests.serving.service import image_bytes, stub_predictor  # noqa: E402
 from tests.tiny_model import tiny_cfg, tiny_model  # noqa: E402
@@ -89,6 +90,29 @@ def test_polygons_of_a_pixel_and_of_two_parts():
     (result,) = answer(predictor, buffer.getvalue(), threshold=0.0, masks="polygons")["instances"]
     areas = sorted(mask_api.area(mask_api.frPyObjects([polygon], 40, 40))[0] for polygon in result["segmentation"])
     assert areas == [1, 40]
+
+
+def test_polygons_of_a_large_object(monkeypatch):
+    """Its mask is not enlarged, so the outline joins the centers of its pixels."""
+    predictor, data = stub_predictor(), image_bytes(seed=1)
+    expected = instances_of(predictor, data)
+    monkeypatch.setattr(answers, "_MAX_ENLARGED_PIXELS", 100)
+    results = answer(predictor, data, threshold=0.0, masks="polygons")["instances"]
+    for result, mask, (x0, y0, x1, y1) in zip(
+        results, expected.pred_masks.numpy(), expected.pred_boxes.tensor.tolist()
+    ):
+        (polygon,) = result["segmentation"]
+        points = set(zip(polygon[::2], polygon[1::2]))
+        assert points == {(x, y) for x in (x0 + 0.5, x1 - 0.5) for y in (y0 + 0.5, y1 - 0.5)}
+        assert mask_api.decode(mask_api.frPyObjects([polygon], *mask.shape)).sum() >= 11 * 15
+
+
+def test_no_jpeg_has_such_a_side():
+    predictor, buffer = stub_predictor(), io.BytesIO()
+    Image.new("RGB", (65_501, 2), "gray").save(buffer, format="PNG")
+    predictor.model.error = AssertionError("predicted")
+    with pytest.raises(ImageTooLargeError, match="2 x 65501 pixels, and the drawing is a JPEG.* at most 65500"):
+        drawing(predictor, buffer.getvalue(), threshold=0.5)
 
 
 def test_nothing_found():

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from sparseinst import load_config
+from sparseinst.engine.processes import take_gpu_of_rank
 from sparseinst.inference import Predictor, resumable_file, to_coco_results
 from sparseinst.inference.resumable_file import shards
 from sparseinst.inference.timed_predictor import TimedPredictor
 from sparseinst.tools import predict
+from tests.red_segmenter import RedSegmenter
 from tests.tools.demo_scenes import save_scene
 
 NAMES = [f"{name}.png" for name in "abcde"]
@@ -167,6 +169,65 @@ def test_an_image_that_is_too_large_for_the_gpu_has_a_line(images, config_file, 
     assert [index for index, line in enumerate(lines) if "error" in line] == [1]
     assert lines[1]["error"] == "CUDA out of memory. Tried to allocate 90.00 GiB"
     assert f"{images / 'b.png'}: CUDA out of memory. Tried" in capsys.readouterr().err
+
+
+def fail(monkeypatch, error, heights=None):
+    """Let the model raise an error on images of these heights, or on every image."""
+    forward = RedSegmenter.forward
+
+    def forward_or_fail(self, inputs):
+        if heights is None or inputs[0]["height"] in heights:
+            raise error
+        return forward(self, inputs)
+
+    monkeypatch.setattr(RedSegmenter, "forward", forward_or_fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp]\nnot enough memory"), "at alloc_cpu.cpp] not enough memory"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_an_image_that_the_model_fails_on_has_a_line(
+    images, config_file, tmp_path, capsys, monkeypatch, error, message
+):
+    # The first image too.
+    fail(monkeypatch, error, (48, 51))
+    arguments = ["--input", images, "--output", tmp_path / "out.jsonl"]
+    assert run(config_file, *arguments) == 1
+    lines = lines_of(tmp_path / "out.jsonl")[1:]
+    assert [index for index, line in enumerate(lines) if "error" in line] == [0, 3]
+    assert message in lines[0]["error"] and f"{images / 'a.png'}: " in capsys.readouterr().err
+    # Resuming does not stop at them.
+    assert run(config_file, *arguments) == 0
+
+
+def test_a_model_that_always_fails_ends_the_run(images, config_file, tmp_path, capsys, monkeypatch):
+    fail(monkeypatch, RuntimeError("no such\ndevice"))
+    assert run(config_file, "--input", images, "--output", tmp_path / "out.jsonl") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "fails on every image" in line and "RuntimeError: no such device" in line
+    assert len(lines_of(tmp_path / "out.jsonl")) == 1
+
+
+def test_ranks_and_gpus(images, config_file, tmp_path, capsys, monkeypatch):
+    """Two ranks on a machine with one GPU, with the device of the config: the CPU, then CUDA."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for key, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(key, str(value))
+    arguments = ["--input", images, "--output", tmp_path / "out.jsonl"]
+    assert run(config_file, *arguments) == 0 and not taken
+    assert run(config_file, *arguments, "--opts", "MODEL.DEVICE", "cuda") == 2 and not taken
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "torchrun started 2 processes on this machine, which has 1 GPUs" in line and "--nproc_per_node" in line
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    take_gpu_of_rank()
+    assert taken == [1]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 import httpx2  # noqa: E402
 
-from sparseinst.inference import Predictor, read_image  # noqa: E402
+from sparseinst.inference import Predictor, read_image, to_coco_results  # noqa: E402
 from sparseinst.runtime import exported_model  # noqa: E402
 from sparseinst.tools import serve, serve_run  # noqa: E402
 from tests.runtime.test_exported_files import onnx_file  # noqa: E402
-from tests.serving.service import image_bytes, wait_until  # noqa: E402
+from tests.serving.service import image_bytes, running, wait_until  # noqa: E402
 from tests.tiny_model import tiny_cfg, tiny_model  # noqa: E402
+from tests.tools.exported import CLASSES, run_export, save_tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("loggers_as_before")
 OPTS = ("MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0)
@@ -58,7 +59,7 @@ def test_an_exported_model_needs_no_config(tmp_path, monkeypatch):
 def test_an_address_is_passed_on_as_it_is(monkeypatch):
     address = "sparseinst://sparse_inst_r50_giam_aug"
     given = []
-    monkeypatch.setattr(serve_run, "load_config", lambda config_file, opts, **options: given.append(opts))
+    monkeypatch.setattr(serve_run, "load_config", lambda config_file, opts, **options: given.append(opts) or tiny_cfg())
     args = serve.build_parser().parse_args(["--weights", address, "--config-file", "sparse_inst_r50_giam_aug"])
     serve_run.predictor_loader(args.weights, args.config_file, args.opts)
     assert given == [["MODEL.WEIGHTS", address]]
@@ -82,6 +83,31 @@ def test_code_of_others_is_refused(weights, capsys, tmp_path):
     ]
     assert "(IMPORTS), which is not allowed here" in error_of(capsys, *arguments)
     assert not marker.exists()
+
+
+def test_only_the_command_line_trusts_weights(weights, capsys):
+    config = weights.parent / "config.yaml"
+    config.write_text(config.read_text().replace("TRUSTED_WEIGHTS: false", "TRUSTED_WEIGHTS: true"))
+    for arguments in ((), ("--config-file", config)):
+        line = error_of(capsys, "--weights", weights, *arguments)
+        assert f"{config} sets MODEL.TRUSTED_WEIGHTS to True" in line and "--opts MODEL.TRUSTED_WEIGHTS True" in line
+    assert serve_run.predictor_loader(str(weights), None, ["MODEL.TRUSTED_WEIGHTS", "True"])()
+    assert serve_run.predictor_loader(str(weights), None, ["MODEL.TRUSTED_WEIGHTS", "False"])()
+
+
+def test_an_exported_file_is_served(tmp_path):
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"the package {package} is not installed")
+    save_tiny(tmp_path)
+    assert run_export(tmp_path, "--format", "onnx", "--output", tmp_path) == 0
+    path = tmp_path / "model.onnx"
+    (tmp_path / "photo.png").write_bytes(image_bytes())
+    (expected,) = Predictor(path)([tmp_path / "photo.png"])
+    with running(serve_run.predictor_loader(str(path), None, []), file=path) as client:
+        answer = client.post("/predict?threshold=0", content=image_bytes()).json()["instances"]
+    results = to_coco_results(expected, 1, CLASSES["category_ids"])
+    names = dict(zip(CLASSES["category_ids"], CLASSES["names"]))
+    assert answer == [{**result, "category_name": names[result["category_id"]]} for result in results] != []
 
 
 def test_wrong_arguments_are_one_line(weights, capsys, monkeypatch):
