@@ -19,9 +19,9 @@ CHANNEL_ORDERS = ("RGB", "BGR")
 # Default of INPUT.MAX_IMAGE_PIXELS: the largest phone cameras have 200 megapixels, 600 MB as RGB.
 MAX_IMAGE_PIXELS = 200_000_000
 
-# Pixels that are converted at once. Conversions copy them several times, and Pillow's RGB has 4 bytes per pixel. Blocks
-# take half as long again as a whole image, so photographs of most cameras are one block.
-_BLOCK_PIXELS = 2**25
+# Larger images are converted in blocks of so many pixels: conversions copy them several times, and Pillow's RGB has 4
+# bytes per pixel. Blocks take half as long again as a whole image.
+_WHOLE_PIXELS, _BLOCK_PIXELS = 2**25, 2**22
 
 # Most scans of a progressive JPEG, libtiff's limit. Encoders write about 10; each takes as long as the whole image.
 MAX_JPEG_SCANS = 100
@@ -217,8 +217,8 @@ def _check_scans(file: BinaryIO) -> None:
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     """Return the pixels of an image, (height, width, 3) uint8; convert a large one in blocks of rows to save memory."""
-    num_rows = max(1, _BLOCK_PIXELS // image.width)
-    if image.height > num_rows:
+    if image.width * image.height > _WHOLE_PIXELS and image.height > 1:
+        num_rows = max(1, _BLOCK_PIXELS // image.width)
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         for top in range(0, image.height, num_rows):
             bottom = min(top + num_rows, image.height)

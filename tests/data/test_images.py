@@ -137,6 +137,7 @@ def test_blocks_of_rows_equal_the_whole(dtype, orientation, tmp_path, monkeypatc
     # Two rows, and less than a row.
     for num_pixels in (27, 1):
         monkeypatch.setattr(images, "_BLOCK_PIXELS", num_pixels)
+        monkeypatch.setattr(images, "_WHOLE_PIXELS", num_pixels)
         assert np.array_equal(read_image(tmp_path / "a.png"), expected)
 
 
@@ -146,6 +147,7 @@ def test_the_memory_of_a_large_image(shape, dtype, tmp_path, monkeypatch):
     Image.fromarray(np.ones(shape, dtype)).save(tmp_path / "a.png")
     read_image(tmp_path / "a.png")
     monkeypatch.setattr(images, "_BLOCK_PIXELS", 2**15, raising=False)
+    monkeypatch.setattr(images, "_WHOLE_PIXELS", 2**15, raising=False)
     tracemalloc.start()
     try:
         read_image(tmp_path / "a.png")
