@@ -37,23 +37,17 @@ def trained_keys(cfg: CfgNode, weights: str) -> dict[str, int]:
     Raises:
         ValueError: the file does not exist or cannot be read.
     """
-    if not weights:
-        return {}
-    filename = find_weights(weights)
-    content = read_weights_file(filename, cfg.MODEL.TRUSTED_WEIGHTS).content
-    tensors, _ = extract_tensors(content, filename)
-    model = config.meta_architecture(cfg)
-    of_shapes = getattr(model, "trained_keys", lambda _: {})(convert(tensors, {}).tensors)
-    return {**_said(cfg, content), **of_shapes}
+    said, of_shapes = _read_keys(cfg, weights)
+    return {**said, **of_shapes}
 
 
-def follow_checkpoint(cfg: CfgNode, weights: str, *, with_detections: bool = False) -> list[str]:
+def follow_checkpoint(cfg: CfgNode, weights: str, *, for_training: bool = False) -> list[str]:
     """Set the declared keys to the values that a checkpoint was trained with, in place.
 
     Args:
         cfg: not frozen.
         weights: as MODEL.WEIGHTS.
-        with_detections: refuse another explicit number of detections too, which is a matter of post-processing.
+        for_training: refuse other explicit numbers too that no tensor depends on, such as that of detections.
 
     Returns:
         Lines for the log, one for each key that was changed.
@@ -62,13 +56,16 @@ def follow_checkpoint(cfg: CfgNode, weights: str, *, with_detections: bool = Fal
         ValueError: the user set another value; or as :func:`trained_keys`.
     """
     notes = []
+    said, of_shapes = _read_keys(cfg, weights)
     detections = config.max_detections(cfg)
-    for key, trained in trained_keys(cfg, weights).items():
+    # Where no shape is known, any other key may determine one.
+    free = said.keys() - of_shapes.keys() if of_shapes else {detections[0]} if detections else set()
+    for key, trained in {**said, **of_shapes}.items():
         value = config.value(cfg, key)
         if value == trained:
             continue
         if config.is_explicit(cfg, key):
-            if detections and key == detections[0] and not with_detections:
+            if key in free and not for_training:
                 continue
             raise ValueError(
                 f"{key} is {value}, but the checkpoint {weights} was trained with {trained}: set {key} {trained}, or "
@@ -77,6 +74,17 @@ def follow_checkpoint(cfg: CfgNode, weights: str, *, with_detections: bool = Fal
         cfg.merge_from_list([key, trained])
         notes.append(f"{key} {trained}, from the checkpoint {weights} (the config file's value was {value})")
     return notes
+
+
+def _read_keys(cfg: CfgNode, weights: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the keys that a weights file lists, and those that the shapes of its tensors determine."""
+    if not weights:
+        return {}, {}
+    filename = find_weights(weights)
+    content = read_weights_file(filename, cfg.MODEL.TRUSTED_WEIGHTS).content
+    tensors, _ = extract_tensors(content, filename)
+    model = config.meta_architecture(cfg)
+    return _said(cfg, content), getattr(model, "trained_keys", lambda _: {})(convert(tensors, {}).tensors)
 
 
 def _said(cfg: CfgNode, content: Any) -> dict[str, int]:

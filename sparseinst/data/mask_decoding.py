@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import transforms as T
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sparseinst.data.images import DataError
@@ -196,15 +197,69 @@ def read_mask(
     Raises:
         DataError: the segmentation is broken.
     """
+    if isinstance(segmentation, dict):
+        return _read_rle(segmentation, transforms, source_size)
     if check_segmentation(segmentation, source_size) is not None:
         return None
-    if isinstance(segmentation, dict):
-        mask = transforms.apply_segmentation(decode_rle(segmentation, source_size))
-        return MaskWindow(mask.astype(bool), 0, 0).shrink()
     # Copied, because transforms work in place.
     polygons = [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
     window = _draw_polygons([transforms.apply_coords(polygon) for polygon in polygons if len(polygon) >= 3], image_size)
     return None if window is None else window.shrink()
+
+
+def _read_rle(rle: dict, transforms: T.TransformList, source_size: tuple[int, int]) -> MaskWindow | None:
+    """Return the transformed mask of RLE as :func:`read_mask`; only the object's box is decoded and transformed."""
+    positions = _source_positions(transforms, source_size)
+    if positions is None:
+        return MaskWindow(transforms.apply_segmentation(decode_rle(rle, source_size)).astype(bool), 0, 0).shrink()
+    runs, height = run_lengths(rle, source_size), source_size[0]
+    inside = 1 + 2 * np.flatnonzero(runs[1::2])
+    if len(inside) == 0:
+        return None
+    first, last = inside[0], inside[-1]
+    start, stop = runs[:first].sum(), runs[: last + 1].sum()
+    # Whole columns, down which RLE counts.
+    left, right = start // height, -(-stop // height)
+    lengths = [start - left * height, *runs[first : last + 1], right * height - stop]
+    pixels = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+    source = MaskWindow(pixels.reshape(-1, height).T, 0, int(left)).shrink()
+    x0, y0, x1, y1 = source.box()
+    rows, columns = (
+        np.flatnonzero((axis >= low) & (axis < high)) for axis, low, high in zip(positions, (y0, x0), (y1, x1))
+    )
+    if len(rows) == 0 or len(columns) == 0:
+        return None
+    # Without new pixels, a box stays a box.
+    mask = source.mask[positions[0][rows] - y0][:, positions[1][columns] - x0]
+    return MaskWindow(mask, int(rows[0]), int(columns[0])).shrink()
+
+
+def _source_positions(transforms: T.TransformList, size: tuple[int, int]) -> list[np.ndarray] | None:
+    """Return the source row of each row of a transformed mask, and the source column of each column.
+
+    None: there is a transform that moves pixels otherwise, or that is not known.
+    """
+    rows, columns = map(np.arange, size)
+    for transform in transforms.transforms:
+        kind = type(transform)
+        if kind is T.HFlipTransform:
+            columns = columns[::-1]
+        elif kind is T.VFlipTransform:
+            rows = rows[::-1]
+        elif kind is T.CropTransform:
+            rows = rows[transform.y0 : transform.y0 + transform.h]
+            columns = columns[transform.x0 : transform.x0 + transform.w]
+        elif kind is T.ResizeTransform:
+            rows, columns = _nearest(rows, transform.new_h), _nearest(columns, transform.new_w)
+        elif kind not in (T.NoOpTransform, T.ColorTransform):
+            return None
+    return [rows, columns]
+
+
+def _nearest(values: np.ndarray, length: int) -> np.ndarray:
+    """Resize values (n,) as Detectron2 resizes the rows and columns of masks: by Pillow, to the nearest."""
+    row = Image.fromarray(values.astype(np.int32)[None])
+    return np.asarray(row.resize((length, 1), Image.NEAREST))[0]
 
 
 def _draw_polygons(polygons: list[np.ndarray], image_size: tuple[int, int]) -> MaskWindow | None:

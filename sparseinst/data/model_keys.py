@@ -6,10 +6,7 @@ from detectron2.config import CfgNode
 
 from sparseinst import config
 from sparseinst.data.coco_json import class_info
-from sparseinst.data.crowded_images import instances_of_images
-
-# Most instances that a key is raised to: time and memory grow with them.
-MOST_INSTANCES = 500
+from sparseinst.data.crowded_images import MOST_INSTANCES, instances_of_images
 
 
 def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[str]:

@@ -14,16 +14,19 @@ AUTO = "auto"
 MOST_ORDINARY = 30
 
 
-def choose_recipe(name: str, train_json: str) -> tuple[str, str]:
+def choose_recipe(name: str, train_json: str, config_file: str = "") -> tuple[str, str]:
     """Return the config of a recipe, and a line for the log that says why.
 
     Args:
         name: of RECIPES, or "auto": crowded where a twentieth of the images with objects has more than MOST_ORDINARY.
         train_json: read for "auto" alone; a COCO json.
+        config_file: of the command line; "" where it has none.
 
     Raises:
-        ValueError: an unknown name; a json that is missing or cannot be read.
+        ValueError: an unknown name; a json that is missing or cannot be read; a config file is given too.
     """
+    if config_file:
+        raise ValueError("--recipe and --config-file are both given: leave one out")
     known = ", ".join([AUTO, *RECIPES])
     if name in RECIPES:
         return RECIPES[name], f"Recipe {name}: {RECIPES[name]}"

@@ -29,7 +29,7 @@ def set_model_keys(cfg: CfgNode, *, eval_only: bool, resume: bool) -> list[str]:
     tried = set()
     while resume and (checkpoint := find_checkpoint(cfg.OUTPUT_DIR, tried)[0]):
         try:
-            return follow_checkpoint(cfg, str(checkpoint), with_detections=not eval_only)
+            return follow_checkpoint(cfg, str(checkpoint), for_training=not eval_only)
         except WeightsFileError:
             # The checkpointer reports it.
             tried.add(checkpoint)

@@ -22,6 +22,8 @@ POLL = 1.0
 class Progress(HookBase):
     """Log losses, time, epochs and learning rates; store the learning rates as lr_heads and lr_backbone.
 
+    ``mean_time`` is stored too: the mean of the iterations so far without the first ones, seconds.
+
     Replaces Detectron2's CommonMetricPrinter, whose first line comes after 20 iterations (140 s at 7 s an iteration on
     a CPU), and which logs one learning rate without telling whose. Here the first iteration has a line, no line comes
     later than MAX_SILENCE seconds after the one before, and a thread says what a longer step waits for.
@@ -76,6 +78,8 @@ class Progress(HookBase):
         losses = [f"{name}: {value:.4g}" for name, (value, _) in latest.items() if "loss" in name]
         if "time" in latest:
             seconds = storage.history("time").median(1000)
+            # How many iterations fit into a time depends on the mean; slow iterations leave the median as it is.
+            storage.put_scalar("mean_time", storage.history("time").global_avg(), smoothing_hint=False)
         else:
             # IterationTimer leaves out the first iterations.
             seconds = (time.monotonic() - self._train_start) / (done - self.trainer.start_iter)

@@ -60,7 +60,11 @@ def evaluate(cfg: CfgNode, model: nn.Module, report: Callable[[str, Outcome], ob
             results[dataset_name] = inference_on_dataset(timed_model, loader, evaluator) or {}
         if comm.is_main_process():
             if results[dataset_name]:
-                logger.info("Results on %s, in percent:\n%s", dataset_name, figures_table(results[dataset_name]))
+                limit = getattr(evaluator, "max_detections", MAX_DETECTIONS)
+                of_best = f", of the best {limit} detections of an image (COCO's AP: {MAX_DETECTIONS})"
+                note = of_best * (limit > MAX_DETECTIONS)
+                table = figures_table(results[dataset_name])
+                logger.info("Results on %s, in percent%s:\n%s", dataset_name, note, table)
             outcome = getattr(evaluator, "outcome", None)
             if report is not None and outcome is not None:
                 with timer.stage("plots"):

@@ -67,7 +67,7 @@ def binary_mask_iou(
     mask_probs: torch.Tensor,
     gt_masks: torch.Tensor,
     prob_threshold: float = 0.4,
-    gt_threshold: float = 0.5,
+    gt_threshold: float | torch.Tensor = 0.5,
 ) -> torch.Tensor:
     """Return the IoU of each pair's thresholded masks, the objectness target: intersection / (union + 1e-6).
 
@@ -77,7 +77,7 @@ def binary_mask_iou(
         mask_probs: (P, ...) in [0, 1], one mask per pair.
         gt_masks: the same shape, in [0, 1].
         prob_threshold: a pixel is predicted where its probability is at least this.
-        gt_threshold: a pixel belongs to the instance where its target is above this.
+        gt_threshold: a pixel belongs to the instance where its target is above this; a number, or (P, 1).
 
     Returns:
         (P,) in [0, 1].

@@ -1,7 +1,7 @@
 """Report the problems and the content of a data set: ``python -m sparseinst.tools.check_dataset JSON IMAGES``.
 
 Reads a COCO json and all of its images, reports all problems at once, and prints the numbers of classes and masks that
-a model needs for the data. Exit code 0: a training runs, perhaps with warnings; 1: the data would stop a training;
+a training sets for the data. Exit code 0: a training runs, perhaps with warnings; 1: the data would stop a training;
 2: the arguments are wrong.
 """
 
@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("images", type=Path, help="folder of its images")
     meaning = f"config of the training; its number of classes is checked too (default: {DEFAULT_CONFIG})"
     add_config_arguments(parser, required=False, default="", help=meaning)
+    add("--recipe", default="", metavar="NAME", help="recipe of the training, no --config-file: as in train")
     add("--evaluation", action="store_true", help="also check the fields that only an evaluation reads")
     add("--quick", action="store_true", help="read only the headers of the image files")
     add("--workers", type=int, default=0, help="additional processes that read images (default: 0)")

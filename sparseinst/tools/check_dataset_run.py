@@ -19,7 +19,7 @@ from sparseinst.config import load_config
 from sparseinst.data.augmentations import ResizeShortestEdge
 from sparseinst.data.coco_checks import Finding, check_content
 from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON
-from sparseinst.data.crowded_images import crowded_warning
+from sparseinst.data.crowded_images import MOST_INSTANCES, crowded_warning
 from sparseinst.data.dataset_mapper import check_image_size
 from sparseinst.data.image_files import (
     FileNames,
@@ -33,6 +33,7 @@ from sparseinst.data.images import DataError, ImageReadError, read_image, read_i
 from sparseinst.data.json_file import read_json
 from sparseinst.data.mask_decoding import check_segmentation, is_whole, read_mask
 from sparseinst.data.other_formats import describe_path
+from sparseinst.data.recipes import choose_recipe
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.structures.image_objects import ImageObjects
 from sparseinst.structures.mask_window import MaskWindow
@@ -77,7 +78,7 @@ def check_files(content: Any, files: FileNames, cfg: CfgNode, args: argparse.Nam
     if num_categories != num_classes and key and config.is_explicit(cfg, key):
         message = f"there are {num_categories} categories, but {key} is {num_classes}: set {key} {num_categories}"
         yield Finding("number of classes", message)
-    if crowded := crowded_warning(report.num_instances, cfg):
+    if crowded := crowded_warning(report.num_instances, cfg, before_training=True):
         yield Finding("more objects than masks", crowded, stops=False)
 
 
@@ -210,6 +211,13 @@ def describe_content(
         f"  objects by size: {small:.1%} small (below 32 x 32 pixels), {medium:.1%} medium, {large:.1%} large (from "
         f"96 x 96); without a pixel: {(areas == 0).sum()}"
     )
+    boxes = np.concatenate([survey.objects.boxes for survey in surveys if survey.objects is not None])
+    if len(boxes):
+        sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))
+        yield (
+            f"  objects at the training's largest size, sqrt(width * height): median {np.median(sides):.0f} pixels, a "
+            f"twentieth below {np.percentile(sides, 5):.1f}"
+        )
     if remedy is None:
         pass
     elif keeps_all:
@@ -223,9 +231,12 @@ def describe_content(
         )
     limits = [f"{key} {len(categories)}" for key, _ in filter(None, [config.num_classes(cfg)])]
     for key, most in filter(None, [config.max_instances(cfg)]):
-        limits.append(f"{key} {counts.max()} or more holds the objects of every image (it is {most})")
+        limits.append(f"{key} {counts.max()} or more, for the objects of every image (it is {most})")
     if limits:
-        yield f"Set: {'; '.join(limits)}"
+        yield (
+            f"The data need {'; '.join(limits)}. A training sets them by itself, masks up to {MOST_INSTANCES}, where "
+            "neither you nor MODEL.WEIGHTS do"
+        )
 
 
 def describe_findings(findings: Iterable[Finding], num_shown: int) -> Iterator[str]:
@@ -246,7 +257,6 @@ def describe_findings(findings: Iterable[Finding], num_shown: int) -> Iterator[s
 
 def run(args: argparse.Namespace) -> int:
     """Check the data set, print the report, and return the exit code; see `check_dataset.main`."""
-    cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts, imports=args.imports)
     if other_format := describe_path(args.json):
         raise ValueError(other_format)
     if not args.json.is_file():
@@ -260,6 +270,10 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"{error}\nA training with these data would stop.")
         return 1
+    recipe = ""
+    if args.recipe:
+        args.config_file, recipe = choose_recipe(args.recipe, str(args.json), args.config_file)
+    cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts, imports=args.imports)
     file_names = _file_names(content)
     files = find_files(file_names, args.images)
     findings = list(check_files(content, files, cfg, args))
@@ -278,7 +292,7 @@ def run(args: argparse.Namespace) -> int:
     findings += broken_images(surveys, files.absent, cfg)
     findings += [Finding("image sizes", warning, stops=False) for warning in model.training_warnings(cfg)]
     findings += trait_findings([survey.traits for survey in surveys if survey.traits is not None])
-    print(args.json)
+    print(args.json, *filter(None, [recipe]), sep="\n")
     remedy = model.lossless_targets_key and f"{model.lossless_targets_key} True"
     for line in describe_content(content, surveys, cfg, remedy, is_in_target is None):
         print(line)

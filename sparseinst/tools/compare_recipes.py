@@ -193,7 +193,7 @@ class Comparison:
             if error:
                 return 0
             metrics = read_metrics(folder / "pace" / METRICS_FILE)
-            pace = statistics.median(entry["time"] for entry in metrics if "time" in entry)
+            pace = [entry["mean_time"] for entry in metrics if "mean_time" in entry][-1]
             path.write_text(json.dumps({"seconds": pace}))
         return max(1, round(60 * run.minutes / json.loads(path.read_text())["seconds"]))
 

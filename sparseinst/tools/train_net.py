@@ -125,9 +125,7 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
 
     recipe_notes = []
     if args.recipe:
-        if args.config_file:
-            raise ValueError("--recipe and --config-file are both given: leave one out")
-        args.config_file, note = choose_recipe(args.recipe, args.train_json)
+        args.config_file, note = choose_recipe(args.recipe, args.train_json, args.config_file)
         recipe_notes.append(note)
     if args.config_file:
         args.config_file = resolve_config_file(args.config_file)

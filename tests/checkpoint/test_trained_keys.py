@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from torch import nn
 
 from sparseinst import config
@@ -71,7 +72,27 @@ def test_a_checkpoint_wins_over_defaults_only(tmp_path):
     follow_checkpoint(cfg, path)
     assert cfg.MODEL.SPARSE_INST.MAX_DETECTIONS == 100
     with pytest.raises(ValueError, match=f"{MAX_DETECTIONS} is 100, but .* 9"):
-        follow_checkpoint(cfg, path, with_detections=True)
+        follow_checkpoint(cfg, path, for_training=True)
+
+
+@pytest.mark.parametrize(("decoder", "is_free"), [("PlacedIAMDecoder", True), ("GroupIAMDecoder", False)])
+def test_the_number_of_peaks_is_free_in_an_evaluation(tmp_path, decoder, is_free):
+    loss = "PlacedCriterion" if is_free else "SparseInstCriterion"
+    opts = ("MODEL.SPARSE_INST.DECODER.NAME", decoder, "MODEL.SPARSE_INST.LOSS.NAME", loss)
+    state = build_model(tiny_cfg(*opts)).state_dict()
+    path = save(tmp_path / "a.pth", model=state, model_keys={NUM_MASKS: 6, MAX_DETECTIONS: 100})
+    cfg = tiny_cfg(*opts, NUM_MASKS, 9)
+    config.mark_explicit(cfg, [NUM_MASKS])
+    for for_training in (False, True):
+        if is_free and not for_training:
+            assert follow_checkpoint(cfg, path) == [] and cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS == 9
+        else:
+            with pytest.raises(ValueError, match=f"{NUM_MASKS} is 9, but .* 6"):
+                follow_checkpoint(cfg, path, for_training=for_training)
+    # A config that leaves the key out has the checkpoint's number.
+    cfg = tiny_cfg(*opts, NUM_MASKS, 9)
+    follow_checkpoint(cfg, path)
+    assert cfg.MODEL.SPARSE_INST.DECODER.NUM_MASKS == 6
 
 
 def test_class_names():

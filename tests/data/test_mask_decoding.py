@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
+from sparseinst.data import mask_decoding
 from sparseinst.data.images import DataError
 from sparseinst.data.mask_decoding import (
     NO_PIXEL,
@@ -21,6 +22,7 @@ from sparseinst.data.mask_decoding import (
     read_mask,
     run_lengths,
 )
+from sparseinst.structures.mask_window import MaskWindow
 
 SIZE = (24, 32)
 SQUARE = [3, 4, 9, 4, 9, 8, 3, 8]
@@ -185,3 +187,56 @@ def test_self_crossing_outlines_are_drawn_as_pycocotools_draws_them():
 def test_whole_numbers():
     assert all(map(is_whole, (0, -3, 2**70, np.int64(5), np.uint8(1))))
     assert not any(map(is_whole, (True, 1.0, "1", None, [1], float("nan"), np.float32(1))))
+
+
+@given(st.data(), st.tuples(*[st.integers(1, 90)] * 2), st.integers(0, 2**32 - 1))
+@settings(max_examples=80, deadline=None)
+def test_the_transformed_window_of_rle_equals_the_transformed_mask(data, size, seed):
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(size, np.uint8)
+    # Objects in a part of the image, some of many runs; some masks are empty.
+    top, left = (int(rng.integers(side)) for side in size)
+    part = mask[top : top + rng.integers(1, 40), left : left + rng.integers(1, 40)]
+    part[:] = rng.random(part.shape) < rng.choice([0.0, 0.1, 0.6, 1.0])
+    transforms, (height, width) = [], size
+    for _ in range(data.draw(st.integers(0, 4))):
+        kind = data.draw(st.sampled_from(["resize", "crop", "horizontal", "vertical", "color", "none", "pad"]))
+        if kind == "resize":
+            new_size = (data.draw(st.integers(1, 200)), data.draw(st.integers(1, 200)))
+            transforms.append(T.ResizeTransform(height, width, *new_size))
+            height, width = new_size
+        elif kind == "crop":
+            y0, x0 = (data.draw(st.integers(0, side - 1)) for side in (height, width))
+            height, width = data.draw(st.integers(1, height - y0)), data.draw(st.integers(1, width - x0))
+            transforms.append(T.CropTransform(x0, y0, width, height))
+        elif kind == "pad":
+            transforms.append(T.PadTransform(3, 2, 1, 4))
+            height, width = height + 6, width + 4
+        else:
+            others = {"horizontal": T.HFlipTransform(width), "vertical": T.VFlipTransform(height)}
+            transforms.append(others.get(kind, T.ColorTransform(np.copy) if kind == "color" else T.NoOpTransform()))
+    transforms = T.TransformList(transforms)
+    expected = MaskWindow(transforms.apply_segmentation(mask).astype(bool), 0, 0).shrink()
+    found = read_mask(compress(mask), transforms, size, (height, width))
+    assert (found is None) == (expected is None)
+    assert expected is None or found.box() == expected.box() and np.array_equal(found.mask, expected.mask)
+
+
+def test_the_window_of_an_enlarged_photograph_equals_the_transformed_mask():
+    # Sizes at which Pillow's sums of steps round.
+    mask = np.zeros((2160, 3840), np.uint8)
+    mask[301:1207, 77:2999] = np.random.default_rng(0).random((906, 2922)) < 0.5
+    for new_size in ((640, 1138), (801, 1333), (2161, 3841), (4000, 7001)):
+        transforms = T.TransformList([T.ResizeTransform(*mask.shape, *new_size)])
+        expected = MaskWindow(transforms.apply_segmentation(mask).astype(bool), 0, 0).shrink()
+        found = read_mask(compress(mask), transforms, mask.shape, new_size)
+        assert found.box() == expected.box() and np.array_equal(found.mask, expected.mask)
+
+
+def test_a_small_object_in_a_large_mask_is_not_decoded_as_a_whole(monkeypatch):
+    monkeypatch.setattr(mask_decoding, "decode_rle", None)
+    mask = np.zeros((2160, 3840), np.uint8)
+    mask[1000:1030, 2000:2040] = 1
+    transforms = T.TransformList([T.HFlipTransform(3840), T.ResizeTransform(2160, 3840, 1080, 1920)])
+    window = read_mask(compress(mask), transforms, mask.shape, (1080, 1920))
+    assert window.box() == (900, 500, 920, 515) and window.mask.all()

@@ -43,6 +43,8 @@ def test_crowd_regions_do_not_count(tmp_path):
 def test_wrong_names_and_files(tmp_path):
     with pytest.raises(ValueError, match="--recipe is 'x'; it must be one of auto, ordinary, crowded"):
         choose_recipe("x", "")
+    with pytest.raises(ValueError, match="--recipe and --config-file are both given"):
+        choose_recipe("ordinary", "", "mine.yaml")
     with pytest.raises(ValueError, match="give --train-json, or one of"):
         choose_recipe("auto", "")
     with pytest.raises(ValueError, match="The file .* does not exist"):

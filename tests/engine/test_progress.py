@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from detectron2.engine import TrainerBase
+from detectron2.engine import TrainerBase, hooks
 from torch import nn
 
 from sparseinst.engine import progress
@@ -53,6 +53,17 @@ def test_first_last_and_every_twentieth_iteration(caplog):
 
 def test_without_epochs(caplog):
     assert "epoch" not in lines(SlowTrainer(), caplog, 1)[0]
+
+
+def test_the_mean_time_leaves_the_first_iterations_out(caplog):
+    trainer = SlowTrainer()
+    # The first two are slow at the start of a training, the fifth because of its data.
+    run_step, seconds = trainer.run_step, {0: 0.5, 1: 0.5, 4: 0.4}
+    trainer.run_step = lambda: (time.sleep(seconds.get(trainer.iter, 0.0)), run_step())
+    trainer.register_hooks([hooks.IterationTimer()])
+    lines(trainer, caplog, 6)
+    # One of four iterations takes 0.4 s.
+    assert trainer.storage.latest()["mean_time"][0] == pytest.approx(0.1, abs=0.05)
 
 
 def test_slow_steps_have_lines_of_their_own(caplog, monkeypatch):

@@ -56,6 +56,16 @@ def test_results_and_speed_are_written(dataset, tmp_path):
     assert all(value > 0 for value in seconds.values())
 
 
+@pytest.mark.parametrize("limit", [100, 300])
+def test_the_log_says_where_more_detections_count_than_in_coco(dataset, tmp_path, caplog, limit):
+    opts = ("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "MODEL.SPARSE_INST.MAX_DETECTIONS", limit)
+    with caplog.at_level("INFO", logger="sparseinst.evaluation.evaluate"):
+        evaluate(make_cfg(dataset, tmp_path, *opts), truth_model(dataset, *opts))
+    (line,) = [message for message in caplog.messages if message.startswith("Results on")]
+    note = ", of the best 300 detections of an image (COCO's AP: 100)" * (limit == 300)
+    assert line.startswith(f"Results on {dataset}, in percent{note}:\n")
+
+
 def timer_of(*batches):
     timer = StageTimer()
     timer.seconds = dict(zip(STAGES, map(list, zip(*batches))))

@@ -42,6 +42,9 @@ def test_counts_by_hand(config_file, tmp_path, capsys):
     assert "objects per image: median 1, 99th percentile 3, most 3; images without objects: 2 of 4" in output
     assert "80.0% small (below 32 x 32 pixels), 20.0% medium, 0.0% large" in output
     assert "NUM_CLASSES 3; MODEL.SPARSE_INST.DECODER.NUM_MASKS 3 or more" in output and "(it is 6)" in output
+    assert "A training sets them by itself, masks up to 500, where neither you nor MODEL.WEIGHTS do\n" in output
+    # Resized by 64 / 40: squares of 20, 25, 30, 33 and 1 pixels.
+    assert "sqrt(width * height): median 40 pixels, a twentieth below 7.7\n" in output
     assert output.endswith("Nothing here stops a training.\n")
 
 
@@ -116,6 +119,22 @@ def test_what_only_warns(config_file, tmp_path, capsys):
         "'1.png' is named by 2 images" in output
         and "NUM_MASKS 12 and MODEL.SPARSE_INST.MAX_DETECTIONS 100 would hold all" in output
     )
+
+
+def test_the_recipe_is_that_of_a_training(tmp_path, capsys):
+    content = flawed("none")
+    content["annotations"] += [annotation(number, 1, 3, 1, 1, 9) for number in range(10, 150)]
+    files = write(tmp_path, content)
+    code, output = check(capsys, *files, "--quick", "--recipe", "auto")
+    assert code == 0 and "\nRecipe auto: small_data/efficientnet_lite0_crowded, because" in output
+    assert "neither learns" not in output and "(it is 400)" in output
+    # The other recipe finds fewer, until a training raises the keys.
+    code, output = check(capsys, *files, "--quick", "--recipe", "ordinary")
+    assert "1 of 2 images with objects have more" in output and "neither learns" not in output
+    assert "NUM_MASKS 142 and MODEL.SPARSE_INST.MAX_DETECTIONS 142 by itself, up to 500, unless MODEL.WEIGHTS" in output
+    both = ["--recipe", "auto", "--config-file", "small_data/yolact"]
+    assert check_dataset.main([*map(str, files), *both]) == 2
+    assert "both given" in capsys.readouterr().err
 
 
 def test_the_number_of_classes_counts_where_a_config_is_given(config_file, tmp_path, capsys):

@@ -11,7 +11,7 @@ from sparseinst.tools import compare_recipes
 
 @pytest.fixture
 def trainings(monkeypatch):
-    """Replace the trainings: record each command; an iteration takes 2 s, with "slow" in the recipe's folder 4 s."""
+    """Replace the trainings: record each command; the mean iteration takes 2 s, with "slow" in the folder 4 s."""
     commands = []
 
     def train(command, **_):
@@ -21,7 +21,9 @@ def trainings(monkeypatch):
         if "broken" in str(folder):
             return 1
         seconds = 4.0 if "slow" in str(folder) else 2.0
-        lines = [{"iteration": 0, "total_loss": 1.0}, {"iteration": 19, "time": seconds}]
+        # Most iterations are faster than their mean.
+        lines = [{"iteration": 0, "total_loss": 1.0}, {"iteration": 19, "time": 0.1, "mean_time": 9.0}]
+        lines.append({"iteration": 39, "time": 0.1, "mean_time": seconds})
         (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if folder.name != "pace":
             figures = {"AP": 10.0 * int(values["SEED"]), "AP50": 60.0, "AP75": 20.0}

@@ -141,6 +141,7 @@ class SparseInstCriterion(nn.Module):
         gt_masks: torch.Tensor,
         num_instances: float,
         num_matched: float,
+        gt_threshold: float | torch.Tensor = 0.5,
     ) -> dict[str, torch.Tensor]:
         """Compute the losses of pairs.
 
@@ -149,11 +150,12 @@ class SparseInstCriterion(nn.Module):
             objectness_logits: (P,) float32.
             gt_masks: (P, H, W) in [0, 1].
             num_instances, num_matched: divisors, see `divisors_over_ranks`.
+            gt_threshold: of the objectness target, see `binary_mask_iou`.
         """
         # Sums over zero pairs are 0 and stay in the graph, so that every parameter gets a gradient.
         mask_probs = mask_logits.sigmoid()
         objectness_loss = F.binary_cross_entropy_with_logits(
-            objectness_logits, binary_mask_iou(mask_probs, gt_masks), reduction="sum"
+            objectness_logits, binary_mask_iou(mask_probs, gt_masks, gt_threshold=gt_threshold), reduction="sum"
         )
         return {
             "loss_objectness": self.objectness_weight * objectness_loss / num_matched,

@@ -176,7 +176,8 @@ class SparseInst(InstanceSegmenter):
         """Pad the ground truth as the images are padded, then reduce it to the mask grid.
 
         As published the reduction is bilinear, which reads the two pixels on either side of a cell's center. With
-        ``antialiased_targets`` it is the share of each cell that the instance covers.
+        ``antialiased_targets`` it is the share of each cell that the instance covers. A decoder with
+        ``training_outputs`` gets no instance that vanishes on the grid.
         """
         padded_size = tuple(images.tensor.shape[-2:])
         mask_size = self._mask_size(padded_size)
@@ -185,7 +186,12 @@ class SparseInst(InstanceSegmenter):
             instances = x["instances"]
             masks = self._reduce_masks(instances, padded_size, mask_size)
             # Non-blocking copies let the device run ahead.
-            targets.append(InstanceTargets(instances.gt_classes.to(self.device, non_blocking=True), masks))
+            classes = instances.gt_classes.to(self.device, non_blocking=True)
+            if hasattr(self.decoder, "training_outputs"):
+                # An object without a cell has no center.
+                is_seen = masks.flatten(1).any(1)
+                classes, masks = classes[is_seen], masks[is_seen]
+            targets.append(InstanceTargets(classes, masks))
         return targets
 
     def loss_counts(self, targets: list[InstanceTargets]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ class PlacedCriterion(SparseInstCriterion):
     """Compute five weighted losses of predictions at the centers of the ground truth; nothing is matched.
 
     ``loss_heatmap`` (CenterNet's focal loss, for the classes), ``loss_box``, and the mask losses of the base class on
-    the crops around the instances. They are divided as the base class divides ``loss_ce``, and its losses of pairs.
+    the crops around the instances. They are divided as the base class divides ``loss_ce``, and its losses of pairs. For
+    the objectness a pixel belongs to an instance above half of the instance's maximum.
 
     Args:
         box_weight: weight of ``loss_box``.
@@ -65,9 +66,11 @@ class PlacedCriterion(SparseInstCriterion):
                 outputs[name].flatten(0, 1).index_select(0, rows).float()
                 for name in ("pred_scores", "boxes", "gt_boxes", "pred_masks", "gt_masks")
             )
+            # A line of one pixel covers its cells by half at most.
+            half = 0.5 * gt_masks.flatten(1).amax(1, keepdim=True)
             heat_loss = center_focal_loss(outputs["heat_logits"].float(), outputs["heat"], outputs["is_center"])
             return {
                 "loss_heatmap": self.class_weight * heat_loss / divisors[0],
                 "loss_box": self.box_weight * box_loss(boxes, gt_boxes) / divisors[1],
-                **self.mask_losses(masks, scores[:, 0], gt_masks, *divisors),
+                **self.mask_losses(masks, scores[:, 0], gt_masks, *divisors, gt_threshold=half),
             }

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import BitMasks
 
 from sparseinst.modeling.sparse_inst import placed_decoder
 from sparseinst.modeling.sparse_inst import placed_masks as placed_masks_module
@@ -284,6 +285,54 @@ def test_the_losses_by_hand():
     two = criterion(outputs, [InstanceTargets(torch.tensor([1, 1]), torch.zeros(2, 8, 8))])
     assert two["loss_box"].item() == pytest.approx((0.5 + 0.5 * (0.5 - 0.05)) / 2)
     assert two["loss_heatmap"].item() == pytest.approx(12 * 0.25 * math.log(2))
+
+
+def test_the_objectness_target_of_a_thin_line_by_hand():
+    # A line of one pixel covers half of each cell of stride 2. The predicted mask is the line.
+    line = torch.zeros(1, 1, 4, 4)
+    line[:, :, 1] = 0.5
+    outputs = {
+        "heat_logits": torch.zeros(1, 3, 2, 2),
+        "heat": torch.zeros(1, 3, 2, 2),
+        "is_center": torch.zeros(1, 3, 2, 2, dtype=torch.bool),
+        "pred_scores": torch.full((1, 1, 1), 2.0),
+        "boxes": torch.tensor([[[0.0, 0, 1, 1]]]),
+        "gt_boxes": torch.tensor([[[0.0, 0, 1, 1]]]),
+        "pred_masks": torch.where(line > 0, 0.0, -9.0),
+        "gt_masks": line,
+    }
+    criterion = placed_model().criterion
+    target = InstanceTargets(torch.tensor([1]), torch.zeros(1, 8, 8))
+    # An IoU of 1: -log(sigmoid(2)).
+    expected = pytest.approx(math.log(1 + math.exp(-2)), rel=1e-4)
+    assert criterion(outputs, [target])["loss_objectness"].item() == expected
+    # Of a whole object a cell that is covered by half is outside, as in the base class: the IoU is 4 / 8.
+    line[:, :, 2] = 1.0
+    outputs["pred_masks"] = torch.where(line > 0, 0.0, -9.0)
+    expected = pytest.approx(math.log(1 + math.exp(2)) - 0.5 * 2, rel=1e-4)
+    assert criterion(outputs, [target])["loss_objectness"].item() == expected
+
+
+def test_an_object_that_vanishes_on_the_grid_is_not_learned():
+    model = placed_model().train()
+    masks = torch.zeros(3, 64, 96, dtype=torch.bool)
+    masks[0, 8:40, 16:48] = masks[2, 30:50, 60:90] = True
+    # The reduction by 4 reads the two pixels in the middle of a cell.
+    masks[1, 20, 40] = True
+    inputs = [random_input(64, 96, num_instances=3)]
+    inputs[0]["instances"].gt_masks = BitMasks(masks)
+    images = model.preprocess(inputs)
+    (target,) = model.prepare_targets(inputs, images)
+    classes = inputs[0]["instances"].gt_classes
+    assert target.gt_classes.tolist() == classes[[0, 2]].tolist() and target.gt_masks.flatten(1).any(1).all()
+    outputs = model.decoder.training_outputs(model.network(images.tensor), [target])
+    assert outputs["is_center"].sum() == 2 and not outputs["is_center"][:, :, 0, 0].any()
+    # The published decoder has all of them.
+    (published,) = tiny_model().prepare_targets(inputs, images)
+    assert len(published.gt_classes) == len(published.gt_masks) == 3
+    # Only such objects: the image has none.
+    inputs[0]["instances"] = inputs[0]["instances"][1:2]
+    assert all(torch.isfinite(loss) for loss in model(inputs).values())
 
 
 def test_the_criterion_of_another_decoder_is_refused():
