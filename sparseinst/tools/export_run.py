@@ -275,6 +275,7 @@ def _metadata(
         max_batch=_MAX_BATCH if args.format == "tensorrt" and batch is None else None,
         short_side=cfg.INPUT.MIN_SIZE_TEST,
         long_side=cfg.INPUT.MAX_SIZE_TEST,
+        fit_size=list(saved.INPUT.FIT_SIZE_TEST) or None,
         outputs=[],
         postprocessing=model.postprocessing_options,
         max_detections=args.end_to_end,

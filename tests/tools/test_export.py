@@ -311,6 +311,27 @@ def test_the_example_pads_a_narrow_image_as_the_predictor(exported):
     assert example.normalize_and_pad(np.zeros((65, 64, 3), np.uint8)).shape == (1, 3, 96, 64)
 
 
+def test_a_file_of_dynamic_size_keeps_the_size_that_images_fit_into(folder, tmp_path):
+    """FIT_SIZE_TEST of the config takes the place of the short side, in the Predictor and in the example."""
+    opts = ("INPUT.FIT_SIZE_TEST", "(70, 80)")
+    assert run_export(folder, "--format", "onnx", "--output", tmp_path, opts=opts) == 0
+    path = tmp_path / "model.onnx"
+    assert (read_metadata(path).size, read_metadata(path).fit_size) == (None, [70, 80])
+    example = runpy.run_path(str(ROOT / "examples" / "onnx_only.py"))["Model"](str(path))
+    predictor = Predictor(str(path))
+    # Each of these would have a short side of 64 pixels.
+    for image, size in zip(photos(), ((57, 80), (53, 80), (70, 37), (70, 70)), strict=True):
+        assert example.network_size(*image.shape[:2]) == size
+        (expected,) = predictor([image], "RGB")
+        scores, classes, _, masks = example.detect(image[:, :, ::-1])
+        assert len(expected) and classes.tolist() == expected.pred_classes.tolist()
+        assert np.allclose(scores, expected.scores, atol=1e-4)
+        assert (masks != expected.pred_masks.numpy()).mean() <= 0.001
+    # As earlier versions wrote their files.
+    example.metadata |= {"fit_size": None, "size": [64, 96]}
+    assert example.network_size(50, 70) == (64, 90)
+
+
 def test_the_example_without_torch_finds_the_same(exported, expected, tmp_path):
     """The example runs in a process where torch, Detectron2 and this package cannot be imported."""
     code = (
