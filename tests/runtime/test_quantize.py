@@ -89,7 +89,7 @@ def test_errors_of_an_engine_have_one_line(tmp_path, monkeypatch, engine):
     helper = onnx.helper
     model = BorrowingModel().requires_grad_(False)
     model.conv = nn.Conv2d(3, 2, 3).requires_grad_(False)
-    values = [helper.make_tensor_value_info(name, 1, None) for name in ("images", "values")]
+    values = [helper.make_tensor_value_info(name, 1, [1, *"chw"]) for name in ("images", "values")]
     weight = numpy_helper.from_array(model.conv.weight.numpy(), "weight")
     graph = helper.make_graph([helper.make_node("Conv", ["images", "weight"], ["values"])], "g", *([v] for v in values),
                               [weight])  # fmt: skip
