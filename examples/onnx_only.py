@@ -36,8 +36,8 @@ class Model:
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the size that an image is resized to."""
-        if self.metadata["size"] is not None:
-            fits = list(zip(self.metadata["size"], (height, width)))
+        if fit_size := self.metadata.get("fit_size") or self.metadata["size"]:  # earlier versions wrote no fit_size
+            fits = list(zip(fit_size, (height, width)))
             scale = min(most / side for most, side in fits)
             return tuple(max(1, min(most, round(scale * side))) for most, side in fits)
         short, long = self.metadata["short_side"], self.metadata["long_side"]

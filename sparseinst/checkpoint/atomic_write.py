@@ -82,28 +82,42 @@ def output_folder(folder: str | os.PathLike) -> Iterator[Path]:
         folder: is made where it does not exist.
 
     Raises:
-        OutputError: something cannot be written or moved.
+        OutputError: the temporary folder cannot be made, or its content cannot be moved. Errors of the with statement
+            pass: `as_output_error` is for those of writing.
     """
     folder = Path(folder)
     partial = folder / f".{os.getpid()}{PARTIAL_SUFFIX}"
     try:
-        partial.mkdir(parents=True)
+        with as_output_error(folder):
+            partial.mkdir(parents=True)
         yield partial
-        for new in sorted(partial.iterdir()):
-            for file in [path for path in (new, *new.rglob("*")) if path.is_file()]:
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-            old, target = folder / f"{new.name}.old", folder / new.name
-            if new.is_dir() and target.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(target, old)
-            os.replace(new, target)
-            shutil.rmtree(old, ignore_errors=True)
-        _sync_folder(folder)
-    except OSError as error:
-        raise _output_error(folder, error) from error
+        with as_output_error(folder):
+            _move_content(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def as_output_error(path: str | os.PathLike) -> Iterator[None]:
+    """Raise OutputError, which names the path that cannot be written, in place of an OSError of the with statement."""
+    try:
+        yield
+    except OSError as error:
+        raise _output_error(Path(path), error) from error
+
+
+def _move_content(source: Path, folder: Path) -> None:
+    for new in sorted(source.iterdir()):
+        for file in [path for path in (new, *new.rglob("*")) if path.is_file()]:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        old, target = folder / f"{new.name}.old", folder / new.name
+        if new.is_dir() and target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        os.replace(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync_folder(folder)
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:

@@ -41,7 +41,7 @@ class ExportMetadata:
         size: (height, width) of the padded images; None: dynamic.
         batch: images in a batch; None: dynamic.
         short_side, long_side: images are resized to this short side, or to a smaller one where the long side would be
-            larger than this; pixels. With ``size`` they are resized to the largest size that fits.
+            larger than this; pixels. With ``fit_size`` or ``size`` they are resized to the largest size that fits.
         outputs: names of the network's outputs.
         postprocessing: thresholds and limits of the model's post-processing by name.
         max_detections: with ``--end-to-end``, detections in the outputs; 0: the outputs are the network's.
@@ -58,6 +58,8 @@ class ExportMetadata:
         skipped_layers: with "int8", single layers that stay in float32 because they lose AP.
         min_side: of padded images of dynamic size, pixels; shorter sides are padded to it. 0: of a static file.
         max_batch: most images in a dynamic batch; None: any number.
+        fit_size: (height, width), INPUT.FIT_SIZE_TEST: images are resized to the largest size that fits into this;
+            None: by ``short_side`` and ``long_side``. Files of earlier versions lack it.
     """
 
     meta_architecture: str
@@ -87,6 +89,7 @@ class ExportMetadata:
     skipped_layers: Sequence[str] = dataclasses.field(default_factory=list)
     min_side: int = 0
     max_batch: int | None = None
+    fit_size: Sequence[int] | None = None
 
     def to_json(self) -> str:
         """Return the JSON that `read_metadata` reads."""

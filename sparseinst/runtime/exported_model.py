@@ -64,7 +64,8 @@ class ExportedSegmenter(OptimizedSegmenter):
         if max(missing) > 0:
             tensor = F.pad(tensor, (0, max(0, missing[1]), 0, max(0, missing[0])))
         if self.metadata.input == "image":
-            # Exact for pixels. The padding becomes the mean, rounded.
+            # Exact for pixels. YOLACT's resize to float32 is rounded by up to 0.5 levels. The padding becomes the
+            # mean, rounded.
             tensor = (tensor * self.model.pixel_std + self.model.pixel_mean).round().clamp(0, 255).to(torch.uint8)
         return ImageList(tensor, images.image_sizes)
 
@@ -196,7 +197,7 @@ def open_network(
     if engine == "onnxruntime":
         if metadata.has_deform_conv and "CUDAExecutionProvider" in providers:
             logger.warning("RUNTIME.PROVIDERS %s, and %s: %s", list(providers), path, DEFORMABLE_NOTE)
-        return ONNXRuntimeNetwork(path, threads, providers)
+        return ONNXRuntimeNetwork(path, threads, providers, metadata.batch)
     if engine == "openvino":
         if suffix == ".onnx" and metadata.has_deform_conv:
             # OpenVINO would end the process.
@@ -204,7 +205,7 @@ def open_network(
                 f"OpenVINO cannot read the deformable convolutions of {path}: export with --format openvino, or leave "
                 "RUNTIME.ENGINE out"
             )
-        return OpenVINONetwork(read_program(path), threads, precision)
+        return OpenVINONetwork(read_program(path), threads, precision, metadata.batch)
     if engine == "tensorrt":
         from sparseinst.runtime.tensorrt import TensorRTNetwork
 

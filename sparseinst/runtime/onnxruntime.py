@@ -17,6 +17,7 @@ class ONNXRuntimeNetwork:
         model: path of the file, or its bytes; one input, images.
         threads: of one image on the CPU; 0: as many as PyTorch has.
         providers: execution providers in the order of preference, such as "CUDAExecutionProvider".
+        batch_size: images that the model takes; None: any number.
 
     Raises:
         ImportError: ONNX Runtime is not installed.
@@ -24,7 +25,11 @@ class ONNXRuntimeNetwork:
     """
 
     def __init__(
-        self, model: str | os.PathLike | bytes, threads: int = 0, providers: Sequence[str] = (CPU_PROVIDER,)
+        self,
+        model: str | os.PathLike | bytes,
+        threads: int = 0,
+        providers: Sequence[str] = (CPU_PROVIDER,),
+        batch_size: int | None = None,
     ) -> None:
         try:
             import onnxruntime
@@ -53,7 +58,7 @@ class ONNXRuntimeNetwork:
             raise ValueError(f"ONNX Runtime cannot read {name}: {' '.join(str(error).split())[:300]}") from error
         (images,) = self._session.get_inputs()
         self._input_name = images.name
-        self._batch_size = images.shape[0] if isinstance(images.shape[0], int) else None
+        self._batch_size = batch_size
         self._names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -61,16 +61,23 @@ class OpenVINONetwork:
     """Run a program on the CPU in OpenVINO.
 
     Args:
-        program: with one input, images, whose batch size is fixed or dynamic; its outputs are named.
+        program: with one input, images; its outputs are named.
         threads: of one image; 0: as many as PyTorch has.
         precision: "float32", or "bfloat16" of everything that the program does not quantize.
+        batch_size: images that the program takes; None: any number.
 
     Raises:
         ImportError: OpenVINO is not installed.
         ValueError: bfloat16, and the processor has no such instructions.
     """
 
-    def __init__(self, program: "openvino.Model", threads: int = 0, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        program: "openvino.Model",
+        threads: int = 0,
+        precision: str = "float32",
+        batch_size: int | None = None,
+    ) -> None:
         core = import_openvino().Core()
         if precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise ValueError(
@@ -84,8 +91,7 @@ class OpenVINONetwork:
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
         }
         self._names = [output.get_any_name() for output in program.outputs]
-        batch = program.inputs[0].get_partial_shape()[0]
-        self._batch_size = batch.get_length() if batch.is_static else None
+        self._batch_size = batch_size
         self._program = core.compile_model(program, "CPU", settings)
         # One request for each thread: the program's own request would return another thread's answer.
         self._requests = threading.local()

@@ -198,7 +198,7 @@ def _engine_network(
     if engine == "openvino":
         from sparseinst.runtime.openvino import OpenVINONetwork, convert_network
 
-        return OpenVINONetwork(convert_network(model.network, example), threads, precision)
+        return OpenVINONetwork(convert_network(model.network, example), threads, precision, batch_size=1)
     from sparseinst.runtime.export import ExportableNetwork, check_packages, export_program, input_rule, onnx_bytes
     from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
 

@@ -71,7 +71,10 @@ def float_layers(model: InstanceSegmenter) -> list[str]:
 
 
 def quantizable_layers(program: ExportedProgram, model: InstanceSegmenter) -> list[str]:
-    """Return the names of convolutions and linear layers of a program that follow none of the float layers."""
+    """Return the names of convolutions and linear layers of a program that follow none of the float layers.
+
+    Layers without a weight of their own are left out.
+    """
     first = float_layers(model)
 
     def layer_of(node: torch.fx.Node) -> str:
@@ -81,7 +84,10 @@ def quantizable_layers(program: ExportedProgram, model: InstanceSegmenter) -> li
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     tail = _followers((node for node in nodes if layer_of(node) in first), lambda node: node.users)
     layers = [node for node in nodes if node not in tail and any(name in str(node.target) for name in _TORCH_LAYERS)]
-    return list(dict.fromkeys(map(layer_of, layers)))
+    # A module may pass a child's weight to F.linear, as timm's SwinV2: it has no weight to round or to find.
+    modules = dict(model.named_modules())
+    names = dict.fromkeys(map(layer_of, layers))
+    return [name for name in names if isinstance(getattr(modules[name], "weight", None), torch.Tensor)]
 
 
 def by_error(network: nn.Module, layers: Sequence[str], images: Sequence[torch.Tensor]) -> list[str]:
@@ -149,7 +155,7 @@ def quantize_openvino(program: "openvino.Model", quantization: Quantization) -> 
 
     Raises:
         ImportError: NNCF is not installed.
-        ValueError: a layer of `float_layers` is not in the program.
+        ValueError: a layer of `float_layers` is not in the program, or NNCF fails.
     """
     nncf = import_nncf()
     layers = _LayerFinder(quantization)
@@ -169,13 +175,14 @@ def quantize_openvino(program: "openvino.Model", quantization: Quantization) -> 
 
     ignored = _followers(layers.float_nodes(), readers) | layers.skipped_nodes()
     nncf.set_log_level(logging.ERROR)
-    return nncf.quantize(
-        program,
-        nncf.Dataset(WithProgress([images.numpy() for images in quantization.images], _CALIBRATION)),
-        subset_size=len(quantization.images),
-        ignored_scope=nncf.IgnoredScope(names=sorted(ignored), validate=False),
-        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
-    )
+    with _errors_of("NNCF"):
+        return nncf.quantize(
+            program,
+            nncf.Dataset(WithProgress([images.numpy() for images in quantization.images], _CALIBRATION)),
+            subset_size=len(quantization.images),
+            ignored_scope=nncf.IgnoredScope(names=sorted(ignored), validate=False),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
+        )
 
 
 def quantize_onnx(content: bytes, input_name: str, quantization: Quantization) -> bytes:
@@ -187,7 +194,7 @@ def quantize_onnx(content: bytes, input_name: str, quantization: Quantization) -
         quantization: layers, and images to measure the ranges of activations with.
 
     Raises:
-        ValueError: a layer of `float_layers` is not in the model.
+        ValueError: a layer of `float_layers` is not in the model, or ONNX Runtime fails.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -220,7 +227,7 @@ def quantize_onnx(content: bytes, input_name: str, quantization: Quantization) -
             image = next(self.images, None)
             return None if image is None else {input_name: image.numpy()}
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _errors_of("ONNX Runtime"):
         path = Path(folder) / "model.onnx"
         quantize_static(
             proto,
@@ -234,6 +241,18 @@ def quantize_onnx(content: bytes, input_name: str, quantization: Quantization) -
             extra_options={"MatMulConstBOnly": True},
         )
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _errors_of(engine: str) -> Iterator[None]:
+    """Raise ValueError in one line for the errors of an engine's quantization, which have no common class."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"{engine} cannot quantize the network: {reason}. Export with --precision float32 or float16"
+        ) from error
 
 
 class _LayerFinder:

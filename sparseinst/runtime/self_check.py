@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
-from detectron2.structures import ImageList
+from detectron2.structures import ImageList, Instances
+from scipy.optimize import linear_sum_assignment
 
 from sparseinst.modeling.meta_arch import Network
 from sparseinst.ops.masks import masks_to_boxes
@@ -13,8 +14,11 @@ from sparseinst.runtime.export import MIN_CELLS, ExportableNetwork, example_imag
 # Largest difference over the largest value of the same output, by precision of the file. INT8 has no bound: rounding
 # changes the order of almost equal peaks, and so the order of instances in the outputs.
 BOUNDS = {"float32": 1e-4, "float16": 0.02, "int8": None}
-# Scores that are further apart keep their order.
-_CERTAIN_GAP = 1e-3
+# Detections are compared where outputs with noise, this part of the bound over their largest value, give them too: a
+# probability or an overlap at its threshold makes or drops a detection, a pixel at its threshold changes a score.
+_NOISE, _NUM_NOISES = 0.1, 4
+# Least Dice coefficient of a detection's masks with noise and without it.
+_SAME_MASK = 0.9
 
 
 class SelfCheckError(ValueError):
@@ -80,29 +84,32 @@ def end_to_end_differences(
     network: ExportableNetwork,
     exported: Network,
     shapes: Sequence[tuple[int, int, int]],
+    bound: float,
     images: Sequence[torch.Tensor] = (),
 ) -> tuple[dict[str, float], int]:
     """Compare the detections of an end-to-end file with those of the model's own `postprocess`.
 
-    Detections of almost equal scores may change their order, so boxes, classes and masks are compared only where the
-    order is certain.
+    Each detection that the model finds for certain, with small noise on the network's outputs too, must be in the file
+    with its class and its score. The file may have as many others as the model finds with noise or without it only.
 
     Args:
         network, exported, shapes: as in `output_differences`.
+        bound: largest difference of scores; the noise on the outputs is a part of it.
         images: batches to compare besides random images, in which a trained model finds nothing, as the network takes
             them.
 
     Returns:
-        Of the worst image ``scores``: largest difference; ``classes``: share of other classes; ``masks``: share of the
-        pixels in all its masks that differ; ``boxes``: largest difference over the longer side. Then the number of
-        detections whose classes, masks and boxes were compared.
+        Of the worst image ``scores``: largest difference; ``masks``: share of the pixels in all its masks that differ;
+        ``boxes``: largest difference over the longer side. Then the number of detections that were compared.
 
     Raises:
-        SelfCheckError: the engine fails, or the numbers of detections differ by more than one.
+        SelfCheckError: the engine fails, the file lacks a certain detection or has too many others, or its detections
+            are not sorted.
     """
-    worst = {"scores": 0.0, "classes": 0.0, "masks": 0.0, "boxes": 0.0}
+    worst = {"scores": 0.0, "masks": 0.0, "boxes": 0.0}
     num_compared = 0
     model = network.model
+    limit = min(network.max_detections, model.postprocessing_options.get("max_detections", network.max_detections))
     random = (example_images(network, batch, size, seed) for seed, (batch, *size) in enumerate(shapes))
     for batch in itertools.chain(random, images):
         found = _run(exported, batch)
@@ -111,35 +118,75 @@ def end_to_end_differences(
             normalized = network.normalized(batch)
             outputs = model.network(normalized)
             inputs = [{"height": size[0], "width": size[1]}] * len(batch)
-            predicted = model.postprocess(outputs, inputs, ImageList(normalized, [size] * len(batch)))
-        for index, instances in enumerate(result["instances"] for result in predicted):
-            kept = (found["scores"][index] > 0).nonzero().squeeze(1)
-            most = found["scores"].shape[1]
-            if abs(len(kept) - min(len(instances), most)) > 1:
-                raise SelfCheckError(f"The exported file has {len(kept)} detections; the model has {len(instances)}")
-            count = min(len(kept), len(instances))
-            kept, instances = kept[:count], instances[:count]
-            if count == 0:
-                continue
-            scores = found["scores"][index, kept]
-            worst["scores"] = _larger(worst["scores"], float((scores - instances.scores).abs().max()))
-            gaps = torch.cat([scores[:1] * 0 + 1, scores[:-1] - scores[1:], scores[:1] * 0 + 1])
-            certain = torch.minimum(gaps[:-1], gaps[1:]) > _CERTAIN_GAP
-            num_compared += int(certain.sum())
-            if certain.any():
-                kept, instances = kept[certain], instances[certain]
-                masks = found["masks"][index, kept].bool()
-                is_other = found["classes"][index, kept] != instances.pred_classes
-                worst["classes"] = _larger(worst["classes"], float(is_other.double().mean()))
-                pixels = masks != instances.pred_masks
-                worst["masks"] = _larger(worst["masks"], float(pixels.double().mean()))
-                boxes = instances.pred_boxes.tensor
-                if torch.equal(boxes, masks_to_boxes(instances.pred_masks)):
+            padded = ImageList(normalized, [size] * len(batch))
+            noisy = (_with_noise(outputs, _NOISE * bound, seed) for seed in range(_NUM_NOISES))
+            runs = [model.postprocess(each, inputs, padded) for each in (outputs, *noisy)]
+        for index, results in enumerate(zip(*runs)):
+            expected, *others = (result["instances"] for result in results)
+            kept = found["scores"][index] > 0
+            scores, classes, boxes, masks = (
+                found[name][index, kept] for name in ("scores", "classes", "boxes", "masks")
+            )
+            if (scores.diff() > 0).any():
+                raise SelfCheckError("The detections of the exported file are not sorted by their scores")
+            in_file = Instances(size, scores=scores, pred_classes=classes, pred_masks=masks.bool())
+            certain = expected[:limit]
+            if len(expected) >= limit:
+                # A score within the bound of the cut's may be on its other side.
+                certain = certain[certain.scores > expected.scores[min(limit, len(expected) - 1)] + bound]
+            for other in others:
+                # The file's own rounding takes the rest of the bound.
+                certain = certain[_pairs(certain, other[:limit], bound / 2, _SAME_MASK)[0]]
+            num_others = sum(min(len(each), limit) - len(certain) for each in (expected, *others))
+            rows, columns = _pairs(certain, in_file, bound)
+            if len(rows) < len(certain) or len(in_file) - len(rows) > num_others:
+                raise SelfCheckError(
+                    f"The exported file has {len(in_file)} detections for images {tuple(batch.shape)}, and lacks "
+                    f"{len(certain) - len(rows)} of {len(certain)} that the model finds for certain; classes and "
+                    f"scores of the file: {_described(in_file)}; of the model: {_described(certain)}"
+                )
+            num_compared += len(rows)
+            if len(rows):
+                certain, masks = certain[rows], in_file.pred_masks[columns]
+                worst["scores"] = _larger(worst["scores"], float((scores[columns] - certain.scores).abs().max()))
+                worst["masks"] = _larger(worst["masks"], float((masks != certain.pred_masks).double().mean()))
+                wanted = certain.pred_boxes.tensor
+                if torch.equal(wanted, masks_to_boxes(certain.pred_masks)):
                     # A pixel at the threshold moves a tight box: the file's boxes belong to its own masks.
-                    boxes = masks_to_boxes(masks)
-                distance = (found["boxes"][index, kept] - boxes).abs().max() / max(size)
-                worst["boxes"] = _larger(worst["boxes"], float(distance))
+                    wanted = masks_to_boxes(masks)
+                worst["boxes"] = _larger(worst["boxes"], float((boxes[columns] - wanted).abs().max() / max(size)))
     return worst, num_compared
+
+
+def _with_noise(outputs: Mapping[str, torch.Tensor], amount: float, seed: int) -> dict[str, torch.Tensor]:
+    """Return the outputs with noise of up to ``amount`` times the largest value of each."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: value + amount * value.abs().max() * (2 * torch.rand(value.shape, generator=generator) - 1)
+        for name, value in outputs.items()
+    }
+
+
+def _pairs(
+    first: Instances, second: Instances, bound: float, least_dice: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of pairs of one class, of scores within the bound and of masks that are as equal as possible.
+
+    Each detection is in one pair at most; ``least_dice`` is the least Dice coefficient of the masks.
+    """
+    masks, others = (each.pred_masks.flatten(1).float() for each in (first, second))
+    dice = 2 * masks @ others.T / (masks.sum(1)[:, None] + others.sum(1)).clamp(min=1)
+    is_pair = (first.scores[:, None] - second.scores).abs() <= bound
+    is_pair &= (first.pred_classes[:, None] == second.pred_classes) & (dice >= least_dice)
+    # One pair more is worth more than equal masks of all others.
+    rows, columns = linear_sum_assignment(torch.where(is_pair, len(first) + 1 + dice, 0.0).numpy(), maximize=True)
+    is_kept = is_pair[rows, columns].numpy()
+    return torch.from_numpy(rows[is_kept]), torch.from_numpy(columns[is_kept])
+
+
+def _described(instances: Instances) -> str:
+    shown = [f"{index} {score:.5f}" for index, score in zip(instances.pred_classes.tolist(), instances.scores.tolist())]
+    return ", ".join(shown[:5]) + ("..." if len(shown) > 5 else "") or "none"
 
 
 def check_differences(worst: Mapping[str, float], bound: float) -> None:

@@ -13,25 +13,36 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.precision not in target.precisions:
         supported = "; ".join(f"{name}: {', '.join(each.precisions)}" for name, each in FORMATS.items())
         raise ValueError(f"--precision {args.precision} is not supported by --format {args.format}; {supported}")
-    if args.end_to_end and not target.end_to_end:
-        supported = ", ".join(name for name, each in FORMATS.items() if each.end_to_end)
-        raise ValueError(f"--end-to-end is not supported by --format {args.format}; it is by {supported}")
+    if args.end_to_end:
+        _check_end_to_end(args)
     if args.precision == "int8":
         if not (args.calibration and args.test_json):
             raise ValueError(
                 "--precision int8 needs --calibration, images like those that the model will see, and --test-json with "
                 "--test-images, because its AP decides whether the file is good"
             )
-        if args.end_to_end:
-            raise ValueError("--end-to-end is not supported with --precision int8")
         if args.format == "openvino":
             import_nncf()
     elif args.calibration:
         raise ValueError(f"--calibration is for --precision int8; --precision is {args.precision}")
-    if args.end_to_end and args.test_json:
-        raise ValueError("--test-json computes the AP of files without --end-to-end: leave one of them out")
     if bool(args.test_json) != bool(args.test_images) and not args.end_to_end:
         raise ValueError("--test-json and --test-images go together")
+
+
+def _check_end_to_end(args: argparse.Namespace) -> None:
+    found = ""
+    if not FORMATS[args.format].end_to_end:
+        found = f"--format {args.format}"
+    elif args.precision == "int8":
+        found = "--precision int8"
+    elif args.test_json:
+        found = "--test-json, which computes the AP of the network's outputs"
+    if found:
+        formats = " or ".join(name for name, each in FORMATS.items() if each.end_to_end)
+        raise ValueError(
+            f"--end-to-end is not supported with {found}; supported are --format {formats} with --precision float32 or "
+            "float16, without --test-json"
+        )
 
 
 def chosen_size(given: list[str], rule: InputRule) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 
 import sparseinst
 from sparseinst.checkpoint import checkpointer_from_config
-from sparseinst.checkpoint.atomic_write import output_folder
+from sparseinst.checkpoint.atomic_write import as_output_error, output_folder
 from sparseinst.checkpoint.trained_keys import follow_checkpoint
 from sparseinst.config import load_config
 from sparseinst.data.augmentations import build_test_augmentations, model_input, photograph_input
@@ -148,7 +148,6 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     checked = check_shapes(rule.divisibility, size, batch, usual)
     with output_folder(args.output) as folder:
         path = folder / target.file_name
-        path.parent.mkdir(exist_ok=True)
         expected_ap = None
         logger.info("Converting the network to %s", args.format)
         convert = converter(args.format, program, names, args.precision, tuple(shapes))
@@ -158,7 +157,9 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
                 logger.info("Quantizing, with the ranges of activations on %d images", len(quantization.images))
             metadata = _with(metadata, skipped_layers=list(skipped))
             write = convert(quantization)
-            write(path, metadata)
+            with as_output_error(args.output):
+                path.parent.mkdir(exist_ok=True)
+                write(path, metadata)
             exported = open_network(path, metadata, "torch", cfg.RUNTIME.INTRA_OP_THREADS, cfg.RUNTIME.PROVIDERS)
             logger.info("Comparing the file with the model at %s", _shown(checked))
             self_check, num_compared = _check_outputs(network, exported, checked, args.precision, compared)
@@ -187,7 +188,8 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
             raise SelfCheckError(f"The file's AP is {ap:.2f}, the model's {expected_ap:.2f}: {allowed}")
         del exported
         metadata = _with(metadata, self_check=self_check, compared_detections=num_compared)
-        write(path, metadata)
+        with as_output_error(args.output):
+            write(path, metadata)
     return args.output / target.file_name, metadata
 
 
@@ -275,6 +277,7 @@ def _metadata(
         max_batch=_MAX_BATCH if args.format == "tensorrt" and batch is None else None,
         short_side=cfg.INPUT.MIN_SIZE_TEST,
         long_side=cfg.INPUT.MAX_SIZE_TEST,
+        fit_size=list(saved.INPUT.FIT_SIZE_TEST) or None,
         outputs=[],
         postprocessing=model.postprocessing_options,
         max_detections=args.end_to_end,
@@ -299,7 +302,7 @@ def _check_outputs(
     """
     num_compared, bound = None, BOUNDS[precision]
     if network.max_detections:
-        worst, num_compared = end_to_end_differences(network, exported, shapes, images)
+        worst, num_compared = end_to_end_differences(network, exported, shapes, bound, images)
     else:
         worst = output_differences(network, exported, shapes)
     shown = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())

@@ -1,5 +1,7 @@
 """Quantization: which layers stay in float32, and the order of the others by their errors."""
 
+from unittest.mock import MagicMock
+
 import numpy as np
 import onnx
 import pytest
@@ -7,6 +9,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from sparseinst.runtime import quantize
 from sparseinst.runtime.export import ExportableNetwork, export_program, onnx_bytes
 from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
 from sparseinst.runtime.quantize import (
@@ -48,6 +51,61 @@ def test_layers_are_ordered_by_their_error():
     assert by_error(network, ["exact", "rounded"], [images]) == ["rounded", "exact"]
     assert torch.equal(network.model.rounded.weight, before)
     assert not network.model.rounded._forward_pre_hooks
+
+
+class Borrowing(nn.Module):
+    """Multiply by the weight of a child that is not called, as timm's SwinV2 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qkv.weight)
+
+
+class BorrowingModel(nn.Module):
+    float_layers = ()
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.last = Borrowing(), nn.Linear(4, 2)
+        self.pixel_mean = torch.zeros(3)
+
+    def network(self, images):
+        return {"values": self.last(self.attention(images))}
+
+
+def test_a_layer_with_the_weight_of_a_child_is_left_out():
+    network = ExportableNetwork(BorrowingModel().requires_grad_(False))
+    images = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    layers = quantizable_layers(torch.export.export(network, (images,)), network.model)
+    assert by_error(network, layers, [images]) == ["last"]
+
+
+@pytest.mark.parametrize("engine", ["ONNX Runtime", "NNCF"])
+def test_errors_of_an_engine_have_one_line(tmp_path, monkeypatch, engine):
+    """The calibration image has a channel too few."""
+    helper = onnx.helper
+    model = BorrowingModel().requires_grad_(False)
+    model.conv = nn.Conv2d(3, 2, 3).requires_grad_(False)
+    values = [helper.make_tensor_value_info(name, 1, [1, *"chw"]) for name in ("images", "values")]
+    weight = numpy_helper.from_array(model.conv.weight.numpy(), "weight")
+    graph = helper.make_graph([helper.make_node("Conv", ["images", "weight"], ["values"])], "g", *([v] for v in values),
+                              [weight])  # fmt: skip
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    quantization = Quantization(model, [torch.zeros(1, 2, 8, 8)])
+    with pytest.raises(ValueError, match=f"{engine} cannot quantize the network: .*Export with --pr") as caught:
+        if engine == "NNCF":
+            openvino = pytest.importorskip("openvino", reason="the package openvino is not installed")
+            nncf = MagicMock()
+            nncf.quantize.side_effect = RuntimeError("first line\nsecond line")
+            monkeypatch.setattr(quantize, "import_nncf", lambda: nncf)
+            onnx.save(proto, tmp_path / "m.onnx")
+            quantize.quantize_openvino(openvino.Core().read_model(tmp_path / "m.onnx"), quantization)
+        else:
+            quantize_onnx(proto.SerializeToString(), "images", quantization)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +159,17 @@ def test_an_onnx_file_holds_eight_bits_but_for_layers_in_float(quantized):
     ],
 )
 def test_predictions_of_every_family_stay_in_float(family, predictions):
-    """SOLO's last mask convolutions are outputs of the network, which post-processing applies, and exact."""
+    """So does a skipped layer. SOLO's last mask convolutions are outputs, which post-processing applies, and exact."""
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     model = tiny_yolact() if family == "yolact" else tiny_solo(family)
     model = folded_copy(model.requires_grad_(False), images)
     names = list(model.network(images))
-    program = export_program(ExportableNetwork(model), 32, (64, 64), 1)
-    content = quantize_onnx(onnx_bytes(program, names), "images", Quantization(model, [images]))
+    network = ExportableNetwork(model)
+    program = export_program(network, 32, (64, 64), 1)
+    layers = quantizable_layers(program, model)
+    worst = by_error(network, layers, [images])
+    assert sorted(worst) == sorted(layers) and not set(layers) & set(float_layers(model))
+    content = quantize_onnx(onnx_bytes(program, names), "images", Quantization(model, [images], worst[:1]))
     proto = onnx.load_model_from_string(content)
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     assert sum(values.dtype == np.int8 and values.ndim == 4 for values in weights.values()) > 20
@@ -116,7 +178,7 @@ def test_predictions_of_every_family_stay_in_float(family, predictions):
               if name in weights]  # fmt: skip
     modules = dict(model.named_modules())
     assert {name.split(".")[1] for name in float_layers(model)} == predictions
-    for name in float_layers(model):
+    for name in [*float_layers(model), worst[0]]:
         assert any(np.array_equal(values, modules[name].weight.numpy()) for values in floats), name
     with torch.no_grad():
         expected = model.network(images)

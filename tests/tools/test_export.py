@@ -1,5 +1,6 @@
 """`sparseinst export`: files equal the model on every engine, in every command, and wrong ones are never written."""
 
+import errno
 import json
 import runpy
 import subprocess
@@ -27,6 +28,7 @@ for package in ("onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"the package {package} is not installed")
 pytestmark = pytest.mark.usefixtures("loggers_as_before", "no_window")
 ROOT = Path(__file__).resolve().parents[2]
+SUPPORTED = "supported are --format onnx or openvino with --precision float32 or float16, without --test-json"
 FILES = {"onnx": "model.onnx", "openvino": "model_openvino/model.xml", "torch": "model.pt2"}
 
 
@@ -173,6 +175,14 @@ def test_half_weights(folder, exported, tmp_path, name):
     assert read_metadata(tmp_path / FILES[name]).self_check["pred_masks"] > 1e-5
 
 
+def test_half_weights_end_to_end(folder, tmp_path):
+    flags = ("--precision", "float16", "--size", 64, 96, "--end-to-end")
+    assert run_export(folder, "--format", "onnx", "--output", tmp_path, *flags) == 0
+    metadata = read_metadata(tmp_path / "model.onnx")
+    assert metadata.self_check["bound"] == 0.02 and metadata.self_check["scores"] > 1e-6
+    assert metadata.compared_detections > 2
+
+
 def test_a_file_that_differs_is_not_written(folder, tmp_path, monkeypatch, capsys):
     """The older file stays as it was."""
     old = tmp_path / "model.pt2"
@@ -225,6 +235,20 @@ def test_the_aps_are_compared(folder, tmp_path, unconverted, monkeypatch, capsys
     assert run_export(folder, *flags) == code
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == bool(code)
+
+
+@pytest.mark.parametrize("where", ["file", "images"])
+def test_a_full_disk_is_named_where_it_is_full(folder, tmp_path, unconverted, monkeypatch, capsys, where):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "file":
+        monkeypatch.setattr(export_run, "converter", lambda *args: lambda quantization: full)
+    else:
+        monkeypatch.setattr(export_run, "open_network", full)
+    assert run_export(folder, "--format", "torch", "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error and (f"{tmp_path / 'out'} cannot be written" in error) is (where == "file")
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.999])
@@ -288,7 +312,9 @@ def test_a_size_that_was_frozen_is_found(folder, tmp_path, monkeypatch, capsys):
         (("--format", "torch", "--precision", "float16"), "onnx: float32, float16, int8; openvino: float32, float16,"),
         (("--format", "onnx", "--end-to-end", "50x"), "--end-to-end is '50x'; it must be a whole number from 1 on"),
         (("--format", "onnx", "--end-to-end", 0), "--end-to-end is '0'; it must be a whole number from 1 on"),
-        (("--format", "torch", "--end-to-end", 5), "--end-to-end is not supported by --format torch; it is by onnx"),
+        (("--format", "torch", "--end-to-end", 5), f"--end-to-end is not supported with --format torch; {SUPPORTED}"),
+        (("--format", "onnx", "--end-to-end", 5, "--precision", "int8"), f"with --precision int8; {SUPPORTED}"),
+        (("--format", "onnx", "--end-to-end", 5, "--test-json", "x"), f"of the network's outputs; {SUPPORTED}"),
         (("--format", "onnx", "--size", 50, 64), "--size is 50 64; it must be dynamic, or HEIGHT WIDTH in multiples"),
         (("--format", "onnx", "--batch", 0), "--batch is 0; it must be dynamic"),
         (("--format", "onnx", "--test-json", "x"), "--test-json and --test-images go together"),
@@ -309,6 +335,27 @@ def test_the_example_pads_a_narrow_image_as_the_predictor(exported):
     example = runpy.run_path(str(ROOT / "examples" / "onnx_only.py"))["Model"](str(exported("onnx")))
     assert example.normalize_and_pad(np.zeros((300, 20, 3), np.uint8)).shape == (1, 3, 320, 64)
     assert example.normalize_and_pad(np.zeros((65, 64, 3), np.uint8)).shape == (1, 3, 96, 64)
+
+
+def test_a_file_of_dynamic_size_keeps_the_size_that_images_fit_into(folder, tmp_path):
+    """FIT_SIZE_TEST of the config takes the place of the short side, in the Predictor and in the example."""
+    opts = ("INPUT.FIT_SIZE_TEST", "(70, 80)")
+    assert run_export(folder, "--format", "onnx", "--output", tmp_path, opts=opts) == 0
+    path = tmp_path / "model.onnx"
+    assert (read_metadata(path).size, read_metadata(path).fit_size) == (None, [70, 80])
+    example = runpy.run_path(str(ROOT / "examples" / "onnx_only.py"))["Model"](str(path))
+    predictor = Predictor(str(path))
+    # Each of these would have a short side of 64 pixels.
+    for image, size in zip(photos(), ((57, 80), (53, 80), (70, 37), (70, 70)), strict=True):
+        assert example.network_size(*image.shape[:2]) == size
+        (expected,) = predictor([image], "RGB")
+        scores, classes, _, masks = example.detect(image[:, :, ::-1])
+        assert len(expected) and classes.tolist() == expected.pred_classes.tolist()
+        assert np.allclose(scores, expected.scores, atol=1e-4)
+        assert (masks != expected.pred_masks.numpy()).mean() <= 0.001
+    # As earlier versions wrote their files.
+    example.metadata |= {"fit_size": None, "size": [64, 96]}
+    assert example.network_size(50, 70) == (64, 90)
 
 
 def test_the_example_without_torch_finds_the_same(exported, expected, tmp_path):

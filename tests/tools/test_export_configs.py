@@ -46,7 +46,7 @@ def assert_same_set(found, expected):
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_exported_checked_and_evaluated(config, name, tmp_path, capsys):
-    """The file's AP equals the model's; with random weights both are near 0, so the detections are compared too."""
+    """The file's detections are the model's; of quick/shapes the AP too, which is near 0 with random weights."""
     data = write_shapes(tmp_path / "data", 2)
     opts = ["INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TEST", "160", "MODEL.DEVICE", "cpu"]
     # Of hundreds of candidates many have equal scores, whose order rounding changes, and with it what NMS keeps.
