@@ -113,10 +113,10 @@ def test_shapes_of_the_check_are_new_to_the_network():
 def test_differences_are_found(wrong, message):
     network = ExportableNetwork(tiny_model().requires_grad_(False))
     shapes = check_shapes(32, None, None, (64, 64))[:2]
-    assert max(output_differences(network, network, shapes).values()) == 0
+    assert max(output_differences(network, network, shapes, "float32").values()) == 0
     with pytest.raises(SelfCheckError, match=message):
         found = output_differences(
-            network, lambda x: {name: wrong(name, value) for name, value in network(x).items()}, shapes
+            network, lambda x: {name: wrong(name, value) for name, value in network(x).items()}, shapes, "float32"
         )
         check_differences(found, 1e-4)
 
