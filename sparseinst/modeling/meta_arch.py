@@ -1,7 +1,4 @@
-"""The base class of every model here: the seam between the models and everything that runs them.
-
-Trainer, evaluation, demo, benchmark and optimization know `InstanceSegmenter` and no family of models.
-"""
+"""The base class of every model here, and all that trainer, evaluation, demo and benchmark know of a model."""
 
 import contextlib
 import dataclasses
@@ -122,6 +119,7 @@ class InstanceSegmenter(nn.Module, ABC):
         activation_maps_key: config key that makes the model return activation maps.
         lossless_targets_key: config key that makes the targets keep every object; see `target_check`.
         float_layers: names of modules that INT8 exports leave in float32, with all that reads their results.
+        ranks_instances: whether the network puts its N instances in an order that its own numbers decide.
         postprocessing_modules: names of submodules that `postprocess` calls; exported files hold their weights.
         geometry_keys: config keys that pre- or post-processing reads, and that must be those of the trained network.
         class_names: of the weights, in the order of the class logits; None: unknown. Trainer and checkpointer set them.
@@ -134,6 +132,7 @@ class InstanceSegmenter(nn.Module, ABC):
     activation_maps_key: ClassVar[str | None] = None
     lossless_targets_key: ClassVar[str | None] = None
     float_layers: ClassVar[tuple[str, ...]] = ()
+    ranks_instances: bool = False
     postprocessing_modules: ClassVar[tuple[str, ...]] = ()
     geometry_keys: ClassVar[tuple[str, ...]] = ()
     class_names: Sequence[str] | None = None

@@ -21,6 +21,7 @@ from torch import nn
 from sparseinst.config import check_value
 from sparseinst.modeling.meta_arch import InstanceSegmenter, Network, OutputOptions, check_not_traced
 from sparseinst.runtime.compile import compiled_for_inference
+from sparseinst.runtime.output_difference import relative_differences
 from sparseinst.runtime.rewrites.fold_norms import fold_norms
 from sparseinst.runtime.rewrites.winograd import use_winograd
 
@@ -159,7 +160,7 @@ def optimize_for_inference(
     else:
         network = _torch_network(model, channels_last, PRECISIONS[precision])
     optimized = OptimizedSegmenter(model, network)
-    if not _is_close(optimized.network(example), expected, TOLERANCES[precision]):
+    if not _is_close(optimized.network(example), expected, original, precision):
         logger.warning(
             "The optimized network (RUNTIME.ENGINE %s, PRECISION %s) does not return the model's numbers, so the "
             "model runs as it is",
@@ -232,7 +233,7 @@ def _fuse(
         _use_offers(model, offers)
         fold_norms(model, lambda: model.network(example))
         _use_offers(model, offers)
-        if _is_close(model.network(example), expected, TOLERANCES["float32"]):
+        if _is_close(model.network(example), expected, original):
             return model
         # A backbone may use a convolution's output next to its norm's, which no hook sees.
         reason = "its outputs would change"
@@ -257,12 +258,16 @@ def _use_offers(module: nn.Module, offers: set[nn.Module]) -> None:
             offers.add(offer)
 
 
-def _is_close(outputs: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> bool:
-    return outputs.keys() == expected.keys() and all(
-        outputs[name].shape == value.shape
-        and (outputs[name].float() - value.float()).abs().max() <= tolerance * value.float().abs().max()
-        for name, value in expected.items()
-    )
+def _is_close(
+    outputs: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    model: InstanceSegmenter,
+    precision: str = "float32",
+) -> bool:
+    if {name: value.shape for name, value in outputs.items()} != {name: v.shape for name, v in expected.items()}:
+        return False
+    differences = relative_differences(outputs, expected, model.ranks_instances, precision)
+    return all(difference <= TOLERANCES[precision] for difference in differences.values())
 
 
 def _torch_network(

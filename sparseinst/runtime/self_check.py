@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from sparseinst.modeling.meta_arch import Network
 from sparseinst.ops.masks import masks_to_boxes
 from sparseinst.runtime.export import MIN_CELLS, ExportableNetwork, example_images
+from sparseinst.runtime.output_difference import relative_differences
 
 # Largest difference over the largest value of the same output, by precision of the file. INT8 has no bound: rounding
 # changes the order of almost equal peaks, and so the order of instances in the outputs.
@@ -47,14 +48,15 @@ def check_shapes(
 
 
 def output_differences(
-    network: ExportableNetwork, exported: Network, shapes: Sequence[tuple[int, int, int]]
+    network: ExportableNetwork, exported: Network, shapes: Sequence[tuple[int, int, int]], precision: str
 ) -> dict[str, float]:
-    """Return the largest difference of each output, over the largest value of that output in eager float32.
+    """Return the largest difference of each output from eager float32, see `relative_differences`.
 
     Args:
         network: that was exported.
         exported: the file's network, in its engine.
         shapes: (batch, height, width) of random images.
+        precision: of the file.
 
     Raises:
         SelfCheckError: the outputs have other names, shapes or types, or the engine fails.
@@ -74,9 +76,8 @@ def output_differences(
                     f"{name} is {tuple(found[name].shape)} {found[name].dtype} {where}; the model returns "
                     f"{tuple(value.shape)} {value.dtype}"
                 )
-            difference = float((found[name].double() - value.double()).abs().max())
-            # An output of zeros has no scale.
-            worst[name] = _larger(worst.get(name, 0.0), difference / (float(value.double().abs().max()) or 1.0))
+        differences = relative_differences(found, expected, network.model.ranks_instances, precision)
+        worst = {name: _larger(worst.get(name, 0.0), difference) for name, difference in differences.items()}
     return worst
 
 

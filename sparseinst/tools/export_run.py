@@ -304,7 +304,7 @@ def _check_outputs(
     if network.max_detections:
         worst, num_compared = end_to_end_differences(network, exported, shapes, bound, images)
     else:
-        worst = output_differences(network, exported, shapes)
+        worst = output_differences(network, exported, shapes, precision)
     shown = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
     allowed = "their AP decides" if bound is None else f"at most {bound:g}"
     others = f" and {len(images)} batches of --test-images" if images else ""

@@ -42,10 +42,10 @@ def test_shapes_of_the_check_are_new_to_the_network():
 def test_differences_are_found(wrong, message):
     network = ExportableNetwork(tiny_model().requires_grad_(False))
     shapes = check_shapes(32, None, None, (64, 64))[:2]
-    assert max(output_differences(network, network, shapes).values()) == 0
+    assert max(output_differences(network, network, shapes, "float32").values()) == 0
     with pytest.raises(SelfCheckError, match=message):
         found = output_differences(
-            network, lambda x: {name: wrong(name, value) for name, value in network(x).items()}, shapes
+            network, lambda x: {name: wrong(name, value) for name, value in network(x).items()}, shapes, "float32"
         )
         check_differences(found, 1e-4)
 
@@ -183,7 +183,7 @@ def test_a_batch_that_was_frozen_is_found(tmp_path, engine):
     def differences(batch):
         metadata = SimpleNamespace(batch=batch, has_deform_conv=False)
         exported = open_network(tmp_path / "m.onnx", metadata, engine, 1, ["CPUExecutionProvider"])
-        return output_differences(network, exported, check_shapes(32, None, batch, (64, 64)))
+        return output_differences(network, exported, check_shapes(32, None, batch, (64, 64)), "float32")
 
     assert differences(2) == {"masks": 0.0}
     with pytest.raises(SelfCheckError, match="The engine fails for images .1, 3, 64, 64."):

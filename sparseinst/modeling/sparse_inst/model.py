@@ -85,6 +85,7 @@ class SparseInst(InstanceSegmenter):
         self.backbone = backbone
         self.encoder = encoder
         self.decoder = decoder
+        self.ranks_instances = getattr(decoder, "ranks_instances", False)
         self.criterion = criterion
         self.cls_threshold = cls_threshold
         self.mask_threshold = mask_threshold

@@ -46,6 +46,8 @@ ELLIPSE = (2.0, 0.0, 0.0, -2.0, -2.0, 0.0)
 MAX_LOG_SIZE = 4.0
 # Subtracted from other cells, so that they rank behind the peaks.
 NOT_A_PEAK = 100.0
+# Logit of the classes that a peak is not of.
+OTHER_CLASS = -30.0
 
 
 class PlacedInstanceBranch(nn.Module):
@@ -137,19 +139,20 @@ class PlacedInstanceBranch(nn.Module):
 
 
 @torch.no_grad()
-def highest_peaks(heat_logits: torch.Tensor, num_peaks: int) -> torch.Tensor:
-    """Return (B, N) int64: the cells of the N highest peaks of a heat map (B, K, H, W), in any class, best first.
+def highest_peaks(heat_logits: torch.Tensor, num_peaks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the N highest peaks of a heat map (B, K, H, W), best first: cells and classes (B, N) int64.
 
-    A peak is not lower than its eight neighbors. Where there are too few, the highest other cells follow, and where the
-    map has fewer than N cells, its last cell again.
+    A peak is not lower than its eight neighbors in the map of its class, so one cell can have peaks of several classes.
+    Where there are too few, the highest other values follow, and where the map has fewer than N, its last value again.
     """
-    best = heat_logits.float().amax(1, keepdim=True)
-    is_peak = F.max_pool2d(best, 3, stride=1, padding=1) == best
-    ranked = torch.where(is_peak, best, best - NOT_A_PEAK).flatten(1)
-    num_cells = ranked.shape[1]
+    heat_logits = heat_logits.float()
+    is_peak = F.max_pool2d(heat_logits, 3, stride=1, padding=1) == heat_logits
+    ranked = torch.where(is_peak, heat_logits, heat_logits - NOT_A_PEAK).flatten(1)
     # Padded, so that an exported graph holds for small images, too.
-    cells = F.pad(ranked, (0, num_peaks), value=-torch.inf).topk(num_peaks, dim=1).indices
-    return cells.clamp(max=num_cells - 1)
+    peaks = F.pad(ranked, (0, num_peaks), value=-torch.inf).topk(num_peaks, dim=1).indices
+    num_classes, height, width = heat_logits.shape[1:]
+    classes, cells = rows_and_columns(peaks.clamp(max=ranked.shape[1] - 1), num_classes, height * width)
+    return cells, classes
 
 
 def rows_and_columns(cells: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +187,7 @@ class PlacedIAMDecoder(BaseIAMDecoder):
     """
 
     takes_detail = True
+    ranks_instances = True
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec, detail_shape: ShapeSpec | None = None) -> dict:
@@ -228,8 +232,10 @@ class PlacedIAMDecoder(BaseIAMDecoder):
                 "mask_features": mask_features,
                 "displacements": displacements,
             }
-        cells = highest_peaks(heat_logits, self.num_masks)
+        cells, classes = highest_peaks(heat_logits, self.num_masks)
         outputs, mask_kernels, ellipses = self.inst_branch.predict(features, heat_logits, cells)
+        is_of_peak = torch.arange(heat_logits.shape[1], device=classes.device) == classes[..., None]
+        outputs["pred_logits"] = torch.where(is_of_peak, outputs["pred_logits"], OTHER_CLASS)
         iam_logits = outputs.pop("pred_iam")
         mask_logits = placed_masks(mask_kernels, ellipses, mask_features, displacements)
         outputs["pred_masks"] = cut_to_windows(mask_logits, ellipses)

@@ -55,24 +55,32 @@ def placed_model(*opts, seed=0):
 @pytest.mark.parametrize("seed", range(3))
 def test_peaks_equal_brute_force(seed):
     heat = torch.randn(1, 2, 6, 9, generator=torch.Generator().manual_seed(seed))
-    best = heat[0].amax(0)
-    peaks = [
-        (-best[row, column].item(), row * 9 + column)
-        for row in range(6)
-        for column in range(9)
-        if best[row, column] == best[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].max()
-    ]
-    expected = [cell for _, cell in sorted(peaks)]
-    found = highest_peaks(heat, len(expected) + 3)[0].tolist()
-    assert found[: len(expected)] == expected
-    others = sorted((-best.flatten()[cell].item(), cell) for cell in set(range(54)) - set(expected))
-    assert found[len(expected) :] == [cell for _, cell in others[:3]]
+    values = {
+        (k, row, column): heat[0, k, row, column].item() for k in range(2) for row in range(6) for column in range(9)
+    }
+
+    def is_peak(k, row, column):
+        rows, columns = slice(max(0, row - 1), row + 2), slice(max(0, column - 1), column + 2)
+        return values[k, row, column] == heat[0, k, rows, columns].max().item()
+
+    # Peaks first, the highest first.
+    ranked = sorted(values, key=lambda place: (not is_peak(*place), -values[place]))
+    cells, classes = highest_peaks(heat, 108)
+    found = [(k, *divmod(cell, 9)) for k, cell in zip(classes[0].tolist(), cells[0].tolist())]
+    assert found == ranked
 
 
 def test_more_peaks_than_cells():
-    cells = highest_peaks(torch.randn(2, 1, 2, 3), 8)
-    assert cells.shape == (2, 8) and (cells[:, 6:] == 5).all()
+    cells, classes = highest_peaks(torch.randn(2, 1, 2, 3), 8)
+    assert cells.shape == (2, 8) and (cells[:, 6:] == 5).all() and not classes.any()
     assert all(sorted(row[:6].tolist()) == list(range(6)) for row in cells)
+
+
+def test_one_cell_has_peaks_of_two_classes():
+    heat = torch.full((1, 3, 4, 5), -6.0)
+    heat[0, 2, 1, 1], heat[0, 0, 1, 1], heat[0, 1, 3, 4] = 2.0, 1.0, 1.5
+    cells, classes = highest_peaks(heat, 3)
+    assert cells.tolist() == [[6, 19, 6]] and classes.tolist() == [[2, 1, 0]]
 
 
 def test_each_map_is_highest_at_its_cell():
@@ -252,7 +260,7 @@ def test_training_predicts_at_the_centers_what_inference_predicts_at_peaks(monke
     # The same cells as peaks.
     coarse = torch.nn.functional.avg_pool2d(masks[:, None], 2)[:, 0]
     cells = center_heatmap(coarse, targets[2].gt_classes[:6], 3)[2]
-    monkeypatch.setattr(placed_decoder, "highest_peaks", lambda *args: cells[None])
+    monkeypatch.setattr(placed_decoder, "highest_peaks", lambda *args: (cells[None], targets[2].gt_classes[None, :6]))
     # The windows of inference are those of predicted boxes.
     monkeypatch.setattr(placed_decoder, "cut_to_windows", lambda masks, ellipses: masks)
     with torch.no_grad():
@@ -404,8 +412,13 @@ def test_scores_are_those_of_the_peaks():
     model.decoder.inst_branch.heatmap.register_forward_hook(lambda module, args, output: heat.append(output))
     with torch.no_grad():
         outputs = model.network(images)
-    cells = highest_peaks(heat[0], 6)
-    assert torch.equal(outputs["pred_logits"][0].T, heat[0][0].flatten(1)[:, cells[0]])
+    cells, classes = highest_peaks(heat[0], 6)
+    rows = torch.arange(6)
+    assert torch.equal(outputs["pred_logits"][0, rows, classes[0]], heat[0][0].flatten(1)[classes[0], cells[0]])
+    # The other classes have no score.
+    others = torch.ones(6, 3, dtype=torch.bool)
+    others[rows, classes[0]] = False
+    assert outputs["pred_logits"][0][others].sigmoid().max() < 1e-12
     assert outputs["pred_iam"].shape == outputs["pred_masks"].shape == (1, 6, 16, 24)
     (instances,) = model([random_input(64, 96)])
     assert len(instances["instances"]) > 0
