@@ -15,7 +15,7 @@ _NUM_VALUES = 1024
 def relative_differences(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], ranks_instances: bool, precision: str
 ) -> dict[str, float]:
-    """Return the largest difference of each output, over the largest value expected. It is NaN where one is NaN.
+    """Return the largest difference of each output, over the largest value expected. NaN where one is NaN.
 
     Args:
         found, expected: outputs of equal names and shapes.

@@ -25,8 +25,8 @@ SPARSE_INST_DECODER_REGISTRY.__doc__ = """
 Decoders: modules called with the encoder's map (B, C, H, W); return the dict of `SparseInst.network`. Built as
 ``Name(cfg, input_shape)`` with the encoder's ShapeSpec. They have ``scale_factor``, mask grid over decoder grid, and
 ``num_masks``, N. With DECODER.MASK.DETAIL_FEATURE a decoder whose class has ``takes_detail`` True is built with the
-feature's ShapeSpec as third argument, and called with the feature as ``detail``. One that puts its instances in an
-order of their own has ``ranks_instances`` True.
+feature's ShapeSpec as third argument, and called with the feature as ``detail``. Decoders whose own numbers decide
+the order of the instances have ``ranks_instances`` True.
 """
 
 # Initial probability of each class and of each cell of an activation map.
