@@ -178,7 +178,9 @@ def test_a_batch_that_was_frozen_is_found(tmp_path, engine):
     graph = onnx.helper.make_graph(nodes, "g", [value("images")], [value("masks")])
     opset = [onnx.helper.make_opsetid("", 18)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "m.onnx")
-    network = ExportableNetwork(SimpleNamespace(network=lambda x: {"masks": x.relu()}, pixel_mean=[0.0] * 3))
+    network = ExportableNetwork(
+        SimpleNamespace(network=lambda x: {"masks": x.relu()}, pixel_mean=[0.0] * 3, ranks_instances=False)
+    )
 
     def differences(batch):
         metadata = SimpleNamespace(batch=batch, has_deform_conv=False)
