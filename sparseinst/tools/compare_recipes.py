@@ -168,9 +168,11 @@ class Comparison:
         with ThreadPoolExecutor(jobs) as pool:
             pairs = {(run.data.name, run.recipe.name): run for run in waiting}
             list(pool.map(self.iterations, pairs.values()))
+            # Minutes of training; with --iterations all runs count the same.
+            lengths = [run.minutes or 1 for run in waiting]
             for index, (run, error) in enumerate(zip(waiting, pool.map(self._train, waiting)), 1):
                 elapsed = time.monotonic() - start
-                left = elapsed / index * (len(waiting) - index) / 60
+                left = elapsed / sum(lengths[:index]) * sum(lengths[index:]) / 60
                 failed += bool(error)
                 figures = error or "AP {:.1f}, AP50 {:.1f}, AP75 {:.1f}".format(*self.figures(run))
                 print(f"[{index}/{len(waiting)}, {left:.0f} min left] {self.folder_of(run)}: {figures}", flush=True)
