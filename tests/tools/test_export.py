@@ -251,7 +251,7 @@ def test_a_full_disk_is_named_where_it_is_full(folder, tmp_path, unconverted, mo
     assert "No space left" in error and (f"{tmp_path / 'out'} cannot be written" in error) is (where == "file")
 
 
-@pytest.mark.parametrize("threshold", [0.3, 0.999])
+@pytest.mark.parametrize("threshold", [0.3, 1.0])
 def test_the_last_line_says_whether_detections_were_compared(
     folder, tmp_path, unconverted, monkeypatch, capsys, threshold
 ):
