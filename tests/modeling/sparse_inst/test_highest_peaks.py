@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparseinst.modeling.sparse_inst.placed_decoder import highest_peaks
+from sparseinst.modeling.sparse_inst.placed_decoder import highest_peaks, placed_maps
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -33,3 +33,10 @@ def test_one_cell_has_peaks_of_two_classes():
     heat[0, 2, 1, 1], heat[0, 0, 1, 1], heat[0, 1, 3, 4] = 2.0, 1.0, 1.5
     cells, classes = highest_peaks(heat, 3)
     assert cells.tolist() == [[6, 19, 6]] and classes.tolist() == [[2, 1, 0]]
+
+
+def test_each_map_is_highest_at_its_cell():
+    maps = placed_maps(torch.tensor([[0, 7, 11]]), 3, 4)
+    assert maps.shape == (1, 3, 3, 4) and maps.flatten(2).argmax(2).tolist() == [[0, 7, 11]]
+    # One row and two columns from the cell: minus 5 over twice the squared radius.
+    assert maps[0, 0, 1, 2].item() == pytest.approx(-5 / (2 * 1.5**2))

@@ -12,7 +12,7 @@ from sparseinst.modeling.sparse_inst import placed_decoder
 from sparseinst.modeling.sparse_inst import placed_masks as placed_masks_module
 from sparseinst.modeling.sparse_inst.decoder import dynamic_masks
 from sparseinst.modeling.sparse_inst.model import SparseInst
-from sparseinst.modeling.sparse_inst.placed_decoder import ELLIPSE, highest_peaks, placed_maps
+from sparseinst.modeling.sparse_inst.placed_decoder import ELLIPSE, highest_peaks
 from sparseinst.modeling.sparse_inst.placed_masks import (
     CROP_SIZE,
     OUTSIDE,
@@ -50,13 +50,6 @@ def placed_model(*opts, seed=0):
     torch.nn.init.zeros_(model.decoder.inst_branch.objectness.weight)
     torch.nn.init.zeros_(model.decoder.inst_branch.box.weight)
     return model
-
-
-def test_each_map_is_highest_at_its_cell():
-    maps = placed_maps(torch.tensor([[0, 7, 11]]), 3, 4)
-    assert maps.shape == (1, 3, 3, 4) and maps.flatten(2).argmax(2).tolist() == [[0, 7, 11]]
-    # One row and two columns from the cell: minus 5 over twice the squared radius.
-    assert maps[0, 0, 1, 2].item() == pytest.approx(-5 / (2 * 1.5**2))
 
 
 def test_center_of_a_ring_lies_on_it():
