@@ -1,5 +1,6 @@
 """Read class names and numbers of classes and instances from the checkpoint of a trained model."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,11 +25,10 @@ def class_names(content: object) -> list[str] | None:
     return list(names) if is_list and names else None
 
 
-def trained_keys(cfg: CfgNode, weights: str) -> dict[str, int]:
-    """Return the config keys that a weights file was trained with; empty where it has no instance decoder.
+def trained_keys(cfg: CfgNode, weights: str) -> dict[str, float]:
+    """Return the config keys that a weights file determines; empty where it has no instance decoder.
 
-    Only keys that the model declares are returned (:func:`sparseinst.config.declared_values`). Shapes of tensors count
-    more than what the file says.
+    The shapes of its tensors determine them; where these are not known, what the file says.
 
     Args:
         cfg: MODEL.META_ARCHITECTURE and TRUSTED_WEIGHTS are read.
@@ -38,7 +38,7 @@ def trained_keys(cfg: CfgNode, weights: str) -> dict[str, int]:
         ValueError: the file does not exist or cannot be read.
     """
     said, of_shapes = _read_keys(cfg, weights)
-    return {**said, **of_shapes}
+    return of_shapes or said
 
 
 def follow_checkpoint(cfg: CfgNode, weights: str, *, for_training: bool = False) -> list[str]:
@@ -60,6 +60,7 @@ def follow_checkpoint(cfg: CfgNode, weights: str, *, for_training: bool = False)
     detections = config.max_detections(cfg)
     # Where no shape is known, any other key may determine one.
     free = said.keys() - of_shapes.keys() if of_shapes else {detections[0]} if detections else set()
+    free -= config.unshaped_values(cfg).keys()
     for key, trained in {**said, **of_shapes}.items():
         value = config.value(cfg, key)
         if value == trained:
@@ -76,7 +77,7 @@ def follow_checkpoint(cfg: CfgNode, weights: str, *, for_training: bool = False)
     return notes
 
 
-def _read_keys(cfg: CfgNode, weights: str) -> tuple[dict[str, int], dict[str, int]]:
+def _read_keys(cfg: CfgNode, weights: str) -> tuple[dict[str, float], dict[str, float]]:
     """Return the keys that a weights file lists, and those that the shapes of its tensors determine."""
     if not weights:
         return {}, {}
@@ -87,11 +88,15 @@ def _read_keys(cfg: CfgNode, weights: str) -> tuple[dict[str, int], dict[str, in
     return _said(cfg, content), getattr(model, "trained_keys", lambda _: {})(convert(tensors, {}).tensors)
 
 
-def _said(cfg: CfgNode, content: Any) -> dict[str, int]:
-    """Return the declared keys that a checkpoint lists, where they are whole numbers above 0."""
+def _said(cfg: CfgNode, content: Any) -> dict[str, float]:
+    """Return the declared keys that a checkpoint lists, where they are numbers above 0 of the config's type."""
     listed = content.get(KEYS) if isinstance(content, Mapping) else None
     listed = dict(listed) if isinstance(listed, Mapping) else {}
     names = class_names(content)
     if names and (declared := config.num_classes(cfg)):
         listed[declared[0]] = len(names)
-    return {key: listed[key] for key in config.declared_values(cfg) if type(listed.get(key)) is int and listed[key] > 0}
+    return {
+        key: listed[key]
+        for key, value in config.declared_values(cfg).items()
+        if type(listed.get(key)) is type(value) and 0 < listed[key] < math.inf
+    }

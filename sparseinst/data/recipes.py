@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from sparseinst.data.json_file import read_json
+from sparseinst.data.other_formats import describe_other_format, describe_path
 
 # Name of a recipe to its config.
 RECIPES = {"ordinary": "small_data/efficientnet_lite0", "crowded": "small_data/efficientnet_lite0_crowded"}
 AUTO = "auto"
-# The recipe for ordinary images predicts 64 objects. One-to-one matching needs more predictions than objects.
+# Above this many objects in an image most of them are small, which the recipe for crowded images is made for.
 MOST_ORDINARY = 30
 
 
@@ -45,7 +46,12 @@ def choose_recipe(name: str, train_json: str, config_file: str = "") -> tuple[st
 
 def _objects_of_images(path: str) -> list[int]:
     """Return the numbers of objects of the images that have any. The check of the json reports other errors."""
-    content = read_json(Path(path))
+    path = Path(path).expanduser()
+    if message := describe_path(path):
+        raise ValueError(message)
+    content = read_json(path)
+    if message := describe_other_format(content):
+        raise ValueError(f"{path} {message}")
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise ValueError(f"{path} is not a COCO json: it has no list 'annotations'")

@@ -49,8 +49,8 @@ class EvaluationHook(HookBase):
         self._best = -math.inf
         self._best_iteration = -1
         self._patience = patience
-        # Evaluations since the best one.
-        self._num_worse = 0
+        # Evaluations since the best one, and the iteration of the last that counted.
+        self._num_worse, self._last_iteration = 0, -1
         self._has_ended = False
 
     def before_train(self) -> None:
@@ -72,13 +72,19 @@ class EvaluationHook(HookBase):
             self._run(self.trainer.max_iter - 1)
 
     def state_dict(self) -> dict:
-        """Return the best score so far, its iteration, and the evaluations since then."""
-        return {"best": self._best, "best_iteration": self._best_iteration, "num_worse": self._num_worse}
+        """Return the best score so far, its iteration, the evaluations since then, and the last one's iteration."""
+        return {
+            "best": self._best,
+            "best_iteration": self._best_iteration,
+            "num_worse": self._num_worse,
+            "last_iteration": self._last_iteration,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore the values of :meth:`state_dict`."""
         self._best, self._best_iteration = state_dict["best"], state_dict["best_iteration"]
         self._num_worse = state_dict.get("num_worse", 0)
+        self._last_iteration = state_dict.get("last_iteration", self._best_iteration)
 
     def _run(self, iteration: int) -> None:
         results = self._evaluate()
@@ -105,11 +111,12 @@ class EvaluationHook(HookBase):
             self._best, self._best_iteration, self._num_worse = float(score), iteration, 0
             self._checkpointer.save("model_best", iteration=iteration)
         else:
-            # A resumed run repeats the last evaluation.
-            self._num_worse += iteration != self._best_iteration
+            # A resumed run repeats the last evaluation, and a model that has found nothing yet (AP 0) may still learn.
+            self._num_worse += iteration != self._last_iteration and self._best > 0
             logger.info(
                 "%s %.4f; the best is %.4f, of iteration %d", BEST_METRIC, score, self._best, self._best_iteration
             )
+        self._last_iteration = iteration
 
 
 class VisualizationHook(HookBase):

@@ -64,6 +64,8 @@ def main(args: argparse.Namespace) -> dict:
                 raise ValueError(
                     "--train-json, --test-json: a LazyConfig registers its data and names it in dataloader"
                 )
+            if args.recipe:
+                raise ValueError("--recipe and --config-file are both given: leave one out")
             if args.imports:
                 raise ValueError("--import: a LazyConfig is Python code and imports its modules itself")
             args.config_file = resolve_config_file(args.config_file)

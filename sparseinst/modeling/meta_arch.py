@@ -113,11 +113,11 @@ class InstanceSegmenter(nn.Module, ABC):
 
     Attributes:
         num_classes_key: config key of the number of classes; None where the model has no such key.
-        max_instances_key: config key of the most instances that the model predicts for one image.
-        max_detections_key: config key of the most instances that it returns for one image.
+        max_instances_key, max_detections_key: config keys of the most instances it predicts, returns for an image.
         mask_nms_key: config key of the IoU above which the worse of two masks of a class is dropped.
         activation_maps_key: config key that makes the model return activation maps.
         lossless_targets_key: config key that makes the targets keep every object; see `target_check`.
+        unshaped_keys: config keys of numbers that the weights depend on and no tensor's shape shows.
         float_layers: names of modules that INT8 exports leave in float32, with all that reads their results.
         ranks_instances: whether the network puts its N instances in an order that its own numbers decide.
         postprocessing_modules: names of submodules that `postprocess` calls; exported files hold their weights.
@@ -131,6 +131,7 @@ class InstanceSegmenter(nn.Module, ABC):
     mask_nms_key: ClassVar[str | None] = None
     activation_maps_key: ClassVar[str | None] = None
     lossless_targets_key: ClassVar[str | None] = None
+    unshaped_keys: ClassVar[tuple[str, ...]] = ()
     float_layers: ClassVar[tuple[str, ...]] = ()
     ranks_instances: bool = False
     postprocessing_modules: ClassVar[tuple[str, ...]] = ()

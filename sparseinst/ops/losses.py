@@ -5,7 +5,7 @@ Source: equations of the paper (arXiv 2203.12827, section 3.4). The focal loss i
 
 import torch
 import torch.nn.functional as F
-from fvcore.nn import giou_loss
+from torchvision.ops import generalized_box_iou_loss
 
 DICE_EPS = 1e-4
 IOU_EPS = 1e-6
@@ -165,7 +165,7 @@ def box_loss(boxes: torch.Tensor, gt_boxes: torch.Tensor) -> torch.Tensor:
     """
     size = (gt_boxes[:, 2:] - gt_boxes[:, :2]).repeat(1, 2)
     distance = F.smooth_l1_loss(boxes / size, gt_boxes / size, beta=0.1, reduction="sum")
-    return giou_loss(boxes, gt_boxes, reduction="sum") + 0.5 * distance
+    return generalized_box_iou_loss(boxes, gt_boxes, reduction="sum") + 0.5 * distance
 
 
 def semantic_masks(gt_masks: torch.Tensor, gt_classes: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -164,7 +164,7 @@ class Comparison:
         """Train what has no results yet, ``jobs`` runs at a time. Return how many runs failed."""
         waiting = [run for run in self.runs if self.figures(run) is None]
         start, failed = time.monotonic(), 0
-        # The iterations of a recipe on a data set are measured while as many other processes run as train later.
+        # The iterations of a recipe on a data set are measured in parallel, as the trainings run.
         with ThreadPoolExecutor(jobs) as pool:
             pairs = {(run.data.name, run.recipe.name): run for run in waiting}
             list(pool.map(self.iterations, pairs.values()))
@@ -180,8 +180,6 @@ class Comparison:
 
     def iterations(self, run: Run) -> int:
         """Return the iterations of a recipe that fit into the time on a data set; measured once. 0: it cannot train."""
-        from sparseinst.engine.metrics_file import METRICS_FILE, read_metrics
-
         if run.minutes is None:
             return self._iterations
         folder = self._recipe_folder(run)
@@ -194,9 +192,7 @@ class Comparison:
             error = self._run_training(run, folder / "pace", arguments, overrides)
             if error:
                 return 0
-            metrics = read_metrics(folder / "pace" / METRICS_FILE)
-            pace = [entry["mean_time"] for entry in metrics if "mean_time" in entry][-1]
-            path.write_text(json.dumps({"seconds": pace}))
+            path.write_text(json.dumps({"seconds": _seconds_of_iteration(folder / "pace")}))
         return max(1, round(60 * run.minutes / json.loads(path.read_text())["seconds"]))
 
     def figures(self, run: Run) -> tuple[float, ...] | None:
@@ -204,8 +200,12 @@ class Comparison:
         path = self.folder_of(run) / "results.json"
         if not path.is_file():
             return None
-        results = json.loads(path.read_text())["results"]["segm"]
-        return tuple(results[name] for name in FIGURES)
+        results = json.loads(path.read_text())["results"].get("segm", {})
+        return tuple(results.get(name, math.nan) for name in FIGURES)
+
+    def measured_minutes(self, run: Run) -> float:
+        """Return how long the iterations of a finished run took: their mean time, times their number."""
+        return self.iterations(run) * _seconds_of_iteration(self.folder_of(run)) / 60
 
     def table(self) -> tuple[list[dict], str]:
         """Return the means over the finished seeds of each recipe and data set, as rows and as a Markdown table."""
@@ -219,15 +219,16 @@ class Comparison:
             runs = groups[group]
             figures = {name: [self.figures(run)[index] for run in runs] for index, name in enumerate(FIGURES)}
             names = dict(zip(("data", "recipe", "minutes"), group))
-            rows.append(
-                {**names, "iterations": self.iterations(runs[0]), "seeds": [run.seed for run in runs], **figures}
-            )
-        lines = ["| data | recipe | minutes | iterations | AP | AP50 | AP75 |", "|---" * 7 + "|"]
+            measured = {"measured_minutes": [round(self.measured_minutes(run), 2) for run in runs]}
+            counts = {"iterations": self.iterations(runs[0]), "seeds": [run.seed for run in runs]}
+            rows.append({**names, **measured, **counts, **figures})
+        lines = ["| data | recipe | minutes | measured | iterations | AP | AP50 | AP75 |", "|---" * 8 + "|"]
         for row in rows:
             cells = [f"{statistics.mean(row[name]):.1f}" for name in FIGURES]
             cells[0] += f" ({', '.join(f'{value:.1f}' for value in row['AP'])})"
             minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
-            lines.append(f"| {row['data']} | {row['recipe']} | {minutes} | {row['iterations']} | {' | '.join(cells)} |")
+            times = f"{minutes} | {statistics.mean(row['measured_minutes']):.1f}"
+            lines.append(f"| {row['data']} | {row['recipe']} | {times} | {row['iterations']} | {' | '.join(cells)} |")
         return rows, "\n".join(lines)
 
     def _train(self, run: Run) -> str:
@@ -254,6 +255,13 @@ class Comparison:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             code = subprocess.call(list(map(str, command)), stdout=console, stderr=console, env=environment)
         return f"exit code {code}, see {folder / CONSOLE}" if code else ""
+
+
+def _seconds_of_iteration(folder: Path) -> float:
+    """Return the mean time of the iterations of a training."""
+    from sparseinst.engine.metrics_file import METRICS_FILE, read_metrics
+
+    return [entry["mean_time"] for entry in read_metrics(folder / METRICS_FILE) if "mean_time" in entry][-1]
 
 
 @with_exit_codes(EXIT_NOT_RUN)

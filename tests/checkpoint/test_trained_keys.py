@@ -13,6 +13,7 @@ from tests.tiny_model import tiny_cfg, tiny_model
 NUM_CLASSES = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
 NUM_MASKS = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
 MAX_DETECTIONS = "MODEL.SPARSE_INST.MAX_DETECTIONS"
+ELLIPSE_SIZE = "MODEL.SPARSE_INST.DECODER.ELLIPSE_SIZE"
 
 
 def save(path, **content):
@@ -45,11 +46,33 @@ def test_other_files_say_nothing(tmp_path):
 def test_what_a_file_says_counts_less_than_its_tensors(tmp_path):
     state = tiny_model().state_dict()
     said = {NUM_CLASSES: 80, NUM_MASKS: -3, MAX_DETECTIONS: 7, "MODEL.DEVICE": "cuda", "OUTPUT_DIR": 3}
-    assert trained_keys(tiny_cfg(), save(tmp_path / "a.pth", model=state, model_keys=said)) == {
-        NUM_CLASSES: 3, NUM_MASKS: 6, MAX_DETECTIONS: 7,
-    }  # fmt: skip
+    cfg = tiny_cfg()
+    follow_checkpoint(cfg, save(tmp_path / "a.pth", model=state, model_keys=said))
+    assert (config.value(cfg, NUM_CLASSES), config.value(cfg, NUM_MASKS), config.value(cfg, MAX_DETECTIONS)) == (
+        3,
+        6,
+        7,
+    )
+    # Only shapes determine a training that starts with the file.
+    path = save(tmp_path / "a.pth", model=state, model_keys=said)
+    assert trained_keys(tiny_cfg(), path) == {NUM_CLASSES: 3, NUM_MASKS: 6}
     for wrong in ([1], "x", {MAX_DETECTIONS: True}, {MAX_DETECTIONS: 0}, {MAX_DETECTIONS: "9"}):
-        assert MAX_DETECTIONS not in trained_keys(tiny_cfg(), save(tmp_path / "a.pth", model=state, model_keys=wrong))
+        cfg = tiny_cfg()
+        follow_checkpoint(cfg, save(tmp_path / "a.pth", model=state, model_keys=wrong))
+        assert config.value(cfg, MAX_DETECTIONS) == 100
+
+
+def test_the_size_of_the_ellipses_is_the_checkpoints(tmp_path):
+    path = save(tmp_path / "a.pth", model=tiny_model().state_dict(), model_keys={ELLIPSE_SIZE: 0.08})
+    cfg = tiny_cfg()
+    (note,) = follow_checkpoint(cfg, path)
+    assert config.value(cfg, ELLIPSE_SIZE) == 0.08 and note.startswith(f"{ELLIPSE_SIZE} 0.08, from the checkpoint")
+    # Another size would spoil every box, so it is not free in an evaluation.
+    cfg = tiny_cfg()
+    config.mark_explicit(cfg, [ELLIPSE_SIZE])
+    with pytest.raises(ValueError, match=f"{ELLIPSE_SIZE} is 0.25, but the checkpoint .* was trained with 0.08"):
+        follow_checkpoint(cfg, path)
+    assert config.declared_values(tiny_cfg(ELLIPSE_SIZE, 0.1))[ELLIPSE_SIZE] == 0.1
 
 
 def test_a_checkpoint_wins_over_defaults_only(tmp_path):

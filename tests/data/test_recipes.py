@@ -49,6 +49,11 @@ def test_wrong_names_and_files(tmp_path):
         choose_recipe("auto", "")
     with pytest.raises(ValueError, match="The file .* does not exist"):
         choose_recipe("auto", str(tmp_path / "missing.json"))
+    (tmp_path / "via.json").write_text(json.dumps({"a.jpg10": {"filename": "a.jpg", "regions": [], "size": 10}}))
+    with pytest.raises(ValueError, match="VGG Image Annotator .*to-coco|VGG Image Annotator .*to_coco"):
+        choose_recipe("auto", str(tmp_path / "via.json"))
+    with pytest.raises(ValueError, match="is a folder"):
+        choose_recipe("auto", str(tmp_path))
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match="not a COCO json"):
         choose_recipe("auto", str(tmp_path / "list.json"))

@@ -86,3 +86,28 @@ def test_without_patience_it_goes_on(shapes, tmp_path):
     with_scores(trainer, iter([40.0, 30.0, 20.0, 10.0]))
     trainer.train()
     assert trainer.steps_done == 4
+
+
+def test_an_evaluation_that_a_resumed_run_repeats_counts_once(shapes, tmp_path):
+    opts = ("TEST.EVAL_PERIOD", 1, "TEST.PATIENCE", 2, "SOLVER.CHECKPOINT_PERIOD", 1)
+    trainer = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", 9))
+    hook = with_scores(trainer, iter([30.0, 20.0]))
+    for iteration in (0, 1):
+        hook._run(iteration)
+    resumed = with_scores(trainer, iter([20.0, 25.0]))
+    resumed.load_state_dict(hook.state_dict())
+    resumed._run(1)
+    assert not trainer.ends_early
+    resumed._run(2)
+    assert trainer.ends_early
+
+
+def test_patience_begins_with_the_first_ap_above_0(shapes, tmp_path):
+    opts = ("TEST.EVAL_PERIOD", 1, "TEST.PATIENCE", 2, "SOLVER.MAX_ITER", 9)
+    trainer = Trainer(make_cfg(shapes, tmp_path, *opts))
+    hook = with_scores(trainer, iter([0.0, 0.0, float("nan"), 0.0, 1.0, 0.5, 0.5]))
+    ended = []
+    for iteration in range(7):
+        hook._run(iteration)
+        ended.append(trainer.ends_early)
+    assert ended == [False] * 6 + [True]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fvcore.nn import sigmoid_focal_loss
 
-from sparseinst.ops.losses import binary_mask_iou, dice_loss, mask_bce_loss, pairwise_dice_score
+from sparseinst.ops.losses import binary_mask_iou, box_loss, dice_loss, mask_bce_loss, pairwise_dice_score
 
 # 4x4 masks. The prediction has probability 0.5 on its 8 left pixels and (nearly) 0 elsewhere.
 LEFT_HALF = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand(4, 4)
@@ -22,6 +22,12 @@ def test_pairwise_dice_score_by_hand():
     )
     assert scores.shape == (1, 2)
     torch.testing.assert_close(scores, torch.tensor([[8 / 10.0001, 4 / 10.0001]]))
+
+
+def test_nan_boxes_have_a_nan_loss():
+    # An error would end the training before its check of the losses.
+    boxes = torch.tensor([[math.nan, 0.0, 1.0, 1.0]])
+    assert box_loss(boxes, torch.tensor([[0.0, 0.0, 1.0, 1.0]])).isnan()
 
 
 def test_dice_of_empty_masks_is_zero():

@@ -48,7 +48,7 @@ def test_each_recipe_has_the_iterations_of_its_time(tmp_path, trainings, capsys)
     assert [(row["recipe"], row["iterations"], row["AP"]) for row in rows] == [
         ("fast", 30, [10.0, 20.0]), ("slow", 15, [10.0, 20.0])
     ]  # fmt: skip
-    assert "| cells | slow | 1 | 15 | 15.0 (10.0, 20.0) | 60.0 | 20.0 |" in capsys.readouterr().out
+    assert "| cells | slow | 1 | 1.0 | 15 | 15.0 (10.0, 20.0) | 60.0 | 20.0 |" in capsys.readouterr().out
     # Two short trainings without an evaluation, then two seeds of each.
     assert len(trainings) == 6 and [command[-1] for command in trainings] == ["0"] * 6
     paces = [command for command in trainings if "pace" in command[command.index("OUTPUT_DIR") + 1]]
@@ -75,7 +75,7 @@ def test_ap_over_time(tmp_path, trainings, capsys):
 
 def test_equal_iterations_need_no_time(tmp_path, trainings, capsys):
     assert run(tmp_path, *RECIPES, "--seeds", "1", "--iterations", "50") == 0
-    assert len(trainings) == 2 and "| cells | slow |  | 50 |" in capsys.readouterr().out
+    assert len(trainings) == 2 and "| cells | slow |  | 3.3 | 50 |" in capsys.readouterr().out
 
 
 def test_what_is_done_is_not_repeated(tmp_path, trainings):
@@ -104,7 +104,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, trainings, cap
     recipes = ("--recipe", "broken: small_data/efficientnet_lite0", *RECIPES[:2])
     assert run(tmp_path, *recipes, "--seeds", "1") == 1
     output = capsys.readouterr().out
-    assert "no time of an iteration, see" in output and "| cells | fast | 1 | 30 |" in output
+    assert "no time of an iteration, see" in output and "| cells | fast | 1 | 1.0 | 30 |" in output
 
 
 def test_without_test_data_a_part_of_the_training_data_is_kept():
@@ -154,3 +154,11 @@ def test_the_folder_of_the_plot_is_made_before_the_trainings(tmp_path, trainings
     )
     assert run(tmp_path / "out", *RECIPES[:2], "--seeds", "1", "--plot", str(plot)) == 0
     assert found == [True, True] and plot.is_file()
+
+
+def test_data_without_annotations_have_no_ap(tmp_path, trainings, capsys):
+    assert run(tmp_path, *RECIPES[:2], "--seeds", "1") == 0
+    results = tmp_path / "cells" / "fast" / "1min" / "seed1" / "results.json"
+    results.write_text(json.dumps({"results": {}}))
+    assert run(tmp_path, *RECIPES[:2], "--seeds", "1") == 0
+    assert "| nan (nan) |" in capsys.readouterr().out

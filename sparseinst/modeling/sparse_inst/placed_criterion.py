@@ -3,7 +3,9 @@
 import torch
 from detectron2.config import CfgNode, configurable
 
+from sparseinst.config import registered
 from sparseinst.modeling.sparse_inst.criterion import SPARSE_INST_CRITERION_REGISTRY, SparseInstCriterion
+from sparseinst.modeling.sparse_inst.decoder import SPARSE_INST_DECODER_REGISTRY
 from sparseinst.ops.losses import box_loss, center_focal_loss
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.targets import InstanceTargets
@@ -29,6 +31,12 @@ class PlacedCriterion(SparseInstCriterion):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        decoder = registered(SPARSE_INST_DECODER_REGISTRY, cfg, "MODEL.SPARSE_INST.DECODER.NAME")
+        if isinstance(decoder, type) and not hasattr(decoder, "training_outputs"):
+            raise ValueError(
+                f"MODEL.SPARSE_INST.LOSS.NAME is PlacedCriterion with DECODER.NAME {decoder.__name__}; set it to "
+                "SparseInstCriterion, or DECODER.NAME to PlacedIAMDecoder"
+            )
         arguments = super().from_config(cfg)
         del arguments["matcher"]
         return {**arguments, "box_weight": cfg.MODEL.SPARSE_INST.LOSS.BOX_WEIGHT}
@@ -47,15 +55,7 @@ class PlacedCriterion(SparseInstCriterion):
 
         Returns:
             Scalars, weighted. Without any instance the losses of pairs are 0, with a gradient of 0.
-
-        Raises:
-            ValueError: another decoder made the outputs.
         """
-        if "heat_logits" not in outputs:
-            raise ValueError(
-                "MODEL.SPARSE_INST.LOSS.NAME is PlacedCriterion; set DECODER.NAME to PlacedIAMDecoder, or LOSS.NAME to "
-                "SparseInstCriterion"
-            )
         device, most = outputs["boxes"].device, outputs["boxes"].shape[1]
         with no_autocast(device):
             found = [min(len(target.gt_classes), most) for target in targets]

@@ -250,7 +250,7 @@ class PlacedIAMDecoder(BaseIAMDecoder):
 
         Args:
             outputs: what `forward` returned in training.
-            targets: ground truth of each image. Of more than N instances in an image the first N count.
+            targets: ground truth of each image. Of more than N instances in an image the first N get masks and boxes.
 
         Returns:
             For M, the number of instances in the image with the most, and at least 1: ``pred_scores`` (B, M, 1);
@@ -263,9 +263,10 @@ class PlacedIAMDecoder(BaseIAMDecoder):
         centers, gt_boxes, gt_masks = [], [], []
         with no_autocast(heat_logits.device):
             for target in targets:
-                masks, classes = (field[: self.num_masks] for field in (target.gt_masks, target.gt_classes))
-                coarse = masks_on_grid(masks, tuple(heat_logits.shape[-2:]))
-                heat, is_center, cells = center_heatmap(coarse, classes, heat_logits.shape[1])
+                # The heat map learns all instances: the others would be its background.
+                coarse = masks_on_grid(target.gt_masks, tuple(heat_logits.shape[-2:]))
+                heat, is_center, cells = center_heatmap(coarse, target.gt_classes, heat_logits.shape[1])
+                masks, cells = target.gt_masks[: self.num_masks], cells[: self.num_masks]
                 centers.append((heat, is_center, F.pad(cells, (0, most - len(cells)))))
                 # An object that covers no cell by half has a box, too.
                 is_inside = masks > 0.5 * masks.flatten(1).amax(1)[:, None, None]
