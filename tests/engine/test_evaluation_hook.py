@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 
 from sparseinst.engine.hooks import EvaluationHook
 from sparseinst.engine.trainer import Trainer
@@ -88,26 +89,23 @@ def test_without_patience_it_goes_on(shapes, tmp_path):
     assert trainer.steps_done == 4
 
 
+def run_evaluations(trainer, hook, iterations):
+    """Return after which of the evaluations the training ends."""
+    trainer.ends_early = False
+    with EventStorage() as trainer.storage:
+        return [hook._run(iteration) or trainer.ends_early for iteration in iterations]
+
+
 def test_an_evaluation_that_a_resumed_run_repeats_counts_once(shapes, tmp_path):
-    opts = ("TEST.EVAL_PERIOD", 1, "TEST.PATIENCE", 2, "SOLVER.CHECKPOINT_PERIOD", 1)
-    trainer = Trainer(make_cfg(shapes, tmp_path, *opts, "SOLVER.MAX_ITER", 9))
+    trainer = Trainer(make_cfg(shapes, tmp_path, "TEST.EVAL_PERIOD", 1, "TEST.PATIENCE", 2))
     hook = with_scores(trainer, iter([30.0, 20.0]))
-    for iteration in (0, 1):
-        hook._run(iteration)
+    assert run_evaluations(trainer, hook, (0, 1)) == [False, False]
     resumed = with_scores(trainer, iter([20.0, 25.0]))
     resumed.load_state_dict(hook.state_dict())
-    resumed._run(1)
-    assert not trainer.ends_early
-    resumed._run(2)
-    assert trainer.ends_early
+    assert run_evaluations(trainer, resumed, (1, 2)) == [False, True]
 
 
 def test_patience_begins_with_the_first_ap_above_0(shapes, tmp_path):
-    opts = ("TEST.EVAL_PERIOD", 1, "TEST.PATIENCE", 2, "SOLVER.MAX_ITER", 9)
-    trainer = Trainer(make_cfg(shapes, tmp_path, *opts))
+    trainer = Trainer(make_cfg(shapes, tmp_path, "TEST.EVAL_PERIOD", 1, "TEST.PATIENCE", 2))
     hook = with_scores(trainer, iter([0.0, 0.0, float("nan"), 0.0, 1.0, 0.5, 0.5]))
-    ended = []
-    for iteration in range(7):
-        hook._run(iteration)
-        ended.append(trainer.ends_early)
-    assert ended == [False] * 6 + [True]
+    assert run_evaluations(trainer, hook, range(7)) == [False] * 6 + [True]
