@@ -55,7 +55,7 @@ class ExportMetadata:
         compared_detections: with ``--end-to-end``, detections whose classes, masks and boxes the self-check compared;
             0: the model found nothing certain in its images.
         ap: with ``--test-json``, mask AP in percent of the "model" in eager float32 and of the "file".
-        skipped_layers: with "int8", single layers that stay in float32 because they lose AP.
+        skipped_layers: with "int8", layers, and "additions", that stay in float32 because they lose AP.
         min_side: of padded images of dynamic size, pixels; shorter sides are padded to it. 0: of a static file.
         max_batch: most images in a dynamic batch; None: any number.
         fit_size: (height, width), INPUT.FIT_SIZE_TEST: images are resized to the largest size that fits into this;

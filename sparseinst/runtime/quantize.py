@@ -35,6 +35,8 @@ _Node = TypeVar("_Node", bound=Hashable)
 _TORCH_LAYERS = ("aten.conv2d", "aten.linear")
 _OPENVINO_LAYERS = ("Convolution", "GroupConvolution", "MatMul")
 _ONNX_LAYERS = ("Conv", "Gemm", "MatMul")
+# In place of a layer's name: the sums of two activations, which are those of residual blocks. Their errors add up.
+ADDITIONS = "additions"
 # Operations that ONNX Runtime quantizes. A product of two activations stays in float, and so do all others.
 _ONNX_OPERATIONS = ["Conv", "Gemm", "MatMul", "Add", "Concat", "MaxPool", "AveragePool", "Resize", "Relu", "Clip"]
 
@@ -45,7 +47,8 @@ class Quantization(NamedTuple):
     Attributes:
         model: whose network is exported, with folded norms.
         images: calibration images as the file takes them, each (B, 3, h, w).
-        skipped: names of single layers that stay in float32, besides the model's `float_layers` and what follows them.
+        skipped: names of single layers that stay in float32, besides the model's `float_layers` and what follows them;
+            ADDITIONS among them.
     """
 
     model: InstanceSegmenter
@@ -174,13 +177,14 @@ def quantize_openvino(program: "openvino.Model", quantization: Quantization) -> 
         )
 
     ignored = _followers(layers.float_nodes(), readers) | layers.skipped_nodes()
+    types = ["Add"] if ADDITIONS in quantization.skipped else []
     nncf.set_log_level(logging.ERROR)
     with _errors_of("NNCF"):
         return nncf.quantize(
             program,
             nncf.Dataset(WithProgress([images.numpy() for images in quantization.images], _CALIBRATION)),
             subset_size=len(quantization.images),
-            ignored_scope=nncf.IgnoredScope(names=sorted(ignored), validate=False),
+            ignored_scope=nncf.IgnoredScope(names=sorted(ignored), types=types, validate=False),
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
 
@@ -227,13 +231,14 @@ def quantize_onnx(content: bytes, input_name: str, quantization: Quantization) -
             image = next(self.images, None)
             return None if image is None else {input_name: image.numpy()}
 
+    operations = [name for name in _ONNX_OPERATIONS if name != "Add" or ADDITIONS not in quantization.skipped]
     with tempfile.TemporaryDirectory() as folder, _errors_of("ONNX Runtime"):
         path = Path(folder) / "model.onnx"
         quantize_static(
             proto,
             path,
             Reader(),
-            op_types_to_quantize=_ONNX_OPERATIONS,
+            op_types_to_quantize=operations,
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,

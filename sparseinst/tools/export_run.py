@@ -41,7 +41,7 @@ from sparseinst.runtime.export import (
 )
 from sparseinst.runtime.exported_file import ExportMetadata
 from sparseinst.runtime.exported_model import ExportedSegmenter, open_network, postprocessing_weights
-from sparseinst.runtime.quantize import Quantization, by_error, folded_copy, quantizable_layers
+from sparseinst.runtime.quantize import ADDITIONS, Quantization, by_error, folded_copy, quantizable_layers
 from sparseinst.runtime.self_check import (
     BOUNDS,
     SelfCheckError,
@@ -218,17 +218,19 @@ def _images(cfg: CfgNode, model: ExportedSegmenter, name: str, most: int) -> lis
 def _skipped_layers(
     network: ExportableNetwork, program: torch.export.ExportedProgram, quantization: Quantization | None
 ) -> Iterator[list[str]]:
-    """Yield single layers to leave in float32: none, then those with the largest errors, twice as many each time."""
+    """Yield what to leave in float32: nothing, additions, and more and more of the layers with the largest errors."""
     yield []
     if quantization is None:
         return
+    print("Too much AP is lost. Left in float32: the additions of residual blocks")
+    yield [ADDITIONS]
     images = quantization.images[:_ERROR_IMAGES]
     layers = by_error(network, quantizable_layers(program, quantization.model), images)
     counts = [2**power for power in range(len(layers).bit_length()) if 2**power < len(layers)]
     for attempt, count in enumerate(counts, 1):
-        shown = ", ".join(layers[:count])
+        shown = ", ".join([ADDITIONS, *layers[:count]])
         print(f"Too much AP is lost. Attempt {attempt} of at most {len(counts)}. Left in float32: {shown}")
-        yield layers[:count]
+        yield [ADDITIONS, *layers[:count]]
 
 
 def _output_names(network: ExportableNetwork, size: tuple[int, int]) -> list[str]:

@@ -149,6 +149,20 @@ def test_an_onnx_file_holds_eight_bits_but_for_layers_in_float(quantized):
     assert {output.name for output in proto.graph.output} <= tail
 
 
+def test_additions_are_quantized_unless_they_are_skipped():
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    model = folded_copy(tiny_model().requires_grad_(False), images)
+    program = export_program(ExportableNetwork(model), 32, (64, 96), 1)
+    content = onnx_bytes(program, list(model.network(images)))
+    rounded = []
+    for skipped in ([], [quantize.ADDITIONS]):
+        proto = onnx.load_model_from_string(quantize_onnx(content, "images", Quantization(model, [images], skipped)))
+        read = {name for node in proto.graph.node if node.op_type == "QuantizeLinear" for name in node.input}
+        rounded.append(sum(node.op_type == "Add" and node.output[0] in read for node in proto.graph.node))
+    # The sums of the residual blocks.
+    assert rounded[0] >= rounded[1] + 4
+
+
 @pytest.mark.parametrize(
     ("family", "predictions"),
     [

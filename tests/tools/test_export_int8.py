@@ -47,17 +47,17 @@ def test_a_file_that_keeps_its_ap(flags, tmp_path, monkeypatch):
 
 
 def test_layers_that_lose_ap_stay_in_float32(flags, tmp_path, monkeypatch, capsys):
-    """One layer is left in float32 first, then two."""
-    set_aps(monkeypatch, 50.0, 10.0, 30.0, 49.0)
+    """The additions are left in float32 first, then one layer, then two."""
+    set_aps(monkeypatch, 50.0, 10.0, 20.0, 30.0, 49.0)
     assert run_export(tmp_path / "model", *flags) == 0
     skipped = read_metadata(tmp_path / "out" / "model.onnx").skipped_layers
-    assert len(skipped) == 2
+    assert len(skipped) == 3 and skipped[0] == "additions"
     assert f"Left in float32: {', '.join(skipped)}\n" in capsys.readouterr().out
 
 
 def test_a_file_that_loses_ap_is_not_written(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export_run, "by_error", lambda network, layers, images: layers[:2])
-    set_aps(monkeypatch, 50.0, 10.0, 10.0)
+    set_aps(monkeypatch, 50.0, 10.0, 10.0, 10.0)
     assert run_export(tmp_path / "model", *flags) == 1
     assert "The file's AP is 10.00, the model's 50.00: 1.0 may be lost. Nothing" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
