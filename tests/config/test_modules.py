@@ -1,5 +1,6 @@
 """IMPORTS and --import: how modules are named, found again, refused and reported; the example in demo/."""
 
+import ast
 import importlib
 import logging
 import subprocess
@@ -17,6 +18,7 @@ from tests.shapes_data import write_shapes
 from tests.tiny_model import tiny_cfg
 
 REPO = Path(__file__).resolve().parents[2]
+TOOLS = REPO / "sparseinst" / "tools"
 EXAMPLE = REPO / "demo" / "my_decoder.py"
 ADDS_A_KEY = "def add_config(cfg):\n    cfg.MODEL.MINE = 1\n"
 
@@ -111,26 +113,34 @@ def test_no_shipped_config_imports():
     assert not [path for path in (REPO / "configs").rglob("*.yaml") if "IMPORTS" in path.read_text(encoding="utf-8")]
 
 
+def loads(tool):
+    """The calls in a command's files that load a config."""
+    files = [TOOLS / f"{tool}{ending}.py" for ending in ("", "_run")]
+    nodes = [node for file in files if file.exists() for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func) in ("load_config", "config_of_run")]
+
+
 @pytest.mark.parametrize(
     "tool",
     ["train_net", "demo", "benchmark", "benchmark_training", "benchmark_video", "analyze_model", "check_dataset",
      "convert_weights", "compare_recipes", "predict", "export"],
 )  # fmt: skip
 def test_every_command_with_a_config_takes_import(tool):
-    """The tools' sources are searched too, so that a new command is not forgotten."""
     parser = importlib.import_module(f"sparseinst.tools.{tool}").build_parser()
     (action,) = [action for action in parser._actions if "--import" in action.option_strings]
     assert action.dest == "imports" and action.default == []
-    source = (REPO / "sparseinst" / "tools" / f"{tool}.py").read_text(encoding="utf-8")
-    assert source.count("load_config(") == source.count("imports=args.imports")
+    assert loads(tool)
+    for call in loads(tool):
+        arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+        assert {"args.imports", "self._imports"} & set(map(ast.unparse, arguments)), ast.unparse(call)
 
 
 def test_the_list_of_commands_is_whole():
     listed = test_every_command_with_a_config_takes_import.pytestmark[0].args[1]
-    tools = [path for path in (REPO / "sparseinst" / "tools").glob("*.py")]
-    tools = [path for path in tools if any(name in path.read_text() for name in ("load_config(", "config_of_run("))]
+    tools = {path.stem.removesuffix("_run") for path in TOOLS.glob("*.py")}
     # A service refuses modules: tests/tools/test_serve.py.
-    assert sorted(path.stem.removesuffix("_run") for path in tools) == sorted([*listed, "serve"])
+    assert {tool for tool in tools if loads(tool)} == {*listed, "serve"}
 
 
 def test_arguments_need_argparse_only():
