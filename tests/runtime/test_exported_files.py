@@ -346,3 +346,11 @@ def test_an_error_of_reading_is_not_one_of_writing(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="cannot be written: No space"), output_folder(tmp_path) as folder:
         (folder / "a").write_text("new")
     assert not list(tmp_path.iterdir())
+
+
+def test_keys_of_runtime_choose_the_engine_of_a_file(tmp_path):
+    opts = ("RUNTIME.ENGINE", "openvino", "RUNTIME.INTRA_OP_THREADS", 3, "RUNTIME.PRECISION", "bfloat16")
+    path = onnx_file(tmp_path / "m.onnx")
+    with mock.patch.object(exported_model, "open_network") as opened:
+        load_exported(tiny_cfg("MODEL.WEIGHTS", str(path), "RUNTIME.PROVIDERS", ["A", "B"], *opts))
+    assert opened.call_args.args == (str(path), METADATA, "openvino", 3, ["A", "B"], "bfloat16")
