@@ -1,21 +1,23 @@
 """Values outside of their ranges: refused by load_config, and by build_model where the config was made in Python."""
 
 from functools import reduce
+from importlib import import_module
 
 import pytest
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from sparseinst.config import add_sparse_inst_config, check_value, check_values, get_config_file, load_config
+from sparseinst.config.defaults import FAMILIES
 from sparseinst.config.values import RANGES
 from sparseinst.engine.optimizer import IMPLEMENTATIONS
 from sparseinst.engine.trainer import AMP_DTYPES
-from sparseinst.modeling.sparse_inst.config import RANGES as SPARSE_INST_RANGES
 from sparseinst.ops.mask_output import MASK_FORMATS
 from sparseinst.runtime.optimize import PRECISIONS
 from tests.tiny_model import tiny_cfg
 
-ALL = {**RANGES, **SPARSE_INST_RANGES}
+OF_FAMILIES = {name: import_module(name).RANGES for name in FAMILIES}
+ALL = {**RANGES, **{key: accepted for ranges in OF_FAMILIES.values() for key, accepted in ranges.items()}}
 SPARSE_INST = "MODEL.SPARSE_INST."
 
 
@@ -60,15 +62,16 @@ def test_a_value_out_of_range_in_a_file_names_the_file(tmp_path):
 
 
 def test_every_range_refuses_something():
-    check_values(tiny_cfg())
+    cfg = tiny_cfg()
+    check_values(cfg)
     for key in ALL:
         refused = [value for value in (-1, float("nan"), "nonsense", [], [-1], 10.0**12) if not is_accepted(key, value)]
         *groups, name = key.split(".")
-        cfg = tiny_cfg()
         node = reduce(lambda node, group: node[group], groups, cfg)
-        node[name] = refused[-1]
+        before, node[name] = node[name], refused[-1]
         with pytest.raises(ValueError, match=f"^{key} is .*; it must be"):
             check_values(cfg)
+        node[name] = before
 
 
 def is_accepted(key, value):
