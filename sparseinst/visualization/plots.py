@@ -19,6 +19,8 @@ _MAX_NAMED_CURVES = 10
 _MAX_COUNTED = 25
 # Larger matrices show the most frequent classes.
 _MAX_CLASSES = 80
+# Longer names are cut.
+_MAX_NAME = 22
 
 
 def draw_curves(metrics: Sequence[Mapping[str, float]], iterations_per_epoch: float | None = None) -> bytes:
@@ -67,12 +69,8 @@ def draw_curves(metrics: Sequence[Mapping[str, float]], iterations_per_epoch: fl
         ap_axes.text(0.5, 0.5, "not evaluated", transform=ap_axes.transAxes, ha="center")
     for name in rates:
         x, y = np.array(curves[name]).T
-        rate_axes.plot(
-            x,
-            y,
-            label=name.removeprefix("lr_").replace("lr", "all parameters"),
-            linestyle="--" if "backbone" in name else "-",
-        )
+        label = name.removeprefix("lr_").replace("lr", "all parameters")
+        rate_axes.plot(x, y, "--" if "backbone" in name else "-", label=label)
     rate_axes.set(ylabel="learning rate", xlabel="iteration", ylim=(0, None), title="Learning rate")
     for axes in (loss_axes, ap_axes, rate_axes):
         axes.grid(alpha=0.3)
@@ -155,6 +153,13 @@ def draw_ap_over_time(rows: Sequence[Mapping]) -> bytes:
 def draw_precision_recall(
     precision: Mapping[float, np.ndarray], class_names: Sequence[str], score: float, best: tuple[float, float]
 ) -> bytes:
+    """Return `precision_recall_figure` as a PNG file."""
+    return _png(precision_recall_figure(precision, class_names, score, best))
+
+
+def precision_recall_figure(
+    precision: Mapping[float, np.ndarray], class_names: Sequence[str], score: float, best: tuple[float, float]
+) -> Figure:
     """Plot precision over recall: the mean of the classes for each IoU, and each class for the smallest IoU.
 
     Args:
@@ -162,9 +167,6 @@ def draw_precision_recall(
         class_names: of the K classes.
         score: the score with the best F1.
         best: (recall, precision) at this score.
-
-    Returns:
-        A PNG file.
     """
     recall = np.linspace(0, 1, 101)
     figure = Figure(figsize=(9, 6.5), layout="constrained")
@@ -173,50 +175,33 @@ def draw_precision_recall(
     present = [index for index in range(len(class_names)) if not np.isnan(first[0, index])]
     if len(present) > 1:
         named = len(present) <= _MAX_NAMED_CURVES
+        color, alpha = (None, 0.8) if named else ("tab:gray", 0.25)
         for index in sorted(present, key=lambda index: -first[:, index].mean()):
             label = f"AP50 {100 * first[:, index].mean():.1f}: {_short(class_names[index])}" if named else None
             if not named and index == present[0]:
                 label = f"each class, IoU {min(precision):g}"
-            axes.plot(
-                recall,
-                first[:, index],
-                linewidth=1,
-                alpha=0.8 if named else 0.25,
-                label=label,
-                color=None if named else "tab:gray",
-            )
+            axes.plot(recall, first[:, index], linewidth=1, alpha=alpha, label=label, color=color)
     for iou, style in zip(sorted(precision), ("-", "--", ":")):
         mean = precision[iou][:, present].mean(1) if present else np.zeros(101)
         label = f"mean of {len(present)} classes, IoU {iou:g}" if len(present) > 1 else f"IoU {iou:g}"
-        axes.plot(
-            recall,
-            mean,
-            style,
-            color="black",
-            linewidth=2.5,
-            label=f"AP{round(100 * iou)} {100 * mean.mean():.1f}: {label}",
-        )
-    axes.plot(
-        *best,
-        "o",
-        color="tab:red",
-        markersize=9,
-        label=f"all objects, score {score:.2f}: the best F1 (IoU 0.5)",
-        zorder=5,
-    )
-    axes.set(
-        xlim=(0, 1),
-        ylim=(0, 1.02),
-        xlabel="recall: share of the objects that are found",
-        ylabel="precision: share of the predictions that are right",
-    )
+        label = f"AP{round(100 * iou)} {100 * mean.mean():.1f}: {label}"
+        axes.plot(recall, mean, style, color="black", linewidth=2.5, label=label)
+    label = f"all objects, score {score:.2f}: the best F1 (IoU 0.5)"
+    axes.plot(*best, "o", color="tab:red", markersize=9, label=label, zorder=5)
+    axes.set(xlim=(0, 1), xlabel="recall: share of the objects that are found")
+    axes.set(ylim=(0, 1.02), ylabel="precision: share of the predictions that are right")
     axes.set_title("Precision and recall of the masks: the further up and right, the better")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return _png(figure)
+    return figure
 
 
 def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], score: float) -> bytes:
+    """Return `confusion_figure` as a PNG file."""
+    return _png(confusion_figure(matrix, class_names, score))
+
+
+def confusion_figure(matrix: np.ndarray, class_names: Sequence[str], score: float) -> Figure:
     """Plot a confusion matrix; small matrices have the counts.
 
     Colors are shares of the objects of a class; in the last row, of the predictions of a class.
@@ -225,9 +210,6 @@ def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], score:
         matrix: (K + 1, K + 1) counts, rows: objects, columns: predictions, background last.
         class_names: of the K classes.
         score: the least score of the predictions.
-
-    Returns:
-        A PNG file.
     """
     # Of many classes the most frequent are shown, and none that does not occur.
     counts = matrix[:-1].sum(1) + matrix[:, :-1].sum(0)
@@ -258,13 +240,18 @@ def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], score:
             color = "white" if shares[row, column] > 0.3 else "black"
             axes.text(column + 0.5, row + 0.5, f"{count}", ha="center", va="center", fontsize=font, color=color)
     axes.set(xlabel="predicted class", ylabel="class of the object")
-    axes.set_title(_summary(matrix, class_names, score, shown), fontsize=10 if is_small else 12)
+    axes.set_title(confusion_summary(matrix, class_names, score, len(shown)), fontsize=10 if is_small else 12)
     figure.colorbar(cells, ax=axes, shrink=0.5, aspect=30, label="share of the row; last row: share of the column")
-    return _png(figure)
+    return figure
 
 
-def _summary(matrix: np.ndarray, class_names: Sequence[str], score: float, shown: Sequence[int]) -> str:
-    """Return the figures of a confusion matrix and its three most frequent confusions in lines of text."""
+def confusion_summary(matrix: np.ndarray, class_names: Sequence[str], score: float, num_shown: int) -> str:
+    """Return the figures of a confusion matrix and its three most frequent confusions in lines of text.
+
+    Args:
+        matrix, class_names, score: as in `confusion_figure`.
+        num_shown: classes that the figure shows.
+    """
     confused = matrix[:-1, :-1] * (1 - np.eye(len(class_names), dtype=np.int64))
     objects, found, missed = matrix[:-1].sum(), np.trace(matrix[:-1, :-1]), matrix[:-1, -1].sum()
     lines = [
@@ -280,15 +267,15 @@ def _summary(matrix: np.ndarray, class_names: Sequence[str], score: float, shown
     ]
     if pairs:
         lines.append(f"Most often confused: {', '.join(pairs)}")
-    if len(shown) < len(class_names):
-        reason = "with the fewest objects" if len(shown) == _MAX_CLASSES else "that do not occur"
-        lines.append(f"{len(class_names) - len(shown)} classes {reason} are not shown")
+    if num_shown < len(class_names):
+        reason = "with the fewest objects" if num_shown == _MAX_CLASSES else "that do not occur"
+        lines.append(f"{len(class_names) - num_shown} classes {reason} are not shown")
     return "\n".join(lines)
 
 
-def _short(name: str, length: int = 22) -> str:
+def _short(name: str) -> str:
     """Return a name as matplotlib shows it: $ would start a formula."""
-    name = name if len(name) <= length else f"{name[: length - 1]}…"
+    name = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
     return name.replace("$", r"\$")
 
 
