@@ -42,9 +42,13 @@ def test_a_log_that_cannot_be_written_costs_one_line(tmp_path, capsys):
     assert "line 0" in (tmp_path / "log.txt").read_text()
 
 
-def test_the_seed():
-    numbers = []
-    for _ in range(2):
-        set_up_run(argparse.Namespace(), "", seed=4, cudnn_benchmark=False)
-        numbers.append(torch.rand(3).tolist())
-    assert numbers[0] == numbers[1]
+def test_each_rank_has_its_own_random_numbers(monkeypatch):
+    monkeypatch.setattr(run_setup, "collect_env_info", lambda: "")
+
+    def drawn(seed, rank):
+        monkeypatch.setattr(run_setup.comm, "get_rank", lambda: rank)
+        set_up_run(argparse.Namespace(), "", seed=seed, cudnn_benchmark=False)
+        return torch.rand(3).tolist()
+
+    assert drawn(4, 0) == drawn(4, 0) != drawn(4, 1)
+    assert drawn(4, 1) == drawn(5, 0) != drawn(5, 1)

@@ -3,10 +3,14 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from sparseinst.inference.pipeline import Interruption, read_ahead, work_behind
+from sparseinst.inference import pipeline
+from sparseinst.inference.pipeline import Interruption, has_large_masks, read_ahead, run_stages, work_behind
+from sparseinst.structures.rle_masks import RLEMasks
 
 TIMEOUT = 10
 
@@ -193,3 +197,36 @@ def test_the_first_ctrl_c_is_recorded_and_the_second_one_raises():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def with_masks(masks):
+    return "name", SimpleNamespace(pred_masks=masks)
+
+
+def test_large_masks_are_boolean_ones(monkeypatch):
+    monkeypatch.setattr(pipeline, "LARGE_MASK_BYTES", 10)
+    assert not has_large_masks(with_masks(torch.zeros(2, 5, 1, dtype=torch.bool)))
+    assert has_large_masks(with_masks(torch.zeros(1, 1, 11, dtype=torch.bool)))
+    assert not has_large_masks(with_masks(RLEMasks([{"size": [9, 9], "counts": b"a2"}] * 2, (9, 9))))
+
+
+@pytest.mark.parametrize(("side", "others"), [(2, 1), (4, 0)])
+def test_after_large_masks_the_next_prediction_waits(monkeypatch, side, others):
+    """While the first one is finished, the second one is made where masks are small only."""
+    monkeypatch.setattr(pipeline, "LARGE_MASK_BYTES", 10)
+    made, seen = [], []
+
+    def predicted():
+        for index in range(2):
+            made.append(index)
+            yield with_masks(torch.zeros(1, side, side, dtype=torch.bool))
+
+    def finish(item):
+        until = time.monotonic() + (TIMEOUT if others else 0.05)
+        while len(made) < 2 and time.monotonic() < until:
+            time.sleep(0.001)
+        seen.append(len(made))
+
+    with Interruption() as interruption:
+        assert run_stages(predicted(), finish, None, 1, interruption) == (2, True)
+    assert seen[0] == 1 + others
