@@ -178,6 +178,9 @@ def save_image(path: Path, image: np.ndarray) -> None:
 def write_file(path: Path, content: bytes | memoryview) -> None:
     """Write a temporary file, then rename it: an existing link is replaced, not followed.
 
+    `write_atomically` also forces each file to the disk, which slows down a folder of small images. A random temporary
+    name follows no link, and fits where the name of the file is as long as the file system allows.
+
     Raises:
         ValueError: it cannot be written.
     """
