@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: settings to compare, measurements, tables, arguments and errors."""
+"""Shared by all benchmarks: settings to compare, checks of them, measurements, tables, and how a command runs."""
 
 import argparse
 import contextlib

@@ -341,13 +341,14 @@ def _warn_of_nonfinite(source: str, tensors: dict[str, torch.Tensor]) -> None:
         )  # fmt: skip
 
 
-def _check_taken(model: nn.Module, incompatible_keys) -> None:
-    """Raise RuntimeError where a model does not take the names of its own state dict."""
-    if any(incompatible_keys):
+def _check_taken(model: nn.Module, incompatible_keys: tuple[list[str], list[str]]) -> None:
+    """Raise RuntimeError where a model misses names of its own state dict, or does not expect them."""
+    missing, unexpected = incompatible_keys
+    if missing or unexpected:
         raise RuntimeError(
             f"{type(model).__name__} does not load the state dict that it saves: of its own names it misses "
-            f"{first_names(incompatible_keys.missing_keys)}, and does not know "
-            f"{first_names(incompatible_keys.unexpected_keys)}. Its hooks for saving and loading disagree"
+            f"{first_names(missing)}, and does not know "
+            f"{first_names(unexpected)}. Its hooks for saving and loading disagree"
         )
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def _build(cfg: DictConfig, key: str) -> Any:
 
 
 @contextlib.contextmanager
-def _in_one_line(what: str):
+def _in_one_line(what: str) -> Iterator[None]:
     # The code of a config can raise anything.
     try:
         yield

@@ -20,6 +20,7 @@ from sparseinst.runtime.openvino import import_openvino, name_outputs
 from sparseinst.runtime.quantize import Quantization, quantize_onnx, quantize_openvino
 
 if TYPE_CHECKING:
+    import onnx
     import openvino
 
 FileWriter = Callable[[Path, ExportMetadata], None]
@@ -299,7 +300,7 @@ def _translations() -> dict:
     return {aten.sigmoid.default: sigmoid, torchvision.deform_conv2d.default: deform_conv2d}
 
 
-def _store_as_half(graph) -> None:
+def _store_as_half(graph: "onnx.GraphProto") -> None:
     """Store the large float32 tensors of an ONNX graph in float16, in place; the graph converts them back."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper

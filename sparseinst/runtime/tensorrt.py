@@ -2,6 +2,7 @@
 
 import os
 import threading
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ import torch
 _MISSING = "TensorRT engines need the package tensorrt and a CUDA device; the package cannot be imported ({})"
 
 
-def import_tensorrt():
+def import_tensorrt() -> ModuleType:
     """Return the module. Raise ImportError where it is missing, ValueError without a CUDA device."""
     try:
         import tensorrt

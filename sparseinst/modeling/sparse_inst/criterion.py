@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparseinst.config import registered
-from sparseinst.modeling.sparse_inst.matcher import MatchedPairs, build_sparse_inst_matcher
+from sparseinst.modeling.sparse_inst.matcher import MatchedPairs, Matcher, build_sparse_inst_matcher
 from sparseinst.ops.losses import (
     binary_mask_iou,
     dice_loss,
@@ -55,7 +55,7 @@ class SparseInstCriterion(nn.Module):
     def __init__(
         self,
         *,
-        matcher,
+        matcher: Matcher,
         items: Sequence[str] = ("labels", "masks"),
         class_weight: float = 2.0,
         mask_pixel_weight: float = 5.0,

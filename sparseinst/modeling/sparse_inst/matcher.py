@@ -1,5 +1,6 @@
 """Bipartite matching of predictions and ground truth. Letters: sparseinst.structures."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ class MatchedPairs(NamedTuple):
 
     prediction_idx: torch.Tensor
     gt_idx: torch.Tensor
+
+
+Matcher = Callable[[dict[str, torch.Tensor], list[InstanceTargets]], list[MatchedPairs]]
 
 
 def matching_scores(
@@ -117,6 +121,6 @@ class SparseInstMatcher:
         return [MatchedPairs(*pairs) for pairs in joint.split([part.shape[1] for part in indices], dim=1)]
 
 
-def build_sparse_inst_matcher(cfg: CfgNode):
+def build_sparse_inst_matcher(cfg: CfgNode) -> Matcher:
     """Build the matcher named by MODEL.SPARSE_INST.MATCHER.NAME."""
     return registered(SPARSE_INST_MATCHER_REGISTRY, cfg, "MODEL.SPARSE_INST.MATCHER.NAME")(cfg)
