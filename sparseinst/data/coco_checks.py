@@ -56,6 +56,9 @@ _REPAIR = "; correct the annotation, or remove it from the json"
 LEFT_OUT = (NO_SEGMENTATION, TOO_FEW_POINTS, OUTSIDE, NO_PIXEL)
 
 
+ImageEntry = tuple[dict, list[dict]]  # an image and its annotations
+
+
 class JsonReport(NamedTuple):
     """The result of checking a json.
 
@@ -63,10 +66,12 @@ class JsonReport(NamedTuple):
         findings: in the json's order.
         num_instances: by image id, the number of annotations that are used: no crowds, none that are left out.
             Complete only where no finding stops.
+        usable: by image id, each image of a valid size with its annotations, without crowds and those with findings.
     """
 
     findings: list[Finding]
     num_instances: Counter[int]
+    usable: dict[int, ImageEntry]
 
     def add(self, kind: str, message: str, stops: bool = True) -> None:
         """Append a finding."""
@@ -84,7 +89,7 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
         content: the parsed json; may be anything.
         for_evaluation: also check the fields that only COCO's evaluation reads.
     """
-    report = JsonReport([], Counter())
+    report = JsonReport([], Counter(), {})
     if other_format := describe_other_format(content):
         report.add("another format", other_format)
         return report
@@ -111,6 +116,8 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
         if not _has_size(image):
             found = f"image {image_id} ({name!r}) has height {height!r} and width {width!r}"
             report.add("image size", f"{found}; expected whole numbers of pixels")
+        elif isinstance(name, str):
+            report.usable[image_id] = (image, [])
 
     needed = _ANNOTATION_KEYS + _EVALUATED_ANNOTATION_KEYS * for_evaluation
     annotations = _check_entries(content.get("annotations", []), "annotations", needed, report)
@@ -141,6 +148,9 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
         )
         report.add("annotation id 0", message + "annotations from 1", stops=False)
     objects = [annotation for annotation in usable if not annotation.get("iscrowd")]
+    for annotation in objects:
+        if (image_id := annotation["image_id"]) in report.usable:
+            report.usable[image_id][1].append(annotation)
     with_class = [annotation for annotation in annotations.values() if is_whole(annotation["category_id"])]
     report.findings.extend(class_findings(categories, with_class, for_evaluation))
     report.findings.extend(crowd_findings(categories, images, usable))

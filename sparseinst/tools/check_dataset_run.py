@@ -1,9 +1,8 @@
 """Find the problems and describe the content of a data set, for the command `check_dataset`."""
 
 import argparse
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from sparseinst import config
 from sparseinst.config import load_config
 from sparseinst.data.augmentations import ResizeShortestEdge
-from sparseinst.data.coco_checks import Finding, check_content
+from sparseinst.data.coco_checks import Finding, ImageEntry, JsonReport, check_content
 from sparseinst.data.coco_json import NOTHING_TO_TRAIN_ON
 from sparseinst.data.crowded_images import MOST_INSTANCES, crowded_warning
 from sparseinst.data.dataset_mapper import check_image_size
@@ -31,7 +30,7 @@ from sparseinst.data.image_files import (
 )
 from sparseinst.data.images import DataError, ImageReadError, read_image, read_image_size
 from sparseinst.data.json_file import read_json
-from sparseinst.data.mask_decoding import check_segmentation, is_whole, read_mask
+from sparseinst.data.mask_decoding import read_mask
 from sparseinst.data.other_formats import describe_path
 from sparseinst.data.recipes import choose_recipe
 from sparseinst.modeling.meta_arch import InstanceSegmenter
@@ -43,8 +42,6 @@ from sparseinst.tools.check_dataset import DEFAULT_CONFIG
 _SMALL, _MEDIUM = 32**2, 96**2
 # The sides of training images are padded to a multiple of this by most models.
 _DIVISIBILITY = 32
-
-ImageEntry = tuple[dict, list[dict]]  # an image and its valid annotations that are not crowds
 
 
 class ImageSurvey(NamedTuple):
@@ -65,9 +62,18 @@ class ImageSurvey(NamedTuple):
     objects: ImageObjects | None = None
 
 
-def check_files(content: Any, files: FileNames, cfg: CfgNode, args: argparse.Namespace) -> Iterator[Finding]:
-    """Yield the findings of the json and of its file names without reading an image; `broken_images` has the absent."""
-    report = check_content(content, args.evaluation)
+def check_files(
+    content: Any, report: JsonReport, files: FileNames, cfg: CfgNode, args: argparse.Namespace
+) -> Iterator[Finding]:
+    """Yield the findings of the json and of its file names without reading an image; `broken_images` has the absent.
+
+    Args:
+        content: the parsed json.
+        report: of `check_content`.
+        files: of the json's names.
+        cfg: the config of the model.
+        args: of the command.
+    """
     yield from report.findings
     is_empty = isinstance(content, dict) and not content.get("annotations")
     if is_empty or not (report.problems() or report.num_instances.total()):
@@ -92,32 +98,13 @@ def _file_names(content: Any) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def present_images(content: Any, absent: Container[str]) -> list[ImageEntry]:
-    """Return the valid images whose files are not absent."""
-    images: dict[int, ImageEntry] = {}
-    for image in _entries(content, "images"):
-        has_size = all(is_whole(image.get(side)) and image[side] > 0 for side in ("height", "width"))
-        if has_size and isinstance(image.get("file_name"), str) and is_whole(image.get("id")):
-            images.setdefault(image["id"], (image, []))
-    for annotation in _entries(content, "annotations"):
-        image_id = annotation.get("image_id")
-        if not is_whole(image_id) or image_id not in images or annotation.get("iscrowd", 0) not in (0, False):
-            continue
-        image, annotations = images[image_id]
-        # check_files reports broken segmentations.
-        with contextlib.suppress(DataError):
-            if check_segmentation(annotation.get("segmentation"), (image["height"], image["width"])) is None:
-                annotations.append(annotation)
-    return [entry for entry in images.values() if entry[0]["file_name"] not in absent]
-
-
 def survey_image(
     entry: ImageEntry, image_root: Path, cfg: CfgNode, is_in_target: Callable[[MaskWindow], bool] | None, is_quick: bool
 ) -> ImageSurvey:
     """Read one image and rasterize its objects.
 
     Args:
-        entry: of :func:`present_images`.
+        entry: of `JsonReport.usable`.
         image_root: the folder of the files.
         cfg: INPUT is read.
         is_in_target: see `InstanceSegmenter.target_check`.
@@ -276,10 +263,11 @@ def run(args: argparse.Namespace) -> int:
     cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts, imports=args.imports)
     file_names = _file_names(content)
     files = find_files(file_names, args.images)
-    findings = list(check_files(content, files, cfg, args))
-    images = present_images(content, set(files.absent))
+    report = check_content(content, args.evaluation)
+    findings = list(check_files(content, report, files, cfg, args))
+    absent = set(files.absent)
     images = [({**image, "file_name": files.found.get(image["file_name"], image["file_name"])}, annotations)
-              for image, annotations in images]  # fmt: skip
+              for image, annotations in report.usable.values() if image["file_name"] not in absent]  # fmt: skip
     model = config.meta_architecture(cfg)
     if not (isinstance(model, type) and issubclass(model, InstanceSegmenter)):
         # The base class knows nothing about the targets.

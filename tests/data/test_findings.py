@@ -181,7 +181,8 @@ def warnings_of_checker(json_file, images):
     content = json.loads(json_file.read_text())
     files = find_files([image["file_name"] for image in content["images"]], images)
     args = argparse.Namespace(images=images, evaluation=False, config_file="")
-    findings = [*check_dataset_run.check_files(content, files, default_cfg(), args)]
+    report = check_content(content, args.evaluation)
+    findings = [*check_dataset_run.check_files(content, report, files, default_cfg(), args)]
     findings += check_dataset_run.broken_images([], files.absent, default_cfg())
     return [finding.message for finding in findings if finding.kind != "number of classes"]
 
