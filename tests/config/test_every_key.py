@@ -1,5 +1,9 @@
-"""Every key of Detectron2's config is read here, read by Detectron2's code, refused, or a matter of other models."""
+"""Every key of Detectron2's config is read here, read by Detectron2's code, refused, or a matter of other models.
 
+Every key of this project is read here.
+"""
+
+import ast
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import pytest
 from detectron2.config import get_cfg
 
 import sparseinst
-from sparseinst.config import load_config
+from sparseinst.config import add_sparse_inst_config, load_config
 from sparseinst.evaluation import check_test_config
 from tests.tiny_model import tiny_model
 
@@ -56,10 +60,23 @@ def keys(node, group=""):
             yield f"{group}{name}"
 
 
-def sources(package, patterns, without=()):
+def reads(package, patterns, without=()):
+    """The names of the attributes that files read, and their strings: some keys are read by name."""
     root = Path(package.__file__).parent
-    files = {path for pattern in patterns for path in root.glob(pattern) if path.name not in without}
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(files))
+    found = set()
+    for path in {path for pattern in patterns for path in root.glob(pattern) if path.name not in without}:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(node.attr)
+            elif isinstance(node, ast.Constant):
+                found.add(node.value)
+    return found
+
+
+def is_read(key, found):
+    name = key.rpartition(".")[2]
+    # Of f"{node}.NAME" a file has ".NAME".
+    return bool({key, name, f".{name}"} & found)
 
 
 def kind_of(key):
@@ -68,14 +85,18 @@ def kind_of(key):
 
 
 def test_every_key_has_one_kind_and_the_code_reads_it():
-    ours = sources(sparseinst, ["**/*.py"], without=("defaults.py",))
-    detectron2s = sources(detectron2, READERS)
+    # Without the files that define keys and their ranges.
+    ours = reads(sparseinst, ["**/*.py"], without=("defaults.py", "values.py", "config.py"))
+    detectron2s = reads(detectron2, READERS)
     for key in keys(get_cfg()):
-        kind, name = kind_of(key), key.rsplit(".", 1)[-1]
-        if kind in (OURS, REFUSED):
-            assert name in ours, key
-        elif kind == DETECTRON2:
-            assert name in detectron2s, key
+        if kind_of(key) in (OURS, REFUSED):
+            assert is_read(key, ours), key
+        elif kind_of(key) == DETECTRON2:
+            assert is_read(key, detectron2s), key
+    cfg = get_cfg()
+    add_sparse_inst_config(cfg)
+    for key in set(keys(cfg)) - set(keys(get_cfg())):
+        assert is_read(key, ours), key
     for kind, patterns in KINDS.items():
         for pattern in patterns:
             assert any(fnmatch(key, pattern) for key in keys(get_cfg())), (kind, pattern)
