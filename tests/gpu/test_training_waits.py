@@ -1,4 +1,4 @@
-"""Inside a training step the host waits for CUDA once: for the matching scores."""
+"""A training step synchronises with CUDA once: the matcher copies its scores to the host."""
 
 import pytest
 import torch
@@ -35,8 +35,5 @@ def test_only_the_matcher_waits(tmp_path, sync_debug_mode):
     # Once before, for what is set up at the first call.
     for mode in ("default", "error"):
         sync_debug_mode(mode)
-        images = model.preprocess(batch)
-        outputs = model.network(images.tensor)
-        targets = model.prepare_targets(batch, images, outputs["pred_masks"].shape[-2:])
-        losses = model.criterion(outputs, targets)
+        losses = model(batch)
         sum(losses.values()).backward()
