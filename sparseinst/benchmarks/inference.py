@@ -16,6 +16,8 @@ from sparseinst.evaluation.stage_timer import StageTimer, now, peak_bytes
 PREPROCESSING, NETWORK, POSTPROCESSING, COPY = "preprocessing", "network", "post-processing", "copy to host"
 INFERENCE_STAGES = (PREPROCESSING, NETWORK, POSTPROCESSING, COPY)
 AS_PUBLISHED, END_TO_END = "as published", "end to end"
+# Median share of the image that a drawn object covers.
+MEDIAN_AREA = 0.05
 # Runs of the network whose parts are timed.
 _PART_RUNS = 3
 
@@ -28,7 +30,7 @@ def measure_models(
     num_detections: int,
     repetitions: int,
     warmup: int = 1,
-    median_area: float = 0.05,
+    median_area: float = MEDIAN_AREA,
 ) -> dict[str, Measurement]:
     """Run each model on one batch repeatedly, all models in turn within each repetition.
 
@@ -36,7 +38,7 @@ def measure_models(
         models: by name, in eval mode, each an InstanceSegmenter or an optimized copy of one.
         images: the batch, each (height, width, 3) uint8.
         augmentations: by name; each resizes an image for its model.
-        num_detections, median_area: of the objects that post-processing gets, see `example_outputs`.
+        num_detections, median_area: of the objects that post-processing gets, see `InstanceSegmenter.example_outputs`.
         repetitions: counted repetitions.
         warmup: repetitions before them.
 
@@ -68,20 +70,6 @@ def measure_models(
     return measurements
 
 
-def example_outputs(
-    model: nn.Module, outputs: dict[str, torch.Tensor], num_detections: int, median_area: float = 0.05
-) -> dict[str, torch.Tensor]:
-    """Return outputs with drawn objects, the same in each call; see `InstanceSegmenter.example_outputs`.
-
-    Args:
-        model: an InstanceSegmenter or an optimized copy of one.
-        outputs: of its network.
-        num_detections: objects in each image.
-        median_area: median of their areas divided by the image's; from 1 on each object fills the image.
-    """
-    return model.example_outputs(outputs, num_detections, median_area, torch.Generator().manual_seed(0))
-
-
 def batched_inputs(images: Sequence[np.ndarray], augmentation: T.AugmentationList) -> list[dict]:
     """Return images as a dataset mapper gives them to a model: resized, with the size that results have."""
     return [model_input(image, augmentation) for image in images]
@@ -92,11 +80,11 @@ def draw_examples(
     images: Sequence[np.ndarray],
     augmentation: T.AugmentationList,
     counts: Sequence[int],
-    median_area: float = 0.05,
+    median_area: float = MEDIAN_AREA,
 ) -> list[dict[str, torch.Tensor]]:
-    """Run the network once, and return `example_outputs` for each count of objects."""
+    """Run the network once, and return `InstanceSegmenter.example_outputs` for each count of objects."""
     outputs = model.network(_preprocess(model, images, augmentation)[1].tensor)
-    return [example_outputs(model, outputs, count, median_area) for count in counts]
+    return [model.example_outputs(outputs, count, median_area) for count in counts]
 
 
 def time_stages(
@@ -183,5 +171,5 @@ class DrawnObjects(nn.Module):
         outputs = self.model.network(images.tensor)
         key = (self.num_detections, images.tensor.shape)
         if key not in self._examples:
-            self._examples[key] = example_outputs(self.model, outputs, self.num_detections)
+            self._examples[key] = self.model.example_outputs(outputs, self.num_detections, MEDIAN_AREA)
         return self.model.postprocess(self._examples[key], batched_inputs, images)

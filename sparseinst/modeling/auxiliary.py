@@ -123,17 +123,17 @@ def with_every_parameter(losses: dict[str, torch.Tensor], model: nn.Module) -> d
     return {name: loss + unused for name, loss in losses.items()}
 
 
-def draw_mask_logits(shape: tuple[int, int, int, int], median_area: float, generator: torch.Generator) -> torch.Tensor:
-    """Return mask logits of ellipses, for `InstanceSegmenter.example_outputs`.
+def draw_mask_logits(shape: tuple[int, int, int, int], median_area: float) -> torch.Tensor:
+    """Return mask logits of ellipses, the same in each call, for `InstanceSegmenter.example_outputs`.
 
     Args:
         shape: (B, n, Hm, Wm): n objects in each image.
         median_area: median of the objects' areas over the image's area; from 1 on every object fills the image.
-        generator: of the CPU; determines positions and sizes.
 
     Returns:
         ``shape`` float32, in [-MASK_LOGIT, MASK_LOGIT].
     """
+    generator = torch.Generator().manual_seed(0)
     *counts, height, width = shape
     counts = (*counts, 1, 1)
     area = height * width * median_area * (AREA_SPREAD * torch.randn(counts, generator=generator)).exp()

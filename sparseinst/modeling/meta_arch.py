@@ -372,18 +372,17 @@ class InstanceSegmenter(nn.Module, ABC):
             yield instances, detections
 
     def example_outputs(
-        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float
     ) -> dict[str, torch.Tensor]:
         """Return outputs of the same shapes from which `postprocess` makes a realistic number of instances.
 
-        Benchmarks use them because random weights let all predictions pass or none. A model that does not override
-        this method is timed with the outputs of its network.
+        Benchmarks use them because random weights let all predictions pass or none. The objects are the same in each
+        call. A model that does not override this method is timed with the outputs of its network.
 
         Args:
             outputs: what `network` returned.
             num_objects: instances in each image.
             median_area: median share of the image that an object covers, above 0.
-            generator: draws the objects.
 
         Raises:
             ValueError: the model cannot predict this number of instances.

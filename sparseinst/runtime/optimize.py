@@ -89,10 +89,10 @@ class OptimizedSegmenter(nn.Module):
         return self.model.postprocess(outputs, batched_inputs, images)
 
     def example_outputs(
-        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float
     ) -> dict[str, torch.Tensor]:
         """Draw outputs as the model does."""
-        return self.model.example_outputs(outputs, num_objects, median_area, generator)
+        return self.model.example_outputs(outputs, num_objects, median_area)
 
     def train(self, mode: bool = True) -> "OptimizedSegmenter":
         """Stay in eval mode, because folded norms cannot learn."""

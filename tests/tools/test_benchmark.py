@@ -11,7 +11,7 @@ from torch import nn
 
 from sparseinst.benchmarks import inference as benchmark_of_inference
 from sparseinst.benchmarks import settings
-from sparseinst.benchmarks.inference import INFERENCE_STAGES, example_outputs, measure_models
+from sparseinst.benchmarks.inference import INFERENCE_STAGES, measure_models
 from sparseinst.benchmarks.settings import Measurement, report
 from sparseinst.data.augmentations import build_test_augmentations
 from sparseinst.runtime import exported_model
@@ -38,7 +38,7 @@ def test_drawn_objects_are_what_post_processing_finds():
     inputs[0].update(height=100, width=140)
     with torch.no_grad():
         images = model.preprocess(inputs)
-        outputs = example_outputs(model, model.network(images.tensor), 5)
+        outputs = model.example_outputs(model.network(images.tensor), 5, 0.05)
         naive = naive_postprocess(model, outputs, inputs, images)[0]["instances"]
         ours = model.postprocess(outputs, inputs, images)[0]["instances"]
     assert 1 <= len(naive) <= 5
@@ -55,11 +55,11 @@ def test_areas_of_drawn_objects_are_typical():
         "pred_masks": torch.zeros(1, 400, 80, 108),
     }  # fmt: skip
     model = tiny_model()
-    areas = (example_outputs(model, outputs, 300)["pred_masks"][0] > 0).float().mean((1, 2))
+    areas = (model.example_outputs(outputs, 300, 0.05)["pred_masks"][0] > 0).float().mean((1, 2))
     # A part of an object lies outside of the image.
     assert 0.03 < areas[:300].median() < 0.05 and areas[:300].max() > 0.15
     assert areas[300:].max() == 0
-    assert (example_outputs(model, outputs, 300, median_area=1)["pred_masks"][0, :300] > 0).all()
+    assert (model.example_outputs(outputs, 300, 1)["pred_masks"][0, :300] > 0).all()
 
 
 class Stages(nn.Module):
@@ -79,7 +79,7 @@ class Stages(nn.Module):
         self.order.append(self.name)
         return {"out": self.head(self.trunk(images))}
 
-    def example_outputs(self, outputs, num_objects, median_area, generator):
+    def example_outputs(self, outputs, num_objects, median_area):
         return outputs
 
     def postprocess(self, outputs, batched_inputs, images):

@@ -20,7 +20,6 @@ def draw_outputs(
     num_objects: int,
     options: DetectionOptions,
     median_area: float,
-    generator: torch.Generator,
 ) -> dict[str, torch.Tensor]:
     """Draw ellipses in place of the instances that a network with random weights finds.
 
@@ -33,7 +32,6 @@ def draw_outputs(
         num_objects: objects in each image.
         options: as many cells as enter NMS are above the score threshold, where the columns have so many.
         median_area: median of the objects' areas over the image's area.
-        generator: of the CPU; determines positions and sizes.
 
     Raises:
         ValueError: more objects than columns or channels.
@@ -54,7 +52,7 @@ def draw_outputs(
     drawn = {**outputs, "cate_logits": cate_logits}
     batch, _, height, width = features.shape
     scale = 2 if "mask_features_0" in outputs else 1
-    masks = draw_mask_logits((batch, num_objects, height * scale, width * scale), median_area, generator)
+    masks = draw_mask_logits((batch, num_objects, height * scale, width * scale), median_area)
     masks = masks.to(features)
     for name, output in outputs.items():
         if name.startswith("mask_"):

@@ -250,10 +250,10 @@ class SOLO(InstanceSegmenter):
         return {**self.detection._asdict(), "final_score_threshold": self.output.score_threshold}
 
     def example_outputs(
-        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float
     ) -> dict[str, torch.Tensor]:
         """Return outputs with drawn objects and as many candidates as enter NMS; see the base class."""
-        return draw_outputs(self.head, outputs, num_objects, self.detection, median_area, generator)
+        return draw_outputs(self.head, outputs, num_objects, self.detection, median_area)
 
 
 class SOLOv2(SOLO):

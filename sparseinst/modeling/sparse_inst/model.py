@@ -289,10 +289,10 @@ class SparseInst(InstanceSegmenter):
         )
 
     def example_outputs(
-        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float
     ) -> dict[str, torch.Tensor]:
         """Return outputs with drawn objects; see the base class."""
-        return draw_outputs(outputs, num_objects, median_area, generator)
+        return draw_outputs(outputs, num_objects, median_area)
 
     def _mask_size(self, padded_size: tuple[int, int]) -> tuple[int, int]:
         stride, scale_factor = self.encoder.output_shape().stride, getattr(self.decoder, "scale_factor", None)

@@ -19,7 +19,6 @@ def draw_outputs(
     anchors: torch.Tensor,
     num_objects: int,
     median_area: float,
-    generator: torch.Generator,
 ) -> dict[str, torch.Tensor]:
     """Draw rectangles in place of the instances that a network with random weights finds.
 
@@ -31,7 +30,6 @@ def draw_outputs(
         anchors: (N, 4).
         num_objects: objects in each image.
         median_area: median of the objects' areas over the image's area.
-        generator: of the CPU; determines positions and sizes.
 
     Raises:
         ValueError: more candidates than anchors.
@@ -41,7 +39,7 @@ def draw_outputs(
     if not 0 <= num_objects <= num_anchors // CANDIDATES:
         raise ValueError(f"{num_objects} objects in an image: this model can draw 0 to {num_anchors // CANDIDATES}")
     height, width = prototypes.shape[-2:]
-    logits = draw_mask_logits((batch, num_objects, height, width), median_area, generator)
+    logits = draw_mask_logits((batch, num_objects, height, width), median_area)
     # Objects of less than a cell have the cell that is nearest.
     masks = logits >= logits.amax((2, 3), keepdim=True).clamp(max=0)
     boxes = masks_to_boxes(masks.flatten(0, 1)).view(batch, num_objects, 4)

@@ -308,10 +308,10 @@ class YOLACT(InstanceSegmenter):
         )
 
     def example_outputs(
-        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float, generator: torch.Generator
+        self, outputs: dict[str, torch.Tensor], num_objects: int, median_area: float
     ) -> dict[str, torch.Tensor]:
         """Return outputs with drawn objects; see the base class."""
-        return draw_outputs(outputs, self.anchors, num_objects, median_area, generator)
+        return draw_outputs(outputs, self.anchors, num_objects, median_area)
 
     def _check_anchors(self, outputs: dict[str, torch.Tensor]) -> None:
         found, expected = outputs["class_logits"].shape[1], len(self.anchors)
