@@ -65,11 +65,6 @@ class Coverage(NamedTuple):
     classifier: list[str]
     extra: list[str]
 
-    def of_part(self, prefix: str) -> tuple[int, int]:
-        """Return how many tensors with this prefix are filled, and how many the model has."""
-        filled = sum(name.startswith(prefix) for name in self.filled)
-        return filled, filled + sum(name.startswith(prefix) for name in self.missing)
-
     def of_backbone(self) -> tuple[int, int]:
         """Return how many of the backbone's tensors are filled, and how many it has.
 
@@ -78,8 +73,9 @@ class Coverage(NamedTuple):
         prefix = backbone_prefix(self.filled + self.missing)
         if not prefix:
             return 0, 0
-        filled, total = self.of_part(prefix)
-        return filled, total - len(offsets(name for name in self.missing if name.startswith(prefix)))
+        filled = sum(name.startswith(prefix) for name in self.filled)
+        missing = [name for name in self.missing if name.startswith(prefix)]
+        return filled, filled + len(missing) - len(offsets(missing))
 
     @property
     def backbone_share(self) -> float:

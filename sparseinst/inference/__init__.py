@@ -4,14 +4,13 @@ from sparseinst.data.coco_results import to_coco_results
 from sparseinst.data.images import ImageReadError, read_image
 from sparseinst.inference.predictor import Predictor
 from sparseinst.inference.video import VideoReader, VideoWriter
-from sparseinst.visualization import draw_beside, draw_iams, draw_instances
+from sparseinst.visualization import draw_iams, draw_instances
 
 __all__ = [
     "ImageReadError",
     "Predictor",
     "VideoReader",
     "VideoWriter",
-    "draw_beside",
     "draw_iams",
     "draw_instances",
     "read_image",

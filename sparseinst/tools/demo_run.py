@@ -45,7 +45,7 @@ from sparseinst.inference.pipeline import (
 from sparseinst.inference.timed_predictor import TimedPredictor
 from sparseinst.inference.video import without_password
 from sparseinst.runtime.exported_model import config_of_run
-from sparseinst.visualization import VideoDrawer, draw_beside, draw_iams, draw_instances
+from sparseinst.visualization import VideoDrawer, captioned_grid, draw_iams, draw_instances
 
 NO_WINDOW = (
     "A window cannot be opened: either this OpenCV is built without windows (install opencv-python in place of "
@@ -113,7 +113,7 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
                     failures.append(f"--ground-truth: {error}")
             if true_instances is not None:
                 drawn_truth = draw_instances(image, true_instances, predictor.metadata)
-                drawings[name] = draw_beside([(drawings[name], "predictions"), (drawn_truth, "ground truth")])
+                drawings[name] = captioned_grid([[(drawings[name], "predictions"), (drawn_truth, "ground truth")]])
         if args.show_iams:
             normalization = predictor.iam_normalization
             iams = draw_iams(image, instances, predictor.metadata, normalization=normalization)

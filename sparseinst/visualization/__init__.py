@@ -1,7 +1,7 @@
 """Drawings of instances on images and videos."""
 
 from sparseinst.visualization.instances import (
-    draw_beside,
+    captioned_grid,
     draw_iams,
     draw_instances,
     ground_truth_instances,
@@ -12,7 +12,7 @@ from sparseinst.visualization.video import VideoDrawer
 
 __all__ = [
     "VideoDrawer",
-    "draw_beside",
+    "captioned_grid",
     "draw_iams",
     "draw_instances",
     "ground_truth_instances",

@@ -21,6 +21,8 @@ _CELLS_IN_ROW = 4
 _CELL_WIDTH = 400
 # Heights of a cell; images of other shapes get white borders.
 _CELL_HEIGHTS = (200, 480)
+# Characters of an image's name that fit above a cell.
+_MAX_NAME = 28
 
 
 class Comparison(NamedTuple):
@@ -73,8 +75,8 @@ def draw_comparisons(comparisons: Sequence[Comparison], metadata: Metadata, titl
     return captioned_grid(rows, f"{title}\n{LEGEND}")
 
 
-def _ending(name: str, length: int = 28) -> str:
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+def _ending(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else f"…{name[1 - _MAX_NAME :]}"
 
 
 def _fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -29,6 +29,8 @@ _ALPHA = 0.45
 _FONT_SCALE = 1.4
 # Of the grid of activation maps: long side of a cell, height of its caption, gap between cells, in pixels.
 _CELL_SIDE = 256
+# Most rows of a sheet of activation maps.
+_MAX_ROWS = 8
 _CAPTION_HEIGHT = 22
 _GAP = 6
 
@@ -77,16 +79,14 @@ def draw_iams(
     instances: Instances,
     metadata: Metadata,
     *,
-    max_instances: int = 8,
     normalization: str = "sigmoid",
 ) -> np.ndarray:
-    """Draw a row for each instance: its mask, then the activation maps that it was pooled from as heat over the image.
+    """Draw a row for each of the first _MAX_ROWS instances: its mask, then its activation maps as heat over the image.
 
     Args:
         image_rgb: (height, width, 3) uint8, RGB.
         instances: as the model returns them, with ``pred_iams`` (n, G, h, w): logits that cover the image.
         metadata: holds ``thing_classes``.
-        max_instances: most rows; the first instances are drawn.
         normalization: of the model's logits, see `iam_normalization`. Each map is divided by its maximum.
 
     Returns:
@@ -106,7 +106,7 @@ def draw_iams(
     scale = _CELL_SIDE / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     image = _resize(image_rgb, size)
-    instances = instances[:max_instances]
+    instances = instances[:_MAX_ROWS]
     if len(instances) == 0:
         return captioned_grid([[(image, "nothing found")]])
     rows = []
@@ -143,11 +143,6 @@ def heat_maps(iam_logits: torch.Tensor, size: tuple[int, int], normalization: st
 def iam_normalization(model: nn.Module) -> str:
     """Return how a model normalizes activation maps, "sigmoid" or "softmax"; "sigmoid" where it has none."""
     return next((m.iam_normalization for m in model.modules() if hasattr(m, "iam_normalization")), "sigmoid")
-
-
-def draw_beside(images: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
-    """Draw images (height, width, 3) uint8 RGB of one size side by side, each with a caption above it."""
-    return captioned_grid([images])
 
 
 def ground_truth_instances(instances: Instances) -> Instances:

@@ -80,7 +80,7 @@ def test_the_report_of_a_pretrained_backbone(tmp_path, lines):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     coverage = start(model, save(state, tmp_path / "R-18.pth"))
     total = len(state)
-    assert coverage.of_part("backbone.") == (total - 1, total)
+    assert coverage.of_backbone() == (total - 1, total)
     assert coverage.missing[0] == "backbone.res4.1.conv2.norm.bias"
     (report,) = [line for line in lines() if line.startswith("From ")]
     assert report.splitlines() == [

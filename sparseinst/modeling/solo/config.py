@@ -1,7 +1,6 @@
 """The keys of SOLO and SOLOv2 below MODEL.SOLO and MODEL.SOLOV2, with their defaults, units and meanings."""
 
 import ast
-from collections.abc import Callable
 
 from detectron2.config import CfgNode
 
@@ -47,15 +46,15 @@ RANGES = {
 GEOMETRY = ("HEAD", "IN_FEATURES", "STRIDES", "NUM_GRIDS")
 
 
-def _only(expected: object, text: str) -> Callable[[object], object]:
-    """Return a conversion that refuses other values."""
+def _always_on(reason: str) -> RenamedKey:
+    """Return the row of a key without a counterpart here: True is accepted, other values are refused."""
 
     def convert(value: object) -> object:
-        if value != expected:
-            raise ValueError(f"it must be {expected!r}: {text}")
+        if value is not True:
+            raise ValueError(f"it must be True: {reason}")
         return value
 
-    return convert
+    return RenamedKey(None, convert, reason)
 
 
 def _ranges(value: object) -> list[list[float]]:
@@ -83,9 +82,7 @@ _ADELAIDET = {
     "NUM_KERNELS": RenamedKey("KERNEL_DIM"),
     "NUM_MASKS": RenamedKey("KERNEL_DIM"),
     "NORM": RenamedKey("NORM", lambda value: "" if value == "none" else value),
-    "USE_COORD_CONV": RenamedKey(
-        None, _only(True, "the heads always read the coordinates"), "the heads always read the coordinates"
-    ),
+    "USE_COORD_CONV": _always_on("the heads always read the coordinates"),
     "MASK_IN_FEATURES": RenamedKey("MASK_FEATURES.IN_FEATURES"),
     "MASK_IN_CHANNELS": RenamedKey(None, reason="it is the width of the backbone's features"),
     "MASK_CHANNELS": RenamedKey("MASK_FEATURES.CHANNELS"),
@@ -97,9 +94,7 @@ _ADELAIDET = {
     "NMS_KERNEL": RenamedKey("NMS.KERNEL"),
     "NMS_SIGMA": RenamedKey("NMS.SIGMA", float),
     "MAX_PER_IMG": RenamedKey("MAX_DETECTIONS"),
-    "LOSS.FOCAL_USE_SIGMOID": RenamedKey(
-        None, _only(True, "the focal loss has no softmax variant"), "the focal loss always uses sigmoids"
-    ),
+    "LOSS.FOCAL_USE_SIGMOID": _always_on("the focal loss always uses sigmoids"),
     "LOSS.FOCAL_WEIGHT": RenamedKey("LOSS.CATE_WEIGHT"),
     "LOSS.DICE_WEIGHT": RenamedKey("LOSS.MASK_WEIGHT"),
 }

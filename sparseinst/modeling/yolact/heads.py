@@ -4,7 +4,8 @@ A is the number of anchors of a cell, N that of all anchors, k the number of pro
 sparseinst.structures.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 
 from sparseinst.config import registered
 from sparseinst.modeling.yolact.fpn import init_conv
+
+# Output channels of the strided convolutions of MaskIoUHead.
+_MASK_IOU_WIDTHS = (8, 16, 32, 64, 128)
 
 PROTOTYPE_NET_REGISTRY = Registry("PROTOTYPE_NET")
 PROTOTYPE_NET_REGISTRY.__doc__ = """
@@ -143,22 +147,20 @@ class MaskIoUHead(nn.Module):
 
     Args:
         num_classes: K.
-        widths: output channels of the strided convolutions.
     """
 
-    def __init__(self, num_classes: int, widths: Sequence[int] = (8, 16, 32, 64, 128)) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.num_convs = len(widths)
-        for index, pair in enumerate(zip((1, *widths), widths), start=1):
+        for index, pair in enumerate(itertools.pairwise((1, *_MASK_IOU_WIDTHS)), start=1):
             setattr(self, f"conv{index}", nn.Conv2d(*pair, 3, stride=2))
-        self.predictor = nn.Conv2d(widths[-1], num_classes, 1)
+        self.predictor = nn.Conv2d(_MASK_IOU_WIDTHS[-1], num_classes, 1)
         self.apply(init_conv)
 
     def forward(self, mask_probs: torch.Tensor) -> torch.Tensor:
         """Map soft masks (n, Hp, Wp) in [0, 1] to IoUs (n, K), at least 0; both sides are at least 63 cells."""
         # Weights may be stored in 16 bits; no autocast runs here.
         features = mask_probs[:, None].to(self.predictor.weight.dtype)
-        for index in range(1, self.num_convs + 1):
+        for index in range(1, len(_MASK_IOU_WIDTHS) + 1):
             features = getattr(self, f"conv{index}")(features).relu()
         return self.predictor(features).relu().amax((2, 3)).float()
 
