@@ -35,7 +35,7 @@ _Node = TypeVar("_Node", bound=Hashable)
 _TORCH_LAYERS = ("aten.conv2d", "aten.linear")
 _OPENVINO_LAYERS = ("Convolution", "GroupConvolution", "MatMul")
 _ONNX_LAYERS = ("Conv", "Gemm", "MatMul")
-# In place of a layer's name: the sums of two activations, which are those of residual blocks. Their errors add up.
+# In place of a layer's name: the sums of two activations, of residual blocks above all. Their errors add up.
 ADDITIONS = "additions"
 # Operations that ONNX Runtime quantizes. A product of two activations stays in float, and so do all others.
 _ONNX_OPERATIONS = ["Conv", "Gemm", "MatMul", "Add", "Concat", "MaxPool", "AveragePool", "Resize", "Relu", "Clip"]
