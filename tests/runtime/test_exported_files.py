@@ -248,6 +248,13 @@ def test_the_precision_of_the_exporting_config_is_not_that_of_the_file(tmp_path)
     assert exported_config(path, ["RUNTIME.PRECISION", "bfloat16"]).RUNTIME.PRECISION == "bfloat16"
 
 
+def test_the_precision_of_a_loaded_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(exported_model, "open_network", lambda *args: None)
+    path = onnx_file(tmp_path / "m.onnx", precision="int8")
+    assert load_exported(exported_config(path)).precision == "int8"
+    assert load_exported(exported_config(path, ["RUNTIME.PRECISION", "bfloat16"])).precision == "int8 and bfloat16"
+
+
 def test_thresholds_and_keys_of_the_training_are_free(tmp_path, monkeypatch):
     monkeypatch.setattr(exported_model, "open_network", lambda *args: None)
     path = exported_yolact(tmp_path / "m.onnx")
