@@ -13,7 +13,7 @@ from sparseinst.inference.resumable_file import shards
 from sparseinst.inference.timed_predictor import TimedPredictor
 from sparseinst.tools import predict
 from tests.red_segmenter import RedSegmenter
-from tests.runtime.test_onnxruntime import network_that_raises
+from tests.runtime.test_onnxruntime_errors import network_that_raises
 from tests.tools.demo_scenes import save_scene
 
 NAMES = [f"{name}.png" for name in "abcde"]
