@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -86,10 +87,11 @@ def output_folder(folder: str | os.PathLike) -> Iterator[Path]:
             pass: `as_output_error` is for those of writing.
     """
     folder = Path(folder)
-    partial = folder / f".{os.getpid()}{PARTIAL_SUFFIX}"
+    with as_output_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Process ids are not unique: containers can share the folder.
+        partial = Path(tempfile.mkdtemp(PARTIAL_SUFFIX, ".", folder))
     try:
-        with as_output_error(folder):
-            partial.mkdir(parents=True)
         yield partial
         with as_output_error(folder):
             _move_content(partial, folder)

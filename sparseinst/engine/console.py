@@ -19,6 +19,10 @@ EXIT_ERROR = 1
 EXIT_NOT_RUN = 2
 # Exit code after Ctrl-C, as shells give it.
 EXIT_INTERRUPTED = 130
+_NO_OPENCV = (
+    "OpenCV cannot be imported ({}). Install it: pip install 'sparseinst[headless]', or pip install "
+    "opencv-python-headless"
+)
 # Starts of warnings of other packages that a user cannot act on.
 FOREIGN_WARNINGS = (
     "`torch.jit.",
@@ -77,7 +81,9 @@ def with_exit_codes(error_code: int = EXIT_ERROR) -> Callable[[Callable[..., int
             try:
                 return main(*args, **kwargs)
             except (ValueError, ImportError, OSError) as error:
-                return report_error(error, error_code)
+                # Also where a library that OpenCV needs is missing.
+                is_opencv = isinstance(error, ImportError) and error.name == "cv2"
+                return report_error(_NO_OPENCV.format(error) if is_opencv else error, error_code)
             except KeyboardInterrupt:
                 print("Interrupted", file=sys.stderr)
                 return EXIT_INTERRUPTED

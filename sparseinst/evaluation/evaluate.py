@@ -38,7 +38,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, report: Callable[[str, Outcome], ob
         cfg: DATASETS.TEST, OUTPUT_DIR, DATALOADER, INPUT and TEST are read.
         model: any Detectron2 model; its mode is restored. On several ranks its buffers become those of rank 0. With a
             method ``output_as`` it returns encoded masks to the evaluator of COCO's format. With ``network`` and
-            ``postprocess`` its stages are timed one by one.
+            ``postprocess`` its stages are timed one by one. Its ``precision`` is reported, else that of its parameters.
         report: called on rank 0 with the name of each data set in COCO's format and the inputs of its AP.
 
     Returns:
@@ -74,7 +74,10 @@ def evaluate(cfg: CfgNode, model: nn.Module, report: Callable[[str, Outcome], ob
         results = results[cfg.DATASETS.TEST[0]]
     speed = speed_summary(timed_model.stages, timed_model.batch_sizes)
     if speed:
-        speed["precision"] = str(_parameter(model).dtype).removeprefix("torch.")
+        # The parameters do not tell the precision of an engine or of a file.
+        precision = getattr(model, "precision", None)
+        dtype = str(_parameter(model).dtype).removeprefix("torch.")
+        speed["precision"] = precision if isinstance(precision, str) else dtype
         logger.info("Speed:\n%s", speed_table(speed))
         path = Path(cfg.OUTPUT_DIR) / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)

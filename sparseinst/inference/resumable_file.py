@@ -5,7 +5,9 @@ one that ends merges them into OUT.jsonl. No process waits for another. The firs
 line counts once it ends in a line break, so a killed process leaves at most one line that is written anew.
 """
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +44,8 @@ class ResumableFile:
         rank, num_ranks: of this process.
 
     Raises:
-        ValueError: a file of another run is there, or another process writes this one.
+        ValueError: a file of another run is there, or another process writes this one; with one process also where
+            another one writes a shard.
         OSError: the file cannot be written.
     """
 
@@ -53,10 +56,11 @@ class ResumableFile:
 
     def __enter__(self) -> "ResumableFile":
         self._output.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self.path.open("ab")
+        if self.path == self._output:
+            for shard in shards(self._output):
+                _open_locked(shard).close()
+        self._lock = _open_locked(self.path)
         try:
-            if not try_lock(self._lock):
-                raise ValueError(f"{self.path} is in use by another process. Wait for it, or give another --output")
             self._scan = _scan(self.path, self._header)
             self._lock.truncate(self._scan.end)
             if self._scan.end == 0:
@@ -82,6 +86,8 @@ class ResumableFile:
 def merge(output: Path, header: dict, names: Sequence[str]) -> bool:
     """Merge the shards into ``output``, in the order of the names, and remove them, where every image has a line.
 
+    The shard of a process that still runs is left for that process, which merges when it ends.
+
     Returns:
         Whether ``output`` is complete. False too where another process is merging.
 
@@ -102,7 +108,9 @@ def merge(output: Path, header: dict, names: Sequence[str]) -> bool:
         if any(place.path != output for place in places.values()):
             write_atomically(output, lambda file: _write(file, header, [places[name] for name in names]))
         for shard in shards(output):
-            shard.unlink(missing_ok=True)
+            # A process that loses its shard would write another one without a header.
+            with contextlib.suppress(ValueError), _open_locked(shard):
+                shard.unlink(missing_ok=True)
     return True
 
 
@@ -110,6 +118,20 @@ def shards(output: Path) -> list[Path]:
     """Return the shards of a run that exist."""
     name = re.compile(rf"{re.escape(output.stem)}\.rank\d+{re.escape(output.suffix)}")
     return sorted(path for path in output.parent.glob("*.rank*") if name.fullmatch(path.name))
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Open a file for appending, and lock it. Raise ValueError where another process holds the lock."""
+    while True:
+        file = path.open("ab")
+        if not try_lock(file):
+            file.close()
+            raise ValueError(f"{path} is in use by another process. Wait for it, or give another --output")
+        # A process that merges may have removed the file meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()
 
 
 def _files(output: Path) -> list[Path]:

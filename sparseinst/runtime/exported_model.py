@@ -34,10 +34,15 @@ class ExportedSegmenter(OptimizedSegmenter):
         model: preprocesses and postprocesses; its weights are not used.
         network: images as the file takes them to the network's dict.
         metadata: of the file.
+        precision: of the engine, see `open_network`.
     """
 
-    def __init__(self, model: InstanceSegmenter, network: Network, metadata: ExportMetadata) -> None:
-        super().__init__(model, network)
+    def __init__(
+        self, model: InstanceSegmenter, network: Network, metadata: ExportMetadata, precision: str = "float32"
+    ) -> None:
+        # An int8 file has layers that are not quantized, and the engine computes those in its precision.
+        names = [name for name in dict.fromkeys((metadata.precision, precision)) if name != "float32"]
+        super().__init__(model, network, " and ".join(names) or "float32")
         self.metadata = metadata
 
     @property
@@ -158,7 +163,7 @@ def load_exported(cfg: CfgNode) -> ExportedSegmenter:
     keys = cfg.RUNTIME
     network = open_network(path, metadata, keys.ENGINE, keys.INTRA_OP_THREADS, keys.PROVIDERS, keys.PRECISION)
     logger.info("%s: %s, exported by version %s", path, metadata.meta_architecture, metadata.version)
-    return ExportedSegmenter(model, network, metadata)
+    return ExportedSegmenter(model, network, metadata, keys.PRECISION)
 
 
 def open_network(

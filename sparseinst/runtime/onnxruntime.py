@@ -8,6 +8,8 @@ import torch
 from sparseinst.runtime.batches import in_batches
 
 CPU_PROVIDER = "CPUExecutionProvider"
+# Their default is the first GPU.
+_GPU_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 
 
 class ONNXRuntimeNetwork:
@@ -16,7 +18,8 @@ class ONNXRuntimeNetwork:
     Args:
         model: path of the file, or its bytes; one input, images.
         threads: of one image on the CPU; 0: as many as PyTorch has.
-        providers: execution providers in the order of preference, such as "CUDAExecutionProvider".
+        providers: execution providers in the order of preference, such as "CUDAExecutionProvider". A rank of torchrun
+            takes the GPU of its number.
         batch_size: images that the model takes; None: any number.
 
     Raises:
@@ -51,8 +54,8 @@ class ONNXRuntimeNetwork:
         options.log_severity_level = 3
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=list(providers))
-        # Its own errors have no common class besides RuntimeError, and those of protobuf are not among them.
+            self._session = onnxruntime.InferenceSession(source, options, providers=with_gpu_of_rank(providers))
+        # Its own errors have no common class besides Exception.
         except Exception as error:
             name = "the model" if isinstance(model, bytes) else source
             raise ValueError(f"ONNX Runtime cannot read {name}: {' '.join(str(error).split())[:300]}") from error
@@ -62,9 +65,26 @@ class ONNXRuntimeNetwork:
         self._names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the network's dict, on the CPU. Threads may call it at the same time."""
+        """Return the network's dict, on the CPU. Threads may call it at the same time.
+
+        Raises:
+            RuntimeError: ONNX Runtime fails on these images.
+        """
         return in_batches(self._run, images, self._batch_size)
 
     def _run(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        results = self._session.run(None, {self._input_name: images.cpu().contiguous().numpy()})
+        inputs = {self._input_name: images.cpu().contiguous().numpy()}
+        try:
+            results = self._session.run(None, inputs)
+        # Callers expect RuntimeError, which ONNX Runtime's errors are not.
+        except Exception as error:
+            raise RuntimeError(f"ONNX Runtime: {' '.join(str(error).split())[:300]}") from error
         return {name: torch.from_numpy(result) for name, result in zip(self._names, results)}
+
+
+def with_gpu_of_rank(providers: Sequence[str]) -> list[str | tuple[str, dict[str, int]]]:
+    """Return the providers as ONNX Runtime takes them, those of GPUs with the number of this rank of torchrun."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return list(providers)
+    return [(name, {"device_id": int(rank)}) if name in _GPU_PROVIDERS else name for name in providers]

@@ -40,11 +40,16 @@ class OptimizedSegmenter(nn.Module):
     Args:
         model: preprocesses and postprocesses.
         network: normalized, padded images (B, 3, h, w) to the dict of the model's network.
+        precision: of the network.
+
+    Attributes:
+        precision: of the network, for reports.
     """
 
-    def __init__(self, model: InstanceSegmenter, network: Network) -> None:
+    def __init__(self, model: InstanceSegmenter, network: Network, precision: str = "float32") -> None:
         super().__init__()
         self.model = model
+        self.precision = precision
         self._network = network
         self.eval()
 
@@ -159,7 +164,7 @@ def optimize_for_inference(
         network = _engine_network(model, example, engine, threads, providers, precision)
     else:
         network = _torch_network(model, channels_last, PRECISIONS[precision])
-    optimized = OptimizedSegmenter(model, network)
+    optimized = OptimizedSegmenter(model, network, precision)
     if not _is_close(optimized.network(example), expected, original, precision):
         logger.warning(
             "The optimized network (RUNTIME.ENGINE %s, PRECISION %s) does not return the model's numbers, so the "
@@ -172,7 +177,8 @@ def optimize_for_inference(
     if compile:
         # After the self-check, because a first run at the example's size would be compiled too, which takes a minute.
         compiled = compiled_for_inference(model.network)
-        return OptimizedSegmenter(model, _torch_network(model, channels_last, PRECISIONS[precision], compiled))
+        network = _torch_network(model, channels_last, PRECISIONS[precision], compiled)
+        return OptimizedSegmenter(model, network, precision)
     return optimized
 
 

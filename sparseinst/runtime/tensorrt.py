@@ -75,9 +75,17 @@ class TensorRTNetwork:
         self._contexts = threading.local()
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the network's dict on the GPU. Threads may call it at the same time."""
+        """Return the network's dict on the GPU. Threads may call it at the same time.
+
+        Raises:
+            ValueError: the engine was built for other sizes.
+            RuntimeError: the GPU has too little memory, or TensorRT fails.
+        """
         if not hasattr(self._contexts, "context"):
-            self._contexts.context = self._engine.create_execution_context()
+            created = self._engine.create_execution_context()
+            if created is None:
+                raise RuntimeError("TensorRT cannot create an execution context, mostly for lack of GPU memory")
+            self._contexts.context = created
         context, stream = self._contexts.context, torch.cuda.current_stream()
         images = images.cuda().contiguous()
         input_name, *output_names = self._names
@@ -88,6 +96,7 @@ class TensorRTNetwork:
         for name in output_names:
             outputs[name] = torch.empty(tuple(context.get_tensor_shape(name)), dtype=self._dtypes[name], device="cuda")
             context.set_tensor_address(name, outputs[name].data_ptr())
-        context.execute_async_v3(stream.cuda_stream)
+        if not context.execute_async_v3(stream.cuda_stream):
+            raise RuntimeError(f"TensorRT fails on images {tuple(images.shape)}; its log has the reason")
         stream.synchronize()
         return outputs

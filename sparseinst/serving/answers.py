@@ -98,8 +98,12 @@ def answer(
     }
 
 
-def drawing(predictor: Predictor, data: bytes, *, threshold: float) -> bytes:
-    """Predict an encoded image, and return it as a JPEG with its instances drawn; arguments as in `predict`.
+def drawing(predictor: Predictor, data: bytes, *, threshold: float, with_instances: bool = True) -> bytes:
+    """Predict an encoded image, and return it as a JPEG with its instances drawn.
+
+    Args:
+        predictor, data, threshold: as in `predict`.
+        with_instances: False: return the image without a prediction.
 
     Raises:
         ImageReadError: as `predict`. ImageTooLargeError also where a JPEG cannot have the size.
@@ -110,9 +114,10 @@ def drawing(predictor: Predictor, data: bytes, *, threshold: float) -> bytes:
             f"The image has {image.shape[0]} x {image.shape[1]} pixels, and the drawing is a JPEG, whose sides have at "
             f"most {_MAX_JPEG_SIDE}; send a smaller image, or request /predict"
         )
-    instances = find_instances(predictor, image, threshold)
+    if with_instances:
+        image = draw_instances(image, find_instances(predictor, image, threshold), predictor.metadata)
     buffer = io.BytesIO()
-    Image.fromarray(draw_instances(image, instances, predictor.metadata)).save(buffer, format="JPEG", quality=95)
+    Image.fromarray(image).save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()
 
 

@@ -53,6 +53,7 @@ _BODY = {
 }
 _REFUSALS = {
     400: "The image cannot be read, or the form has no file",
+    403: "A page of another site sent the request",
     408: "The upload took too long",
     413: "The upload or the image is too large",
     422: "A parameter is wrong",
@@ -62,7 +63,7 @@ _REFUSALS = {
 }
 _ERRORS = {status: {"model": schemas.Error, "description": text} for status, text in _REFUSALS.items()}
 
-Threshold = Annotated[float, Query(ge=0, le=1, description="lowest score of the instances that are returned")]
+Threshold = Annotated[float, Query(ge=0, le=1, description="lowest score of the instances")]
 
 
 def create_app(model: ServedModel, limits: Limits) -> FastAPI:
@@ -102,6 +103,7 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
         """Run a job of (predictor, data) on the upload of a request, and count the answer."""
         status = 200
         try:
+            _check_origin(request)
             return await queue.run(Upload(request, limits.upload_bytes), functools.partial(timed, job, ready()))
         except HTTPException as error:
             status = error.status_code
@@ -140,9 +142,14 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
         "/draw", response_class=Response, openapi_extra=_BODY,
         responses={**_ERRORS, 200: {"content": {"image/jpeg": {}}, "description": "The drawn image"}},
     )  # fmt: skip
-    async def draw(request: Request, threshold: Threshold = 0.5) -> Response:
+    async def draw(
+        request: Request,
+        threshold: Threshold = 0.5,
+        instances: Annotated[bool, Query(description="false: convert the image, without a prediction")] = True,
+    ) -> Response:
         """Draw the instances of one image, which is sent as to /predict; small images are enlarged."""
-        content = await queued(request, "draw", functools.partial(drawing, threshold=threshold))
+        job = functools.partial(drawing, threshold=threshold, with_instances=instances)
+        content = await queued(request, "draw", job)
         return Response(content, media_type="image/jpeg")
 
     @app.get(
@@ -190,6 +197,12 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
 
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
+
+
+def _check_origin(request: Request) -> None:
+    """Raise HTTPException for a request of another site's page; programs and old browsers send no such header."""
+    if request.headers.get("sec-fetch-site", "").strip().lower() == "cross-site":
+        raise HTTPException(403, "A page of another site sent this request; open the page of this service")
 
 
 @contextlib.contextmanager

@@ -113,6 +113,8 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     check_packages(args.format)
     own_datasets = cfg.DATASETS.TEST
     if args.test_json:
+        # The config of a training with --val-share would evaluate on a part of its training data.
+        cfg.DATASETS.VAL_SHARE = 0.0
         register_user_datasets(cfg, ("TEST",))
     for note in follow_checkpoint(cfg, cfg.MODEL.WEIGHTS):
         logger.info("%s", note)
@@ -257,6 +259,7 @@ def _metadata(
     saved.MODEL.WEIGHTS = ""
     for key in ("TEST_JSON", "TEST_IMAGES", "TRAIN_JSON", "TRAIN_IMAGES"):
         saved.DATASETS[key] = ""
+    saved.DATASETS.VAL_SHARE = 0.0
     saved.DATASETS.TEST = own_datasets
     saved.OUTPUT_DIR = "./output"
     # Of the model in PyTorch; the file has its own.

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from sparseinst.config.arguments import CONFIG_HELP, add_opts_argument
-from sparseinst.engine.console import prepare_console
+from sparseinst.engine.console import prepare_console, with_exit_codes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_exit_codes()
 def main(argv: list[str] | None = None) -> int:
     """Run the command until Ctrl-C or SIGTERM.
 
@@ -40,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after the program's name; None: those of ``sys.argv``.
 
     Returns:
-        Exit code: 0 after Ctrl-C; 1 where the arguments, the config or the port prevent a start. A model that cannot be
-        loaded does not end the service: the log, the page and /healthz name the reason.
+        Exit code: 0 after Ctrl-C, 130 before the service has started; 1 where a missing package, the arguments, the
+        config or the port prevent a start. A model that cannot be loaded does not end the service: the log, the page
+        and /healthz name the reason.
     """
     args = build_parser().parse_args(argv)
     prepare_console()

@@ -134,7 +134,11 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
             "--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam; or --recipe auto"
         )
     flags = {name: repr(getattr(args, name)) for name in DATA_FLAGS if getattr(args, name)}
-    flags |= {} if args.val_share is None else {"val_share": repr(args.val_share)}
+    val_share = args.val_share
+    if val_share is None and args.eval_only and args.test_json and "DATASETS.VAL_SHARE" not in args.opts[::2]:
+        # The config of a training has a share of its own.
+        val_share = 0.0
+    flags |= {} if val_share is None else {"val_share": repr(val_share)}
     opts = [part for name, value in flags.items() for part in (f"DATASETS.{name.upper()}", value)]
     cfg = config_of_run(args.config_file, [*args.opts, *opts], args.imports)
     check_device(cfg.MODEL.DEVICE)

@@ -31,6 +31,31 @@ def test_exit_codes_of_commands(error, code, line, capsys):
     assert main([]) == code and capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize(("command", "code"), [("serve", 1), ("demo", 2), ("predict", 2)])
+def test_commands_without_opencv_name_the_extra(command, code, tmp_path):
+    """In a process of its own, because this one has imported OpenCV."""
+    (tmp_path / "config.yaml").write_text(tiny_cfg().dump())
+    config = ["--config-file", str(tmp_path / "config.yaml")]
+    arguments = {
+        "serve": ["--weights", "model.pth", *config],
+        "demo": [*config, "--input", "a.png", "--output", "out"],
+        "predict": [*config, "--input", "a.png", "--output", "out.jsonl"],
+    }
+    script = (
+        "import sys\n"
+        "sys.modules['cv2'] = None\n"
+        "from sparseinst.__main__ import main\n"
+        f"sys.exit(main({[command, *arguments[command]]}))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == code, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: OpenCV cannot be imported (") and "pip install 'sparseinst[headless]'" in line
+
+
 def test_a_broken_pipe_takes_everything():
     reader, writer = os.pipe()
     os.close(reader)

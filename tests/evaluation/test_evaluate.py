@@ -1,5 +1,6 @@
 """Evaluation: the evaluators, the limit of detections, the speed table."""
 
+import dataclasses
 import itertools
 import json
 
@@ -12,8 +13,11 @@ from torch import nn
 
 from sparseinst.evaluation import StageTimer, build_evaluator, evaluate, stage_timer
 from sparseinst.evaluation.evaluate import speed_summary, speed_table
+from sparseinst.runtime.exported_model import ExportedSegmenter
+from sparseinst.runtime.optimize import OptimizedSegmenter, optimize_for_inference
 from sparseinst.structures.rle_masks import RLEMasks
-from tests.shapes_data import register_shapes
+from tests.runtime.test_exported_files import METADATA
+from tests.shapes_data import CLASS_NAMES, register_shapes
 from tests.tiny_model import tiny_cfg, tiny_model
 
 STAGES = ("preprocessing", "network", "post-processing")
@@ -52,6 +56,28 @@ def test_results_and_speed_are_written(dataset, tmp_path, monkeypatch):
         "preparing": 1, "waiting for data": 8, "model": 7 * 7, "results": 7, "gathering": 1, "writing": 1,
         "AP of bbox": 1, "AP of segm": 1, "the rest": 27,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("of_file", "of_engine", "reported"),
+    [("float32", "float32", "float32"), ("float16", "float32", "float16"), ("float32", "bfloat16", "bfloat16"),
+     ("int8", "float32", "int8"), ("int8", "bfloat16", "int8 and bfloat16")],
+)  # fmt: skip
+def test_the_precision_of_a_file_and_of_its_engine_is_written(dataset, tmp_path, of_file, of_engine, reported):
+    model = tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4)
+    metadata = dataclasses.replace(METADATA, precision=of_file, class_names=CLASS_NAMES)
+    evaluate(make_cfg(dataset, tmp_path), ExportedSegmenter(model, model.network, metadata, of_engine))
+    assert json.loads((tmp_path / "results.json").read_text())["speed"]["precision"] == reported
+
+
+def test_the_precision_of_an_optimized_model_is_written(dataset, tmp_path):
+    model = tiny_model("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4)
+    # As an engine computes that has no parameters of its own.
+    optimized = OptimizedSegmenter(model, model.network, "bfloat16")
+    evaluate(make_cfg(dataset, tmp_path), optimized)
+    assert json.loads((tmp_path / "results.json").read_text())["speed"]["precision"] == "bfloat16"
+    assert optimize_for_inference(model, precision="bfloat16").precision == "bfloat16"
+    assert optimize_for_inference(model).precision == "float32"
 
 
 @pytest.mark.parametrize("limit", [100, 300])

@@ -1,9 +1,5 @@
 """The page of the service in a headless Chromium: ``make test-extras``."""
 
-import os
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,87 +12,11 @@ playwright = pytest.importorskip("playwright.sync_api", reason="make test-extras
 from sparseinst.inference import Predictor  # noqa: E402
 from sparseinst.serving.answers import answer  # noqa: E402
 from sparseinst.serving.limits import Limits  # noqa: E402
+from tests.extras.browser import DESKTOP, center_of, choose, wait_for_objects  # noqa: E402
 from tests.serving.service import image_bytes, metric, running, stub_predictor  # noqa: E402
 from tests.tiny_model import tiny_cfg, tiny_model  # noqa: E402
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
-
-
-def find_chromium():
-    return next(filter(None, map(shutil.which, NAMES)), None)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    executable = find_chromium()
-    if executable is None and shutil.which("apt-get") and os.geteuid() == 0:
-        command = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
-        # Without a timeout: an apt-get that is killed leaves packages half configured.
-        subprocess.run(command, capture_output=True)
-        executable = find_chromium()
-    if executable is None:
-        pytest.skip(f"none of {', '.join(NAMES)} is on the PATH, and apt-get cannot install chromium")
-    camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox", *camera])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def predictor():
-    return stub_predictor()
-
-
-@pytest.fixture(scope="module")
-def service(predictor):
-    with running(lambda: predictor, Limits(upload_bytes=200_000)) as client:
-        yield client
-
-
-@pytest.fixture
-def open_page(chromium):
-    """A function that opens the page of a service; at the end nothing must have failed or come from elsewhere."""
-    contexts, requests, errors = [], [], []
-
-    def open_page(client, size=DESKTOP):
-        context = chromium.new_context(**size)
-        context.set_default_timeout(20_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(str(client.base_url))
-        page.wait_for_selector("#model:not(:text('Connecting'))")
-        origins.add(str(client.base_url).rstrip("/"))
-        return page
-
-    origins = {"blob:", "data:"}
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not errors
-    assert requests and all(url.startswith(tuple(origins)) for url in requests)
-
-
-def choose(page, *contents, name="photo.png", kind="image/png"):
-    page.set_input_files("#files", [{"name": name, "mimeType": kind, "buffer": content} for content in contents])
-
-
-def wait_for_objects(page, number):
-    playwright.expect(page.locator("#objects button")).to_have_count(number)
-
-
-def center_of(page, instance, image):
-    """The point on the screen of the middle of a box."""
-    box = page.locator("#canvas").bounding_box()
-    x, y, width, height = instance["bbox"]
-    return (
-        box["x"] + (x + width / 2) / image["width"] * box["width"],
-        box["y"] + (y + height / 2) / image["height"] * box["height"],
-    )
 
 
 def test_masks_are_decoded_as_pycocotools_decodes_them(service, open_page):
@@ -108,22 +28,21 @@ def test_masks_are_decoded_as_pycocotools_decodes_them(service, open_page):
         # Long runs, whose differences are negative.
         mask[: height // 3] = 1
         rle = mask_api.encode(mask)
-        bbox = mask_api.toBbox(rle).tolist()
-        cases.append(({"size": rle["size"], "counts": rle["counts"].decode()}, bbox, mask))
-    code = """async ([rle, bbox, scale]) => {
+        cases.append(({"size": rle["size"], "counts": rle["counts"].decode()}, mask))
+    code = """async ([rle, scale]) => {
       const { decodeMask } = await import("/rle.js");
-      const mask = decodeMask(rle, bbox, scale);
+      const mask = decodeMask(rle, scale);
       return { ...mask, pixels: [...mask.pixels] };
     }"""
-    for rle, bbox, mask in cases:
-        found = page.evaluate(code, [rle, bbox, 1])
+    for rle, mask in cases:
+        found = page.evaluate(code, [rle, 1])
         whole = np.zeros_like(mask)
         rows, columns = slice(found["top"], None), slice(found["left"], None)
         window = np.reshape(found["pixels"], (found["height"], found["width"]))
         whole[rows, columns][: found["height"], : found["width"]] = window
         assert np.array_equal(whole, mask) and found["area"] == mask.sum()
         # Reduced: the pixels at the centers of the larger ones.
-        found = page.evaluate(code, [rle, bbox, 0.5])
+        found = page.evaluate(code, [rle, 0.5])
         expected = mask[1::2, 1::2] if min(mask.shape) > 1 else mask[:0, :0]
         window = np.reshape(found["pixels"], (found["height"], found["width"]))
         top, left = found["top"], found["left"]

@@ -155,6 +155,46 @@ def test_a_file_in_use(tmp_path):
         assert output.read_text() == text_of("c")
 
 
+def test_a_process_that_still_runs_keeps_its_shard(tmp_path):
+    """Rank 1 has not seen yet that an earlier run has done its images."""
+    output = tmp_path / "out.jsonl"
+    write(output, ["a", "b"], 0, 3)
+    with ResumableFile(output, HEADER, 1, 2) as running:
+        write(output, ["c"], 0, 2)
+        assert merge(output, HEADER, NAMES) and output.read_text() == text_of(NAMES)
+        assert [path.name for path in shards(output)] == ["out.rank1.jsonl"]
+        running.append(line("a"))
+    # A run that is killed before it merges does not block the next one.
+    assert write(output, []) == set(NAMES)
+    assert merge(output, HEADER, NAMES) and output.read_text() == text_of(NAMES) and not shards(output)
+
+
+def test_one_process_waits_for_those_that_write_shards(tmp_path):
+    output = tmp_path / "out.jsonl"
+    write(output, ["a"], 0, 2)
+    with ResumableFile(output, HEADER, 1, 2):
+        with pytest.raises(ValueError, match="out.rank1.jsonl is in use by another process"):
+            write(output, ["c"])
+        assert not output.exists()
+    assert write(output, ["c"]) == {"a", "c"}
+
+
+def test_a_shard_that_is_removed_while_it_is_opened(tmp_path, monkeypatch):
+    output, try_lock, removed = tmp_path / "out.jsonl", resumable_file.try_lock, []
+
+    def lock_after_the_removal(file):
+        if not removed:
+            removed.append((tmp_path / "out.rank1.jsonl").unlink())
+        return try_lock(file)
+
+    monkeypatch.setattr(resumable_file, "try_lock", lock_after_the_removal)
+    with ResumableFile(output, HEADER, 1, 2) as running:
+        write(output, NAMES, 0, 2)
+        assert merge(output, HEADER, NAMES)
+        running.append(line("a"))
+    assert write(output, [], 1, 2) == set(NAMES)
+
+
 def test_a_full_disk_leaves_whole_lines(tmp_path):
     output = tmp_path / "out.jsonl"
     with little_room(len(text_of("ca")) + 20), pytest.raises(OSError, match="out.jsonl"):

@@ -14,7 +14,7 @@ import torch
 from detectron2.data import transforms as T
 
 from sparseinst import load_config
-from sparseinst.checkpoint.atomic_write import OutputError, as_output_error, output_folder
+from sparseinst.checkpoint.atomic_write import PARTIAL_SUFFIX, OutputError, as_output_error, output_folder
 from sparseinst.data.augmentations import ResizeToFit
 from sparseinst.inference import Predictor
 from sparseinst.runtime import exported_file, exported_model, tensorrt
@@ -248,6 +248,13 @@ def test_the_precision_of_the_exporting_config_is_not_that_of_the_file(tmp_path)
     assert exported_config(path, ["RUNTIME.PRECISION", "bfloat16"]).RUNTIME.PRECISION == "bfloat16"
 
 
+def test_the_precision_of_a_loaded_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(exported_model, "open_network", lambda *args: None)
+    path = onnx_file(tmp_path / "m.onnx", precision="int8")
+    assert load_exported(exported_config(path)).precision == "int8"
+    assert load_exported(exported_config(path, ["RUNTIME.PRECISION", "bfloat16"])).precision == "int8 and bfloat16"
+
+
 def test_thresholds_and_keys_of_the_training_are_free(tmp_path, monkeypatch):
     monkeypatch.setattr(exported_model, "open_network", lambda *args: None)
     path = exported_yolact(tmp_path / "m.onnx")
@@ -333,6 +340,16 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"), output_folder(tmp_path / "file" / "out"):
         pass
+
+
+def test_two_writers_with_one_process_id(tmp_path):
+    """Two containers that share a folder can have the same process id."""
+    with output_folder(tmp_path / "out") as first, output_folder(tmp_path / "out") as second:
+        assert first != second and {first.parent, second.parent} == {tmp_path / "out"}
+        assert all(folder.match(f".*{PARTIAL_SUFFIX}") for folder in (first, second))
+        (first / "a").write_text("first")
+        (second / "b").write_text("second")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
 
 
 def test_an_error_of_reading_is_not_one_of_writing(tmp_path, monkeypatch):

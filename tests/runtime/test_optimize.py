@@ -57,6 +57,17 @@ def test_sizes_in_turn_and_batches(model, channels_last, size):
             assert_close(optimized.network(images), model.network(images))
 
 
+def test_onnx_runtime_takes_a_single_row_of_cells(model):
+    """The exported program was traced at a larger size, and exported files pad to two rows."""
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"the package {package} is not installed")
+    optimized = optimize_for_inference(model, engine="onnxruntime")
+    with torch.no_grad():
+        for height, width in ((32, 32), (32, 320), (224, 32)):
+            images = torch.randn(1, 3, height, width)
+            assert_close(optimized.network(images), model.network(images))
+
+
 def test_predictions_are_those_of_the_plain_model(model):
     inputs = [random_input(50, 70), random_input(33, 64, seed=1)]
     with torch.no_grad():

@@ -49,6 +49,16 @@ def test_rle_is_that_of_the_predictor(predictor, data):
     json.dumps(content)
 
 
+def test_an_image_is_converted_without_a_prediction(predictor, data, monkeypatch):
+    """A model can be certain: YOLACT has scores of exactly 1."""
+    expected = read_image(io.BytesIO(data))
+    monkeypatch.setattr(answers, "find_instances", None)
+    for kind in ("JPEG", "TIFF"):
+        converted = drawing(predictor, image_bytes(kind, 60, 90), threshold=0.0, with_instances=False)
+        pixels = np.asarray(Image.open(io.BytesIO(converted)), dtype=int)
+        assert pixels.shape == expected.shape and np.abs(pixels - expected).mean() < 3
+
+
 def test_the_threshold_keeps_equal_scores_and_computes_no_mask_below_it(predictor, data):
     scores = instances_of(predictor, data).scores
     middle = float(scores[len(scores) // 2])

@@ -103,6 +103,17 @@ def test_no_path_and_no_address_of_a_client_is_opened(client, tmp_path, predicto
             assert b" 404 " in connection.makefile("rb").readline()
 
 
+def test_pages_of_other_sites_are_refused(client, predictor):
+    before = predictor.model.num_started
+    for path in ("/predict", "/draw", "/draw?instances=false"):
+        for value in ("cross-site", "Cross-Site"):
+            response = client.post(path, content=image_bytes(), headers={"Sec-Fetch-Site": value})
+            assert "another site" in error_of(response, 403)
+    assert predictor.model.num_started == before
+    for value in ("same-origin", "same-site", "none"):
+        assert client.post("/predict", content=image_bytes(), headers={"Sec-Fetch-Site": value}).status_code == 200
+
+
 def test_uploads_over_the_limit_are_refused(client):
     too_large = "larger than 100000 bytes"
     for size in (100_001, 20_000_000):

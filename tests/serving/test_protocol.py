@@ -1,4 +1,4 @@
-"""Connections that send no complete request are closed, and the others answer meanwhile."""
+"""Connections without a complete request, or without a reader, are closed, and the others answer meanwhile."""
 
 import contextlib
 import socket
@@ -17,11 +17,14 @@ from tests.serving.service import wait_until  # noqa: E402
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
 MAX_CONNECTIONS = 6
 SECONDS = 2
+LARGE_HEAD = b"GET /large HTTP/1.1\r\nHost: x\r\n"
+# More than the system buffers.
+LARGE = bytes(2**24)
 
 
 async def app(scope, receive, send):
-    """Answer with the body of the request, when that has arrived."""
-    body, more = b"", True
+    """Answer with the body of the request, when that has arrived; to /large with LARGE."""
+    body, more = LARGE if scope["path"] == "/large" else b"", True
     while more:
         message = await receive()
         body, more = body + message.get("body", b""), message.get("more_body", False)
@@ -32,7 +35,10 @@ async def app(scope, receive, send):
 
 @pytest.fixture
 def connect(monkeypatch):
-    """A function that connects to a server with the service's settings, and sends bytes."""
+    """A function that connects to a server with the service's settings, and sends bytes.
+
+    Its attribute ``open`` has the connections of the server.
+    """
     monkeypatch.setattr(serve_run, "_MAX_CONNECTIONS", MAX_CONNECTIONS)
     monkeypatch.setattr(serve_run, "_KEEP_ALIVE_SECONDS", SECONDS)
     config = serve_run.server_config(app)
@@ -49,6 +55,7 @@ def connect(monkeypatch):
             stack.enter_context(contextlib.closing(connection)).sendall(content)
             return connection
 
+        connect.open = server.server_state.connections
         yield connect
     server.should_exit = True
     thread.join()
@@ -94,3 +101,26 @@ def test_a_slow_upload_and_a_second_request_are_answered(connect):
     time.sleep(SECONDS)
     connection.sendall(b"c")
     assert answered(connection, b"c")
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [LARGE_HEAD + b"\r\n", LARGE_HEAD + b"Connection: close\r\n\r\n", (LARGE_HEAD + b"\r\n") * 2],
+    ids=["keep-alive", "close", "two"],
+)
+def test_a_client_that_reads_nothing_is_left(connect, requests):
+    client = connect(requests)
+    wait_until(lambda: connect.open)
+    wait_until(lambda: not connect.open, 5 * SECONDS)
+    # This client has not closed its socket.
+    assert client.fileno() >= 0 and answered(connect(HEAD + b"\r\n"), b"")
+
+
+def test_a_client_that_reads_slowly_gets_its_answer(connect):
+    client = connect(LARGE_HEAD + b"\r\n")
+    num_received, end = 0, time.monotonic() + 4 * SECONDS
+    while time.monotonic() < end:
+        num_received += len(client.recv(2**19))
+        time.sleep(SECONDS / 4)
+    assert num_received < len(LARGE)
+    assert num_received + len(received(client)) > len(LARGE)

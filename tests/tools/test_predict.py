@@ -13,6 +13,7 @@ from sparseinst.inference.resumable_file import shards
 from sparseinst.inference.timed_predictor import TimedPredictor
 from sparseinst.tools import predict
 from tests.red_segmenter import RedSegmenter
+from tests.runtime.test_onnxruntime_errors import network_that_raises
 from tests.tools.demo_scenes import save_scene
 
 NAMES = [f"{name}.png" for name in "abcde"]
@@ -202,6 +203,21 @@ def test_an_image_that_the_model_fails_on_has_a_line(
     assert message in lines[0]["error"] and f"{images / 'a.png'}: " in capsys.readouterr().err
     # Resuming does not stop at them.
     assert run(config_file, *arguments) == 0
+
+
+def test_an_image_that_onnx_runtime_fails_on_has_a_line(images, config_file, tmp_path, capsys, monkeypatch):
+    state = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state", reason="onnxruntime is not installed")
+    network = network_that_raises(monkeypatch, state.Fail("[ONNXRuntimeError] : 1 : FAIL :\nno memory"))
+    forward = RedSegmenter.forward
+
+    def forward_or_fail(self, inputs):
+        return network(torch.zeros(1, 3, 2, 2)) if inputs[0]["height"] == 49 else forward(self, inputs)
+
+    monkeypatch.setattr(RedSegmenter, "forward", forward_or_fail)
+    assert run(config_file, "--input", images, "--output", tmp_path / "out.jsonl") == 1
+    lines = lines_of(tmp_path / "out.jsonl")[1:]
+    assert [index for index, line in enumerate(lines) if "error" in line] == [1]
+    assert lines[1]["error"].endswith("ONNX Runtime: [ONNXRuntimeError] : 1 : FAIL : no memory")
 
 
 def test_a_model_that_always_fails_ends_the_run(images, config_file, tmp_path, capsys, monkeypatch):

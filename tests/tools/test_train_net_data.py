@@ -72,6 +72,21 @@ def test_the_checkpoint_gives_the_numbers(trained, data, tmp_path):
         assert error.startswith("error: ") and re.search(message, error), error
 
 
+def test_another_json_takes_the_place_of_the_share_of_the_config(trained, data, tmp_path):
+    output, _, _ = trained
+    test = ["--config-file", output / "config.yaml", "--eval-only"]
+    json_flags = ["--test-json", data[0], "--test-images", data[1]]
+    weights = ["MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", tmp_path]
+    for flags, num_images in (([], 2), (json_flags, 8)):
+        assert "segm" in main(*test, *flags, *weights)
+        speed = json.loads((tmp_path / "results.json").read_text())["speed"]
+        assert speed["num_batches"] + speed["warmup_batches"] == num_images
+    # The user gave both.
+    for flags, opts in ((["--val-share", 0.25], []), ([], ["DATASETS.VAL_SHARE", 0.25])):
+        with pytest.raises(SystemExit, match="are both given"):
+            main(*test, *json_flags, *flags, *weights, *opts)
+
+
 def test_other_names_of_classes_stop_with_both_lists(trained, data, tmp_path):
     output, _, _ = trained
     content = json.loads(open(data[0]).read())

@@ -19,8 +19,7 @@ export async function predict(image, { threshold, maps = false, signal }) {
 
 /** Return a JPEG (a Blob) of an image of a format that the browser does not read. */
 export async function readable(image, signal) {
-  // No instance has this score, so none is drawn.
-  const response = await post("draw?threshold=1", image, signal);
+  const response = await post("draw?instances=false", image, signal);
   return response.ok ? response.blob() : body(response);
 }
 

@@ -5,12 +5,26 @@ export function canOpenCamera() {
   return Boolean(navigator.mediaDevices?.getUserMedia);
 }
 
-/** Show the camera in a video element; throw an Error with a line for people. */
+// Number of openings and closings.
+let turn = 0;
+
+/**
+ * Show the camera in a video element. Return false where it was closed meanwhile; throw an Error with a line for people.
+ */
 export async function openCamera(video) {
+  const own = ++turn;
   try {
-    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
+    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
+    // The browser may have waited for a permission.
+    if (turn !== own) {
+      stop(stream);
+      return false;
+    }
+    video.srcObject = stream;
     await video.play();
+    return true;
   } catch (error) {
+    if (turn !== own) return false;
     const reason = { NotAllowedError: "its use was not allowed", NotFoundError: "none was found" }[error.name];
     throw new Error(`The camera cannot be opened: ${reason ?? error.message}`);
   }
@@ -25,6 +39,11 @@ export function takePhoto(video) {
 
 /** Switch the camera off. */
 export function closeCamera(video) {
-  video.srcObject?.getTracks().forEach((track) => track.stop());
+  turn++;
+  stop(video.srcObject);
   video.srcObject = null;
+}
+
+function stop(stream) {
+  stream?.getTracks().forEach((track) => track.stop());
 }

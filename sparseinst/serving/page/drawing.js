@@ -35,9 +35,8 @@ export class Drawing {
   /** Return the window of an instance's mask in this drawing, with a canvas of its fill and one of its outline. */
   mask(instance) {
     if (!this.masks.has(instance.rank)) {
-      const { segmentation, bbox } = instance;
       const border = Math.max(2, Math.round(Math.max(this.width, this.height) / SIDE_PER_BORDER));
-      const mask = decodeMask(segmentation, bbox, Math.min(this.scale, 1));
+      const mask = decodeMask(instance.segmentation, Math.min(this.scale, 1));
       this.masks.set(instance.rank, painted(this.scale > 1 ? enlarged(mask, this.scale) : mask, instance.color, border));
     }
     return this.masks.get(instance.rank);

@@ -1,9 +1,10 @@
 // The page: opened images, their predictions, and the shown part of both.
 
-import { getJson, predict, readable } from "./api.js";
+import { getJson, predict } from "./api.js";
 import { canOpenCamera, closeCamera, openCamera, takePhoto } from "./camera.js";
 import { cocoJson, download } from "./coco.js";
 import { Drawing, decodeLevels } from "./drawing.js";
+import { loaded } from "./images.js";
 import { fillClasses, fillMapNumbers, fillObjects, fillStrip, markActive } from "./panel.js";
 
 // Instances are requested down to the slider's least value, so that moving it needs no new prediction.
@@ -76,22 +77,6 @@ async function find(entry) {
   update(entry);
 }
 
-async function loaded(entry, signal) {
-  const image = await decoded(entry.url).catch(() => null);
-  if (image) return image;
-  // A format that the browser does not read: the service converts it.
-  URL.revokeObjectURL(entry.url);
-  entry.url = URL.createObjectURL(await readable(entry.blob, signal));
-  return decoded(entry.url);
-}
-
-async function decoded(url) {
-  const image = new Image();
-  image.src = url;
-  await image.decode();
-  return image;
-}
-
 /** Request the activation maps of an image, once. */
 async function findMaps(entry) {
   if (entry.maps || entry.state !== "done" || entry.isMapping) return;
@@ -112,6 +97,8 @@ async function findMaps(entry) {
 }
 
 function select(entry) {
+  // Its canvases take as much memory as several images.
+  if (state.current && state.current !== entry) state.current.drawing = null;
   state.current = entry;
   state.hovered = state.selected = undefined;
   updateAll();
@@ -122,8 +109,12 @@ function remove(entry) {
   URL.revokeObjectURL(entry.url);
   const index = state.entries.indexOf(entry);
   state.entries.splice(index, 1);
-  if (state.current === entry) select(state.entries[Math.min(index, state.entries.length - 1)] ?? null);
+  const next = Math.min(index, state.entries.length - 1);
+  if (state.current === entry) select(state.entries[next] ?? null);
   else updateAll();
+  // The focus was on a button that is gone.
+  const button = element("strip").children[next]?.querySelector(".remove");
+  (button ?? element(video.hidden ? "choose" : "stop-camera")).focus();
 }
 
 // ---------------------------------------------------------------- what is shown
@@ -303,6 +294,8 @@ element("choose").addEventListener("click", () => element("files").click());
 element("retry").addEventListener("click", () => {
   state.current.state = "waiting";
   updateAll();
+  // The button is hidden now.
+  element("objects-heading").focus({ preventScroll: true });
   work();
 });
 document.addEventListener("paste", (event) => open(event.clipboardData.files));
@@ -316,11 +309,17 @@ for (const name of ["dragover", "drop", "dragleave"]) {
 
 // ---------------------------------------------------------------- camera and downloads
 
+const FILE_BUTTONS = ["choose", "camera"];
+const CAMERA_BUTTONS = ["shoot", "stop-camera"];
+
 function showCamera(isOpen) {
   if (!isOpen) closeCamera(video);
+  const [hidden, visible] = isOpen ? [FILE_BUTTONS, CAMERA_BUTTONS] : [CAMERA_BUTTONS, FILE_BUTTONS];
+  const hadFocus = hidden.includes(document.activeElement?.id);
   video.hidden = !isOpen;
-  for (const id of ["shoot", "stop-camera"]) element(id).hidden = !isOpen;
-  for (const id of ["choose", "camera"]) element(id).hidden = isOpen;
+  for (const id of hidden) element(id).hidden = true;
+  for (const id of visible) element(id).hidden = false;
+  if (hadFocus) element(visible[1]).focus();
   updateAll();
 }
 
@@ -332,7 +331,7 @@ element("camera").addEventListener("click", async () => {
   try {
     showCamera(true);
     element("shoot").disabled = true;
-    await openCamera(video);
+    if (!(await openCamera(video))) return;
     element("shoot").disabled = false;
     element("shoot").focus();
   } catch (error) {

@@ -23,37 +23,51 @@ export function parseCounts(text) {
 /**
  * Decode a mask, reduced by a scale of at most 1 (nearest pixels).
  *
- * rle: {size: [height, width], counts: string}. bbox: [x, y, width, height] around the mask, in pixels.
- * Return {left, top, width, height, area, pixels}: the window of the reduced mask, pixels a Uint8Array of 0 and 1 row
- * by row, and area the number of pixels of the mask before it was reduced.
+ * rle: {size: [height, width], counts: string}.
+ * Return {left, top, width, height, area, pixels}: the window of the reduced mask around its ones, pixels a Uint8Array
+ * of 0 and 1 row by row, and area the number of pixels of the mask before it was reduced.
  */
-export function decodeMask(rle, bbox, scale) {
-  const [rows, columns] = rle.size;
+export function decodeMask(rle, scale) {
+  const rows = rle.size[0];
   // The first reduced pixel whose center is at or beyond an edge between source pixels.
-  const reduced = (edge) => Math.ceil(edge * scale - 0.5);
-  const left = Math.max(0, reduced(Math.floor(bbox[0])));
-  const top = Math.max(0, reduced(Math.floor(bbox[1])));
-  const width = Math.max(0, reduced(Math.min(columns, Math.ceil(bbox[0] + bbox[2]))) - left);
-  const height = Math.max(0, reduced(Math.min(rows, Math.ceil(bbox[1] + bbox[3]))) - top);
-  const pixels = new Uint8Array(width * height);
-  let position = 0;
+  const reduced = (edge) => Math.max(0, Math.ceil(edge * scale - 0.5));
+  const runs = columnRuns(parseCounts(rle.counts), rows);
+  // Not the box of the instance: YOLACT's can be smaller than its mask.
+  const box = { left: Infinity, top: Infinity, right: 0, bottom: 0 };
   let area = 0;
-  parseCounts(rle.counts).forEach((count, index) => {
+  for (const { column, start, stop } of runs) {
+    area += stop - start;
+    box.left = Math.min(box.left, column);
+    box.top = Math.min(box.top, start);
+    box.right = Math.max(box.right, column + 1);
+    box.bottom = Math.max(box.bottom, stop);
+  }
+  if (!area) return { left: 0, top: 0, width: 0, height: 0, area, pixels: new Uint8Array(0) };
+  const [left, top] = [reduced(box.left), reduced(box.top)];
+  const [width, height] = [reduced(box.right) - left, reduced(box.bottom) - top];
+  const pixels = new Uint8Array(width * height);
+  for (const { column, start, stop } of runs) {
+    const [first, last] = [reduced(start) - top, reduced(stop) - top];
+    for (let x = reduced(column) - left; x < reduced(column + 1) - left; x++) {
+      for (let y = first; y < last; y++) pixels[y * width + x] = 1;
+    }
+  }
+  return { left, top, width, height, area, pixels };
+}
+
+/** Return the runs of ones, cut at the ends of the columns: their column, first row and the row behind the last. */
+function columnRuns(counts, rows) {
+  const runs = [];
+  let position = 0;
+  counts.forEach((count, index) => {
     const end = position + count;
-    if (index % 2 === 1) {
-      area += count;
-      while (position < end) {
-        const column = Math.floor(position / rows);
-        const stop = Math.min(end, (column + 1) * rows);
-        const first = Math.max(reduced(position - column * rows) - top, 0);
-        const last = Math.min(reduced(stop - column * rows) - top, height);
-        for (let x = Math.max(reduced(column) - left, 0); x < Math.min(reduced(column + 1) - left, width); x++) {
-          for (let y = first; y < last; y++) pixels[y * width + x] = 1;
-        }
-        position = stop;
-      }
+    while (index % 2 === 1 && position < end) {
+      const column = Math.floor(position / rows);
+      const stop = Math.min(end, (column + 1) * rows);
+      runs.push({ column, start: position - column * rows, stop: stop - column * rows });
+      position = stop;
     }
     position = end;
   });
-  return { left, top, width, height, area, pixels };
+  return runs;
 }

@@ -1,0 +1,119 @@
+"""The page in a headless Chromium: masks beyond their boxes, freed memory, a camera that is closed early, the focus."""
+
+import json
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="make test-extras installs playwright")
+
+from sparseinst.serving.answers import answer  # noqa: E402
+from tests.extras.browser import center_of, choose, wait_for_objects  # noqa: E402
+from tests.serving.service import image_bytes  # noqa: E402
+
+SLOW_PERMISSION = """() => {
+  const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+  Object.assign(window, { streams: [], prompts: [] });
+  navigator.mediaDevices.getUserMedia = async (options) => {
+    await new Promise((resolve) => window.prompts.push(resolve));
+    const stream = await open(options);
+    window.streams.push(stream);
+    return stream;
+  };
+}"""
+STATES = "streams.map((stream) => stream.getTracks().map((track) => track.readyState).join())"
+FOCUS = "document.activeElement.id || document.activeElement.getAttribute('aria-label')"
+
+
+def test_a_mask_is_larger_than_its_box(service, predictor, open_page):
+    """YOLACT predicts the box by itself."""
+    page, data = open_page(service), image_bytes(seed=1)
+    content = answer(predictor, data, threshold=0.5)
+    (instance,) = content["instances"]
+    x, y, width, height = instance["bbox"]
+    instance["bbox"] = [x, y, width / 2, height / 2]
+    page.route("**/predict?*", lambda route: route.fulfill(content_type="application/json", body=json.dumps(content)))
+    choose(page, data)
+    wait_for_objects(page, 1)
+    corner = {"bbox": [x + width - 2, y + height - 2, 1, 1]}
+    page.mouse.move(*center_of(page, corner, content["image"]))
+    playwright.expect(page.locator("#tip")).to_have_text("class 0 90.0%")
+
+
+def test_only_the_shown_image_keeps_its_drawing(service, open_page):
+    page = open_page(service)
+    code = """() => {
+      const create = document.createElement.bind(document);
+      window.numCanvases = 0;
+      document.createElement = (tag) => (tag === "canvas" && window.numCanvases++, create(tag));
+    }"""
+    page.evaluate(code)
+    choose(page, image_bytes(seed=1), image_bytes(seed=2))
+    wait_for_objects(page, 1)
+    images = page.locator("#strip .open")
+    playwright.expect(page.locator("#strip .state").last).to_have_text("1")
+    for index in (1, 0, 1):
+        page.wait_for_timeout(300)
+        before = page.evaluate("numCanvases")
+        images.nth(index).click()
+        # The canvases of its mask are made anew.
+        page.wait_for_function("before => numCanvases > before", arg=before)
+
+
+def test_a_camera_that_is_closed_before_the_permission_stays_off(service, open_page):
+    page = open_page(service)
+    page.evaluate(SLOW_PERMISSION)
+    page.get_by_role("button", name="Camera").click()
+    page.get_by_role("button", name="Close camera").click()
+    page.evaluate("prompts.shift()()")
+    page.wait_for_function("() => streams.length === 1")
+    page.wait_for_timeout(100)
+    assert page.evaluate(STATES) == ["ended"] and page.inner_text("#status") == "No image yet."
+    # Closed and opened again while the browser asks.
+    page.get_by_role("button", name="Camera").click()
+    page.get_by_role("button", name="Close camera").click()
+    page.get_by_role("button", name="Camera").click()
+    page.evaluate("prompts.shift()()")
+    page.wait_for_function("() => streams.length === 2")
+    page.wait_for_timeout(100)
+    assert page.evaluate(STATES) == ["ended", "ended"] and page.locator("#shoot").is_disabled()
+    page.evaluate("prompts.shift()()")
+    playwright.expect(page.locator("#shoot")).to_be_enabled()
+    assert page.evaluate(STATES) == ["ended", "ended", "live"]
+    page.get_by_role("button", name="Close camera").click()
+    assert page.evaluate(STATES) == ["ended"] * 3
+
+
+def test_the_focus_moves_on_from_a_button_that_goes(service, predictor, open_page):
+    page = open_page(service)
+    for name in ("a.png", "b.png"):
+        choose(page, image_bytes(), name=name)
+        wait_for_objects(page, 1)
+    page.get_by_role("button", name="Close a.png").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate(FOCUS) == "Close b.png"
+    page.keyboard.press("Enter")
+    assert page.evaluate(FOCUS) == "choose"
+
+    page.locator("#camera").focus()
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#shoot")).to_be_focused()
+    page.keyboard.press("Tab")
+    assert page.evaluate(FOCUS) == "stop-camera"
+    page.keyboard.press("Enter")
+    assert page.evaluate(FOCUS) == "camera"
+
+    predictor.model.error = RuntimeError("no memory")
+    choose(page, image_bytes(), name="c.png")
+    page.get_by_role("button", name="Try again").focus()
+    predictor.model.error = None
+    page.keyboard.press("Enter")
+    assert page.evaluate(FOCUS) == "objects-heading"
+    wait_for_objects(page, 1)
+
+
+def test_a_converted_image_has_nothing_drawn_on_it(service, open_page):
+    page = open_page(service)
+    with page.expect_request("**/draw?instances=false"):
+        choose(page, image_bytes("TIFF"), name="scan.tif", kind="image/tiff")
+    wait_for_objects(page, 1)
