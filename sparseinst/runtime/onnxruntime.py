@@ -87,4 +87,6 @@ def with_gpu_of_rank(providers: Sequence[str]) -> list[str | tuple[str, dict[str
     rank = os.environ.get("LOCAL_RANK")
     if rank is None:
         return list(providers)
-    return [(name, {"device_id": int(rank)}) if name in _GPU_PROVIDERS else name for name in providers]
+    # More ranks than GPUs share them.
+    gpu = int(rank) % (torch.cuda.device_count() or int(rank) + 1)
+    return [(name, {"device_id": gpu}) if name in _GPU_PROVIDERS else name for name in providers]
