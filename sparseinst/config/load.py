@@ -89,6 +89,8 @@ def load_config(
         )
     run_imports(modules, cfg, path)
     refuse_old_keys(opts)
+    if flags := [opt for opt in opts[::2] if isinstance(opt, str) and opt.startswith("--")]:
+        raise ValueError(f"In the KEY VALUE overrides: {flags[0]} is a flag; put flags before the first KEY VALUE pair")
     if ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model") in zip(opts[::2], opts[1::2]):
         raise ValueError(
             "In the KEY VALUE overrides: SOLVER.CLIP_GRADIENTS.CLIP_TYPE full_model was renamed: set "

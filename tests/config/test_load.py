@@ -176,6 +176,7 @@ def test_each_base_is_read_once(tmp_path):
         (["SOLVER.BASE_RATE", "1"], "Non-existent key: SOLVER.BASE_RATE"),
         (["SOLVER.MAX_ITER.X", "1"], "not iterable"),
         (["MODEL.DEVICE.c", "1"], "KEY VALUE overrides"),
+        (["SOLVER.MAX_ITER", "9", "--train-json", "a"], "--train-json is a flag; put flags before the first KEY VALUE"),
         (["", "1"], "Non-existent key"),
         (["_BASE_", "a.yaml"], "can only be used in files"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch"),
