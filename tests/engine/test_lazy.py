@@ -151,3 +151,8 @@ def test_a_file_that_cannot_be_used(tmp_path, content, message):
         run(config=path)
     with pytest.raises(ValueError, match="Python code"):
         load_config(str(path))
+
+
+def test_a_recipe_is_refused():
+    with pytest.raises(SystemExit, match="--recipe and --config-file are both given"):
+        main(build_parser().parse_args(["--config-file", str(PUBLISHED), "--recipe", "auto"]))
