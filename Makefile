@@ -44,7 +44,7 @@ QUICK_EXPECTED := [["segm", "AP", 78.0, 8.0], ["segm", "AP50", 95.5, 6.0]]
 .PHONY: help quickstart test test-fast test-slow test-faults test-extras lint format clean install environment install-pinned install-beside-detectron2
 
 help:
-	@echo 'make quickstart   draw data, train a small SparseInst on the CPU, evaluate it, draw predictions; minutes'
+	@echo 'make quickstart   generate data, train a small SparseInst on the CPU, evaluate it, draw predictions; minutes'
 	@echo 'make test         run the test suite, without the slow tests'
 	@echo 'make test-fast    run the tests of single functions and layers, in under a minute'
 	@echo 'make test-slow    run the slow tests of it: variants of published models, learning, statistics; minutes'
@@ -59,9 +59,9 @@ help:
 	@echo '          TORCH_INDEX=https://download.pytorch.org/whl/cpu  PyTorch without the libraries for GPUs'
 
 quickstart: install
-	@echo '== 1 of 4: drawing the data set'
+	@echo '== 1 of 4: generating the data set'
 	"$(VENV_PYTHON)" -m sparseinst.tools.make_shapes --output $(QUICK_DATA)
-	@echo '== 2 of 4: training from random weights, about 3 minutes on 2 idle cores'
+	@echo '== 2 of 4: training from random weights, 2 to 3 minutes on 2 idle cores'
 	rm -rf $(QUICK_OUTPUT)
 	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) OUTPUT_DIR $(QUICK_OUTPUT)
 	@echo '== 3 of 4: evaluation on images of another seed'

@@ -25,8 +25,8 @@ def add_import_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="run this .py file or dotted module first, for example to register a decoder; it is saved with the config "
-        "(IMPORTS). May be repeated",
+        help="run this .py file or dotted module first, for example to register a decoder; a training saves it with "
+        "the config (IMPORTS). May be repeated",
     )
 
 

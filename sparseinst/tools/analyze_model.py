@@ -1,4 +1,4 @@
-"""Print parameters, multiply-adds and activations of models: ``python -m sparseinst.tools.analyze_model --help``."""
+"""Print parameters, multiply-adds and activations of models: ``sparseinst analyze --config-file NAME``."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Compare the speed of demo or predict with the model's: ``python -m sparseinst.tools.benchmark_video --help``.
+"""Compare the speed of demo or predict with the model's: ``sparseinst benchmark-video --config-file NAME``.
 
 With --video the demo runs on the first frames of the video, with --input `predict` on images, in turn with the model
 alone on the same decoded images, to masks on the host ("end to end" in tools.benchmark). Weights are not needed,

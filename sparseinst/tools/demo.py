@@ -1,4 +1,4 @@
-"""Draw predictions on images, videos and the webcam: ``python -m sparseinst.tools.demo --help``.
+"""Draw predictions on images, videos and the webcam: ``sparseinst demo --input photos/ --opts MODEL.WEIGHTS FILE``.
 
 Reading, the model, and drawing with writing overlap. The last line reports how many images or frames per second the
 demo processed, and how many the model alone processes, from a decoded image to masks on the host, measured while the
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path,
         help="folder for images; folder or .mp4 file for a video. Without it and without --json: a window")  # fmt: skip
-    add("--confidence-threshold", type=float, default=0.5, help="lowest score that is drawn (default 0.5)")
+    add("--confidence-threshold", type=float, default=0.5, help="lowest score that is drawn or written (default 0.5)")
     add("--json", type=Path, metavar="FILE",
         help="write COCO results to FILE, and the image of each image id to STEM_images.json")  # fmt: skip
     add("--ground-truth", type=Path, metavar="JSON", help="draw the objects of this COCO json next to the predictions")

@@ -1,4 +1,4 @@
-"""Predict many images into a file of JSON lines: ``sparseinst predict --help``.
+"""Predict many images into a file of JSON lines: ``sparseinst predict --input FOLDER --output FILE``.
 
 The first line of the output identifies the run; each line after it holds the detections of one image, with masks as
 RLE. Run the same command again after an interruption: images that have a line are not predicted again. Several

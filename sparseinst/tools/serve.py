@@ -1,4 +1,4 @@
-"""Serve a model: a page for people, and POST /predict for programs: ``python -m sparseinst.tools.serve --help``.
+"""Serve a model, as a page and as POST /predict for programs: ``sparseinst serve --weights FILE``.
 
 Open the printed address in a browser, and drop images. Programs send an image to /predict:
 ``curl -F image=@photo.jpg http://127.0.0.1:8000/predict``. /docs lists all endpoints. Only this machine can reach the

@@ -32,13 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     Detectron2's own parser cannot be imported without PyTorch, which takes seconds.
     """
     parser = argparse.ArgumentParser(
-        description="Train a model, or evaluate it with --eval-only.",
+        description="Train a model. With --eval-only: evaluate MODEL.WEIGHTS.",
         epilog="KEY VALUE pairs at the end override the config file, for example: SOLVER.IMS_PER_BATCH 8; "
         "for a LazyConfig (.py, whose code is run): train.max_iter=100",
     )
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="YAML file, or the name of one that comes with the package")
-    add("--recipe", default="", metavar="NAME", help="own images, no --config-file: auto, ordinary or crowded")
+    add("--recipe", default="", metavar="NAME", help="in place of --config-file: auto, ordinary or crowded")
     add("--resume", action="store_true", help="continue from the last checkpoint of OUTPUT_DIR, where it has one")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, without a training")
     add_import_argument(parser)

@@ -23,7 +23,8 @@ def example(page, text):
     """The Python example of a page that has this text."""
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     (code,) = [block for block in blocks if text in block]
-    return code.replace("sparse_inst_r50_giam", "tiny.yaml").replace("> 0.5", "> 0").replace("=0.5", "=0.0")
+    code = code.replace("sparse_inst_r50_giam", "tiny.yaml").replace("=640", "=64")
+    return code.replace("> 0.5", "> 0").replace("=0.5", "=0.0")
 
 
 @pytest.fixture
