@@ -85,14 +85,15 @@ def crowd_findings(
     ):
         totals = Counter(annotation[key] for annotation in annotations)
         numbers = Counter(annotation[key] for annotation in crowds)
-        affected = [id for id, number in numbers.items() if number == totals[id]]
+        # A dict keeps the order, and finds each id at once.
+        affected = {id: number for id, number in numbers.items() if number == totals[id]}
         if not affected or (key == "image_id" and len(affected) <= _USUAL_CROWD_IMAGES * len(totals)):
             continue
         first = next(annotation for annotation in crowds if annotation[key] in affected)
-        shown = ", ".join(repr(names[id]) for id in affected[:3]) + ", ..." * (len(affected) > 3)
+        shown = ", ".join(repr(names[id]) for id in list(affected)[:3]) + ", ..." * (len(affected) > 3)
         message = (
             f"in {len(affected)} of {len(totals)} {label} ({shown}) all "
-            f"{sum(numbers[id] for id in affected)} annotations are crowds, iscrowd 1 (the first: "
+            f"{sum(affected.values())} annotations are crowds, iscrowd 1 (the first: "
             f"{_name(first, images)}); {remedy}"
         )
         yield Finding(kind, message, False)

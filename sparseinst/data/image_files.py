@@ -101,8 +101,9 @@ def name_findings(file_names: Sequence[str], files: FileNames, image_root: Path)
         message += f"web tools write it, and are found by another name (the first: {name!r} is read as {other!r})"
         yield Finding("another form of file_name", message, stops=False)
     names: dict[str, list[str]] = {}
+    absent = set(files.absent)
     for name in file_names:
-        if name not in files.absent:
+        if name not in absent:
             path = posixpath.normpath(os.path.join(image_root, files.found.get(name, name)))
             names.setdefault(path, []).append(name)
     repeated = [entries for entries in names.values() if len(entries) > 1]

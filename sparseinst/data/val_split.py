@@ -4,37 +4,51 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import PurePath
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-# Endings that tools append to the name of a photo for its crops, tiles and augmented copies.
+# Endings that tools append to the name of a photo for its crops, tiles and augmented copies. Series of photos are named in
+# similar ways: good_part_017, wood-slice-003, 2023_05_01_0001.
+_PARTS = "crop|tile|patch|slice|chip|part"
 _SUFFIXES = re.compile(
-    r"""(
+    rf"""(
         [._-](jpe?g|png|bmp|tiff?|webp|gif)(\.rf\.\w+)?            # Roboflow: photo_jpg.rf.HASH
         | \.rf\.\w+
-        | [._ -]+(crop|tile|patch|slice|chip|part|aug|augmented|copy|flip|rot|rotated)[._ -]?\d*([._x-]\d+)*
+        | (?<=\d)[._ -]+({_PARTS})[._ -]?\d*([._x-]\d+)*
+        | [._ -]+({_PARTS})([._ -]?(?!0\d)\d+([._x-]\d+)*)?
+        | [._ -]+(aug|augmented|copy|flip|rot|rotated)[._ -]?\d*([._x-]\d+)*
         | [._-]x-?\d+[._-]?y-?\d+([._-]w\d+[._-]?h\d+)?           # photo_x0_y512
         | [._-](r|row)[._-]?\d+[._-]?(c|col)[._-]?\d+              # photo_row0_col1
-        | (_\d+){4}                                               # photo_0_0_512_512
-        | [ ]?\(\d+\)
+        | (_(0|[1-9]\d*)){{4}}                                      # photo_0_0_512_512
     )$""",
     re.IGNORECASE | re.VERBOSE,
 )
+# Windows numbers a whole series so, too.
+_COPY = re.compile(r"[ ]?\(\d+\)$")
 
 
-def photo_name(file_name: str) -> str:
+def photo_name(file_name: str, others: Collection[str] = ()) -> str:
     """Return the name of the photo that an image file shows a part or a copy of: "photo_0001" of photo_0001_crop3.jpg.
 
     Args:
         file_name: of the image, with folders, which belong to the name.
+        others: names of images without their suffixes; "photo (2)" is a copy where they have "photo".
     """
+    path = _without_suffix(file_name)
+    while True:
+        shorter = _SUFFIXES.sub("", path.name)
+        if shorter == path.name and str(path.with_name(_COPY.sub("", path.name) or path.name)) in others:
+            shorter = _COPY.sub("", path.name)
+        if shorter in ("", path.name):
+            return str(path)
+        path = path.with_name(shorter)
+
+
+def _without_suffix(file_name: str) -> PurePath:
     path = PurePath(file_name.replace("\\", "/"))
-    stem = path.stem
-    while (shorter := _SUFFIXES.sub("", stem)) not in ("", stem):
-        stem = shorter
-    return str(path.with_name(stem))
+    return path.with_name(path.stem)
 
 
 def choose_images(file_names: Sequence[str], share: float) -> set[int]:
@@ -56,8 +70,9 @@ def choose_images(file_names: Sequence[str], share: float) -> set[int]:
             "(0, 1), such as 0.2"
         )
     photos: dict[str, list[int]] = {}
+    names = {str(_without_suffix(file_name)) for file_name in file_names}
     for index, file_name in enumerate(file_names):
-        photos.setdefault(photo_name(file_name), []).append(index)
+        photos.setdefault(photo_name(file_name, names), []).append(index)
     if len(photos) < 2:
         raise ValueError(
             f"DATASETS.VAL_SHARE (--val-share): the {len(file_names)} images are, by their names, of one photo "

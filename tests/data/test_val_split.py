@@ -21,11 +21,13 @@ from tests.tiny_model import tiny_cfg
         ("street_jpg.rf.1a2b3c4d.jpg", "street"), ("street_png.rf.99ff.png", "street"), ("photo_x0_y512.png", "photo"),
         ("photo-x512-y0.png", "photo"), ("photo_tile_3_4.tif", "photo"), ("photo_patch12.tif", "photo"),
         ("photo_r0_c1.png", "photo"), ("photo_row2_col3.png", "photo"), ("photo_0_0_512_512.png", "photo"),
-        ("photo_crop2_jpg.rf.0abc.jpg", "photo"), ("photo (2).jpg", "photo"), ("a/photo_crop1.png", "a/photo"),
+        ("photo_crop2_jpg.rf.0abc.jpg", "photo"), ("a/photo_crop1.png", "a/photo"),
         ("a\\photo_crop1.png", "a/photo"), ("photo_aug_7.png", "photo"), ("photo_flip.png", "photo"),
         # Numbers and words that are not those of crops.
         ("IMG_0001.jpg", "IMG_0001"), ("2024_01_05.jpg", "2024_01_05"), ("escarp.png", "escarp"),
-        ("crop1.png", "crop1"), ("apart.jpg", "apart"), ("DSC00012.JPG", "DSC00012"),
+        ("crop1.png", "crop1"), ("apart.jpg", "apart"), ("DSC00012.JPG", "DSC00012"), ("dog (2).jpg", "dog (2)"),
+        ("good_part_017.png", "good_part_017"), ("potato_chip_003.jpg", "potato_chip_003"),
+        ("cam1_2023_05_01_0001.jpg", "cam1_2023_05_01_0001"),
     ],
 )  # fmt: skip
 def test_photo_of_a_file_name(file_name, photo):
@@ -42,6 +44,16 @@ def test_photos_are_not_divided():
     assert {order[i] for i in choose_images(order, 0.2)} == {names[i] for i in chosen}
     # At least one photo on each side.
     assert len(choose_images(names[:10], 0.01)) == 5 and len(choose_images(names[:10], 0.99)) == 5
+
+
+def test_numbers_in_brackets():
+    # Windows numbers copies of a photo and whole series alike.
+    series = [f"{name} ({number}).jpg" for name in ("cat", "dog") for number in range(1, 51)]
+    chosen = choose_images(series, 0.2)
+    assert len(chosen) == 20 and 0 < len([index for index in chosen if index < 50]) < 20
+    copies = [f"{number}{ending}.jpg" for number in range(10) for ending in ("", " (1)", "(2)")]
+    chosen = choose_images(copies, 0.2)
+    assert len(chosen) == 6 and len({copies[index][0] for index in chosen}) == 2
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 20.0, float("nan")])
