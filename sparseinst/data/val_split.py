@@ -9,8 +9,8 @@ from pathlib import PurePath
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-# Endings that tools append to the name of a photo for its crops, tiles and augmented copies. Series of photos are named in
-# similar ways: good_part_017, wood-slice-003, 2023_05_01_0001.
+# Endings that tools append to the name of a photo for its crops, tiles and augmented copies. Series have similar names:
+# good_part_017, wood-slice-003, 2023_05_01_0001.
 _PARTS = "crop|tile|patch|slice|chip|part"
 _SUFFIXES = re.compile(
     rf"""(

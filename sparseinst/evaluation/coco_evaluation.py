@@ -6,10 +6,12 @@ import io
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.utils import comm
@@ -19,6 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from sparseinst.checkpoint.atomic_write import write_text_atomically
 from sparseinst.data.coco_json import class_info
 from sparseinst.data.coco_results import to_coco_results
+from sparseinst.data.json_file import read_json
 from sparseinst.evaluation.mask_matches import Outcome
 from sparseinst.evaluation.stage_timer import StageTimer
 
@@ -45,6 +48,26 @@ def check_coco_eval(name: str) -> None:
                 "TEST.COCO_EVAL faster-coco-eval needs the package faster-coco-eval, which cannot be imported "
                 f"({error}). Install it: pip install 'sparseinst[fast-eval]', or set TEST.COCO_EVAL pycocotools"
             ) from error
+
+
+@contextlib.contextmanager
+def _utf8_json(dataset_name: str) -> Iterator[None]:
+    """Let COCOEvaluator, which opens the json itself, read UTF-8 where the file has another encoding or a BOM."""
+    entries = vars(MetadataCatalog.get(dataset_name))
+    path = Path(entries.get("json_file", ""))
+    with open(path, "rb") if path.is_file() else contextlib.nullcontext(io.BytesIO()) as file:
+        is_utf8 = json.detect_encoding(file.read(4)) == "utf-8"
+    if is_utf8:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        copy.write_text(json.dumps(read_json(path)))
+        entries["json_file"] = str(copy)
+        try:
+            yield
+        finally:
+            entries["json_file"] = str(path)
 
 
 class EncodedMaskEvaluator(COCOEvaluator):
@@ -86,7 +109,10 @@ class EncodedMaskEvaluator(COCOEvaluator):
         class_names: Sequence[str] | None = None,
     ) -> None:
         check_coco_eval(coco_eval)
-        super().__init__(dataset_name, TASKS, output_dir=str(output_dir), use_fast_impl=False, allow_cached_coco=False)
+        with _utf8_json(dataset_name):
+            super().__init__(
+                dataset_name, TASKS, output_dir=str(output_dir), use_fast_impl=False, allow_cached_coco=False
+            )
         self.max_detections = max_detections
         self.coco_eval = coco_eval
         self._num_classes_key = num_classes_key

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
 from sparseinst.checkpoint import OutputError
+from sparseinst.data.coco_json import register_coco_json
 from sparseinst.data.coco_results import to_coco_results
 from sparseinst.evaluation.checks import check_test_config
 from sparseinst.evaluation.coco_evaluation import RESULTS_FILE, EncodedMaskEvaluator, check_coco_eval, run_coco_eval
 from sparseinst.structures.rle_masks import RLEMasks
+from tests.shapes_data import write_shapes
 from tests.tiny_model import tiny_cfg
 
 SIZE = (96, 128)
@@ -237,3 +240,14 @@ def test_the_faster_computation_has_the_same_figures(case, seed):
         almost_1 = plain[1] == 1 - 2**-52
         assert np.array_equal(np.where(almost_1, 1, plain[1]), fast[1]), task
         assert np.array_equal(plain[2], fast[2]), task
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_json_with_a_byte_order_mark(encoding, tmp_path):
+    json_file, images = write_shapes(tmp_path, 2)
+    path = Path(json_file)
+    path.write_text(path.read_text(), encoding=encoding)
+    name = f"shapes_{encoding}"
+    register_coco_json(name, json_file, images, for_evaluation=True)
+    assert len(EncodedMaskEvaluator(name, tmp_path / "out")._coco_api.imgs) == 2
+    assert MetadataCatalog.get(name).json_file == json_file
