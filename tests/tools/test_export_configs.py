@@ -1,6 +1,7 @@
 """Exports of the published configs, and of what they are for: evaluation, C++, an environment without PyTorch. Slow."""
 
 import json
+import re
 import shutil
 import subprocess
 import venv
@@ -11,6 +12,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from PIL import Image
+from pycocotools import mask as mask_api
 
 from sparseinst import load_config
 from sparseinst.inference import Predictor
@@ -43,11 +45,30 @@ def assert_same_set(found, expected):
         rest[best] = False
 
 
+def write_predictions_as_truth(folder, predictor):
+    """Write photos and a COCO json whose objects are the predictor's, so that its AP is 100; returns both paths."""
+    images, annotations = [], []
+    for index, (photo, found) in enumerate(zip(photos()[:2], predictor(photos()[:2]), strict=True)):
+        # Their channels are BGR.
+        Image.fromarray(photo[..., ::-1]).save(folder / f"{index}.png")
+        images.append({"id": index, "file_name": f"{index}.png", "height": photo.shape[0], "width": photo.shape[1]})
+        for mask, class_index in zip(found.pred_masks.numpy(), found.pred_classes.tolist()):
+            rle = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
+            box, area = mask_api.toBbox(rle).tolist(), int(mask.sum())
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": index, "category_id": class_index + 1, "iscrowd": 0,
+                 "segmentation": {**rle, "counts": rle["counts"].decode()}, "bbox": box, "area": area}
+            )  # fmt: skip
+    categories = [{"id": index + 1, "name": name} for index, name in enumerate(predictor.classes.names)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "truth.json").write_text(json.dumps(content))
+    return str(folder / "truth.json"), str(folder)
+
+
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_exported_checked_and_evaluated(config, name, tmp_path, capsys):
-    """The file's detections are the model's; of quick/shapes the AP too, which is near 0 with random weights."""
-    data = write_shapes(tmp_path / "data", 2)
+    """The file's detections are the model's, and its AP on them is near 100."""
     opts = ["INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TEST", "160", "MODEL.DEVICE", "cpu"]
     # Of hundreds of candidates many have equal scores, whose order rounding changes, and with it what NMS keeps.
     opts += ["MODEL.SPARSE_INST.CLS_THRESHOLD", "0.0", "MODEL.SOLOV2.NMS.PRE", "20", "MODEL.WEIGHTS"]
@@ -59,19 +80,20 @@ def test_exported_checked_and_evaluated(config, name, tmp_path, capsys):
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     opts.append(str(tmp_path / "model.pth"))
     flags = ["--config-file", config, "--format", name, "--output", str(tmp_path / "out")]
-    data_flags = [] if config != "quick/shapes" else ["--test-json", data[0], "--test-images", data[1]]
-    assert export.main([*flags, *data_flags, *opts]) == 0
+    predictor = Predictor(cfg, model=model)
+    expected = predictor(photos()[:2])
+    test_json, test_images = write_predictions_as_truth(tmp_path, predictor)
+    assert export.main([*flags, "--test-json", test_json, "--test-images", test_images, *opts]) == 0
     printed = capsys.readouterr().out
     path = printed.split("Written: ")[1].split(",")[0]
     metadata = read_metadata(path)
     assert all(value <= 1e-4 for output, value in metadata.self_check.items())
     assert metadata.has_deform_conv is ("dcn" in config)
     print(json.dumps({"config": config, "format": name, "line": printed.splitlines()[-1], **metadata.self_check}))
-    expected = Predictor(cfg, model=model)(photos()[:2])
     for found, wanted in zip(Predictor(path)(photos()[:2]), expected, strict=True):
         assert_same_set(found, wanted)
-    if data_flags:
-        assert "AP of the masks" in printed
+    aps = re.search(r"AP of the masks: (.*) in eager float32, (.*) of the exported file", printed).groups()
+    assert all(float(ap) > 99.8 for ap in aps), aps
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
