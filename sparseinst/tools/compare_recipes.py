@@ -190,9 +190,10 @@ class Comparison:
             # Start again: an interrupted measurement may have no times.
             shutil.rmtree(folder / "pace", ignore_errors=True)
             error = self._run_training(run, folder / "pace", arguments, overrides)
-            if error:
+            seconds = _seconds_of_iteration(folder / "pace")
+            if error or math.isnan(seconds):
                 return 0
-            path.write_text(json.dumps({"seconds": _seconds_of_iteration(folder / "pace")}))
+            path.write_text(json.dumps({"seconds": seconds}))
         return max(1, round(60 * run.minutes / json.loads(path.read_text())["seconds"]))
 
     def figures(self, run: Run) -> tuple[float, ...] | None:
@@ -204,7 +205,7 @@ class Comparison:
         return tuple(results.get(name, math.nan) for name in FIGURES)
 
     def measured_minutes(self, run: Run) -> float:
-        """Return how long the iterations of a finished run took: their mean time, times their number."""
+        """Return how long the iterations of a finished run took: their mean time, times their number; or NaN."""
         return self.iterations(run) * _seconds_of_iteration(self.folder_of(run)) / 60
 
     def table(self) -> tuple[list[dict], str]:
@@ -258,10 +259,11 @@ class Comparison:
 
 
 def _seconds_of_iteration(folder: Path) -> float:
-    """Return the mean time of the iterations of a training."""
+    """Return the mean time of the iterations of a training; NaN without one, as after fewer than three iterations."""
     from sparseinst.engine.metrics_file import METRICS_FILE, read_metrics
 
-    return [entry["mean_time"] for entry in read_metrics(folder / METRICS_FILE) if "mean_time" in entry][-1]
+    times = [entry["mean_time"] for entry in read_metrics(folder / METRICS_FILE) if "mean_time" in entry]
+    return times[-1] if times else math.nan
 
 
 @with_exit_codes(EXIT_NOT_RUN)

@@ -100,6 +100,39 @@ def test_a_time_whose_measurement_was_interrupted_is_measured_anew(tmp_path, tra
     assert run(tmp_path, *RECIPES[:2], "--seeds", "1") == 0
 
 
+@pytest.mark.parametrize("length", [("--iterations", "2"), ("--minutes", "0.05")])
+def test_runs_without_a_time_are_in_the_table(tmp_path, trainings, monkeypatch, capsys, length):
+    train = compare_recipes.subprocess.call
+
+    def train_briefly(command, **options):
+        train(command, **options)
+        folder = Path(dict(zip(command, command[1:]))["OUTPUT_DIR"])
+        if folder.name != "pace":
+            # Detectron2 measures no time before the third iteration.
+            (folder / "metrics.json").write_text(json.dumps({"iteration": 1, "total_loss": 1.0}) + "\n")
+        return 0
+
+    monkeypatch.setattr(compare_recipes.subprocess, "call", train_briefly)
+    assert run(tmp_path, *RECIPES[:2], "--seeds", "1", *length) == 0
+    assert "| nan | 2 | 10.0 (10.0) |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["AP"] == [10.0]
+
+
+def test_a_measurement_without_a_time_fails_its_runs_alone(tmp_path, trainings, monkeypatch, capsys):
+    train = compare_recipes.subprocess.call
+
+    def train_on_a_full_disk(command, **options):
+        code = train(command, **options)
+        if "cells/slow/pace" in " ".join(map(str, command)):
+            (tmp_path / "cells" / "slow" / "pace" / "metrics.json").unlink()
+        return code
+
+    monkeypatch.setattr(compare_recipes.subprocess, "call", train_on_a_full_disk)
+    assert run(tmp_path, *RECIPES, "--seeds", "1") == 1
+    output = capsys.readouterr().out
+    assert "no time of an iteration, see" in output and "| cells | fast | 1 | 1.0 | 30 |" in output
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, trainings, capsys):
     recipes = ("--recipe", "broken: small_data/efficientnet_lite0", *RECIPES[:2])
     assert run(tmp_path, *recipes, "--seeds", "1") == 1
