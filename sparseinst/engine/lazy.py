@@ -31,7 +31,7 @@ from sparseinst.engine.metrics_file import build_writers
 from sparseinst.engine.optimizer import clip_total_norm
 from sparseinst.engine.processes import check_device
 from sparseinst.engine.progress import Progress
-from sparseinst.engine.run_setup import begin_run
+from sparseinst.engine.run_setup import begin_run, save_config
 from sparseinst.evaluation import figures_table
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ def main(args: argparse.Namespace) -> dict:
             text = _as_yaml(cfg)
             begin_run(args, stack, cfg.train.output_dir, text, seed=cfg.train.seed, cudnn_benchmark=benchmark)
             run = (prepare_evaluation if args.eval_only else prepare_training)(cfg, args.resume)
+            save_config(cfg.train.output_dir, text, eval_only=args.eval_only)
         with run_errors(cfg.train.output_dir):
             results = run()
     return results

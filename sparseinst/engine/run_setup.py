@@ -1,4 +1,4 @@
-"""Begin a run: the saved config, the loggers and the seed of one process."""
+"""Begin a run: the loggers, the seed and the saved config of one process."""
 
 import argparse
 import atexit
@@ -30,17 +30,21 @@ def log_to_console(level: int, rank: int = 0) -> None:
         setup_logger(name=name, distributed_rank=rank).setLevel(level)
 
 
-def save_config(output_dir: str, config_text: str) -> None:
-    """Write OUTPUT_DIR/config.yaml in rank 0, before the log, so that a full disk gives one line.
+def save_config(output_dir: str, config_text: str, *, eval_only: bool) -> None:
+    """Write OUTPUT_DIR/config.yaml or, with ``eval_only``, OUTPUT_DIR/inference/config.yaml in rank 0.
 
-    Together with `set_up_loggers` and `set_up_run` it replaces Detectron2's default_setup, which empties config.yaml
-    before it writes: a full disk leaves 0 bytes of the earlier file.
+    Call it after the weights are loaded, so that a refused run leaves the earlier file. Together with `begin_run` it
+    replaces Detectron2's default_setup, which empties config.yaml before it writes: a full disk leaves 0 bytes of the
+    earlier file, and an evaluation replaces the config of the training.
 
     Raises:
         OutputError: the file cannot be written; an earlier one is unchanged.
+        OSError: the folder cannot be made.
     """
     if comm.is_main_process():
-        write_text_atomically(Path(output_dir) / "config.yaml", config_text)
+        folder = Path(output_dir, "inference") if eval_only else Path(output_dir)
+        folder.mkdir(exist_ok=True)
+        write_text_atomically(folder / "config.yaml", config_text)
 
 
 def set_up_loggers(output_dir: str) -> None:
@@ -60,7 +64,7 @@ def set_up_loggers(output_dir: str) -> None:
 def begin_run(
     args: argparse.Namespace, stack: contextlib.ExitStack, output_dir: str, config_text: str, **settings: Any
 ) -> None:
-    """Hold OUTPUT_DIR until the stack is closed, write config.yaml, and call `set_up_loggers` and `set_up_run`.
+    """Hold OUTPUT_DIR until the stack is closed, and call `set_up_loggers` and `set_up_run`.
 
     Raises:
         ValueError: the folder cannot be written to or is in use, or a new training would overwrite its checkpoints.
@@ -69,7 +73,6 @@ def begin_run(
         stack.enter_context(claimed(output_dir))
     if not args.eval_only and not args.resume:
         check_no_earlier_run(output_dir)
-    save_config(output_dir, config_text)
     set_up_loggers(output_dir)
     set_up_run(args, config_text, **settings)
 
@@ -79,7 +82,7 @@ def set_up_run(args: argparse.Namespace, config_text: str, *, seed: int, cudnn_b
 
     Args:
         args: of the command line.
-        config_text: content of config.yaml.
+        config_text: content for config.yaml.
         seed: of all random numbers; negative: a random one.
         cudnn_benchmark: of torch, in a training.
     """

@@ -9,10 +9,12 @@
 Each recipe gets the iterations that fit into the time, measured by a short training on the same data, or those of
 --iterations; its schedule is scaled to them. With several --minutes, --plot draws AP over time. Each training runs in a
 process of one thread; evaluations do not count. Runs that have results are not repeated, and interrupted ones are
-continued, so the command can be given again with more times, seeds, recipes or data.
+continued, so the command can be given again with more times, seeds, recipes or data. A recipe or data that
+changed under their name are refused; changed images or modules of --import are not noticed.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -36,6 +38,8 @@ PACE_ITERATIONS = 40
 FIGURES = ("AP", "AP50", "AP75")
 # Output of a run.
 CONSOLE = "console.txt"
+# Of a recipe on a data set.
+SETTINGS = "settings.json"
 
 
 class Data(NamedTuple):
@@ -160,6 +164,39 @@ class Comparison:
     def _recipe_folder(self, run: Run) -> Path:
         return self.folder / run.data.name / run.recipe.name.replace(" ", "_")
 
+    def record_settings(self) -> None:
+        """Write the settings of each recipe on each data set into its folder, before anything is trained.
+
+        Raises:
+            ValueError: a config is wrong, or a folder holds runs whose settings are others or unknown.
+            ImportError: a config needs a package that is not installed.
+            OSError: a json cannot be read, or a folder cannot be written to.
+        """
+        from sparseinst.checkpoint import write_text_atomically
+
+        folders = {self._recipe_folder(run): run for run in self.runs}
+        settings = {folder: self._settings(run) for folder, run in folders.items()}
+        # All are checked before the first one is written.
+        for folder, new in settings.items():
+            _check_settings(folder, new)
+        for folder, new in settings.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(folder / SETTINGS, json.dumps(new, indent=2) + "\n")
+
+    def _settings(self, run: Run) -> dict[str, str]:
+        """Return what the figures of a recipe on a data set depend on: arguments, content of the jsons, config."""
+        from sparseinst import load_config
+        from sparseinst.config.explicit import keys_of
+        from sparseinst.config.model_keys import value
+
+        cfg = load_config(run.recipe.config_file, run.recipe.overrides, imports=self._imports)
+        arguments = run.data.arguments
+        jsons = [path for flag, path in zip(arguments[::2], arguments[1::2]) if flag.endswith("-json")]
+        digests = {f"SHA-256 of {path}": hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in jsons}
+        # --import is given for all recipes, and only one of them may need it.
+        keys = {key: str(value(cfg, key)) for key in keys_of(cfg) if key != "IMPORTS"}
+        return {"data": shlex.join(arguments), **digests, **keys}
+
     def train_all(self, jobs: int) -> int:
         """Train what has no results yet, ``jobs`` runs at a time. Return how many runs failed."""
         waiting = [run for run in self.runs if self.figures(run) is None]
@@ -190,9 +227,10 @@ class Comparison:
             # Start again: an interrupted measurement may have no times.
             shutil.rmtree(folder / "pace", ignore_errors=True)
             error = self._run_training(run, folder / "pace", arguments, overrides)
-            if error:
+            seconds = _seconds_of_iteration(folder / "pace")
+            if error or math.isnan(seconds):
                 return 0
-            path.write_text(json.dumps({"seconds": _seconds_of_iteration(folder / "pace")}))
+            path.write_text(json.dumps({"seconds": seconds}))
         return max(1, round(60 * run.minutes / json.loads(path.read_text())["seconds"]))
 
     def figures(self, run: Run) -> tuple[float, ...] | None:
@@ -204,7 +242,7 @@ class Comparison:
         return tuple(results.get(name, math.nan) for name in FIGURES)
 
     def measured_minutes(self, run: Run) -> float:
-        """Return how long the iterations of a finished run took: their mean time, times their number."""
+        """Return how long the iterations of a finished run took: their mean time, times their number; or NaN."""
         return self.iterations(run) * _seconds_of_iteration(self.folder_of(run)) / 60
 
     def table(self) -> tuple[list[dict], str]:
@@ -257,11 +295,32 @@ class Comparison:
         return f"exit code {code}, see {folder / CONSOLE}" if code else ""
 
 
+def _check_settings(folder: Path, settings: dict[str, str]) -> None:
+    """Raise ValueError where a folder holds runs whose settings are others or unknown."""
+    from sparseinst.data.json_file import read_json
+
+    path = folder / SETTINGS
+    # Each training writes a json before its first iteration.
+    if all(file == path for file in folder.rglob("*.json")):
+        return
+    remedy = f"Give --recipe or --data another name, choose another --output, or delete {folder}"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds runs without {SETTINGS}, which earlier versions did not write: their recipe and data are "
+            f"unknown. {remedy}. If recipe and data have not changed, write {{}} into {path} to keep the runs"
+        )
+    for key, old in read_json(path).items():
+        # Only one of two versions, or of two lists of --import, may have a key.
+        if (new := settings.get(key, old)) != old:
+            raise ValueError(f"{folder} holds runs with {key} {old}, but this command has {new}. {remedy}")
+
+
 def _seconds_of_iteration(folder: Path) -> float:
-    """Return the mean time of the iterations of a training."""
+    """Return the mean time of the iterations of a training; NaN without one, as after fewer than three iterations."""
     from sparseinst.engine.metrics_file import METRICS_FILE, read_metrics
 
-    return [entry["mean_time"] for entry in read_metrics(folder / METRICS_FILE) if "mean_time" in entry][-1]
+    times = [entry["mean_time"] for entry in read_metrics(folder / METRICS_FILE) if "mean_time" in entry]
+    return times[-1] if times else math.nan
 
 
 @with_exit_codes(EXIT_NOT_RUN)
@@ -287,10 +346,8 @@ def _checked_comparison(args: argparse.Namespace) -> Comparison:
     Raises:
         ValueError: the arguments or a config are wrong.
         ImportError: a config needs a package that is not installed.
-        OSError: a folder cannot be made.
+        OSError: a json cannot be read, or a folder cannot be made.
     """
-    from sparseinst import load_config
-
     data, recipes = list(map(parse_data, args.data)), list(map(parse_recipe, args.recipe))
     check_least(args, {"--iterations": 1, "--jobs": 1, "--seeds": 0})
     for minutes in args.minutes:
@@ -301,8 +358,7 @@ def _checked_comparison(args: argparse.Namespace) -> Comparison:
     if args.plot and args.plot.is_dir():
         raise ValueError(f"--plot {args.plot} is a folder")
     comparison = Comparison(data, recipes, args.minutes, args.seeds, args.output, args.iterations, imports=args.imports)
-    for recipe in recipes:
-        load_config(recipe.config_file, recipe.overrides, imports=args.imports)
+    comparison.record_settings()
     for folder in [args.output, *([args.plot.parent] if args.plot else [])]:
         folder.mkdir(parents=True, exist_ok=True)
     return comparison

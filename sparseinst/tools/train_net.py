@@ -77,6 +77,7 @@ def main(args: argparse.Namespace) -> dict:
     from sparseinst.engine import lazy
     from sparseinst.engine.errors import run_errors, setup_errors
     from sparseinst.engine.report import evaluation_report
+    from sparseinst.engine.run_setup import save_config
     from sparseinst.engine.trainer import Trainer
     from sparseinst.evaluation import check_evaluation, evaluate
 
@@ -95,6 +96,7 @@ def main(args: argparse.Namespace) -> dict:
                 trainer = Trainer(cfg)
                 trainer.resume_or_load(args.resume)
                 run = trainer.train
+            save_config(cfg.OUTPUT_DIR, cfg.dump(), eval_only=args.eval_only)
         with run_errors(cfg.OUTPUT_DIR):
             results = run()
         if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:

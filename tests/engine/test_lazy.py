@@ -66,9 +66,11 @@ def test_train_then_resume_then_evaluate(small, tmp_path, capsys):
     steps = [next(iter(content["trainer"]["optimizer"]["state"].values()))["step"] for content in (first, second)]
     assert steps == [2, 3]
 
-    weights = f"train.init_checkpoint='{tmp_path}/model_final.pth'"
-    evaluated = run("--eval-only", *small, weights, f"train.output_dir='{tmp_path / 'eval'}'")
+    saved = (tmp_path / "config.yaml").read_text()
+    evaluated = run("--eval-only", *small, f"train.init_checkpoint='{tmp_path}/model_final.pth'", output)
     assert evaluated.keys() == results.keys()
+    assert (tmp_path / "config.yaml").read_text() == saved
+    assert "/model_final.pth" in (tmp_path / "inference" / "config.yaml").read_text()
 
 
 def test_gradients_are_clipped(small, tmp_path, monkeypatch):

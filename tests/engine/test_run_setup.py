@@ -24,11 +24,19 @@ def loggers(monkeypatch):
     setup_logger.cache_clear()
 
 
-def test_a_full_disk_leaves_the_earlier_config(tmp_path):
-    save_config(str(tmp_path), "KEY: old\n")
+@pytest.mark.parametrize(("eval_only", "name"), [(False, "config.yaml"), (True, "inference/config.yaml")])
+def test_a_full_disk_leaves_the_earlier_config(tmp_path, eval_only, name):
+    save_config(str(tmp_path), "KEY: old\n", eval_only=eval_only)
     with little_room(100), pytest.raises(OutputError, match="config.yaml cannot be written: File too large"):
-        save_config(str(tmp_path), "KEY: new\n" * 30)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["KEY: old\n"]
+        save_config(str(tmp_path), "KEY: new\n" * 30, eval_only=eval_only)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == [tmp_path / name] and files[0].read_text() == "KEY: old\n"
+
+
+def test_rank_0_alone_saves_the_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_setup.comm, "is_main_process", lambda: False)
+    save_config(str(tmp_path), "KEY: 1\n", eval_only=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_log_that_cannot_be_written_costs_one_line(tmp_path, capsys):

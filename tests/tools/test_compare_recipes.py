@@ -1,18 +1,23 @@
 """The comparison of recipes, with trainings that write what the command reads."""
 
 import json
+import re
 from pathlib import Path
 
 import cv2
 import pytest
 
+from sparseinst import get_config_file
 from sparseinst.tools import compare_recipes
 
 
 @pytest.fixture
-def trainings(monkeypatch):
+def trainings(tmp_path, monkeypatch):
     """Replace the trainings: record each command; the mean iteration takes 2 s, with "slow" in the folder 4 s."""
     commands = []
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.json", "val.json"):
+        Path(name).write_text("{}")
 
     def train(command, **_):
         commands.append(command)
@@ -34,11 +39,15 @@ def trainings(monkeypatch):
     return commands
 
 
-def run(tmp_path, *args):
-    data = ["--data", "cells", "train.json", "train", "val.json", "val"]
-    return compare_recipes.main([*data, "--minutes", "1", "--jobs", "1", "--output", str(tmp_path), *args])
+DATA = ("train.json", "train", "val.json", "val")
 
 
+def run(tmp_path, *args, data=DATA):
+    fixed = ["--data", "cells", *data, "--minutes", "1", "--jobs", "1", "--output", str(tmp_path)]
+    return compare_recipes.main([*fixed, *args])
+
+
+BASE = get_config_file("small_data/efficientnet_lite0")
 RECIPES = ("--recipe", "fast: small_data/efficientnet_lite0", "--recipe", "slow: small_data/published_recipe SEED 7")
 
 
@@ -85,6 +94,67 @@ def test_what_is_done_is_not_repeated(tmp_path, trainings):
     assert len(trainings) == done + 2 and all("seed2" in " ".join(command) for command in trainings[done:])
 
 
+SETTINGS = Path("cells/fast/settings.json")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize(
+    ("files", "overrides", "data", "message"),
+    [
+        ({}, " SOLVER.BASE_LR 0.01", DATA, "SOLVER.BASE_LR 0.002, but this command has 0.01"),
+        ({}, "", ["other.json", *DATA[1:]], "data --train-json train.json .*, but this command has --train-json other"),
+        ({"train.json": "[]"}, "", DATA, "SHA-256 of train.json 44136.*, but this command has 4f53c"),
+        ({"val.json": "[]"}, "", DATA, "SHA-256 of val.json 44136"),
+        ({"mine.yaml": f"_BASE_: {BASE}"}, "", DATA, "SOLVER.MAX_ITER 20, but this command has 500"),
+    ],
+)
+def test_another_recipe_or_data_under_a_known_name_are_refused(
+    tmp_path, trainings, capsys, files, overrides, data, message, interrupted
+):
+    for name, text in {"mine.yaml": f"_BASE_: {BASE}\nSOLVER: {{MAX_ITER: 20}}", "other.json": "{}"}.items():
+        Path(name).write_text(text)
+    assert run(tmp_path, "--recipe", "fast: mine.yaml", "--seeds", "1") == 0
+    done, recorded = len(trainings), SETTINGS.read_text()
+    if interrupted:
+        Path("cells/fast/1min/seed1/results.json").unlink()
+    for name, text in files.items():
+        Path(name).write_text(text)
+    # A new recipe is not recorded either.
+    assert run(tmp_path, *RECIPES[2:], "--recipe", f"fast: mine.yaml{overrides}", "--seeds", "1", data=data) == 2
+    printed = capsys.readouterr().err
+    assert re.match(f"error: {tmp_path}/cells/fast holds runs with {message}", printed) and printed.count("\n") == 1
+    assert "Give --recipe or --data another name, choose another --output, or delete" in printed
+    assert SETTINGS.read_text() == recorded and len(trainings) == done and not Path("cells/slow").exists()
+
+
+def test_a_comparison_of_an_earlier_version_is_refused_until_it_is_accepted(tmp_path, trainings, capsys):
+    run(tmp_path, *RECIPES[:2], "--seeds", "1")
+    done, recorded = len(trainings), SETTINGS.read_text()
+    SETTINGS.unlink()
+    assert run(tmp_path, *RECIPES[:2], "--seeds", "1") == 2
+    printed = capsys.readouterr().err
+    assert "cells/fast holds runs without settings.json" in printed and "write {} into" in printed
+    assert printed.count("\n") == 1
+    SETTINGS.write_text("{}")
+    assert run(tmp_path, *RECIPES[:2], "--seeds", "1") == 0
+    # From now on the settings are known.
+    assert SETTINGS.read_text() == recorded and len(trainings) == done
+
+
+def test_settings_that_trained_nothing_are_replaced(tmp_path, trainings):
+    run(tmp_path, "--recipe", "broken: small_data/efficientnet_lite0", "--seeds", "1")
+    recipe = ("--recipe", "broken: small_data/efficientnet_lite0 SOLVER.BASE_LR 0.01")
+    assert run(tmp_path, *recipe, "--seeds", "1") == 1
+    assert json.loads(Path("cells/broken/settings.json").read_text())["SOLVER.BASE_LR"] == "0.01"
+
+
+def test_another_import_changes_no_recipe(tmp_path, trainings):
+    assert run(tmp_path, *RECIPES[:2], "--seeds", "1") == 0
+    for text in ("", "# Changed.\n"):
+        Path("mine.py").write_text(text)
+        assert run(tmp_path, *RECIPES, "--seeds", "1", "--import", "mine.py") == 0
+
+
 def test_a_time_whose_measurement_was_interrupted_is_measured_anew(tmp_path, trainings, monkeypatch):
     pace = tmp_path / "cells" / "fast" / "pace"
     pace.mkdir(parents=True)
@@ -98,6 +168,39 @@ def test_a_time_whose_measurement_was_interrupted_is_measured_anew(tmp_path, tra
 
     monkeypatch.setattr(compare_recipes.subprocess, "call", resume)
     assert run(tmp_path, *RECIPES[:2], "--seeds", "1") == 0
+
+
+@pytest.mark.parametrize("length", [("--iterations", "2"), ("--minutes", "0.05")])
+def test_runs_without_a_time_are_in_the_table(tmp_path, trainings, monkeypatch, capsys, length):
+    train = compare_recipes.subprocess.call
+
+    def train_briefly(command, **options):
+        train(command, **options)
+        folder = Path(dict(zip(command, command[1:]))["OUTPUT_DIR"])
+        if folder.name != "pace":
+            # Detectron2 measures no time before the third iteration.
+            (folder / "metrics.json").write_text(json.dumps({"iteration": 1, "total_loss": 1.0}) + "\n")
+        return 0
+
+    monkeypatch.setattr(compare_recipes.subprocess, "call", train_briefly)
+    assert run(tmp_path, *RECIPES[:2], "--seeds", "1", *length) == 0
+    assert "| nan | 2 | 10.0 (10.0) |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["AP"] == [10.0]
+
+
+def test_a_measurement_without_a_time_fails_its_runs_alone(tmp_path, trainings, monkeypatch, capsys):
+    train = compare_recipes.subprocess.call
+
+    def train_on_a_full_disk(command, **options):
+        code = train(command, **options)
+        if "cells/slow/pace" in " ".join(map(str, command)):
+            (tmp_path / "cells" / "slow" / "pace" / "metrics.json").unlink()
+        return code
+
+    monkeypatch.setattr(compare_recipes.subprocess, "call", train_on_a_full_disk)
+    assert run(tmp_path, *RECIPES, "--seeds", "1") == 1
+    output = capsys.readouterr().out
+    assert "no time of an iteration, see" in output and "| cells | fast | 1 | 1.0 | 30 |" in output
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, trainings, capsys):
@@ -129,6 +232,7 @@ def test_without_test_data_a_part_of_the_training_data_is_kept():
         ([*RECIPES, "--minutes", "nan"], "--minutes is nan; it must be above 0"),
         ([*RECIPES, "--minutes", "inf"], "--minutes is inf; it must be above 0, and finite"),
         ([*RECIPES, "--recipe", "fast: small_data/yolact"], "cells/fast/1min/seed1 belongs to several runs"),
+        ([*RECIPES, "--data", "x", "no_such.json", "train"], "no_such.json"),
         ([*RECIPES, "--plot", "."], "--plot . is a folder"),
         ([*RECIPES, "--plot", f"{__file__}/curves.png"], __file__),
     ],

@@ -2,9 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
+import torch
+import yaml
 
+from sparseinst.engine.trainer import Trainer
 from sparseinst.tools import train_net
 from tests.loggers import loggers_restored
 from tests.shapes_data import write_shapes
@@ -26,6 +30,15 @@ def data(tmp_path_factory):
     with open(json_file, "w") as file:
         json.dump(content, file)
     return json_file, images
+
+
+@pytest.fixture
+def other_names(data, tmp_path):
+    content = json.loads(open(data[0]).read())
+    for category, name in zip(content["categories"], ("cat", "dog", "cow")):
+        category["name"] = name
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    return tmp_path / "other.json"
 
 
 def main(*args):
@@ -87,15 +100,41 @@ def test_another_json_takes_the_place_of_the_share_of_the_config(trained, data, 
             main(*test, *json_flags, *flags, *weights, *opts)
 
 
-def test_other_names_of_classes_stop_with_both_lists(trained, data, tmp_path):
+def test_an_evaluation_leaves_the_config_of_the_training(trained, data, tmp_path):
+    output = shutil.copytree(trained[0], tmp_path / "run")
+    saved = (output / "config.yaml").read_text()
+    weights = output / "model_final.pth"
+    test = ["--eval-only", "--test-json", data[0], "--test-images", data[1]]
+    main("--config-file", output / "config.yaml", *test, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output)
+    assert (output / "config.yaml").read_text() == saved
+    evaluated = yaml.safe_load((output / "inference" / "config.yaml").read_text())
+    assert evaluated["DATASETS"]["TEST_JSON"] == str(data[0]) and evaluated["MODEL"]["WEIGHTS"] == str(weights)
+
+
+def test_a_run_whose_weights_are_refused_saves_no_config(trained, other_names, data, tmp_path):
+    output = shutil.copytree(trained[0], tmp_path / "run")
+    saved, log = (output / "config.yaml").read_text(), (output / "log.txt").read_text()
+    flags = ["--train-json", other_names, "--train-images", data[1], "OUTPUT_DIR", output]
+    with pytest.raises(SystemExit, match="was trained on the classes"):
+        main("--resume", *flags)
+    assert (output / "config.yaml").read_text() == saved
+    assert len((output / "log.txt").read_text()) > len(log)
+    torch.save({"model": {"backbone.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(SystemExit, match="other.pth"):
+        main(*flags[:-1], tmp_path / "new", "MODEL.WEIGHTS", tmp_path / "other.pth")
+    assert (tmp_path / "new" / "log.txt").is_file() and not (tmp_path / "new" / "config.yaml").exists()
+
+
+def test_the_config_is_saved_before_the_first_iteration(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "train", lambda self: {"saved": (tmp_path / "config.yaml").is_file()})
+    assert main("--train-json", data[0], "--train-images", data[1], "OUTPUT_DIR", tmp_path) == {"saved": True}
+
+
+def test_other_names_of_classes_stop_with_both_lists(trained, other_names, data, tmp_path):
     output, _, _ = trained
-    content = json.loads(open(data[0]).read())
-    for category, name in zip(content["categories"], ("cat", "dog", "cow")):
-        category["name"] = name
-    (tmp_path / "other.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit) as caught:
         main(
-            "--eval-only", "--test-json", tmp_path / "other.json", "--test-images", data[1],
+            "--eval-only", "--test-json", other_names, "--test-images", data[1],
             "MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", tmp_path / "out",
         )  # fmt: skip
     error = str(caught.value)
