@@ -12,7 +12,7 @@ from scipy import ndimage
 from sparseinst.data.image_formats import FORMATS, IMAGE_SUFFIXES
 from sparseinst.data.images import MAX_IMAGE_PIXELS, open_image, read_image_size
 from sparseinst.data.json_file import read_json
-from sparseinst.data.other_formats import LABELME, VIA, YOLO, content_format, path_format
+from sparseinst.data.other_formats import LABELME, MASKS, VIA, YOLO, content_format, list_files, path_format
 
 # The image and the class of an object, and its polygons [x0, y0, x1, y1, ...] in pixels, or its mask as an RLE.
 Object = tuple[Path, str, list[list[float]] | dict]
@@ -23,7 +23,7 @@ Find = Callable[[Path, Iterable[PurePosixPath]], Path]
 def read_labelme(source: Path, find: Find) -> Iterator[Object]:
     """Yield the objects of labelme files; shapes of one label and group are one object."""
     folder = source if source.is_dir() else source.parent
-    for file in sorted(source.rglob("*.json")) if source.is_dir() else [source]:
+    for file in list_files(source, (".json",)) if source.is_dir() else [source]:
         if content_format(content := read_json(file)) != LABELME:
             continue
         name = PureWindowsPath(file.parent.relative_to(folder)) / content["imagePath"]
@@ -72,7 +72,7 @@ def read_via(source: Path, find: Find) -> Iterator[Object]:
 
 def read_yolo(source: Path, find: Find, sizes: dict[Path, tuple[int, int]], classes: Sequence[str]) -> Iterator[Object]:
     """Yield the lines of YOLO segmentation labels."""
-    for file in sorted(source.rglob("*.txt")):
+    for file in list_files(source, (".txt",)):
         if file.stem in ("classes", "train", "val", "test"):
             continue
         image = find(file, _tails(file.relative_to(source).with_suffix("")))
@@ -109,7 +109,13 @@ def read_masks(
     source: Path, find: Find, sizes: dict[Path, tuple[int, int]], by_class: bool, max_pixels: int
 ) -> Iterator[Object]:
     """Yield the objects of masks; RGB masks have a color for each object or class."""
-    for file in sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+    for file in list_files(source, IMAGE_SUFFIXES):
+        image = find(file, _mask_names(file.relative_to(source).with_suffix("")))
+        if file.samefile(image):
+            raise ValueError(
+                f"{file} is one of the images and would be read as its own mask: {source} has no labelme, VIA or YOLO "
+                "annotations; give the folder of the annotations, or a folder with masks alone"
+            )
         with open_image(file, max_pixels) as opened:
             is_index = opened.mode in ("1", "L", "P") or opened.mode.startswith("I")
             values = np.array(opened if is_index else opened.convert("RGB")).astype(np.int64)
@@ -117,7 +123,6 @@ def read_masks(
             values = ((values if is_index else values.max(axis=2)) > 127).astype(np.int64)
         elif not is_index:
             values = values @ (65536, 256, 1)
-        image = find(file, _mask_names(file.relative_to(source).with_suffix("")))
         if values.shape != sizes[image]:
             raise ValueError(
                 f"the mask {file} has {values.shape} pixels (height, width), and its image {image} has {sizes[image]}: "
@@ -150,6 +155,14 @@ def _mask_names(name: PurePath) -> Iterator[PurePosixPath]:
     """
     for tail in _tails(name):
         yield from (tail, tail.with_name(tail.name.rsplit("_", 1)[0] or tail.name), *list(tail.parents)[:-1])
+
+
+def _without_masks(paths: list[Path], image_root: Path, masks: Path) -> list[Path]:
+    """Return the images without those in the folder of the masks, where it is a subfolder of the images."""
+    root, masks = image_root.resolve(), masks.resolve()
+    if root.is_relative_to(masks):
+        return paths
+    return [path for path in paths if not (root / path.relative_to(image_root)).is_relative_to(masks)]
 
 
 def _rectangle(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
@@ -186,7 +199,10 @@ def convert(
     kind = path_format(source)
     if kind is None:
         raise ValueError(f"{source}: no labelme, VIA or YOLO annotations and no masks; see docs/data_formats.md")
-    paths = sorted(path for path in image_root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    folder = source.parent if source.is_file() else source
+    paths = list_files(image_root, IMAGE_SUFFIXES)
+    if kind == MASKS:
+        paths = _without_masks(paths, image_root, folder)
     sizes = {path: read_image_size(path, max_pixels) for path in paths}
     paths_of_name: dict[PurePosixPath, list[Path]] = {}
     for path in paths:
@@ -208,7 +224,6 @@ def convert(
             )
         return found[0]
 
-    folder = source.parent if source.is_file() else source
     if kind == LABELME:
         objects = list(read_labelme(source, find))
     elif kind == VIA:

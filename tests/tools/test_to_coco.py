@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 
 from sparseinst.data.coco_checks import check_content
 from sparseinst.data.coco_json import register_user_datasets
+from sparseinst.data.other_formats import describe_path
 from sparseinst.tools import check_dataset, to_coco
 from tests.tiny_model import tiny_cfg
 
@@ -246,6 +247,11 @@ def test_other_formats_are_named_with_the_command(make, message, tmp_path, image
     assert check_dataset.main([str(path), str(images)]) in (1, 2)
     captured = capsys.readouterr()
     assert "sparseinst.tools.to_coco" in captured.out + captured.err
+
+
+def test_images_with_a_coco_json_are_not_named_masks(images):
+    (images / "train.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    assert "to_coco" not in (message := describe_path(images)) and "expected a COCO json" in message
 
 
 @pytest.mark.parametrize(

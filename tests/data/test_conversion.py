@@ -1,0 +1,89 @@
+"""Convert whole folders of annotations: their format, their images, and annotations that must be refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparseinst.data.conversion import convert
+
+SQUARE = [[2, 3], [12, 3], [12, 13], [2, 13]]  # 10 x 10 pixels
+YOLO_SQUARE = ".05 .15 .3 .15 .3 .65 .05 .65"  # in an image of 20 x 40 pixels
+
+
+def save(path, content=""):
+    """Write a file below new folders: an array as an image, text, or an object as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, np.ndarray):
+        Image.fromarray(content).save(path)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def photos(folder, *names, size=(20, 40)):
+    """Save noise of a size (height, width), which no mask resembles, under these names."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    for name in names:
+        save(folder / name, pixels)
+
+
+def labelme(image, label="cat", points=SQUARE, **others):
+    return {"imagePath": image, "shapes": [{"label": label, "points": points}], **others}
+
+
+def objects(content):
+    """Return (image, class, area) of each object."""
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    return [(files[a["image_id"]], names[a["category_id"]], a["area"]) for a in content["annotations"]]
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Return a folder with 150 photographs in images/train/."""
+    photos(tmp_path / "images" / "train", *(f"{number:03}.jpg" for number in range(150)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("source", ["", "images"])
+def test_few_labelme_files_among_many_photographs(source, many):
+    folder = many / source
+    save(folder / "a.json", {"images": [], "annotations": []})
+    save(folder / "b" / "120.json", labelme("../images/120.jpg" if source == "" else "../120.jpg"))
+    assert objects(convert(folder, many / "images")) == [("train/120.jpg", "cat", 100)]
+
+
+@pytest.mark.parametrize("folder", ["labels/train", "images/train"])
+def test_yolo_labels_among_many_photographs(folder, many):
+    for number in range(150):  # the first images have no objects
+        save(many / folder / f"{number:03}.txt", f"0 {YOLO_SQUARE}" if number == 149 else "")
+    assert objects(convert(many, many / "images")) == [("train/149.jpg", "class 0", 100)]
+
+
+@pytest.mark.parametrize("source", ["", "images"])
+def test_photographs_without_annotations_are_refused(source, many):
+    save(many / "images" / "other.json", {"objects": []})
+    with pytest.raises(ValueError, match="train/000.jpg is one of the images .* no labelme, VIA or YOLO"):
+        convert(many / source, many / "images")
+
+
+def square_mask(value=1):
+    mask = np.zeros((20, 40), np.uint8)
+    mask[3:13, 2:12] = value
+    return mask
+
+
+def test_masks_in_a_subfolder_of_the_images(tmp_path):
+    photos(tmp_path, "a.jpg", "b/c.jpg")
+    save(tmp_path / "masks" / "a.png", square_mask())
+    content = convert(tmp_path / "masks", tmp_path)
+    assert objects(content) == [("a.jpg", "object", 100)]
+    assert [image["file_name"] for image in content["images"]] == ["a.jpg", "b/c.jpg"]
+
+
+def test_masks_next_to_an_unknown_json(tmp_path):
+    photos(tmp_path / "images", "a.jpg")
+    save(tmp_path / "masks" / "a.png", square_mask())
+    save(tmp_path / "masks" / "info.json", {"tool": "GIMP"})
+    assert objects(convert(tmp_path / "masks", tmp_path / "images")) == [("a.jpg", "object", 100)]
