@@ -44,10 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output.exists():
         raise ValueError(f"{args.output} already exists; remove it, or change --output")
     by_class = args.values == "classes"
-    try:
-        content = convert(args.source, args.images, args.classes, by_class=by_class, max_pixels=args.max_image_pixels)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{args.source} has an annotation that cannot be read: {error!r}") from error
+    content = convert(args.source, args.images, args.classes, by_class=by_class, max_pixels=args.max_image_pixels)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(args.output, json.dumps(content))
     counts = Counter(annotation["category_id"] for annotation in content["annotations"])

@@ -64,7 +64,7 @@ def test_yolo_labels_among_many_photographs(folder, many):
 @pytest.mark.parametrize("source", ["", "images"])
 def test_photographs_without_annotations_are_refused(source, many):
     save(many / "images" / "other.json", {"objects": []})
-    with pytest.raises(ValueError, match="train/000.jpg is one of the images .* no labelme, VIA or YOLO"):
+    with pytest.raises(ValueError, match="train/000.jpg: the file is one of the images .* no labelme, VIA or YOLO"):
         convert(many / source, many / "images")
 
 

@@ -167,7 +167,7 @@ def test_an_annotation_that_fits_several_images_is_refused(other, tmp_path, imag
     source = mask_file(tmp_path, "train/a.png", (1, 2))
     assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json")]) == 1
     assert (error := capsys.readouterr().err).count("\n") == 1
-    assert "annotates 'train/a', which may be" in error and str(images / other) in error
+    assert "a.png: the image 'train/a' may be" in error and str(images / other) in error
 
 
 def test_masks_in_jpeg_are_black_and_white(tmp_path, images):
@@ -218,11 +218,11 @@ def test_what_cannot_be_converted(tmp_path, images, capsys):
     assert "expected a polygon (boxes: no masks)" in capsys.readouterr().err
     (labels / "a.txt").rename(labels / "c.txt")
     assert to_coco.main([str(labels), str(images), *output]) == 1
-    assert "has no image 'c'" in capsys.readouterr().err
+    assert "c.txt: " in (error := capsys.readouterr().err) and "has no image 'c'" in error
     path = via(tmp_path)
     path.write_text(path.read_text().replace("all_points_x", "points"))
     assert to_coco.main([str(path), str(images), *output]) == 1
-    assert "an annotation that cannot be read: KeyError('all_points_x')" in capsys.readouterr().err
+    assert f"{path}: an annotation that cannot be read: KeyError('all_points_x')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
