@@ -178,10 +178,13 @@ def convert(
     else:
         suffixes = IMAGE_SUFFIXES
         read = partial(read_masks, folder=folder, images=images, by_class=by_class, max_pixels=max_pixels)
-    objects = []
+    objects, project_of_image = [], {}
     for file in [source] if source.is_file() and kind in (LABELME, VIA) else list_files(folder, suffixes):
         with _named(file):
-            objects += [(image, label, _encode(shape, images.sizes[image])) for image, label, shape in read(file)]
+            for image, label, shape in read(file):
+                if kind == VIA and (other := project_of_image.setdefault(image, file)) != file:
+                    raise ValueError(f"{image} has regions in {other} too, which would double them: remove one project")
+                objects.append((image, label, _encode(shape, images.sizes[image])))
     found = sorted({label for _, label, _ in objects})
     classes = classes or found
     if unknown := set(found) - set(classes):

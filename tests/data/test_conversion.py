@@ -87,3 +87,30 @@ def test_masks_next_to_an_unknown_json(tmp_path):
     save(tmp_path / "masks" / "a.png", square_mask())
     save(tmp_path / "masks" / "info.json", {"tool": "GIMP"})
     assert objects(convert(tmp_path / "masks", tmp_path / "images")) == [("a.jpg", "object", 100)]
+
+
+def via(**labels_of_images):
+    xs, ys = map(list, zip(*SQUARE))
+    shape = {"name": "polygon", "all_points_x": xs, "all_points_y": ys}
+    regions = {
+        image: [{"shape_attributes": shape, "region_attributes": {"class": label}} for label in labels]
+        for image, labels in labels_of_images.items()
+    }
+    entries = {f"{image}.jpg1": {"filename": f"{image}.jpg", "regions": found} for image, found in regions.items()}
+    return {"_via_settings": {}, "_via_img_metadata": entries}
+
+
+def test_via_projects_of_several_annotators(tmp_path):
+    photos(tmp_path / "images", "a.jpg", "b.jpg")
+    projects = tmp_path / "projects"
+    save(projects / "a.json", {"images": [], "annotations": []})
+    save(projects / "anna.json", via(a=["cat"], b=[]))
+    save(projects / "ben" / "project.json", via(a=[], b=["dog", "cat"]))
+    assert objects(convert(projects, tmp_path / "images")) == [
+        ("a.jpg", "cat", 100), ("b.jpg", "dog", 100), ("b.jpg", "cat", 100),
+    ]  # fmt: skip
+    # A second version of the same regions would double them.
+    save(projects / "backup.json", via(a=["cat"], b=[]))
+    with pytest.raises(ValueError, match="backup.json: .*a.jpg has regions in .*anna.json too"):
+        convert(projects, tmp_path / "images")
+    assert len(objects(convert(projects / "backup.json", tmp_path / "images"))) == 1
