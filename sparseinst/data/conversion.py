@@ -27,6 +27,13 @@ def read_labelme(file: Path, folder: Path, images: AnnotatedImages) -> Iterator[
         return
     name = PureWindowsPath(file.parent.relative_to(folder)) / content["imagePath"]
     image, groups = images.find(file_names(PurePosixPath(posixpath.normpath(name.as_posix())))), {}
+    declared, size = (content.get("imageHeight"), content.get("imageWidth")), images.sizes[image]
+    if None not in declared and declared != size:
+        turned = " (the annotation tool may ignore EXIF's rotation)" * (declared == size[::-1])
+        raise ValueError(
+            f"imageHeight and imageWidth are {declared}, but {image} has {size}{turned}: give the images that were "
+            "annotated, or scale points, imageHeight and imageWidth"
+        )
     for number, shape in enumerate(content["shapes"]):
         kind, points, group = shape.get("shape_type", "polygon"), shape["points"], shape.get("group_id")
         if kind == "mask":

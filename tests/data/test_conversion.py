@@ -54,6 +54,27 @@ def test_few_labelme_files_among_many_photographs(source, many):
     assert objects(convert(folder, many / "images")) == [("train/120.jpg", "cat", 100)]
 
 
+def test_the_size_of_labelme(tmp_path):
+    photos(tmp_path, "a.jpg")
+    for declared in ({"imageHeight": 20, "imageWidth": 40}, {"imageHeight": None, "imageWidth": None}):
+        save(tmp_path / "a.json", labelme("a.jpg", **declared))
+        assert objects(convert(tmp_path, tmp_path)) == [("a.jpg", "cat", 100)]
+    save(tmp_path / "a.json", labelme("a.jpg", imageHeight=80, imageWidth=160))
+    with pytest.raises(ValueError, match=r"a.json: .*\(80, 160\), but .*a.jpg has \(20, 40\): give the images"):
+        convert(tmp_path, tmp_path)
+
+
+def test_labelme_declares_the_size_of_the_rotated_image(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # stored as 20 x 40, shown as 40 x 20
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    save(tmp_path / "a.json", labelme("a.jpg", imageHeight=40, imageWidth=20))
+    assert objects(convert(tmp_path, tmp_path)) == [("a.jpg", "cat", 100)]
+    save(tmp_path / "a.json", labelme("a.jpg", imageHeight=20, imageWidth=40))
+    with pytest.raises(ValueError, match=r"\(20, 40\), but .* \(40, 20\) .*may ignore EXIF"):
+        convert(tmp_path, tmp_path)
+
+
 @pytest.mark.parametrize("folder", ["labels/train", "images/train"])
 def test_yolo_labels_among_many_photographs(folder, many):
     for number in range(150):  # the first images have no objects
