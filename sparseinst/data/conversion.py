@@ -15,7 +15,7 @@ from sparseinst.data.annotated_images import AnnotatedImages, file_names, mask_n
 from sparseinst.data.image_formats import FORMATS, IMAGE_SUFFIXES
 from sparseinst.data.images import MAX_IMAGE_PIXELS, open_image
 from sparseinst.data.json_file import read_json
-from sparseinst.data.other_formats import LABELME, MASKS, VIA, YOLO, content_format, list_files, path_format
+from sparseinst.data.other_formats import LABELME, MASKS, VIA, YOLO, content_format, is_yolo, list_files, path_format
 
 # The image and the class of an object, and its polygons [x0, y0, x1, y1, ...] in pixels, or its mask as an RLE.
 Object = tuple[Path, str, list[list[float]] | dict]
@@ -76,38 +76,50 @@ def read_via(file: Path, images: AnnotatedImages) -> Iterator[Object]:
             yield image, str(label), [points.reshape(-1).astype(float).tolist()]
 
 
-def read_yolo(file: Path, folder: Path, images: AnnotatedImages, classes: Sequence[str]) -> Iterator[Object]:
-    """Yield the lines of a file of YOLO segmentation labels below ``folder``."""
-    if file.stem in ("classes", "train", "val", "test"):
+def read_yolo(file: Path, folder: Path, images: AnnotatedImages, classes: dict[int, str]) -> Iterator[Object]:
+    """Yield the lines of a file of YOLO segmentation labels below ``folder``; without ``classes`` numbers are names."""
+    names = list(tails(file.relative_to(folder).with_suffix("")))
+    if not images.matches(names) and not is_yolo(file):  # a list of classes or images, or a readme
         return
-    image = images.find(tails(file.relative_to(folder).with_suffix("")))
+    image = images.find(names)
     height, width = images.sizes[image]
-    for line in filter(None, map(str.split, file.read_text(encoding="utf-8-sig").splitlines())):
-        points = np.array(line[1:], dtype=np.float64)
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    for number, line in enumerate(map(str.split, lines), 1):
+        if not line:
+            continue
+        try:
+            index, points = int(line[0]), np.array(line[1:], dtype=np.float64)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}; expected the number of a class and coordinates") from error
         if len(points) < 6 or len(points) % 2:
-            raise ValueError(f"a line of {len(points)} coordinates; expected a polygon (boxes: no masks)")
-        index = int(line[0])
-        label = classes[index] if index < len(classes) else f"class {index}"
+            raise ValueError(f"line {number}: {len(points)} coordinates; expected a polygon (boxes: no masks)")
+        if index < 0 or (classes and index not in classes):
+            expected = f"one of {classes}: correct the line, data.yaml or --classes" if classes else "0 or more"
+            raise ValueError(f"line {number}: class {index}; expected {expected}")
+        label = classes.get(index, f"class {index}")
         yield image, label, [(points.reshape(-1, 2) * (width, height)).reshape(-1).round(2).tolist()]
 
 
-def read_yolo_classes(source: Path, images: Path) -> list[str]:
-    """Return the class names of ``source``, or of a data.yaml next to labels or images; empty without one."""
+def read_yolo_classes(source: Path, images: Path) -> dict[int, str]:
+    """Return the classes of ``source``, or of a data.yaml next to labels or images, by number; empty without one."""
     folders = [source, *source.resolve().parents[:2], images, *images.resolve().parents[:2]]
     files = [source, *(folder / "data.yaml" for folder in folders)]
     file = next((file for file in files if file.suffix in (".yaml", ".yml") and file.is_file()), None)
     if file is None:
-        return []
+        return {}
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is not valid YAML: {reason}; correct it, or give --classes") from error
     names = content.get("names") if isinstance(content, dict) else None
-    names = list(names.values()) if isinstance(names, dict) else names
-    if not isinstance(names, list):
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    if not isinstance(names, dict):
         raise ValueError(f"{file} has no class names; expected an entry such as names: [cat, dog], or give --classes")
-    return list(map(str, names))
+    try:
+        return dict(sorted((int(str(key)), str(name)) for key, name in names.items()))
+    except ValueError as error:
+        raise ValueError(f"{file} has names with a key that is not a number: {error}; expected {{0: cat}}") from error
 
 
 def read_masks(file: Path, folder: Path, images: AnnotatedImages, by_class: bool, max_pixels: int) -> Iterator[Object]:
@@ -180,8 +192,9 @@ def convert(
     elif kind == VIA:
         read = partial(read_via, images=images)
     elif kind == YOLO:
-        classes, suffixes = classes or read_yolo_classes(source, image_root), (".txt",)
-        read = partial(read_yolo, folder=folder, images=images, classes=classes)
+        class_names = dict(enumerate(classes)) or read_yolo_classes(source, image_root)
+        classes, suffixes = list(class_names.values()), (".txt",)
+        read = partial(read_yolo, folder=folder, images=images, classes=class_names)
     else:
         suffixes = IMAGE_SUFFIXES
         read = partial(read_masks, folder=folder, images=images, by_class=by_class, max_pixels=max_pixels)

@@ -75,9 +75,9 @@ def path_format(path: Path) -> str | None:
             return YOLO
         if path.suffix.lower() in IMAGE_SUFFIXES:
             return MASKS
-        return YOLO if path.suffix.lower() == ".txt" and _is_yolo(path) else None
+        return YOLO if path.suffix.lower() == ".txt" and is_yolo(path) else None
     # All names, because annotations may follow thousands of images; contents only up to the first annotation.
-    if any(map(_is_yolo, list_files(path, (".txt",)))):
+    if any(map(is_yolo, list_files(path, (".txt",)))):
         return YOLO
     kinds = (content_format(read_json(file)) for file in list_files(path, (".json",)))
     return next(filter(None, kinds), MASKS if list_files(path, IMAGE_SUFFIXES) else None)
@@ -98,8 +98,8 @@ def describe_path(path: Path) -> str | None:
     return start + convert_hint(source)
 
 
-def _is_yolo(path: Path) -> bool:
-    """Return whether a text file's first line is a class and at least four coordinates."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        line = file.readline(10_000)
-    return re.match(r"\s*\d+(\s+-?[\d.]+(e-?\d+)?){4,}", line) is not None
+def is_yolo(path: Path) -> bool:
+    """Return whether a text file's first line is a class, also a name or negative, and at least four coordinates."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        start = file.read(10_000)
+    return re.match(r"\s*[\w-]+([^\S\n]+-?[\d.]+(e[+-]?\d+)?){4,}", start) is not None

@@ -89,6 +89,60 @@ def test_photographs_without_annotations_are_refused(source, many):
         convert(many / source, many / "images")
 
 
+@pytest.mark.parametrize(
+    ("names", "number", "expected", "category_id"),
+    [
+        ("{1: dog, 0: cat}", 0, "cat", 1),
+        ("{1: dog, 0: cat}", 1, "dog", 2),
+        ("{1: cat, 2: dog}", 1, "cat", 1),
+        ("{'10': cat, '2': dog}", 10, "cat", 2),
+        ("[cat, dog]", 1, "dog", 2),
+    ],
+)
+def test_the_keys_of_yolo_classes(names, number, expected, category_id, tmp_path):
+    photos(tmp_path / "images", "a.jpg")
+    save(tmp_path / "labels" / "a.txt", f"{number} {YOLO_SQUARE}")
+    save(tmp_path / "data.yaml", f"names: {names}")
+    content = convert(tmp_path / "labels", tmp_path / "images")
+    assert objects(content) == [("a.jpg", expected, 100)]
+    assert content["annotations"][0]["category_id"] == category_id and len(content["categories"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "names", "message"),
+    [
+        (f"-1 {YOLO_SQUARE}", "[cat, dog]", "line 3: class -1; expected one of {0: 'cat', 1: 'dog'}"),
+        (f"-1 {YOLO_SQUARE}", None, "line 3: class -1; expected 0 or more"),
+        (f"2 {YOLO_SQUARE}", "[cat, dog]", "line 3: class 2; expected one of"),
+        (f"0 {YOLO_SQUARE}", "{1: cat, 2: dog}", "line 3: class 0; expected one of {1: 'cat', 2: 'dog'}"),
+        (f"cat {YOLO_SQUARE}", "[cat, dog]", "line 3: invalid literal for int.*'cat'; expected the number"),
+        ("1 .1 .1 .1 .2 x .2", "[cat, dog]", "line 3: could not convert string to float: 'x'"),
+        (f"0 {YOLO_SQUARE}", "{a: cat}", "data.yaml has names with a key that is not a number.*'a'"),
+    ],
+)
+def test_lines_of_yolo_that_are_refused(line, names, message, tmp_path):
+    photos(tmp_path / "images", "a.jpg")
+    save(tmp_path / "labels" / "a.txt", f"1 {YOLO_SQUARE}\n\n{line}")
+    if names is not None:
+        save(tmp_path / "data.yaml", f"names: {names}")
+    with pytest.raises(ValueError, match=message) as error:
+        convert(tmp_path / "labels", tmp_path / "images")
+    assert "a.txt: line" in str(error.value) or "data.yaml" in str(error.value)
+
+
+def test_text_files_without_an_image(tmp_path):
+    photos(tmp_path, "val.jpg", "train.jpg")
+    save(tmp_path / "val.txt", f"\n0 {YOLO_SQUARE}")
+    save(tmp_path / "train.txt")
+    for name, text in (("classes", "cat\ndog"), ("test", "images/val.jpg"), ("README.dataset", "4 classes 1 2 3")):
+        save(tmp_path / f"{name}.txt", text)
+    assert objects(convert(tmp_path, tmp_path)) == [("val.jpg", "class 0", 100)]
+    for line in (f"0 {YOLO_SQUARE}", f"cat {YOLO_SQUARE}", f"-1 {YOLO_SQUARE}"):
+        save(tmp_path / "test.txt", line)
+        with pytest.raises(ValueError, match="test.txt: the folder .* has no image 'test'"):
+            convert(tmp_path, tmp_path)
+
+
 def square_mask(value=1):
     mask = np.zeros((20, 40), np.uint8)
     mask[3:13, 2:12] = value
