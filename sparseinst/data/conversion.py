@@ -15,6 +15,7 @@ from sparseinst.data.annotated_images import AnnotatedImages, file_names, mask_n
 from sparseinst.data.image_formats import FORMATS, IMAGE_SUFFIXES
 from sparseinst.data.images import MAX_IMAGE_PIXELS, open_image
 from sparseinst.data.json_file import read_json
+from sparseinst.data.mask_decoding import TOO_FEW_POINTS, check_polygon
 from sparseinst.data.other_formats import LABELME, MASKS, VIA, YOLO, content_format, is_yolo, list_files, path_format
 
 # The image and the class of an object, and its polygons [x0, y0, x1, y1, ...] in pixels, or its mask as an RLE.
@@ -236,7 +237,7 @@ def _encode(shape: list[list[float]] | dict, size: tuple[int, int]) -> dict | No
     """Return COCO's fields of a shape in an image of a size (height, width); None without a polygon of three points."""
     if isinstance(shape, dict):
         segmentation = rle = shape
-    elif segmentation := [polygon for polygon in shape if len(polygon) >= 6]:
+    elif segmentation := [polygon for polygon in shape if check_polygon(polygon, size) != TOO_FEW_POINTS]:
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
     else:
         return None

@@ -143,6 +143,24 @@ def test_text_files_without_an_image(tmp_path):
             convert(tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e8, 1e9, 10**400])
+@pytest.mark.parametrize("kind", ["labelme", "VIA", "YOLO"])
+def test_coordinates_that_pycocotools_cannot_draw(kind, value, tmp_path):
+    photos(tmp_path, "a.jpg")
+    file = tmp_path / ("a.txt" if kind == "YOLO" else "a.json")
+    if kind == "labelme":
+        save(file, labelme("a.jpg", points=[*SQUARE, [20, value]]))
+    elif kind == "VIA":
+        content = via(a=["cat"])
+        content["_via_img_metadata"]["a.jpg1"]["regions"][0]["shape_attributes"]["all_points_x"][0] = value
+        save(file, content)
+    else:
+        save(file, f"0 {YOLO_SQUARE} {value} .5")
+    with pytest.raises(ValueError, match="polygon coordinate|int too large") as error:
+        convert(tmp_path, tmp_path)
+    assert str(error.value).startswith(str(file))
+
+
 def square_mask(value=1):
     mask = np.zeros((20, 40), np.uint8)
     mask[3:13, 2:12] = value
