@@ -12,10 +12,11 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 from sparseinst.data.annotated_images import AnnotatedImages, file_names, mask_names, tails
-from sparseinst.data.image_formats import FORMATS, IMAGE_SUFFIXES
-from sparseinst.data.images import MAX_IMAGE_PIXELS, open_image
+from sparseinst.data.image_formats import IMAGE_SUFFIXES
+from sparseinst.data.images import MAX_IMAGE_PIXELS
 from sparseinst.data.json_file import read_json
 from sparseinst.data.mask_decoding import TOO_FEW_POINTS, check_polygon
+from sparseinst.data.mask_files import read_mask_values
 from sparseinst.data.other_formats import LABELME, MASKS, VIA, YOLO, content_format, is_yolo, list_files, path_format
 
 # The image and the class of an object, and its polygons [x0, y0, x1, y1, ...] in pixels, or its mask as an RLE.
@@ -131,13 +132,7 @@ def read_masks(file: Path, folder: Path, images: AnnotatedImages, by_class: bool
             f"the file is one of the images and would be read as its own mask: {folder} has no labelme, VIA or YOLO "
             "annotations; give the folder of the annotations, or a folder with masks alone"
         )
-    with open_image(file, max_pixels) as opened:
-        is_index = opened.mode in ("1", "L", "P") or opened.mode.startswith("I")
-        values = np.array(opened if is_index else opened.convert("RGB")).astype(np.int64)
-    if file.suffix.lower() in FORMATS["JPEG"]:  # its edges are blurred
-        values = ((values if is_index else values.max(axis=2)) > 127).astype(np.int64)
-    elif not is_index:
-        values = values @ (65536, 256, 1)
+    values = read_mask_values(file, max_pixels)
     if values.shape != images.sizes[image]:
         raise ValueError(
             f"the mask has {values.shape} pixels (height, width), and its image {image} has {images.sizes[image]}: "

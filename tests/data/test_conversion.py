@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from sparseinst.data.conversion import convert
 
@@ -173,6 +173,14 @@ def test_masks_in_a_subfolder_of_the_images(tmp_path):
     content = convert(tmp_path / "masks", tmp_path)
     assert objects(content) == [("a.jpg", "object", 100)]
     assert [image["file_name"] for image in content["images"]] == ["a.jpg", "b/c.jpg"]
+
+
+def test_a_mask_with_a_smoothed_edge(tmp_path):
+    photos(tmp_path / "images", "a.jpg")
+    smoothed = Image.fromarray(square_mask(255)).filter(ImageFilter.GaussianBlur(1))
+    save(tmp_path / "masks" / "a.png", np.array(smoothed))
+    with pytest.raises(ValueError, match="masks/a.png: .* values above 0 form edges only.*: threshold the mask"):
+        convert(tmp_path / "masks", tmp_path / "images")
 
 
 def test_masks_next_to_an_unknown_json(tmp_path):
