@@ -1,8 +1,9 @@
 """Convert labelme, VIA, YOLO or mask files to a COCO json: ``python -m sparseinst.tools.to_coco SOURCE IMAGES ...``.
 
-SOURCE is a folder of labelme files, a VIA project, a folder of YOLO segmentation labels, or a folder of masks; the
-format is detected. Masks are named like their image: a.png, a_1.png or a/1.png for a.jpg. Each value above 0 is an
-object; where a mask has one such value, or with --values classes, each connected region is an object.
+SOURCE is a folder of labelme files, a VIA project or a folder of them, a folder of YOLO segmentation labels, or a
+folder of masks; the format is detected. Masks are named like their image: a.png, a_1.png or a/1.png for a.jpg. Each
+value above 0 is an object; where a mask has one such value, or with --values classes, each connected region is an
+object.
 """
 
 import argparse
