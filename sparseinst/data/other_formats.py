@@ -1,6 +1,8 @@
 """Recognize annotations of other formats than COCO, and name the command that converts them."""
 
+import os
 import re
+from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,12 @@ LABELME, VIA, YOLO, MASKS = "labelme", "VIA", "YOLO", "masks"
 
 _EXPECTED = "; expected a COCO json in the instances format"
 _EXPORT = f"{_EXPECTED}: export the data as 'COCO' from the annotation tool, see docs/data_formats.md"
-_MOST_FILES = 100
+
+
+def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the files of a folder and its subfolders with one of the suffixes in lower or upper case, sorted."""
+    names = ((parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return sorted(Path(*name) for name in names if os.path.splitext(name[1])[1].lower() in suffixes)
 
 
 def convert_hint(source: str | Path) -> str:
@@ -68,14 +75,12 @@ def path_format(path: Path) -> str | None:
             return YOLO
         if path.suffix.lower() in IMAGE_SUFFIXES:
             return MASKS
-        return YOLO if path.suffix.lower() == ".txt" and _is_yolo(path) else None
-    files = sorted(islice((p for p in path.rglob("*") if p.is_file()), _MOST_FILES))
-    if any(file.suffix.lower() == ".txt" and _is_yolo(file) for file in files):
+        return YOLO if path.suffix.lower() == ".txt" and is_yolo(path) else None
+    # All names, because annotations may follow thousands of images; contents only up to the first annotation.
+    if any(map(is_yolo, list_files(path, (".txt",)))):
         return YOLO
-    for file in files:
-        if file.suffix.lower() == ".json":
-            return content_format(read_json(file))
-    return MASKS if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files) else None
+    kinds = (content_format(read_json(file)) for file in list_files(path, (".json",)))
+    return next(filter(None, kinds), MASKS if list_files(path, IMAGE_SUFFIXES) else None)
 
 
 def describe_path(path: Path) -> str | None:
@@ -87,14 +92,14 @@ def describe_path(path: Path) -> str | None:
     kind = path_format(path)
     source = path if path.is_dir() or kind == VIA else path.parent
     names = {LABELME: "labelme files", VIA: "a VIA project", YOLO: "YOLO labels", MASKS: "images (masks?)"}
-    if kind is None:
+    if kind is None or (kind == MASKS and path.is_dir() and list_files(path, (".json",))):
         return f"{path} is a folder{_EXPECTED}" if path.is_dir() else None
     start = f"{path} is a folder with {names[kind]}" if path.is_dir() else f"{path} belongs to {names[kind]}"
     return start + convert_hint(source)
 
 
-def _is_yolo(path: Path) -> bool:
-    """Return whether a text file's first line is a class and at least four coordinates."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        line = file.readline(10_000)
-    return re.match(r"\s*\d+(\s+-?[\d.]+(e-?\d+)?){4,}", line) is not None
+def is_yolo(path: Path) -> bool:
+    """Return whether a text file's first line is a class, also a name or negative, and at least four coordinates."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        start = file.read(10_000)
+    return re.match(r"\s*[\w-]+([^\S\n]+-?[\d.]+(e[+-]?\d+)?){4,}", start) is not None

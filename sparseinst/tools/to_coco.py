@@ -1,8 +1,9 @@
 """Convert labelme, VIA, YOLO or mask files to a COCO json: ``python -m sparseinst.tools.to_coco SOURCE IMAGES ...``.
 
-SOURCE is a folder of labelme files, a VIA project, a folder of YOLO segmentation labels, or a folder of masks; the
-format is detected. Masks are named like their image: a.png, a_1.png or a/1.png for a.jpg. Each value above 0 is an
-object; where a mask has one such value, or with --values classes, each connected region is an object.
+SOURCE is a folder of labelme files, a VIA project or a folder of them, a folder of YOLO segmentation labels, or a
+folder of masks; the format is detected. Masks are named like their image: a.png, a_1.png or a/1.png for a.jpg. Each
+value above 0 is an object; where a mask has one such value, or with --values classes, each connected region is an
+object.
 """
 
 import argparse
@@ -44,10 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output.exists():
         raise ValueError(f"{args.output} already exists; remove it, or change --output")
     by_class = args.values == "classes"
-    try:
-        content = convert(args.source, args.images, args.classes, by_class=by_class, max_pixels=args.max_image_pixels)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{args.source} has an annotation that cannot be read: {error!r}") from error
+    content = convert(args.source, args.images, args.classes, by_class=by_class, max_pixels=args.max_image_pixels)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(args.output, json.dumps(content))
     counts = Counter(annotation["category_id"] for annotation in content["annotations"])

@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 
 from sparseinst.data.coco_checks import check_content
 from sparseinst.data.coco_json import register_user_datasets
+from sparseinst.data.other_formats import describe_path
 from sparseinst.tools import check_dataset, to_coco
 from tests.tiny_model import tiny_cfg
 
@@ -85,7 +86,8 @@ def test_polygons(make, tmp_path, images, capsys):
     # The same file is not replaced, and other classes are refused.
     assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json")]) == 1
     assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "x.json"), "--classes", "cat"]) == 1
-    assert "already exists" in (error := capsys.readouterr().err) and "is not one of ['cat']" in error
+    assert "already exists" in (error := capsys.readouterr().err) and "cat" in error
+    assert "expected one of {0: 'cat'}" in error if make is yolo else "is not one of ['cat']" in error
 
 
 def mask_file(folder, name, *squares):
@@ -166,7 +168,7 @@ def test_an_annotation_that_fits_several_images_is_refused(other, tmp_path, imag
     source = mask_file(tmp_path, "train/a.png", (1, 2))
     assert to_coco.main([str(source), str(images), "--output", str(tmp_path / "out.json")]) == 1
     assert (error := capsys.readouterr().err).count("\n") == 1
-    assert "annotates 'train/a', which may be" in error and str(images / other) in error
+    assert "a.png: the image 'train/a' may be" in error and str(images / other) in error
 
 
 def test_masks_in_jpeg_are_black_and_white(tmp_path, images):
@@ -217,11 +219,11 @@ def test_what_cannot_be_converted(tmp_path, images, capsys):
     assert "expected a polygon (boxes: no masks)" in capsys.readouterr().err
     (labels / "a.txt").rename(labels / "c.txt")
     assert to_coco.main([str(labels), str(images), *output]) == 1
-    assert "has no image 'c'" in capsys.readouterr().err
+    assert "c.txt: " in (error := capsys.readouterr().err) and "has no image 'c'" in error
     path = via(tmp_path)
     path.write_text(path.read_text().replace("all_points_x", "points"))
     assert to_coco.main([str(path), str(images), *output]) == 1
-    assert "an annotation that cannot be read: KeyError('all_points_x')" in capsys.readouterr().err
+    assert f"{path}: an annotation that cannot be read: KeyError('all_points_x')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,11 @@ def test_other_formats_are_named_with_the_command(make, message, tmp_path, image
     assert check_dataset.main([str(path), str(images)]) in (1, 2)
     captured = capsys.readouterr()
     assert "sparseinst.tools.to_coco" in captured.out + captured.err
+
+
+def test_images_with_a_coco_json_are_not_named_masks(images):
+    (images / "train.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    assert "to_coco" not in (message := describe_path(images)) and "expected a COCO json" in message
 
 
 @pytest.mark.parametrize(
