@@ -61,6 +61,8 @@ AP_BOUNDS = {"float32": 0.1, "float16": 0.5, "int8": 1.0}
 CALIBRATION_IMAGES = 64
 # Of these the errors of single layers are measured, where int8 loses too much AP.
 _ERROR_IMAGES = 4
+# A loss of AP says little below this AP of the model, percent.
+_LEAST_INT8_AP = 5.0
 # Most images in a dynamic batch of a TensorRT engine.
 _MAX_BATCH = 4
 # Most images of --test-images in which an end-to-end file's detections are compared, evenly spaced.
@@ -176,6 +178,14 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
                         f"--test-json {args.test_json} gives no AP: it has no annotations, or the model finds nothing "
                         "in its images. Give annotated images and trained weights"
                     )
+                if args.precision == "int8" and expected_ap < _LEAST_INT8_AP:
+                    if cfg.MODEL.WEIGHTS:
+                        raise ValueError(
+                            f"The model's AP on --test-json {args.test_json} is {expected_ap:.2f}; INT8 is accepted by "
+                            f"its AP, so at least {_LEAST_INT8_AP:g} is expected. Give trained weights and images like "
+                            "those of the training"
+                        )
+                    print("The weights are random, so the AP proves nothing about INT8. Use the file to measure speed")
             logger.info("Computing the AP of the exported file")
             ap = _mask_ap(cfg, ExportedSegmenter(model, exported, metadata))
             metadata = _with(metadata, ap={"model": expected_ap, "file": ap})
@@ -210,11 +220,11 @@ def _images(cfg: CfgNode, model: ExportedSegmenter, name: str, most: int) -> lis
     paths = list_images([name])
     paths = paths[:: -(-len(paths) // most)]
     resize = T.AugmentationList(build_test_augmentations(_resizing_to_fit(cfg, model.metadata)))
-    images = []
-    for path in paths:
-        x = model_input(read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS), resize)
-        images.append(model.preprocess([x] * (model.metadata.batch or 1)).tensor)
-    return images
+    inputs = [model_input(read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS), resize) for path in paths]
+    batch = model.metadata.batch or 1
+    # The first images again fill the last batch.
+    chunks = ((inputs[start:] + inputs * batch)[:batch] for start in range(0, len(inputs), batch))
+    return [model.preprocess(chunk).tensor for chunk in chunks]
 
 
 def _skipped_layers(

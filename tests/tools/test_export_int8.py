@@ -1,9 +1,14 @@
 """`sparseinst export --precision int8`: AP decides, and the layers that lose it stay in float32."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 from PIL import Image
 
+from sparseinst import load_config
 from sparseinst.inference import Predictor
 from sparseinst.runtime.exported_file import read_metadata
 from sparseinst.tools import export_run
@@ -61,3 +66,27 @@ def test_a_file_that_loses_ap_is_not_written(flags, tmp_path, monkeypatch, capsy
     assert run_export(tmp_path / "model", *flags) == 1
     assert "The file's AP is 10.00, the model's 50.00: 1.0 may be lost. Nothing" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_model_whose_ap_proves_nothing(flags, tmp_path, monkeypatch, capsys):
+    set_aps(monkeypatch, 0.4, 0.0, 0.0, 0.0)
+    assert run_export(tmp_path / "model", *flags) == 2
+    assert "AP on --test-json" in (error := capsys.readouterr().err) and "is 0.40; INT8 is accepted by its AP" in error
+    # Random weights serve to measure speed.
+    assert run_export(tmp_path / "model", *flags, opts=("MODEL.WEIGHTS", "")) == 0
+    assert "The weights are random, so the AP proves nothing" in capsys.readouterr().out
+
+
+def test_a_batch_has_different_images(tmp_path):
+    """Three images in batches of two: the first one fills the last batch."""
+    save_tiny(tmp_path, "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 64)
+    for index, value in enumerate((10, 120, 250)):
+        Image.fromarray(np.full((64, 64, 3), value, np.uint8)).save(tmp_path / f"{index}.png")
+    cfg = load_config(str(tmp_path / "config.yaml"))
+    model = SimpleNamespace(
+        metadata=SimpleNamespace(batch=2, fit_size=None, size=None), preprocess=build_model(cfg).preprocess
+    )
+    batches = export_run._images(cfg, model, str(tmp_path / "*.png"), 8)
+    levels = [[int(image.mean()) for image in images] for images in batches]
+    assert [len(row) for row in levels] == [2, 2]
+    assert levels[0][0] < levels[0][1] < levels[1][0] and levels[1][1] == levels[0][0]
