@@ -11,6 +11,12 @@ from sparseinst.serving.answers import answer  # noqa: E402
 from tests.extras.browser import center_of, choose, wait_for_objects  # noqa: E402
 from tests.serving.service import image_bytes  # noqa: E402
 
+# The button that has the focus is not covered at its center.
+IS_UNCOVERED = """() => {
+  const button = document.activeElement;
+  const { left, top, width, height } = button.getBoundingClientRect();
+  return button.contains(document.elementFromPoint(left + width / 2, top + height / 2));
+}"""
 SLOW_PERMISSION = """() => {
   const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
   Object.assign(window, { streams: [], prompts: [] });
@@ -23,6 +29,16 @@ SLOW_PERMISSION = """() => {
 }"""
 STATES = "streams.map((stream) => stream.getTracks().map((track) => track.readyState).join())"
 FOCUS = "document.activeElement.id || document.activeElement.getAttribute('aria-label')"
+
+
+def choose_crowd(page, predictor, number):
+    """Open a photo whose single instance is predicted a number of times."""
+    data = image_bytes(seed=1)
+    content = answer(predictor, data, threshold=0.5)
+    content["instances"] *= number
+    page.route("**/predict?*", lambda route: route.fulfill(json=content))
+    choose(page, data)
+    wait_for_objects(page, number)
 
 
 def test_a_mask_is_larger_than_its_box(service, predictor, open_page):
@@ -117,3 +133,14 @@ def test_a_converted_image_has_nothing_drawn_on_it(service, open_page):
     with page.expect_request("**/draw?instances=false"):
         choose(page, image_bytes("TIFF"), name="scan.tif", kind="image/tiff")
     wait_for_objects(page, 1)
+
+
+@pytest.mark.parametrize("width, height", [(390, 844), (844, 390), (320, 256)])
+def test_the_stage_does_not_cover_the_focus(service, predictor, open_page, width, height):
+    page = open_page(service, {"viewport": {"width": width, "height": height}})
+    choose_crowd(page, predictor, 40)
+    page.locator("#save-image").focus()
+    for number in range(39, -1, -1):
+        page.keyboard.press("Shift+Tab")
+        assert page.evaluate("document.activeElement.dataset.rank") == str(number)
+        assert page.evaluate(IS_UNCOVERED), f"object {number}"
