@@ -144,3 +144,20 @@ def test_the_stage_does_not_cover_the_focus(service, predictor, open_page, width
         page.keyboard.press("Shift+Tab")
         assert page.evaluate("document.activeElement.dataset.rank") == str(number)
         assert page.evaluate(IS_UNCOVERED), f"object {number}"
+
+
+def test_a_service_that_stops_while_the_page_opens(service, chromium):
+    page, errors, requests = chromium.new_page(), [], []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+
+    def abort_first(route):
+        requests.append(route.request.url)
+        route.abort() if len(requests) == 1 else route.continue_()
+
+    page.route("**/metadata", abort_first)
+    page.goto(str(service.base_url))
+    playwright.expect(page.get_by_role("alert")).to_contain_text("The service cannot be reached")
+    playwright.expect(page.locator("#model")).to_contain_text("2 classes")
+    playwright.expect(page.locator("#banner")).to_be_hidden()
+    page.close()
+    assert not errors and len(requests) == 2

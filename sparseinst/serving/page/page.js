@@ -370,7 +370,10 @@ async function connect() {
   for (;;) {
     try {
       const health = await (await fetch("healthz")).json();
-      if (health.status === "ready") break;
+      if (health.status === "ready") {
+        state.metadata = await getJson("metadata");
+        break;
+      }
       banner.classList.toggle("quiet", health.status === "loading");
       banner.textContent = health.error ? `The model cannot be loaded: ${health.error}` : "The model is loading …";
     } catch {
@@ -380,7 +383,6 @@ async function connect() {
     banner.hidden = false;
     await new Promise((resolve) => setTimeout(resolve, POLL_MS));
   }
-  state.metadata = await getJson("metadata");
   banner.hidden = true;
   const { model, architecture, categories, activation_maps: hasMaps } = state.metadata;
   element("model").textContent = `${model} · ${architecture} · ${categories.length} ${categories.length === 1 ? "class" : "classes"}`;
