@@ -161,3 +161,34 @@ def test_a_service_that_stops_while_the_page_opens(service, chromium):
     playwright.expect(page.locator("#banner")).to_be_hidden()
     page.close()
     assert not errors and len(requests) == 2
+
+
+def test_a_crowd_has_a_box_and_a_name_for_the_chosen_object_only(service, predictor, open_page):
+    page = open_page(service)
+    # The calls of the drawing, in place of its pixels.
+    page.evaluate("""() => {
+      const { prototype } = CanvasRenderingContext2D;
+      const { strokeRect, fillText } = prototype;
+      const note = (name, call) => function (...args) { drawn.push(name); call.apply(this, args); };
+      window.drawn = [];
+      Object.assign(prototype, { strokeRect: note("box", strokeRect), fillText: note("name", fillText) });
+    }""")
+
+    def drawn():
+        page.wait_for_timeout(200)
+        page.evaluate("drawn.length = 0")
+        # The page draws again.
+        page.locator("#show-masks").click(force=True)
+        page.wait_for_timeout(200)
+        return page.evaluate("drawn")
+
+    choose_crowd(page, predictor, 41)
+    hint = page.locator("#crowded")
+    playwright.expect(hint).to_have_text("Boxes and names appear for 40 objects or fewer, and for the one you choose.")
+    assert drawn() == []
+    page.locator("#objects button").first.click()
+    assert drawn() == ["box", "name"]
+    page.unroute("**/predict?*")
+    choose_crowd(page, predictor, 40)
+    playwright.expect(hint).to_be_hidden()
+    assert sorted(drawn()) == ["box"] * 40 + ["name"] * 40

@@ -7,7 +7,7 @@ const DIMMED = 0.4;
 // Thickness of an outline: the long side of the drawing divided by this.
 const SIDE_PER_BORDER = 380;
 // The boxes and names of more instances would hide the image.
-const MAX_LABELS = 40;
+export const MAX_LABELS = 40;
 const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif';
 
 /**
@@ -83,7 +83,7 @@ export class Drawing {
         if (fill && !heat) context.drawImage(fill, left, top);
         if (outline) context.drawImage(outline, left, top);
       }
-      if (show.boxes && ordered.length <= MAX_LABELS) this.#drawBox(context, instance, unit);
+      if (show.boxes && (ordered.length <= MAX_LABELS || instance === active)) this.#drawBox(context, instance, unit);
     }
     context.globalAlpha = 1;
     const named = show.names && !heat && ordered.length <= MAX_LABELS ? ordered : [];

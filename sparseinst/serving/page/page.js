@@ -3,7 +3,7 @@
 import { getJson, predict } from "./api.js";
 import { canOpenCamera, closeCamera, openCamera, takePhoto } from "./camera.js";
 import { cocoJson, download } from "./coco.js";
-import { Drawing, decodeLevels } from "./drawing.js";
+import { Drawing, MAX_LABELS, decodeLevels } from "./drawing.js";
 import { loaded } from "./images.js";
 import { fillClasses, fillMapNumbers, fillObjects, fillStrip, markActive } from "./panel.js";
 
@@ -197,6 +197,8 @@ function updateAll() {
   else say("No image yet.");
   const numBelow = instances.filter(({ score }) => score < Number(element("threshold").value)).length;
   element("hidden-count").textContent = numBelow ? `${numBelow} more below it` : "";
+  element("crowded").hidden = visible.length <= MAX_LABELS;
+  element("crowded").textContent = `Boxes and names appear for ${MAX_LABELS} objects or fewer, and for the one you choose.`;
   const least = `${Math.round(100 * element("threshold").value)}%`;
   element("threshold-value").textContent = least;
   element("threshold").setAttribute("aria-valuetext", least);
