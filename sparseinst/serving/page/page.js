@@ -12,6 +12,7 @@ const LEAST_SCORE = 0.05;
 const SCREEN_SIDES = [1024, 2048];
 const MOST_SAVED_SIDE = 4096;
 const POLL_MS = 1500;
+const PAINT_MS = 60;
 
 const element = (id) => document.getElementById(id);
 const canvas = element("canvas");
@@ -164,7 +165,9 @@ function draw() {
     if (canvas.width !== drawing.width || canvas.height !== drawing.height) {
       Object.assign(canvas, { width: drawing.width, height: drawing.height });
     }
-    drawing.draw(canvas, { ...options, unit: canvas.width / (canvas.clientWidth || canvas.width) });
+    const unit = canvas.width / (canvas.clientWidth || canvas.width);
+    // Many large masks appear over several frames, so that the page answers meanwhile.
+    if (!drawing.draw(canvas, { ...options, unit, milliseconds: PAINT_MS })) draw();
     canvas.setAttribute("aria-label", `${entry.name}: ${summary(entry, options.instances)}`);
     markActive(options.active?.rank, state.selected);
   });
