@@ -30,9 +30,12 @@ def test_masks_are_decoded_as_pycocotools_decodes_them(service, open_page):
         rle = mask_api.encode(mask)
         cases.append(({"size": rle["size"], "counts": rle["counts"].decode()}, mask))
     code = """async ([rle, scale]) => {
-      const { decodeMask } = await import("/rle.js");
+      const { area, covers, decodeMask, parseCounts } = await import("/rle.js");
       const mask = decodeMask(rle, scale);
-      return { ...mask, pixels: [...mask.pixels] };
+      const counts = parseCounts(rle.counts);
+      const [rows, columns] = rle.size.map((length) => [...Array(length + 2).keys()].map((index) => index - 1));
+      const covered = rows.map((row) => columns.map((column) => covers(counts, rle.size[0], column, row)));
+      return { ...mask, pixels: [...mask.pixels], area: area(counts), covered };
     }"""
     for rle, mask in cases:
         found = page.evaluate(code, [rle, 1])
@@ -41,6 +44,8 @@ def test_masks_are_decoded_as_pycocotools_decodes_them(service, open_page):
         window = np.reshape(found["pixels"], (found["height"], found["width"]))
         whole[rows, columns][: found["height"], : found["width"]] = window
         assert np.array_equal(whole, mask) and found["area"] == mask.sum()
+        # Also just outside of the image.
+        assert np.array_equal(found["covered"], np.pad(mask, 1))
         # Reduced: the pixels at the centers of the larger ones.
         found = page.evaluate(code, [rle, 0.5])
         expected = mask[1::2, 1::2] if min(mask.shape) > 1 else mask[:0, :0]

@@ -1,6 +1,6 @@
 // Write what is shown as a COCO json, and download files.
 
-import { parseCounts } from "./rle.js";
+import { area, parseCounts } from "./rle.js";
 
 /**
  * Return a COCO json in the instances format.
@@ -21,7 +21,7 @@ export function cocoJson(opened, categories) {
       image_id,
       category_id: instance.category_id,
       bbox: instance.bbox,
-      area: area(instance.segmentation),
+      area: area(parseCounts(instance.segmentation.counts)),
       iscrowd: 0,
       score: instance.score,
       segmentation: instance.segmentation,
@@ -34,8 +34,4 @@ export function download(blob, name) {
   const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
-}
-
-function area(rle) {
-  return parseCounts(rle.counts).reduce((sum, count, index) => sum + (index % 2 ? count : 0), 0);
 }

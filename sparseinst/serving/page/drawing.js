@@ -1,13 +1,13 @@
 // Draw an image and its instances on a canvas.
 
-import { decodeMask } from "./rle.js";
+import { area, covers, decodeMask, parseCounts } from "./rle.js";
 
 const FILL = 0.42;
 const DIMMED = 0.4;
 // Thickness of an outline: the long side of the drawing divided by this.
 const SIDE_PER_BORDER = 380;
 // The boxes and names of more instances would hide the image.
-const MAX_LABELS = 40;
+export const MAX_LABELS = 40;
 const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif';
 
 /**
@@ -28,29 +28,17 @@ export class Drawing {
       ...instance,
       rank,
       color: palette[rank % palette.length],
+      counts: parseCounts(instance.segmentation.counts),
     }));
     this.masks = new Map();
   }
 
-  /** Return the window of an instance's mask in this drawing, with a canvas of its fill and one of its outline. */
-  mask(instance) {
-    if (!this.masks.has(instance.rank)) {
-      const border = Math.max(2, Math.round(Math.max(this.width, this.height) / SIDE_PER_BORDER));
-      const mask = decodeMask(instance.segmentation, Math.min(this.scale, 1));
-      this.masks.set(instance.rank, painted(this.scale > 1 ? enlarged(mask, this.scale) : mask, instance.color, border));
-    }
-    return this.masks.get(instance.rank);
-  }
-
   /** Return the smallest of these instances that covers a point of the drawing, or undefined. */
   at(x, y, instances) {
+    const [column, row] = [Math.floor(x / this.scale), Math.floor(y / this.scale)];
     return instances
-      .filter((instance) => {
-        const { left, top, width, height, pixels } = this.mask(instance);
-        const [column, row] = [Math.floor(x) - left, Math.floor(y) - top];
-        return column >= 0 && row >= 0 && column < width && row < height && pixels[row * width + column];
-      })
-      .sort((a, b) => this.mask(a).area - this.mask(b).area)[0];
+      .filter(({ counts, segmentation }) => covers(counts, segmentation.size[0], column, row))
+      .sort((a, b) => area(a.counts) - area(b.counts))[0];
   }
 
   /**
@@ -58,9 +46,10 @@ export class Drawing {
    *
    * instances: those that are shown. active: the one that stands out, or undefined. show: {masks, boxes, names}.
    * heat: {height, width, levels} of an activation map over the image, or null. unit: pixels of the drawing for one
-   * CSS pixel of the screen.
+   * CSS pixel of the screen. milliseconds: stop painting masks after this time, and cache them for the next call; by
+   * default all are painted and none is cached. Return whether all masks are drawn.
    */
-  draw(canvas, { instances, active, show, heat = null, unit = 1 }) {
+  draw(canvas, { instances, active, show, heat = null, unit = 1, milliseconds = Infinity }) {
     if (canvas.width !== this.width || canvas.height !== this.height) {
       Object.assign(canvas, { width: this.width, height: this.height });
     }
@@ -76,19 +65,47 @@ export class Drawing {
     // Largest first, so that small instances stay visible.
     const ordered = [...instances].sort((a, b) => b.bbox[2] * b.bbox[3] - a.bbox[2] * a.bbox[3]);
     const visible = heat ? ordered.filter((instance) => instance === active) : ordered;
+    const budget = { left: milliseconds };
+    let isComplete = true;
     for (const instance of visible) {
       context.globalAlpha = active && instance !== active ? DIMMED : 1;
       if (show.masks || instance === active) {
-        const { left, top, fill, outline } = this.mask(instance);
-        if (fill && !heat) context.drawImage(fill, left, top);
-        if (outline) context.drawImage(outline, left, top);
+        isComplete = this.#drawMask(context, instance, heat ? 0 : FILL, budget) && isComplete;
       }
-      if (show.boxes && ordered.length <= MAX_LABELS) this.#drawBox(context, instance, unit);
+      if (show.boxes && (ordered.length <= MAX_LABELS || instance === active)) this.#drawBox(context, instance, unit);
     }
     context.globalAlpha = 1;
     const named = show.names && !heat && ordered.length <= MAX_LABELS ? ordered : [];
     const labels = active ? [...named.filter((instance) => instance !== active), active] : named;
     this.#drawLabels(context, labels, active, unit);
+    return isComplete;
+  }
+
+  /** Draw a mask, from the cache or while the budget lasts, and return whether it is drawn. */
+  #drawMask(context, instance, opacity, budget) {
+    const isCached = opacity === FILL && budget.left < Infinity;
+    let painted = isCached && this.masks.get(instance.rank);
+    if (!painted) {
+      if (budget.left <= 0) return false;
+      const start = performance.now();
+      painted = this.#paint(instance, opacity);
+      budget.left -= performance.now() - start;
+      if (isCached) this.masks.set(instance.rank, painted);
+    }
+    const { left, top, canvas } = painted;
+    if (canvas) context.drawImage(canvas, left, top);
+    // Free its memory now: the garbage collector comes after several hundred megabytes.
+    if (canvas && !isCached) canvas.width = 0;
+    return true;
+  }
+
+  /** Return an instance's mask on a canvas, with the position of the canvas in this drawing; null where it is empty. */
+  #paint(instance, opacity) {
+    const border = Math.max(2, Math.round(Math.max(this.width, this.height) / SIDE_PER_BORDER));
+    const reduced = decodeMask(instance.segmentation, Math.min(this.scale, 1));
+    const mask = this.scale > 1 ? enlarged(reduced, this.scale) : reduced;
+    const { left, top, width, height } = mask;
+    return { left, top, canvas: width && height ? asCanvas(colored(mask, instance.color, opacity, border)) : null };
   }
 
   #drawBox(context, { bbox, color }, unit) {
@@ -159,27 +176,27 @@ function enlarged(mask, scale) {
   const { data } = context.getImageData(0, 0, width, height);
   const pixels = new Uint8Array(width * height);
   for (let index = 0; index < pixels.length; index++) pixels[index] = data[4 * index + 3] >= 128 ? 1 : 0;
-  return { left, top, width, height, area: mask.area, pixels };
+  return { left, top, width, height, pixels };
 }
 
-/** Add the canvases of a mask's fill and outline; null where it is empty. */
-function painted(mask, color, border) {
-  const { width, height, pixels } = mask;
-  if (!width || !height) return { ...mask, fill: null, outline: null };
-  const [red, green, blue] = [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16));
-  const fill = new ImageData(width, height);
-  const outline = new ImageData(width, height);
-  const inside = (x, y) => x >= 0 && y >= 0 && x < width && y < height && pixels[y * width + x];
-  for (let y = 0; y < height; y++) {
-    for (let x = 0; x < width; x++) {
-      const index = y * width + x;
+/** Return the pixels of a mask's fill of this opacity and of its outline. */
+function colored({ width, height, pixels }, color, opacity, border) {
+  const channels = [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16));
+  const [fill, outline] = [opacity, 1].map(
+    (alpha) => new Uint32Array(Uint8ClampedArray.of(...channels, 255 * alpha).buffer)[0],
+  );
+  const result = new ImageData(width, height);
+  const colors = new Uint32Array(result.data.buffer);
+  for (let y = 0, index = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, index++) {
       if (!pixels[index]) continue;
-      fill.data.set([red, green, blue, 255 * FILL], 4 * index);
-      const isInner = inside(x - border, y) && inside(x + border, y) && inside(x, y - border) && inside(x, y + border);
-      if (!isInner) outline.data.set([red, green, blue, 255], 4 * index);
+      const isInner = x >= border && y >= border && x < width - border && y < height - border
+        && pixels[index - border] && pixels[index + border]
+        && pixels[index - border * width] && pixels[index + border * width];
+      colors[index] = isInner ? fill : outline;
     }
   }
-  return { ...mask, fill: asCanvas(fill), outline: asCanvas(outline) };
+  return result;
 }
 
 function drawHeat(context, { height, width, levels }, toWidth, toHeight) {

@@ -3,7 +3,7 @@
 import { getJson, predict } from "./api.js";
 import { canOpenCamera, closeCamera, openCamera, takePhoto } from "./camera.js";
 import { cocoJson, download } from "./coco.js";
-import { Drawing, decodeLevels } from "./drawing.js";
+import { Drawing, MAX_LABELS, decodeLevels } from "./drawing.js";
 import { loaded } from "./images.js";
 import { fillClasses, fillMapNumbers, fillObjects, fillStrip, markActive } from "./panel.js";
 
@@ -12,6 +12,7 @@ const LEAST_SCORE = 0.05;
 const SCREEN_SIDES = [1024, 2048];
 const MOST_SAVED_SIDE = 4096;
 const POLL_MS = 1500;
+const PAINT_MS = 60;
 
 const element = (id) => document.getElementById(id);
 const canvas = element("canvas");
@@ -164,7 +165,9 @@ function draw() {
     if (canvas.width !== drawing.width || canvas.height !== drawing.height) {
       Object.assign(canvas, { width: drawing.width, height: drawing.height });
     }
-    drawing.draw(canvas, { ...options, unit: canvas.width / (canvas.clientWidth || canvas.width) });
+    const unit = canvas.width / (canvas.clientWidth || canvas.width);
+    // Many large masks appear over several frames, so that the page answers meanwhile.
+    if (!drawing.draw(canvas, { ...options, unit, milliseconds: PAINT_MS })) draw();
     canvas.setAttribute("aria-label", `${entry.name}: ${summary(entry, options.instances)}`);
     markActive(options.active?.rank, state.selected);
   });
@@ -197,6 +200,8 @@ function updateAll() {
   else say("No image yet.");
   const numBelow = instances.filter(({ score }) => score < Number(element("threshold").value)).length;
   element("hidden-count").textContent = numBelow ? `${numBelow} more below it` : "";
+  element("crowded").hidden = visible.length <= MAX_LABELS;
+  element("crowded").textContent = `Boxes and names appear for ${MAX_LABELS} objects or fewer, and for the one you choose.`;
   const least = `${Math.round(100 * element("threshold").value)}%`;
   element("threshold-value").textContent = least;
   element("threshold").setAttribute("aria-valuetext", least);
@@ -370,7 +375,10 @@ async function connect() {
   for (;;) {
     try {
       const health = await (await fetch("healthz")).json();
-      if (health.status === "ready") break;
+      if (health.status === "ready") {
+        state.metadata = await getJson("metadata");
+        break;
+      }
       banner.classList.toggle("quiet", health.status === "loading");
       banner.textContent = health.error ? `The model cannot be loaded: ${health.error}` : "The model is loading …";
     } catch {
@@ -380,7 +388,6 @@ async function connect() {
     banner.hidden = false;
     await new Promise((resolve) => setTimeout(resolve, POLL_MS));
   }
-  state.metadata = await getJson("metadata");
   banner.hidden = true;
   const { model, architecture, categories, activation_maps: hasMaps } = state.metadata;
   element("model").textContent = `${model} · ${architecture} · ${categories.length} ${categories.length === 1 ? "class" : "classes"}`;

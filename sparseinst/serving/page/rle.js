@@ -20,12 +20,24 @@ export function parseCounts(text) {
   return counts;
 }
 
+/** Return the number of a mask's pixels from the lengths of its runs. */
+export function area(counts) {
+  return counts.reduce((sum, count, index) => sum + (index % 2 ? count : 0), 0);
+}
+
+/** Return whether a mask with these lengths of runs and this height covers a pixel. */
+export function covers(counts, rows, column, row) {
+  if (row < 0 || row >= rows) return false;
+  let left = column * rows + row;
+  return counts.findIndex((count) => (left -= count) < 0) % 2 === 1;
+}
+
 /**
  * Decode a mask, reduced by a scale of at most 1 (nearest pixels).
  *
  * rle: {size: [height, width], counts: string}.
- * Return {left, top, width, height, area, pixels}: the window of the reduced mask around its ones, pixels a Uint8Array
- * of 0 and 1 row by row, and area the number of pixels of the mask before it was reduced.
+ * Return {left, top, width, height, pixels}: the window of the reduced mask around its ones, and pixels a Uint8Array of
+ * 0 and 1 row by row.
  */
 export function decodeMask(rle, scale) {
   const rows = rle.size[0];
@@ -34,15 +46,13 @@ export function decodeMask(rle, scale) {
   const runs = columnRuns(parseCounts(rle.counts), rows);
   // Not the box of the instance: YOLACT's can be smaller than its mask.
   const box = { left: Infinity, top: Infinity, right: 0, bottom: 0 };
-  let area = 0;
   for (const { column, start, stop } of runs) {
-    area += stop - start;
     box.left = Math.min(box.left, column);
     box.top = Math.min(box.top, start);
     box.right = Math.max(box.right, column + 1);
     box.bottom = Math.max(box.bottom, stop);
   }
-  if (!area) return { left: 0, top: 0, width: 0, height: 0, area, pixels: new Uint8Array(0) };
+  if (!runs.length) return { left: 0, top: 0, width: 0, height: 0, pixels: new Uint8Array(0) };
   const [left, top] = [reduced(box.left), reduced(box.top)];
   const [width, height] = [reduced(box.right) - left, reduced(box.bottom) - top];
   const pixels = new Uint8Array(width * height);
@@ -52,7 +62,7 @@ export function decodeMask(rle, scale) {
       for (let y = first; y < last; y++) pixels[y * width + x] = 1;
     }
   }
-  return { left, top, width, height, area, pixels };
+  return { left, top, width, height, pixels };
 }
 
 /** Return the runs of ones, cut at the ends of the columns: their column, first row and the row behind the last. */
