@@ -27,6 +27,9 @@ _WHOLE_PIXELS, _BLOCK_PIXELS = 2**25, 2**22
 MAX_JPEG_SCANS = 100
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # not part of the compressed data
 
+# Pillow's decoders that are loops in Python: about 1 s per megapixel, while no other thread runs.
+_PYTHON_DECODERS = {"qoi", "ppm", "ppm_plain", "bmp_rle"}
+
 _TIFF_TILE_SIDES = (322, 323)
 _TIFF_INTEGERS = {1: 1, 3: 2, 4: 4, 16: 8}  # bytes of each type
 
@@ -84,7 +87,10 @@ def check_channel_order(channel_order: str, key: str = "channel_order") -> None:
 
 
 def read_image(
-    path: str | os.PathLike | BinaryIO, channel_order: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
+    path: str | os.PathLike | BinaryIO,
+    channel_order: str = "RGB",
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    python_decoders: bool = True,
 ) -> np.ndarray:
     """Read an image file, oriented by its EXIF entry.
 
@@ -97,6 +103,7 @@ def read_image(
             as an io.BytesIO, is read too.
         channel_order: "RGB" or "BGR".
         max_pixels: files whose header declares more are refused before decoding (INPUT.MAX_IMAGE_PIXELS).
+        python_decoders: False: refuse images that Pillow decodes in Python, which stops all other threads.
 
     Returns:
         (height, width, 3) uint8.
@@ -110,6 +117,8 @@ def read_image(
     check_channel_order(channel_order)
     with open_image(path, max_pixels) as image:
         _check_range(image)
+        if not python_decoders and not _PYTHON_DECODERS.isdisjoint(part[0] for part in image.tile):
+            raise ValueError(f"{image.format} files of this kind are decoded too slowly; convert it to PNG or JPEG")
         # Decoded before the EXIF entry is read, because decoding rotates a TIFF and removes the entry.
         image.load()
         orientation = _orientation(image)

@@ -181,7 +181,7 @@ def create_app(model: ServedModel, limits: Limits, hosts: Sequence[str] | None =
                 "categories": [{"id": category_id, "name": name} for category_id, name in classes],
                 "activation_maps": model.has_maps,
                 "limits": {**limits._asdict(), "image_pixels": predictor.max_image_pixels},
-                "formats": list(FORMATS),
+                "formats": [name for name in FORMATS if name != "QOI"],
                 "palette": [_hexadecimal(rank_color(rank)) for rank in range(_NUM_COLORS)],
             }
         )
