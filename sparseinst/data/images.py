@@ -27,6 +27,12 @@ _WHOLE_PIXELS, _BLOCK_PIXELS = 2**25, 2**22
 MAX_JPEG_SCANS = 100
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # not part of the compressed data
 
+# Pillow's decoders that are loops in Python: about 1 s per megapixel, while no other thread runs.
+_PYTHON_DECODERS = {"qoi", "ppm", "ppm_plain", "bmp_rle"}
+
+_TIFF_TILE_SIDES = (322, 323)
+_TIFF_INTEGERS = {1: 1, 3: 2, 4: 4, 16: 8}  # bytes of each type
+
 # Pillow documents OSError; its plugins raise these on damaged files.
 _DECODING_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
@@ -71,7 +77,7 @@ class ImageReadError(DataError):
 
 
 class ImageTooLargeError(ImageReadError):
-    """The header of an image declares more pixels than allowed."""
+    """The header of an image declares more pixels than allowed, for the image or for a tile."""
 
 
 def check_channel_order(channel_order: str, key: str = "channel_order") -> None:
@@ -81,7 +87,10 @@ def check_channel_order(channel_order: str, key: str = "channel_order") -> None:
 
 
 def read_image(
-    path: str | os.PathLike | BinaryIO, channel_order: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
+    path: str | os.PathLike | BinaryIO,
+    channel_order: str = "RGB",
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    python_decoders: bool = True,
 ) -> np.ndarray:
     """Read an image file, oriented by its EXIF entry.
 
@@ -94,6 +103,7 @@ def read_image(
             as an io.BytesIO, is read too.
         channel_order: "RGB" or "BGR".
         max_pixels: files whose header declares more are refused before decoding (INPUT.MAX_IMAGE_PIXELS).
+        python_decoders: False: refuse images that Pillow decodes in Python, which stops all other threads.
 
     Returns:
         (height, width, 3) uint8.
@@ -107,6 +117,8 @@ def read_image(
     check_channel_order(channel_order)
     with open_image(path, max_pixels) as image:
         _check_range(image)
+        if not python_decoders and not _PYTHON_DECODERS.isdisjoint(part[0] for part in image.tile):
+            raise ValueError(f"{image.format} files of this kind are decoded too slowly; convert it to PNG or JPEG")
         # Decoded before the EXIF entry is read, because decoding rotates a TIFF and removes the entry.
         image.load()
         orientation = _orientation(image)
@@ -158,12 +170,16 @@ def open_image(path: str | os.PathLike | BinaryIO, max_pixels: int) -> Iterator[
         opened = contextlib.nullcontext(path) if in_memory else PathManager.open(name, "rb")
         # Pillow maps the file of this name into memory. An image in memory has no name.
         with opened as file, _identified(file, name) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageTooLargeError(
-                    f"{what}: its header declares {height} x {width} = {width * height} pixels, "
-                    f"and INPUT.MAX_IMAGE_PIXELS is {max_pixels}; set it higher if the file is genuine"
-                )
+            sizes = [("", image.size)]
+            if image.format == "TIFF":
+                # libtiff decodes whole tiles, which may be larger than the image.
+                sizes.append(("tiles of ", _tile_size(file, image.tag_v2.offset)))
+            for kind, (width, height) in sizes:
+                if width * height > max_pixels:
+                    raise ImageTooLargeError(
+                        f"{what}: its header declares {kind}{height} x {width} = {width * height} pixels, "
+                        f"and INPUT.MAX_IMAGE_PIXELS is {max_pixels}; set it higher if the file is genuine"
+                    )
             if "progressive" in image.info:
                 _check_scans(file)
             yield image
@@ -213,6 +229,33 @@ def _check_scans(file: BinaryIO) -> None:
         # Segments, which may hold a preview with markers of its own, are skipped.
         length = 0 if marker[1] in b"\x01\xd8" else int.from_bytes(content[marker.end() : marker.end() + 2], "big")
         marker = _JPEG_MARKER.search(content, marker.end() + length)
+
+
+def _tile_size(file: BinaryIO, offset: int) -> tuple[int, int]:
+    """Return (width, height) of the tiles of a TIFF, (0, 0) for strips; the file's position does not change.
+
+    Reads the directory as libtiff does, because Pillow's `tag_v2` has the last of repeated entries, and libtiff takes
+    the first.
+    """
+    position = file.tell()
+    file.seek(0)
+    head = file.read(4)
+    order = "little" if head[:2] == b"II" else "big"
+    count_bytes, entry_bytes, value_at = (8, 20, 12) if 43 in head[2:] else (2, 12, 8)
+    file.seek(offset)
+    # libtiff refuses directories of more entries.
+    num_entries = min(int.from_bytes(file.read(count_bytes), order), 2**16)
+    entries = file.read(num_entries * entry_bytes)
+    file.seek(position)
+    sides = dict.fromkeys(_TIFF_TILE_SIDES, 0)
+    for start in range(0, len(entries), entry_bytes):
+        tag, kind = (int.from_bytes(entries[at : at + 2], order) for at in (start, start + 2))
+        if tag in sides:
+            if kind not in _TIFF_INTEGERS or _TIFF_INTEGERS[kind] > entry_bytes - value_at:
+                raise ValueError(f"the side of its tiles has TIFF's type {kind}; expected an unsigned integer")
+            value = entries[start + value_at : start + value_at + _TIFF_INTEGERS[kind]]
+            sides[tag] = max(sides[tag], int.from_bytes(value, order))
+    return tuple(sides.values())
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

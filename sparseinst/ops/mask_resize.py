@@ -31,6 +31,8 @@ MAX_PIXELS_AT_ONCE = 2**25
 # at most 5 (product of two weights, product with the value, sum of four), and two as a margin.
 ROUNDINGS = 12
 FLOAT32_UNIT = 2.0**-24
+# Most weights of both axes, 8 bytes each, that :func:`composed_axis` caches; 16 axes then take at most 256 MiB.
+MAX_CACHED_WEIGHTS = 2**21
 # Output rows and columns per block: a block needs a narrow band of the matrix.
 ROW_BLOCK = 24
 COLUMN_BLOCK = 48
@@ -98,7 +100,7 @@ def map_windows(
 ) -> list[Result]:
     """Call a function with the window of each mask of :func:`resize_masks`.
 
-    At most one mask (on a GPU: one chunk of masks) is in memory at a time.
+    At most one mask (on a GPU, and of a thin image: one chunk of masks) is in memory at a time.
 
     Args:
         function: called with a mask's index and its window, None where the mask is empty.
@@ -109,11 +111,20 @@ def map_windows(
     """
     mask_probs = mask_probs.detach()
     sizes = (padded_size, image_size, output_size)
-    if mask_probs.device.type != "cpu":
+    num_weights = _num_weights(mask_probs, output_size)
+    # Images thinner than the grid need more weights than they have pixels; the reference needs none.
+    is_thin = num_weights > max(MAX_CACHED_WEIGHTS, output_size[0] * output_size[1] // 4)
+    if mask_probs.device.type != "cpu" or is_thin:
         return [function(*item) for item in enumerate(_windows_in_chunks(mask_probs, *sizes, mask_threshold))]
+    if len(mask_probs) == 0:
+        return []
     window_of = _window_function(mask_probs, *sizes, mask_threshold)
     # One thread: two were slower for 50 masks of 480x640, and little faster for 100 of 1080x1920.
     return [function(index, window_of(index)) for index in range(len(mask_probs))]
+
+
+def _num_weights(mask_probs: torch.Tensor, output_size: tuple[int, int]) -> int:
+    return sum(cells * pixels for cells, pixels in zip(mask_probs.shape[-2:], output_size))
 
 
 def _windows_in_chunks(
@@ -126,7 +137,7 @@ def _windows_in_chunks(
     """Yield the windows of masks that are computed chunk by chunk."""
     for probs in mask_probs.split(reference_chunk(padded_size, output_size)):
         masks = resize_masks(probs, padded_size, image_size, output_size, mask_threshold)
-        boxes = masks_to_boxes(masks).int().tolist()
+        boxes = masks_to_boxes(masks, torch.int64).tolist()
         found = masks.flatten(1).any(1).tolist()
         for mask, (x0, y0, x1, y1), is_found in zip(masks, boxes, found):
             yield MaskWindow(mask[y0:y1, x0:x1].cpu().numpy(), y0, x0) if is_found else None
@@ -143,9 +154,10 @@ def _window_function(
 
     Uses NumPy, because PyTorch would start threads for every large block, which takes longer than the block.
     """
-    rows, columns = (
-        composed_axis(*sizes) for sizes in zip(mask_probs.shape[-2:], padded_size, image_size, output_size)
+    compose = (
+        composed_axis if _num_weights(mask_probs, output_size) <= MAX_CACHED_WEIGHTS else composed_axis.__wrapped__
     )
+    rows, columns = (compose(*sizes) for sizes in zip(mask_probs.shape[-2:], padded_size, image_size, output_size))
     # The largest float32 error next to the threshold; the last term is for underflow.
     margin = ROUNDINGS * FLOAT32_UNIT * mask_threshold + 1e-36
     low, high = mask_threshold - margin, mask_threshold + margin
@@ -214,10 +226,11 @@ def _blocks(axis: Axis, start: int, end: int, size: int) -> Iterator[tuple[int, 
 @functools.lru_cache(maxsize=16)
 def composed_axis(grid_size: int, padded_size: int, image_size: int, output_size: int) -> Axis:
     """Compose both resizes and the crop between them along one direction."""
-    weights = _dense(*_taps(grid_size, padded_size), grid_size)[:image_size]
+    cells, weights = (taps[:image_size] for taps in _taps(grid_size, padded_size))
     if image_size != output_size:
-        cells, shares = _taps(image_size, output_size)
-        weights = sum(shares[:, tap, None] * weights[cells[:, tap]] for tap in range(cells.shape[1]))
+        pixels, shares = _taps(image_size, output_size)
+        cells, weights = cells[pixels].flatten(1), (shares[:, :, None] * weights[pixels]).flatten(1)
+    weights = torch.zeros((output_size, grid_size), dtype=torch.float64).scatter_add_(1, cells, weights)
     has_share = (weights > 0).numpy()
     return Axis(weights.numpy(), has_share.argmax(1), grid_size - 1 - has_share[:, ::-1].argmax(1))
 
@@ -237,7 +250,3 @@ def _taps(input_size: int, output_size: int) -> tuple[torch.Tensor, torch.Tensor
     cells = center_cells[:, None] + torch.arange(-1, 3)
     # Cells outside have weight 0.
     return cells.clamp(0, input_size - 1), resized[cells % 4, pixels[:, None]].double()
-
-
-def _dense(cells: torch.Tensor, weights: torch.Tensor, input_size: int) -> torch.Tensor:
-    return torch.zeros((len(cells), input_size), dtype=torch.float64).scatter_add_(1, cells, weights)

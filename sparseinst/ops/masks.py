@@ -143,14 +143,15 @@ def mask_intersections(masks: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
+def masks_to_boxes(masks: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return tight boxes, without a loop over the masks.
 
     Args:
         masks: (n, height, width) bool, none empty.
+        dtype: of the boxes; float32 is exact up to 2**24 pixels.
 
     Returns:
-        (n, 4) float32 (x0, y0, x1, y1) in pixels, x1 and y1 exclusive.
+        (n, 4) ``dtype`` (x0, y0, x1, y1) in pixels, x1 and y1 exclusive.
     """
     height, width = masks.shape[-2:]
     columns = masks.any(1).to(torch.uint8)
@@ -163,4 +164,4 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
             height - rows.flip(1).argmax(1),
         ],
         dim=1,
-    ).float()
+    ).to(dtype)

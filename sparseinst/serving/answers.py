@@ -39,7 +39,7 @@ def predict(
     Raises:
         ImageReadError: the data are not an image, or a larger one than allowed.
     """
-    image = read_image(io.BytesIO(data), max_pixels=predictor.max_image_pixels)
+    image = _read(predictor, data)
     return image, find_instances(predictor, image, threshold, with_maps)
 
 
@@ -108,7 +108,7 @@ def drawing(predictor: Predictor, data: bytes, *, threshold: float, with_instanc
     Raises:
         ImageReadError: as `predict`. ImageTooLargeError also where a JPEG cannot have the size.
     """
-    image = read_image(io.BytesIO(data), max_pixels=predictor.max_image_pixels)
+    image = _read(predictor, data)
     if max(image.shape) > _MAX_JPEG_SIDE:
         raise ImageTooLargeError(
             f"The image has {image.shape[0]} x {image.shape[1]} pixels, and the drawing is a JPEG, whose sides have at "
@@ -119,6 +119,10 @@ def drawing(predictor: Predictor, data: bytes, *, threshold: float, with_instanc
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()
+
+
+def _read(predictor: Predictor, data: bytes) -> np.ndarray:
+    return read_image(io.BytesIO(data), max_pixels=predictor.max_image_pixels, python_decoders=False)
 
 
 def _polygons(instances: Instances) -> list[list[list[float]]]:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +23,7 @@ from sparseinst.inference import Predictor
 from sparseinst.ops.mask_output import MaskMemoryError
 from sparseinst.serving import schemas
 from sparseinst.serving.answers import answer, drawing
+from sparseinst.serving.hosts import HostCheck
 from sparseinst.serving.limits import Limits, Upload
 from sparseinst.serving.metrics import Metrics
 from sparseinst.serving.model import ServedModel, one_line
@@ -53,7 +54,7 @@ _BODY = {
 }
 _REFUSALS = {
     400: "The image cannot be read, or the form has no file",
-    403: "A page of another site sent the request",
+    403: "A page of another site sent the request, or it names another host",
     408: "The upload took too long",
     413: "The upload or the image is too large",
     422: "A parameter is wrong",
@@ -66,12 +67,13 @@ _ERRORS = {status: {"model": schemas.Error, "description": text} for status, tex
 Threshold = Annotated[float, Query(ge=0, le=1, description="lowest score of the instances")]
 
 
-def create_app(model: ServedModel, limits: Limits) -> FastAPI:
+def create_app(model: ServedModel, limits: Limits, hosts: Sequence[str] | None = None) -> FastAPI:
     """Return the application, which loads the model when it starts.
 
     Args:
         model: not started.
         limits: of uploads, waiting requests and time.
+        hosts: names in the header Host that are answered, without a port; None: all.
     """
 
     @contextlib.asynccontextmanager
@@ -87,6 +89,8 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
         title="SparseInst", version=sparseinst.__version__, description="Instance segmentation of images.",
         docs_url=None, redoc_url=None, lifespan=lifespan,
     )  # fmt: skip
+    if hosts is not None:
+        app.add_middleware(HostCheck, hosts=hosts)
     _add_error_handlers(app)
 
     def ready() -> Predictor:
@@ -177,7 +181,7 @@ def create_app(model: ServedModel, limits: Limits) -> FastAPI:
                 "categories": [{"id": category_id, "name": name} for category_id, name in classes],
                 "activation_maps": model.has_maps,
                 "limits": {**limits._asdict(), "image_pixels": predictor.max_image_pixels},
-                "formats": list(FORMATS),
+                "formats": [name for name in FORMATS if name != "QOI"],
                 "palette": [_hexadecimal(rank_color(rank)) for rank in range(_NUM_COLORS)],
             }
         )

@@ -22,6 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", required=True, metavar="FILE", help="a checkpoint, sparseinst://NAME, or an exported model")
     add("--config-file", help=f"{CONFIG_HELP}; default: config.yaml in the folder of the checkpoint")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine (default 127.0.0.1)")
+    add("--allowed-host", action="append", default=[], metavar="NAME",
+        help="further name in the address of requests, such as the name of a proxy; repeatable")  # fmt: skip
     add("--port", type=int, default=8000, help="0: a free one (default 8000)")
     add("--workers", type=int, default=1, help="images that are predicted at the same time (default 1)")
     add("--max-waiting", type=int, default=32,

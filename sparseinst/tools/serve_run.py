@@ -102,12 +102,14 @@ def serve(args: argparse.Namespace, load: Callable[[], Predictor], listener: soc
     import uvicorn
 
     from sparseinst.serving.app import create_app
+    from sparseinst.serving.hosts import accepted_hosts
     from sparseinst.serving.limits import Limits
     from sparseinst.serving.model import ServedModel
 
     host, port = listener.getsockname()[:2]
     limits = Limits(round(args.max_upload_mib * 2**20), args.max_waiting, args.workers, args.timeout)
-    app = create_app(ServedModel(load, args.weights), limits)
+    hosts = accepted_hosts(host, args.host, args.allowed_host)
+    app = create_app(ServedModel(load, args.weights), limits, hosts)
     if not ipaddress.ip_address(host).is_loopback:
         logger.warning("Every machine that reaches %s port %d can use this service: it has no password", host, port)
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

@@ -1,5 +1,10 @@
 """Masks at the output size: the windows against the plain computation, bit for bit."""
 
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -7,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sparseinst.ops import mask_resize
+from sparseinst.ops.mask_output import output_masks
 from sparseinst.ops.mask_resize import composed_axis, map_windows, resize_masks
 from sparseinst.ops.masks import masks_to_boxes
 from sparseinst.structures.mask_window import MaskWindow
@@ -201,9 +207,55 @@ def test_weights_of_an_axis(sizes):
     assert (axis.first[1:] >= axis.first[:-1]).all() and (axis.last[1:] >= axis.last[:-1]).all()
 
 
+@pytest.mark.parametrize(
+    ("grid", "image", "output", "kept", "thin"),
+    [
+        ((40, 60), (160, 240), (300, 400), 2, 0),
+        ((160, 216), (640, 853), (6000, 8000), 0, 0),
+        ((2, 300), (8, 1200), (1, 9000), 0, 1),
+        ((300, 2), (1200, 8), (9000, 1), 0, 1),
+        ((2, 4), (8, 16), (1, 9000), 2, 0),
+    ],
+)
+def test_which_weights_are_cached(grid, image, output, kept, thin, monkeypatch):
+    calls = []
+    original = mask_resize._windows_in_chunks
+    monkeypatch.setattr(mask_resize, "_windows_in_chunks", lambda *args: calls.append(1) or original(*args))
+    composed_axis.cache_clear()
+    probs = torch.full((1, *grid), 0.01)
+    probs[0, 0, 0] = 0.99
+    assert_windows_equal_plain(probs, image, image, output, 0.45)
+    assert (composed_axis.cache_info().currsize, len(calls)) == (kept, thin)
+
+
+def test_thin_images_take_little_memory():
+    command = [sys.executable, "-c", "from tests.ops.test_mask_resize import check_thin; check_thin(4_000_000)"]
+    result = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def check_thin(side):
+    """Raise where masks of 1 x ``side`` and ``side`` x 1 pixels take more than 40 bytes per pixel."""
+    # A defect ends in MemoryError.
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, 4 * 2**30))
+    torch.set_num_threads(1)
+    output_masks(torch.rand(2, 8, 216), (32, 864), (1, 864), (1, 3000), 0.45, "rle")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for num_masks in (0, 2):
+        probs = torch.full((num_masks, 8, 216), 0.9)
+        boxes, rles, _ = output_masks(probs, (32, 864), (1, 864), (1, side), 0.45, "rle")
+        assert boxes.tolist() == [[0, 0, side, 1]] * num_masks == [[0, 0, *rle["size"][::-1]] for rle in rles]
+        boxes, rles, _ = output_masks(probs.mT, (864, 32), (864, 1), (side, 1), 0.45, "rle")
+        assert boxes.tolist() == [[0, 0, 1, side]] * num_masks == [[0, 0, *rle["size"][::-1]] for rle in rles]
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        # Kilobytes on Linux, bytes on macOS.
+        assert grown * (1 if sys.platform == "darwin" else 1024) < 40 * side, f"{num_masks} masks: {grown}"
+
+
 def test_boxes_are_tight():
     masks = torch.zeros(3, 5, 7, dtype=torch.bool)
     masks[0, 1:3, 2:6] = True
     masks[1, 4, 6] = True
     masks[2] = True
     assert masks_to_boxes(masks).tolist() == [[2, 1, 6, 3], [6, 4, 7, 5], [0, 0, 7, 5]]
+    assert masks_to_boxes(masks, torch.int64).dtype == torch.int64

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 
+from sparseinst.ops import mask_rle
 from sparseinst.ops.mask_rle import encode_window
 from sparseinst.structures.mask_window import MaskWindow
 
@@ -30,6 +31,15 @@ def test_equals_pycocotools(seed, size, share):
     if mask.any():
         ours, theirs = encode(mask)
         assert ours == theirs
+
+
+def test_blocks_of_columns_do_not_change_the_encoding(monkeypatch):
+    monkeypatch.setattr(mask_rle, "COLUMN_BLOCK", 2)
+    for seed, share in enumerate((0.1, 0.5, 0.9, 1)):
+        for size in ((1, 7), (3, 6), (5, 5)):
+            mask = torch.rand(size, generator=torch.Generator().manual_seed(seed)) <= share
+            ours, theirs = encode(mask)
+            assert ours == theirs
 
 
 def test_full_masks_and_corners():

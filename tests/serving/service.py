@@ -61,9 +61,9 @@ def image_bytes(kind="PNG", height=45, width=70, seed=0):
 
 
 @contextlib.contextmanager
-def running(load, limits=None, file="model.pth", waits=True) -> Iterator[httpx2.Client]:
+def running(load, limits=None, file="model.pth", waits=True, hosts=None) -> Iterator[httpx2.Client]:
     """Run a service; yield a client of it, by default when its model is loaded or has failed."""
-    app = create_app(ServedModel(load, str(file)), limits or Limits())
+    app = create_app(ServedModel(load, str(file)), limits or Limits(), hosts)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -167,3 +168,19 @@ def test_images_are_refused_with_the_reason():
     predictor.max_image_pixels = 45 * 70 - 1
     with pytest.raises(ImageTooLargeError, match="45 x 70 = 3150 pixels, and INPUT.MAX_IMAGE_PIXELS is 3149"):
         answer(predictor, image_bytes(), threshold=0.5)
+
+
+@pytest.mark.parametrize("kind", ["QOI", "PPM text", "PPM maximum", "BMP RLE"])
+def test_images_that_pillow_decodes_in_python_are_refused(kind):
+    rle = struct.pack("<2sIIIIiiHHIIIIII", b"BM", 58 + 4 * 2, 0, 58, 40, 2, 1, 1, 8, 1, 4, 0, 0, 1, 0)
+    data = {
+        "QOI": b"qoif" + struct.pack(">IIBB", 2, 1, 3, 0) + 2 * b"\xfe\1\2\3" + bytes(7) + b"\1",
+        "PPM text": b"P3 2 1 255 1 2 3 4 5 6\n",
+        "PPM maximum": b"P6 2 1 254\n\1\2\3\4\5\6",
+        "BMP RLE": rle + bytes(4) + b"\2\0\0\1",
+    }[kind]
+    assert read_image(io.BytesIO(data)).shape == (1, 2, 3)
+    predictor = stub_predictor()
+    for job in (answer, drawing):
+        with pytest.raises(ImageReadError, match=f"{kind[:3]} files of this kind are decoded too slowly; convert"):
+            job(predictor, data, threshold=0.5)

@@ -144,6 +144,7 @@ def test_what_describes_the_service(client, predictor):
     ]
     assert metadata["model"] == "model.pth" and metadata["architecture"] == "GatedSegmenter"
     assert metadata["limits"]["upload_bytes"] == 100_000 and not metadata["activation_maps"]
+    assert "QOI" not in metadata["formats"] and "JPEG" in metadata["formats"]
     assert metadata["palette"][0] == "#2bff26" and len(metadata["palette"]) == 100
     schema = client.get("/openapi.json").json()
     assert set(schema["paths"]) == {"/predict", "/draw", "/healthz", "/metadata", "/metrics"}
