@@ -76,6 +76,8 @@ class SignalWatch:
             return
         self.received = number
         self._received_at = time.monotonic()
+        # A cluster ends the data workers, too; PyTorch's handler would raise in the middle of the step.
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
         if self.raises_at_once:
             raise TrainingInterrupted(number)
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import signal
 import time
 import weakref
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparseinst import config
 from sparseinst.checkpoint import checkpointer_from_config
 from sparseinst.data.coco_json import class_info
-from sparseinst.data.loader import build_train_loader, derive_seed, seed_cpu
+from sparseinst.data.loader import WorkerDiedError, build_train_loader, derive_seed, seed_cpu
 from sparseinst.engine.checkpointed import CheckpointedClasses, CheckpointedKeys
 from sparseinst.engine.console import only_in_log_file
 from sparseinst.engine.errors import RUN_ERRORS
@@ -248,7 +249,10 @@ class Trainer(SimpleTrainer):
             except RUN_ERRORS as error:
                 logger.error("%s", error)
                 raise
-            except Exception:
+            except Exception as error:
+                if "DataLoader worker" in str(error) and "by signal: Terminated" in str(error):
+                    logger.warning("SIGTERM ended the data workers first: the steps after the last checkpoint are lost")
+                    raise TrainingInterrupted(signal.SIGTERM) from error
                 logger.exception("Exception during training:")
                 raise
             finally:
@@ -267,7 +271,16 @@ class Trainer(SimpleTrainer):
         start = time.perf_counter()
         if self._loader_iter is None:
             self._loader_iter = self.data_loader.batches(self.iter * self.accumulate_steps)
-        self.batches = [next(self._loader_iter) for _ in range(self.accumulate_steps)]
+        try:
+            self.batches = [next(self._loader_iter) for _ in range(self.accumulate_steps)]
+        except WorkerDiedError:
+            if self._signals.received is None:
+                raise
+            # The signal reached the data workers, too. This step has changed nothing yet.
+            if self.start_iter < self.steps_done:
+                self.iter = self.steps_done - 1
+                self._save_on_signal.save()
+            raise TrainingInterrupted(self._signals.received) from None
         data_time = time.perf_counter() - start
 
         self.finite_guard.start_step()

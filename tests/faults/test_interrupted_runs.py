@@ -124,6 +124,31 @@ def test_asked_to_stop(workspace, signal_number):
     print(f"phases of signal {signal_number}:", dict(phases))
 
 
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_and_its_workers_are_asked_to_stop(workspace, signal_number):
+    """Clusters and `timeout` signal each process of a group."""
+    folder, config, _, _ = workspace
+    output, log = folder / f"group_{signal_number}", folder / f"group_{signal_number}.log"
+    # A shell ignores SIGINT for its background commands.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from sparseinst.tools import train_net; train_net.cli(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--config-file", str(config), "--resume", "DATALOADER.NUM_WORKERS", "2"]
+    command += ["SEED", "3", "SOLVER.MAX_ITER", "100000", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    with log.open("w") as file:
+        run = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    until = time.monotonic() + TIMEOUT
+    while not (output / "model_0000002.pth").exists():
+        assert run.poll() is None and time.monotonic() < until, log.read_text()
+        time.sleep(0.01)
+    os.killpg(run.pid, signal_number)
+    assert run.wait(TIMEOUT) == 128 + signal_number, log.read_text()
+    assert "Traceback" not in log.read_text() and "--resume" in log.read_text(), log.read_text()
+    newest = max(output.glob("model_*.pth"), key=os.path.getmtime)
+    # Periodic checkpoints are those of steps 3, 6, 9 and so on.
+    assert f"Saving checkpoint to {newest}" in log.read_text().split("model_0000002.pth", 1)[1], log.read_text()
+
+
 def test_a_seed_that_nobody_chose(workspace):
     """With SEED -1 the run remembers the one that it drew."""
     folder, config, _, _ = workspace
