@@ -216,7 +216,7 @@ def parameter_groups(
         weight_decay_norm: of weights and biases of normalization layers.
         weight_decay_bias: of all other biases; None: as weights.
         bias_lr_factor: factor of all biases' learning rate.
-        backbone_multiplier: factor of the learning rate of parameters under ``backbone``.
+        backbone_multiplier: factor of the learning rate of parameters under `backbone_prefix`.
 
     Returns:
         Parameter groups of torch's optimizers, one for each combination of settings.
@@ -225,7 +225,7 @@ def parameter_groups(
     norms = {parameter for group in marked if group["weight_decay"] for parameter in group["params"]}
     # Detectron2's list of norms lacks this one.
     norms.update(p for module in model.modules() if isinstance(module, nn.RMSNorm) for p in module.parameters())
-    groups = []
+    groups, prefix = [], backbone_prefix(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -235,8 +235,14 @@ def parameter_groups(
         groups.append(
             {
                 "params": [parameter],
-                "lr": lr * backbone_multiplier if name.startswith("backbone.") else lr,
+                "lr": lr * backbone_multiplier if name.startswith(prefix) else lr,
                 "weight_decay": weight_decay_norm if parameter in norms else decay,
             }
         )
     return reduce_param_groups(groups)
+
+
+def backbone_prefix(model: nn.Module) -> str:
+    """Return the start of the names of the backbone's parameters, without a feature pyramid, which no weights fill."""
+    pyramid = "backbone.bottom_up."
+    return pyramid if any(name.startswith(pyramid) for name, _ in model.named_parameters()) else "backbone."

@@ -9,6 +9,8 @@ import torch
 from detectron2.engine import HookBase
 from torch import nn
 
+from sparseinst.engine.optimizer import backbone_prefix
+
 logger = logging.getLogger(__name__)
 
 # Iterations between two lines.
@@ -124,7 +126,7 @@ def learning_rate_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     """Return the index of the parameter group that holds the largest parameter: of the heads, of the backbone.
 
     Args:
-        model: the backbone's parameters are named ``backbone.*``; all others belong to the heads.
+        model: all parameters outside of its `backbone_prefix` belong to the heads.
         optimizer: of the model.
 
     Returns:
@@ -132,8 +134,9 @@ def learning_rate_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     """
     group_of = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     largest: dict[str, nn.Parameter] = {}
+    prefix = backbone_prefix(model)
     for name, parameter in model.named_parameters():
-        part = "lr_backbone" if name.startswith("backbone.") else "lr_heads"
+        part = "lr_backbone" if name.startswith(prefix) else "lr_heads"
         if id(parameter) in group_of and (part not in largest or parameter.numel() > largest[part].numel()):
             largest[part] = parameter
     return {part: group_of[id(largest[part])] for part in ("lr_heads", "lr_backbone") if part in largest}

@@ -14,6 +14,7 @@ from sparseinst.engine.optimizer import (
     resumed_state,
     scale_to_processes,
 )
+from sparseinst.engine.progress import learning_rate_groups
 from tests.tiny_model import tiny_cfg, tiny_model
 
 
@@ -52,6 +53,22 @@ def test_groups_by_module_type():
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         assert found[name] == pytest.approx(values), name
+
+
+def test_a_feature_pyramid_learns_as_the_heads():
+    """No weights fill it, so it must not be slowed down as the backbone inside."""
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"bottom_up": nn.Linear(9, 9), "fpn": nn.Linear(8, 8)})})
+    model["head"] = nn.Linear(2, 2)
+    groups = parameter_groups(model, base_lr=1.0, weight_decay=0.0, backbone_multiplier=0.1)
+    rates = {name: rate for name, (rate, _) in settings_by_name(model, groups).items()}
+    assert {name: rate for name, rate in rates.items() if "weight" in name} == {
+        "backbone.bottom_up.weight": 0.1,
+        "backbone.fpn.weight": 1.0,
+        "head.weight": 1.0,
+    }
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    logged = {name: groups[index]["lr"] for name, index in learning_rate_groups(model, optimizer).items()}
+    assert logged == {"lr_heads": 1.0, "lr_backbone": 0.1}
 
 
 def test_biases_are_decayed_as_weights_by_default():
