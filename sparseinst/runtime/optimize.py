@@ -7,7 +7,6 @@ model's.
 """
 
 import contextlib
-import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -21,17 +20,13 @@ from torch import nn
 from sparseinst.config import check_value
 from sparseinst.modeling.meta_arch import InstanceSegmenter, Network, OutputOptions, check_not_traced
 from sparseinst.runtime.compile import compiled_for_inference
-from sparseinst.runtime.output_difference import relative_differences
-from sparseinst.runtime.rewrites.fold_norms import fold_norms
+from sparseinst.runtime.output_difference import is_close
+from sparseinst.runtime.rewrites.fuse import example_images, fused_copy, inference_copy
 from sparseinst.runtime.rewrites.winograd import use_winograd
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest difference in the self-check over the largest value of the same output.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
-# Sides of the example in pixels: multiples of every stride, with enough tiles for Winograd convolutions.
-_EXAMPLE_SIZE = (192, 256)
 
 
 class OptimizedSegmenter(nn.Module):
@@ -150,12 +145,12 @@ def optimize_for_inference(
             f"RUNTIME.ENGINE {engine} runs on the CPU in {' or '.join(precisions)}, without RUNTIME.COMPILE; set "
             f"MODEL.DEVICE cpu, PRECISION {precisions[0]} and COMPILE False, or ENGINE torch"
         )
-    original, model = model, _inference_copy(model)
-    example = _example(model)
+    original, model = model, inference_copy(model)
+    example = example_images(model)
     with torch.no_grad():
         expected = model.network(example)
-        if fuse:
-            model = _fuse(model, original, example, expected)
+    if fuse:
+        model = fused_copy(model)
     is_plain_cpu = precision == "float32" and model.device.type == "cpu"
     # ONNX Runtime's own convolutions are as fast.
     if winograd and fuse and is_plain_cpu and (channels_last or engine != "torch") and engine != "onnxruntime":
@@ -165,14 +160,14 @@ def optimize_for_inference(
     else:
         network = _torch_network(model, channels_last, PRECISIONS[precision])
     optimized = OptimizedSegmenter(model, network, precision)
-    if not _is_close(optimized.network(example), expected, original, precision):
+    if not is_close(optimized.network(example), expected, original.ranks_instances, precision):
         logger.warning(
             "The optimized network (RUNTIME.ENGINE %s, PRECISION %s) does not return the model's numbers, so the "
             "model runs as it is",
             engine,
             precision,
         )
-        model = _inference_copy(original)
+        model = inference_copy(original)
         return OptimizedSegmenter(model, model.network)
     if compile:
         # After the self-check, because a first run at the example's size would be compiled too, which takes a minute.
@@ -213,67 +208,6 @@ def _engine_network(
     rule = input_rule(model)
     program = export_program(ExportableNetwork(model), rule.divisibility, rule.fixed_size, None)
     return ONNXRuntimeNetwork(onnx_bytes(program, list(model.network(example))), threads, providers)
-
-
-def _inference_copy(model: InstanceSegmenter) -> InstanceSegmenter:
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def _example(model: InstanceSegmenter) -> torch.Tensor:
-    """Return one image of normal noise, of a size that the model's `preprocess` makes and the network accepts."""
-    image = torch.zeros((len(model.pixel_mean), *_EXAMPLE_SIZE), dtype=torch.uint8)
-    size = model.preprocess([{"image": image}]).tensor.shape
-    return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(model.device)
-
-
-def _fuse(
-    model: InstanceSegmenter,
-    original: InstanceSegmenter,
-    example: torch.Tensor,
-    expected: dict[str, torch.Tensor],
-) -> InstanceSegmenter:
-    """Fuse the model in place and return it; where that fails, log one line and return another copy of the original."""
-    try:
-        # timm's modules offer a fusion of their own norms; other modules offer one when theirs are folded.
-        offers: set[nn.Module] = set()
-        _use_offers(model, offers)
-        fold_norms(model, lambda: model.network(example))
-        _use_offers(model, offers)
-        if _is_close(model.network(example), expected, original):
-            return model
-        # A backbone may use a convolution's output next to its norm's, which no hook sees.
-        reason = "its outputs would change"
-    # The fuse() of a module is a user's code, which can raise anything.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    logger.warning("The network cannot be fused, and runs as it is: %s", reason)
-    return _inference_copy(original)
-
-
-def _use_offers(module: nn.Module, offers: set[nn.Module]) -> None:
-    """Replace modules inside by the result of their own ``fuse()``, outermost first, and add these to ``offers``."""
-    for name, child in list(module.named_children()):
-        if child in offers:
-            continue
-        offer = child.fuse() if callable(getattr(child, "fuse", None)) else child
-        # A fuse() that returns None fuses in place.
-        if offer is child or offer is None:
-            _use_offers(child, offers)
-        else:
-            setattr(module, name, offer.eval())
-            offers.add(offer)
-
-
-def _is_close(
-    outputs: dict[str, torch.Tensor],
-    expected: dict[str, torch.Tensor],
-    model: InstanceSegmenter,
-    precision: str = "float32",
-) -> bool:
-    if {name: value.shape for name, value in outputs.items()} != {name: v.shape for name, v in expected.items()}:
-        return False
-    differences = relative_differences(outputs, expected, model.ranks_instances, precision)
-    return all(difference <= TOLERANCES[precision] for difference in differences.values())
 
 
 def _torch_network(

@@ -8,6 +8,8 @@ from scipy.optimize import linear_sum_assignment
 # Share of the instances that two networks have in common, at least, where they rank instances by their own numbers:
 # rounding changes their order, and in noise, where all peaks are almost equal, also which ones are among the best.
 _SHARES_IN_COMMON = {"float32": 0.95, "float16": 0.5, "bfloat16": 0.1, "int8": 0.1}
+# Largest difference of an optimized network over the largest value of the same output.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 # Values of each output by which an instance is recognized.
 _NUM_VALUES = 1024
 
@@ -41,6 +43,16 @@ def relative_differences(
         for name, difference in zip(others, differences[:, kept].amax(1)):
             worst[name] = max(worst[name], float(difference))
     return worst
+
+
+def is_close(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], ranks_instances: bool, precision: str = "float32"
+) -> bool:
+    """Return whether outputs have the expected names and shapes, and differ by `TOLERANCES` at most."""
+    if {name: value.shape for name, value in found.items()} != {name: v.shape for name, v in expected.items()}:
+        return False
+    differences = relative_differences(found, expected, ranks_instances, precision)
+    return all(difference <= TOLERANCES[precision] for difference in differences.values())
 
 
 def _thinned(values: torch.Tensor) -> torch.Tensor:

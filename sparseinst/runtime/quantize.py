@@ -6,7 +6,6 @@ processors without VNNI (AVX2, early AVX-512) add products of 8 and 8 bits in 16
 """
 
 import contextlib
-import copy
 import hashlib
 import itertools
 import logging
@@ -22,7 +21,6 @@ from torch.export import ExportedProgram
 
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.runtime.progress import WithProgress
-from sparseinst.runtime.rewrites.fold_norms import fold_norms
 
 if TYPE_CHECKING:
     import nncf
@@ -45,7 +43,7 @@ class Quantization(NamedTuple):
     """How a network is quantized.
 
     Attributes:
-        model: whose network is exported, with folded norms.
+        model: whose network is exported, with folded norms (`fused_copy`).
         images: calibration images as the file takes them, each (B, 3, h, w).
         skipped: names of single layers that stay in float32, besides the model's `float_layers` and what follows them;
             ADDITIONS among them.
@@ -54,14 +52,6 @@ class Quantization(NamedTuple):
     model: InstanceSegmenter
     images: Sequence[torch.Tensor]
     skipped: Collection[str] = ()
-
-
-def folded_copy(model: InstanceSegmenter, example: torch.Tensor) -> InstanceSegmenter:
-    """Return a copy whose norms are folded into convolutions, so that a file holds the layers' own weights."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        fold_norms(model, lambda: model.network(example))
-    return model
 
 
 def float_layers(model: InstanceSegmenter) -> list[str]:

@@ -41,7 +41,8 @@ from sparseinst.runtime.export import (
 )
 from sparseinst.runtime.exported_file import ExportMetadata
 from sparseinst.runtime.exported_model import ExportedSegmenter, open_network, postprocessing_weights
-from sparseinst.runtime.quantize import ADDITIONS, Quantization, by_error, folded_copy, quantizable_layers
+from sparseinst.runtime.quantize import ADDITIONS, Quantization, by_error, quantizable_layers
+from sparseinst.runtime.rewrites.fuse import fused_copy
 from sparseinst.runtime.self_check import (
     BOUNDS,
     SelfCheckError,
@@ -135,11 +136,12 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     float_model = ExportedSegmenter(model, model.network, metadata)
     is_compared = args.end_to_end and args.test_images
     compared = _images(cfg, float_model, args.test_images, _COMPARED_IMAGES) if is_compared else []
-    source, quantization = network, None
+    # The file computes what RUNTIME.FUSE computes; the comparisons are with the model as it is.
+    source = ExportableNetwork(fused_copy(model), network.takes_pixels, network.max_detections)
+    quantization = None
     if args.precision == "int8":
         images = _images(cfg, float_model, args.calibration, CALIBRATION_IMAGES)
-        quantization = Quantization(folded_copy(model, network.normalized(images[0])), images)
-        source = ExportableNetwork(quantization.model, network.takes_pixels)
+        quantization = Quantization(source.model, images)
     logger.info("Exporting the network by torch.export")
     program = export_program(source, rule.divisibility, size, batch)
     metadata = _with(metadata, outputs=names, has_deform_conv=has_deform_conv(program))

@@ -6,7 +6,8 @@ import torch
 from sparseinst.runtime.export import ExportableNetwork, converter, export_program
 from sparseinst.runtime.exported_file import ExportMetadata
 from sparseinst.runtime.openvino import OpenVINONetwork, read_program
-from sparseinst.runtime.quantize import Quantization, folded_copy, quantizable_layers
+from sparseinst.runtime.quantize import Quantization, quantizable_layers
+from sparseinst.runtime.rewrites.fuse import fused_copy
 from tests.tiny_model import tiny_model
 
 pytest.importorskip("nncf", reason="the package nncf (extra 'int8') is not installed")
@@ -15,7 +16,7 @@ NAMES = ["pred_logits", "pred_masks", "pred_scores"]
 
 def test_openvino_in_int8(tmp_path):
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    model = folded_copy(tiny_model().requires_grad_(False), images)
+    model = fused_copy(tiny_model().requires_grad_(False))
     program = export_program(ExportableNetwork(model), 32, None, None)
     layers = quantizable_layers(program, model)
     path = tmp_path / "model.xml"

@@ -12,19 +12,15 @@ from torch import nn
 from sparseinst.runtime import quantize
 from sparseinst.runtime.export import ExportableNetwork, export_program, onnx_bytes
 from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
-from sparseinst.runtime.quantize import (
-    Quantization,
-    by_error,
-    float_layers,
-    folded_copy,
-    quantizable_layers,
-    quantize_onnx,
-)
+from sparseinst.runtime.quantize import Quantization, by_error, float_layers, quantizable_layers, quantize_onnx
+from sparseinst.runtime.rewrites.fuse import fused_copy
 from tests.modeling.solo.tiny_solo import tiny_solo
 from tests.modeling.yolact.tiny_yolact import tiny_yolact
 from tests.tiny_model import tiny_model
 
 IAM = "decoder.inst_branch.iam_conv"
+# In a fused model, whose decoder is wrapped.
+FUSED_IAM = f"decoder.{IAM}"
 
 
 class TwoLayers(nn.Module):
@@ -112,7 +108,7 @@ def test_errors_of_an_engine_have_one_line(tmp_path, monkeypatch, engine):
 def quantized():
     """The tiny model's layers that can be quantized, and its ONNX in INT8 with one of them skipped."""
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    model = folded_copy(tiny_model().requires_grad_(False), images)
+    model = fused_copy(tiny_model().requires_grad_(False))
     program = export_program(ExportableNetwork(model), 32, (64, 96), 1)
     quantization = Quantization(model, [images], ["backbone.res3.0.conv1"])
     content = quantize_onnx(onnx_bytes(program, list(model.network(images))), "images", quantization)
@@ -121,10 +117,11 @@ def quantized():
 
 def test_layers_behind_the_activation_maps_are_not_quantized(quantized):
     model, layers, _ = quantized
-    assert float_layers(model) == [IAM]
-    branch = "decoder.inst_branch."
-    assert {f"{branch}inst_convs.0", "decoder.mask_branch.projection", "backbone.stem.conv1"} <= set(layers)
-    assert not {IAM, f"{branch}fc", f"{branch}cls_score", f"{branch}mask_kernel", f"{branch}objectness"} & set(layers)
+    assert float_layers(model) == [FUSED_IAM]
+    branch = "decoder.decoder.inst_branch."
+    assert {"decoder.conv", "decoder.decoder.mask_branch.projection", "backbone.stem.conv1"} <= set(layers)
+    last = ("fc", "cls_score", "mask_kernel", "objectness")
+    assert not {FUSED_IAM, *(branch + name for name in last)} & set(layers)
 
 
 def test_an_onnx_file_holds_eight_bits_but_for_layers_in_float(quantized):
@@ -136,10 +133,10 @@ def test_an_onnx_file_holds_eight_bits_but_for_layers_in_float(quantized):
     assert all(-64 <= values.min() and 60 <= np.abs(values).max() <= 64 for values in bits)
     floats = [values for values in weights.values() if values.dtype == np.float32 and values.ndim == 4]
     modules = dict(model.named_modules())
-    for name in (IAM, "backbone.res3.0.conv1"):
+    for name in (FUSED_IAM, "backbone.res3.0.conv1"):
         assert any(np.array_equal(values, modules[name].weight.numpy()) for values in floats), name
     # Nothing that reads the activation maps is rounded, directly or not.
-    (iam,) = (name for name, values in weights.items() if np.array_equal(values, modules[IAM].weight.numpy()))
+    (iam,) = (name for name, values in weights.items() if np.array_equal(values, modules[FUSED_IAM].weight.numpy()))
     tail = {name for node in proto.graph.node if iam in node.input for name in node.output}
     # The nodes of an ONNX graph are sorted.
     for node in proto.graph.node:
@@ -151,7 +148,7 @@ def test_an_onnx_file_holds_eight_bits_but_for_layers_in_float(quantized):
 
 def test_additions_are_quantized_unless_they_are_skipped():
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    model = folded_copy(tiny_model().requires_grad_(False), images)
+    model = fused_copy(tiny_model().requires_grad_(False))
     program = export_program(ExportableNetwork(model), 32, (64, 96), 1)
     content = onnx_bytes(program, list(model.network(images)))
     rounded = []
@@ -176,7 +173,7 @@ def test_predictions_of_every_family_stay_in_float(family, predictions):
     """So does a skipped layer. SOLO's last mask convolutions are outputs, which post-processing applies, and exact."""
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     model = tiny_yolact() if family == "yolact" else tiny_solo(family)
-    model = folded_copy(model.requires_grad_(False), images)
+    model = fused_copy(model.requires_grad_(False))
     names = list(model.network(images))
     network = ExportableNetwork(model)
     program = export_program(network, 32, (64, 64), 1)
