@@ -97,7 +97,7 @@ def masks_on_grid(gt_masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
 
 @torch.no_grad()
 def center_heatmap(
-    gt_masks: torch.Tensor, gt_classes: torch.Tensor, num_classes: int
+    gt_masks: torch.Tensor, gt_classes: torch.Tensor, num_classes: int, num_cells: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the heat map of the centers of one image's instances.
 
@@ -107,10 +107,12 @@ def center_heatmap(
         gt_masks: (M, H, W) in [0, 1], the share of each cell that the instance covers.
         gt_classes: (M,) int64 in [0, K).
         num_classes: K.
+        num_cells: C.
 
     Returns:
         (K, H, W) float32 in [0, 1]: Gaussians around the centers, the largest where they overlap; (K, H, W) bool: True
-        at the centers; (M,) int64 in [0, H * W): the cells of the centers.
+        at the centers; (M, C) int64 in [0, H * W): the covered cells that are nearest to the center of mass, the center
+        first, and again where the instance covers fewer.
     """
     height, width = gt_masks.shape[1:]
     heat = gt_masks.new_zeros((num_classes, height, width))
@@ -125,7 +127,15 @@ def center_heatmap(
         falls.append((steps, CENTER_SPREAD * variance.sqrt().clamp(min=MIN_SPREAD)[:, None]))
     is_covered = gt_masks >= 0.5 * gt_masks.flatten(1).amax(1)[:, None, None]
     distance = distances[0][:, :, None] + distances[1][:, None]
-    cells = torch.where(is_covered, distance, torch.inf).flatten(1).argmin(1)
+    distance = torch.where(is_covered, distance, torch.inf).flatten(1)
+    nearest = []
+    for _ in range(num_cells):
+        least, cells = distance.min(1)
+        # Again the center where no covered cell is left.
+        nearest.append(torch.where(least.isfinite(), cells, nearest[0]) if nearest else cells)
+        distance = distance.scatter(1, cells[:, None], torch.inf)
+    nearest = torch.stack(nearest, dim=1)
+    cells = nearest[:, 0]
     fall_y, fall_x = (
         ((steps - center[:, None]) / spread).square()
         for (steps, spread), center in zip(falls, (cells // width, cells % width))
@@ -133,7 +143,7 @@ def center_heatmap(
     gaussians = torch.exp(-0.5 * (fall_y[:, :, None] + fall_x[:, None]))
     heat.scatter_reduce_(0, gt_classes[:, None, None].expand_as(gaussians), gaussians, "amax")
     is_center[gt_classes, cells // width, cells % width] = True
-    return heat, is_center, cells
+    return heat, is_center, nearest
 
 
 def center_focal_loss(logits: torch.Tensor, heat: torch.Tensor, is_center: torch.Tensor) -> torch.Tensor:

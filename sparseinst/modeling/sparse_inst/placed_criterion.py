@@ -6,6 +6,7 @@ from detectron2.config import CfgNode, configurable
 from sparseinst.config import registered
 from sparseinst.modeling.sparse_inst.criterion import SPARSE_INST_CRITERION_REGISTRY, SparseInstCriterion
 from sparseinst.modeling.sparse_inst.decoder import SPARSE_INST_DECODER_REGISTRY
+from sparseinst.modeling.sparse_inst.placed_decoder import NUM_CELLS
 from sparseinst.ops.losses import box_loss, center_focal_loss
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.targets import InstanceTargets
@@ -56,21 +57,18 @@ class PlacedCriterion(SparseInstCriterion):
         Returns:
             Scalars, weighted. Without any instance the losses of pairs are 0, with a gradient of 0.
         """
-        device, most = outputs["boxes"].device, outputs["boxes"].shape[1]
+        device = outputs["boxes"].device
         with no_autocast(device):
-            found = [min(len(target.gt_classes), most) for target in targets]
-            divisors = self.divisors(counts, targets, sum(found), device)
-            rows = [torch.arange(count, device=device) + image * most for image, count in enumerate(found)]
-            rows = torch.cat(rows)
             scores, boxes, gt_boxes, masks, gt_masks = (
-                outputs[name].flatten(0, 1).index_select(0, rows).float()
-                for name in ("pred_scores", "boxes", "gt_boxes", "pred_masks", "gt_masks")
+                outputs[name].float() for name in ("pred_scores", "boxes", "gt_boxes", "pred_masks", "gt_masks")
             )
+            divisors = self.divisors(counts, targets, len(boxes) // NUM_CELLS, device)
+            of_pairs = [NUM_CELLS * divisor for divisor in divisors]
             # A line of one pixel covers its cells by half at most.
             half = 0.5 * gt_masks.flatten(1).amax(1, keepdim=True)
             heat_loss = center_focal_loss(outputs["heat_logits"].float(), outputs["heat"], outputs["is_center"])
             return {
                 "loss_heatmap": self.class_weight * heat_loss / divisors[0],
-                "loss_box": self.box_weight * box_loss(boxes, gt_boxes) / divisors[1],
-                **self.mask_losses(masks, scores[:, 0], gt_masks, *divisors, gt_threshold=half),
+                "loss_box": self.box_weight * box_loss(boxes, gt_boxes) / of_pairs[1],
+                **self.mask_losses(masks, scores, gt_masks, *of_pairs, gt_threshold=half),
             }

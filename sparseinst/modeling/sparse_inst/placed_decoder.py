@@ -2,8 +2,8 @@
 
 Learned maps must find the objects, and matching tells each map which one: on a few hundred images that takes most of
 the training. Here a heat map with a loss on every cell, that of CenterNet (arXiv 1904.07850), finds the centers of the
-objects and their classes. Each of its highest peaks places one activation map; in training the centers of the ground
-truth do, so nothing is matched. placed_masks.py makes the masks. Letters: sparseinst.structures.
+objects and their classes. Each of its highest peaks places one activation map; in training the center of each object
+and the cell next to it do, so nothing is matched. placed_masks.py makes the masks. Letters: sparseinst.structures.
 """
 
 import math
@@ -44,6 +44,8 @@ MAP_RADIUS = 1.5
 ELLIPSE = (2.0, 0.0, 0.0, -2.0, -2.0, 0.0)
 # Logarithm of a box's size over its initial size, in both directions: the quadratic of a smaller box loses digits.
 MAX_LOG_SIZE = 4.0
+# Cells at which an instance is trained: its center, and those next to it, where its peak may be found, too.
+NUM_CELLS = 2
 # Subtracted from other cells, so that they rank behind the peaks.
 NOT_A_PEAK = 100.0
 # Logit of the classes that a peak is not of.
@@ -175,7 +177,7 @@ def placed_maps(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 @SPARSE_INST_DECODER_REGISTRY.register()
 class PlacedIAMDecoder(BaseIAMDecoder):
-    """Decode with one activation map at each peak of a heat map, in training at each center of the ground truth.
+    """Decode with one activation map at each peak of a heat map, in training at the centers of the ground truth.
 
     Measured in docs/own_data.md. LOSS.NAME PlacedCriterion trains the decoder. Mask features are on the mask grid
     (sub-pixel convolution, arXiv 1609.05158), and see the backbone feature DECODER.MASK.DETAIL_FEATURE.
@@ -246,51 +248,60 @@ class PlacedIAMDecoder(BaseIAMDecoder):
     def training_outputs(
         self, outputs: dict[str, torch.Tensor], targets: list[InstanceTargets]
     ) -> dict[str, torch.Tensor]:
-        """Decode at the centers of the ground truth.
+        """Decode at cells of the ground truth: each instance at its center and at the covered cells next to it.
 
         Args:
             outputs: what `forward` returned in training.
             targets: ground truth of each image. Of more than N instances in an image the first N get masks and boxes.
 
         Returns:
-            For M, the number of instances in the image with the most, and at least 1: ``pred_scores`` (B, M, 1);
-            ``boxes`` and ``gt_boxes`` (B, M, 4) float32 x0, y0, x1, y1 in shares of the map; ``pred_masks`` and
-            ``gt_masks`` (B, M, S, S) float32 logits and targets on a grid over the true box, enlarged;
-            ``heat_logits``, ``heat`` and ``is_center`` (B, K, H, W), see `center_heatmap`. Row i is instance i.
+            For P cells of all instances of all images, one image after another: ``pred_scores`` (P,); ``boxes`` and
+            ``gt_boxes`` (P, 4) float32 x0, y0, x1, y1 in shares of the map; ``pred_masks`` and ``gt_masks`` (P, S, S)
+            float32 logits and targets on a grid over the true box, enlarged. ``heat_logits``, ``heat`` and
+            ``is_center`` (B, K, H, W), see `center_heatmap`.
         """
         heat_logits = outputs["heat_logits"]
-        most = max(1, *(min(len(target.gt_classes), self.num_masks) for target in targets))
-        centers, gt_boxes, gt_masks = [], [], []
+        heats, cells = [], []
         with no_autocast(heat_logits.device):
             for target in targets:
                 # The heat map learns all instances: the others would be its background.
                 coarse = masks_on_grid(target.gt_masks, tuple(heat_logits.shape[-2:]))
-                heat, is_center, cells = center_heatmap(coarse, target.gt_classes, heat_logits.shape[1])
-                masks, cells = target.gt_masks[: self.num_masks], cells[: self.num_masks]
-                centers.append((heat, is_center, F.pad(cells, (0, most - len(cells)))))
+                heat, is_center, nearest = center_heatmap(coarse, target.gt_classes, heat_logits.shape[1], NUM_CELLS)
+                heats.append((heat, is_center))
+                cells.append(nearest[: self.num_masks].flatten())
+        most = max(map(len, cells))
+        padded = torch.stack([F.pad(each, (0, most - len(each))) for each in cells])
+        decoded, mask_kernels, ellipses = self.inst_branch.predict(outputs["inst_features"], heat_logits, padded)
+        pairs = []
+        for image, target in enumerate(targets):
+            of_image = slice(image, image + 1), slice(len(cells[image]))
+            masks = placed_masks(
+                mask_kernels[of_image],
+                ellipses[of_image],
+                outputs["mask_features"][of_image[0]],
+                outputs["displacements"][of_image[0]],
+                in_training=True,
+            )
+            with no_autocast(heat_logits.device):
+                gt_masks = target.gt_masks[: self.num_masks]
                 # An object that covers no cell by half has a box, too.
-                is_inside = masks > 0.5 * masks.flatten(1).amax(1)[:, None, None]
-                boxes = masks_to_boxes(is_inside) / map_size(masks)
-                # The rows without an instance have the whole map as their box.
-                missing = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(most - len(boxes), 4)
-                gt_boxes.append(torch.cat([boxes, missing]))
-                gt_masks.append(F.pad(masks, (0, 0, 0, 0, 0, most - len(masks))))
-            heat, is_center, cells = (torch.stack(parts) for parts in zip(*centers))
-            gt_boxes, gt_masks = torch.stack(gt_boxes), torch.stack(gt_masks)
-        decoded, mask_kernels, ellipses = self.inst_branch.predict(outputs["inst_features"], heat_logits, cells)
-        masks = placed_masks(
-            mask_kernels, ellipses, outputs["mask_features"], outputs["displacements"], in_training=True
-        )
-        with no_autocast(heat_logits.device):
-            windows = enlarged(gt_boxes, map_size(masks))
-            center, size = (ellipses[..., part].flip(-1) for part in (slice(2), slice(2, 4)))
-            return {
-                "pred_scores": decoded["pred_scores"],
-                "boxes": torch.cat([center - size / 2, center + size / 2], dim=2),
-                "gt_boxes": gt_boxes,
-                "pred_masks": crop(masks, windows),
-                "gt_masks": crop(gt_masks, windows),
-                "heat_logits": heat_logits,
-                "heat": heat,
-                "is_center": is_center,
-            }
+                is_inside = gt_masks > 0.5 * gt_masks.flatten(1).amax(1)[:, None, None]
+                gt_boxes = masks_to_boxes(is_inside) / map_size(gt_masks)
+                windows = enlarged(gt_boxes, map_size(gt_masks))
+                gt_crops = crop(gt_masks[None], windows[None])[0]
+                gt_boxes, windows, gt_crops = (
+                    each.repeat_interleave(NUM_CELLS, dim=0) for each in (gt_boxes, windows, gt_crops)
+                )
+                center, size = (ellipses[image, of_image[1], part].flip(-1) for part in (slice(2), slice(2, 4)))
+                pairs.append(
+                    {
+                        "pred_scores": decoded["pred_scores"][image, of_image[1], 0],
+                        "boxes": torch.cat([center - size / 2, center + size / 2], dim=1),
+                        "gt_boxes": gt_boxes,
+                        "pred_masks": crop(masks, windows[None])[0],
+                        "gt_masks": gt_crops,
+                    }
+                )
+        heat, is_center = (torch.stack(parts) for parts in zip(*heats))
+        joined = {name: torch.cat([each[name] for each in pairs]) for name in pairs[0]}
+        return {**joined, "heat_logits": heat_logits, "heat": heat, "is_center": is_center}

@@ -12,7 +12,7 @@ from sparseinst.modeling.sparse_inst import placed_decoder
 from sparseinst.modeling.sparse_inst import placed_masks as placed_masks_module
 from sparseinst.modeling.sparse_inst.decoder import dynamic_masks
 from sparseinst.modeling.sparse_inst.model import SparseInst
-from sparseinst.modeling.sparse_inst.placed_decoder import ELLIPSE, highest_peaks
+from sparseinst.modeling.sparse_inst.placed_decoder import ELLIPSE, NUM_CELLS, highest_peaks
 from sparseinst.modeling.sparse_inst.placed_masks import (
     CROP_SIZE,
     OUTSIDE,
@@ -58,7 +58,7 @@ def test_center_of_a_ring_lies_on_it():
     heat, is_center, cells = center_heatmap(mask, torch.tensor([1]), 3)
     assert is_center.sum() == 1 and heat[0].sum() == heat[2].sum() == 0
     (cell,) = is_center[1].nonzero().tolist()
-    assert cells.tolist() == [7 * cell[0] + cell[1]]
+    assert cells.tolist() == [[7 * cell[0] + cell[1]]]
     assert mask[0][tuple(cell)] == 1 and heat[1][tuple(cell)] == 1 == heat.max()
 
 
@@ -72,6 +72,17 @@ def test_heat_map_by_hand():
     assert heat[0, 1, 2].item() == pytest.approx(math.exp(-0.5 / (0.25 * 0.09)))
     overlapping, centers, _ = center_heatmap(torch.cat([mask, mask.roll(1, 2)]), torch.tensor([0, 0]), 1)
     assert centers.sum() == 2 and overlapping.max() == 1 and (overlapping >= heat).all()
+
+
+def test_the_cells_of_instances_by_hand():
+    # The center of mass lies at 1.29 in the row, between the second and the third cell. The second instance covers one.
+    masks = torch.zeros(2, 3, 5)
+    masks[0, 1, 0:4] = torch.tensor([1.0, 1.0, 1.0, 0.5])
+    masks[1, 2, 4] = 1
+    cells = center_heatmap(masks, torch.tensor([0, 0]), 1, num_cells=3)[2]
+    assert cells.tolist() == [[6, 7, 5], [14, 14, 14]]
+    # More cells than the map has.
+    assert center_heatmap(torch.ones(1, 1, 2), torch.tensor([0]), 1, num_cells=3)[2].shape == (1, 3)
 
 
 def test_no_instances_make_an_empty_heat_map():
@@ -216,21 +227,26 @@ def test_training_predicts_at_the_centers_what_inference_predicts_at_peaks(monke
     outputs = model.decoder.training_outputs(model.network(images.tensor), targets)
     # Of nine instances the first six have masks. The heat map learns all.
     assert outputs["is_center"][2].sum() == 9
-    assert outputs["pred_masks"].shape == outputs["gt_masks"].shape == (3, 6, CROP_SIZE, CROP_SIZE)
+    assert outputs["pred_masks"].shape == outputs["gt_masks"].shape == (8 * NUM_CELLS, CROP_SIZE, CROP_SIZE)
+    of_image = slice(2 * NUM_CELLS, None)
     masks = targets[2].gt_masks[:6]
-    windows = enlarged(outputs["gt_boxes"][2:], torch.tensor([24.0, 16, 24, 16]))
-    torch.testing.assert_close(outputs["gt_masks"][2:], crop(masks[None], windows))
+    windows = enlarged(outputs["gt_boxes"][None, of_image], torch.tensor([24.0, 16, 24, 16]))
+    crops = crop(masks[None].repeat_interleave(NUM_CELLS, 1), windows)
+    torch.testing.assert_close(outputs["gt_masks"][of_image], crops[0])
     # The same cells as peaks.
     coarse = torch.nn.functional.avg_pool2d(masks[:, None], 2)[:, 0]
-    cells = center_heatmap(coarse, targets[2].gt_classes[:6], 3)[2]
-    monkeypatch.setattr(placed_decoder, "highest_peaks", lambda *args: (cells[None], targets[2].gt_classes[None, :6]))
+    classes = targets[2].gt_classes[:6]
+    cells = center_heatmap(coarse, classes, 3, NUM_CELLS)[2]
+    assert (cells[:, 0] != cells[:, 1]).any()
+    peaks = cells.view(1, -1), classes.repeat_interleave(NUM_CELLS)[None]
+    monkeypatch.setattr(placed_decoder, "highest_peaks", lambda *args: peaks)
     # The windows of inference are those of predicted boxes.
     monkeypatch.setattr(placed_decoder, "cut_to_windows", lambda masks, ellipses: masks)
     with torch.no_grad():
         found = model.eval().network(images.tensor[2:])
-    torch.testing.assert_close(outputs["pred_scores"][2:], found["pred_scores"])
-    expected = crop(found["pred_masks"], windows)
-    torch.testing.assert_close(outputs["pred_masks"][2:], expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(outputs["pred_scores"][of_image], found["pred_scores"][0, :, 0])
+    (expected,) = crop(found["pred_masks"], windows)
+    torch.testing.assert_close(outputs["pred_masks"][of_image], expected, rtol=1e-2, atol=1e-2)
 
 
 def test_the_losses_by_hand():
@@ -240,35 +256,39 @@ def test_the_losses_by_hand():
         "heat_logits": torch.zeros(1, 3, 2, 2),
         "heat": torch.zeros(1, 3, 2, 2),
         "is_center": torch.zeros(1, 3, 2, 2, dtype=torch.bool),
-        "pred_scores": torch.zeros(1, 2, 1),
-        "boxes": torch.tensor([[[0.0, 0, 1, 1], [0, 0, 0.5, 1]]]),
-        "gt_boxes": torch.tensor([[[0.0, 0, 1, 1], [0, 0, 1, 1]]]),
-        "pred_masks": torch.zeros(1, 2, 4, 4),
-        "gt_masks": torch.zeros(1, 2, 4, 4),
+        "pred_scores": torch.zeros(2),
+        "boxes": torch.tensor([[0.0, 0, 1, 1], [0, 0, 0.5, 1]]),
+        "gt_boxes": torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1]]),
+        "pred_masks": torch.zeros(2, 4, 4),
+        "gt_masks": torch.zeros(2, 4, 4),
     }
-    # The second row is no instance: its box does not count.
-    target = InstanceTargets(torch.tensor([1]), torch.zeros(1, 8, 8))
-    losses = criterion(outputs, [target])
-    assert losses["loss_box"].item() == pytest.approx(0, abs=1e-6)
+    # Two cells of one instance.
+    losses = criterion(outputs, [InstanceTargets(torch.tensor([1]), torch.zeros(1, 8, 8))])
+    assert losses["loss_box"].item() == pytest.approx((0.5 + 0.5 * (0.5 - 0.05)) / 2)
     # Twelve cells of background with a probability of 1/2, class weight 2; 16 pixels at ln 2, weight 5.
     assert losses["loss_heatmap"].item() == pytest.approx(2 * 12 * 0.25 * math.log(2))
     assert losses["loss_mask"].item() == pytest.approx(5 * math.log(2))
+    # The same instance again: equal means, but for the heat map.
+    outputs |= {
+        name: torch.cat([value, value]) for name, value in outputs.items() if "heat" not in name and name != "is_center"
+    }
     two = criterion(outputs, [InstanceTargets(torch.tensor([1, 1]), torch.zeros(2, 8, 8))])
-    assert two["loss_box"].item() == pytest.approx((0.5 + 0.5 * (0.5 - 0.05)) / 2)
     assert two["loss_heatmap"].item() == pytest.approx(12 * 0.25 * math.log(2))
+    for name in ("loss_box", "loss_mask", "loss_dice", "loss_objectness"):
+        assert two[name].item() == pytest.approx(losses[name].item(), rel=1e-4, abs=1e-6), name
 
 
 def test_the_objectness_target_of_a_thin_line_by_hand():
     # A line of one pixel covers half of each cell of stride 2. The predicted mask is the line.
-    line = torch.zeros(1, 1, 4, 4)
-    line[:, :, 1] = 0.5
+    line = torch.zeros(NUM_CELLS, 4, 4)
+    line[:, 1] = 0.5
     outputs = {
         "heat_logits": torch.zeros(1, 3, 2, 2),
         "heat": torch.zeros(1, 3, 2, 2),
         "is_center": torch.zeros(1, 3, 2, 2, dtype=torch.bool),
-        "pred_scores": torch.full((1, 1, 1), 2.0),
-        "boxes": torch.tensor([[[0.0, 0, 1, 1]]]),
-        "gt_boxes": torch.tensor([[[0.0, 0, 1, 1]]]),
+        "pred_scores": torch.full((NUM_CELLS,), 2.0),
+        "boxes": torch.tensor([[0.0, 0, 1, 1]] * NUM_CELLS),
+        "gt_boxes": torch.tensor([[0.0, 0, 1, 1]] * NUM_CELLS),
         "pred_masks": torch.where(line > 0, 0.0, -9.0),
         "gt_masks": line,
     }
@@ -278,7 +298,7 @@ def test_the_objectness_target_of_a_thin_line_by_hand():
     expected = pytest.approx(math.log(1 + math.exp(-2)), rel=1e-4)
     assert criterion(outputs, [target])["loss_objectness"].item() == expected
     # Of a whole object a cell that is covered by half is outside, as in the base class: the IoU is 4 / 8.
-    line[:, :, 2] = 1.0
+    line[:, 2] = 1.0
     outputs["pred_masks"] = torch.where(line > 0, 0.0, -9.0)
     expected = pytest.approx(math.log(1 + math.exp(2)) - 0.5 * 2, rel=1e-4)
     assert criterion(outputs, [target])["loss_objectness"].item() == expected
