@@ -134,10 +134,10 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     names = _output_names(network, size or usual)
     float_model = ExportedSegmenter(model, model.network, metadata)
     is_compared = args.end_to_end and args.test_images
-    compared = _images(cfg, float_model, args.test_images, _COMPARED_IMAGES) if is_compared else []
+    compared = _images(cfg, float_model, "--test-images", args.test_images, _COMPARED_IMAGES) if is_compared else []
     source, quantization = network, None
     if args.precision == "int8":
-        images = _images(cfg, float_model, args.calibration, CALIBRATION_IMAGES)
+        images = _images(cfg, float_model, "--calibration", args.calibration, CALIBRATION_IMAGES)
         quantization = Quantization(folded_copy(model, network.normalized(images[0])), images)
         source = ExportableNetwork(quantization.model, network.takes_pixels)
     logger.info("Exporting the network by torch.export")
@@ -205,19 +205,20 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     return args.output / target.file_name, metadata
 
 
-def _images(cfg: CfgNode, model: ExportedSegmenter, name: str, most: int) -> list[torch.Tensor]:
+def _images(cfg: CfgNode, model: ExportedSegmenter, flag: str, name: str, most: int) -> list[torch.Tensor]:
     """Return up to ``most`` images as the file takes them, each (B, 3, h, w), where B is the file's batch size or 1.
 
     Args:
         cfg: of the model.
         model: preprocesses as the file asks for.
-        name: of a folder, a pattern, or a text file with one path in each line.
+        flag: of the command, for messages.
+        name: its value: a folder, a pattern, or a text file with one path in each line.
         most: evenly spaced ones are taken.
 
     Raises:
         ValueError: no image matches, or an image cannot be read.
     """
-    paths = list_images([name])
+    paths = list_images([name], flag)
     paths = paths[:: -(-len(paths) // most)]
     resize = T.AugmentationList(build_test_augmentations(_resizing_to_fit(cfg, model.metadata)))
     inputs = [model_input(read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS), resize) for path in paths]

@@ -316,6 +316,7 @@ def test_a_size_that_was_frozen_is_found(folder, tmp_path, monkeypatch, capsys):
         (("--format", "onnx", "--end-to-end", 5, "--precision", "int8"), f"with --precision int8; {SUPPORTED}"),
         (("--format", "onnx", "--end-to-end", 5, "--test-json", "x"), f"of the network's outputs; {SUPPORTED}"),
         (("--format", "onnx", "--size", 50, 64), "--size is 50 64; it must be dynamic, or HEIGHT WIDTH in multiples"),
+        (("--format", "onnx", "--end-to-end", 5, "--test-images", "none/"), "error: --test-images: The file or"),
         (("--format", "onnx", "--batch", 0), "--batch is 0; it must be dynamic"),
         (("--format", "onnx", "--test-json", "x"), "--test-json and --test-images go together"),
         (("--format", "onnx", "--precision", "int8"), "--precision int8 needs --calibration"),
