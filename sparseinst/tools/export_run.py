@@ -50,8 +50,8 @@ from sparseinst.runtime.self_check import (
     end_to_end_differences,
     output_differences,
 )
-from sparseinst.tools.export import DYNAMIC, MOST_DETECTIONS
-from sparseinst.tools.export_arguments import check_arguments, chosen_batch, chosen_number, chosen_size
+from sparseinst.tools.export import MOST_DETECTIONS
+from sparseinst.tools.export_arguments import check_arguments, chosen_batch, chosen_number, chosen_size, split_size
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
     log_to_console(logging.INFO)
     try:
         # --size takes all that follows it, --end-to-end one value.
-        num_sizes = 1 if args.size[0] == DYNAMIC else 2
-        args.size, leading = args.size[:num_sizes], args.size[num_sizes:]
+        args.size, leading = split_size(args.size)
         if args.end_to_end is not None and args.end_to_end[:1].isalpha():
             leading, args.end_to_end = [*leading, args.end_to_end], MOST_DETECTIONS
         args.end_to_end = chosen_number(args.end_to_end)

@@ -333,6 +333,12 @@ def test_refused_with_one_line(folder, tmp_path, capsys, monkeypatch, flags, mes
 
 
 def test_the_example_pads_a_narrow_image_as_the_predictor(exported):
+@pytest.mark.parametrize("size", ["640", "640x864", "auto"])
+def test_a_size_without_a_width_is_named(folder, tmp_path, capsys, size):
+    assert run_export(folder, "--format", "onnx", "--output", tmp_path / "out", "--size", size) == 2
+    assert capsys.readouterr().err.startswith(f"error: --size is {size} MODEL.WEIGHTS; it must be dynamic, or HEIGHT")
+
+
     example = runpy.run_path(str(ROOT / "examples" / "onnx_only.py"))["Model"](str(exported("onnx")))
     assert example.normalize_and_pad(np.zeros((300, 20, 3), np.uint8)).shape == (1, 3, 320, 64)
     assert example.normalize_and_pad(np.zeros((65, 64, 3), np.uint8)).shape == (1, 3, 96, 64)
