@@ -78,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
         if args.end_to_end is not None and args.end_to_end[:1].isalpha():
             leading, args.end_to_end = [*leading, args.end_to_end], MOST_DETECTIONS
         args.end_to_end = chosen_number(args.end_to_end)
-        opts = [*leading, *args.opts, "MODEL.DEVICE", "cpu", "DATASETS.TEST_JSON", args.test_json]
-        cfg = load_config(args.config_file, [*opts, "DATASETS.TEST_IMAGES", args.test_images], imports=args.imports)
+        opts = [*leading, *args.opts, "MODEL.DEVICE", "cpu"]
+        # A path such as 2024 would be read as a number.
+        opts += ["DATASETS.TEST_JSON", repr(args.test_json), "DATASETS.TEST_IMAGES", repr(args.test_images)]
+        cfg = load_config(args.config_file, opts, imports=args.imports)
         path, metadata = export(cfg, args)
     except SelfCheckError as error:
         return report_error(f"{error}. Nothing was written")
