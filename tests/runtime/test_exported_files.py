@@ -209,6 +209,8 @@ def test_the_config_of_a_file(tmp_path):
         ("RUNTIME.ENGINE", "openvino", "OpenVINO cannot read the deformable convolutions"),
     ],
 )
+    with pytest.raises(ValueError, match="--import needs --config-file"):
+        config_of_run("", ["MODEL.WEIGHTS", str(path)], ["mine.py"])
 def test_a_config_of_another_model_is_refused(tmp_path, key, value, message):
     path = onnx_file(tmp_path / "m.onnx", has_deform_conv=True)
     (tmp_path / "config.yaml").write_text(tiny_cfg().dump())
