@@ -20,10 +20,13 @@ class Model:
     """Run an exported file as its metadata describes: images, classes, thresholds."""
 
     def __init__(self, path: str) -> None:
-        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        self.metadata = json.loads(self.session.get_modelmeta().custom_metadata_map["sparseinst"])
-        if self.metadata["meta_architecture"] != "SparseInst" or self.metadata["max_detections"]:
-            raise SystemExit("error: expected a SparseInst that was exported without --end-to-end")
+        try:
+            self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        except Exception as error:  # those of onnxruntime have no common class
+            raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+        self.metadata = json.loads(self.session.get_modelmeta().custom_metadata_map.get("sparseinst", "{}"))
+        if self.metadata.get("meta_architecture") != "SparseInst" or self.metadata["max_detections"]:
+            raise SystemExit(f"error: {path}: expected a SparseInst of `sparseinst export` without --end-to-end")
 
     def detect(self, image_bgr: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return scores (n,), classes (n,), boxes (n, 4) and masks (n, height, width) bool, best first."""
@@ -138,8 +141,10 @@ if __name__ == "__main__":
     parser.add_argument("--threshold", type=float, default=0.4, help="lowest score that is shown (default 0.4)")
     parser.add_argument("--draw", help="file to write the image with masks to")
     args = parser.parse_args()
-    model, photo = Model(args.model), cv2.imread(args.image)
-    assert photo is not None, f"{args.image} cannot be read"
+    photo = cv2.imread(args.image)
+    if photo is None:
+        raise SystemExit(f"error: {args.image} cannot be read as an image")
+    model = Model(args.model)
     for score, label, box, mask in zip(*model.detect(photo)):
         if score >= args.threshold:
             name = model.metadata["class_names"][label]

@@ -26,13 +26,14 @@ IAM_FOLDER = "iams"
 _logger = logging.getLogger(__name__)
 
 
-def find_images(inputs: Sequence[str]) -> list[Path]:
+def find_images(inputs: Sequence[str], flag: str = "--input") -> list[Path]:
     """Return the image files that the names match, each file once, in the order of the names.
 
     One warning names the images of other formats.
 
     Args:
         inputs: files, folders (the images directly in them) and glob patterns (``**`` for any depth).
+        flag: of the command that names them, for messages.
 
     Raises:
         ValueError: a name matches no image.
@@ -46,12 +47,12 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             candidates = list(path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True)))
             unread = sorted(p.name for p in candidates if p.suffix.lower() in UNREAD_SUFFIXES)
             if unread:
-                message = "--input %s: %d files of formats that are not read are left out (the first: %s)"
-                _logger.warning(message, name, len(unread), unread[0])
+                message = "%s %s: %d files of formats that are not read are left out (the first: %s)"
+                _logger.warning(message, flag, name, len(unread), unread[0])
             found = sorted(p for p in candidates if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not found:
             kind = "The folder" if path.is_dir() else "The file or pattern"
-            raise ValueError(f"--input: {kind} {name!r} matches no image ({', '.join(IMAGE_SUFFIXES)})")
+            raise ValueError(f"{flag}: {kind} {name!r} matches no image ({', '.join(IMAGE_SUFFIXES)})")
         for path in found:
             # Resolving every path of 50,000 takes 10 s, so only hard links are.
             file = _identity(path)

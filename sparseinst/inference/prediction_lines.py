@@ -28,12 +28,13 @@ _UNUSED_MODEL_KEYS = ("DEVICE", "WEIGHTS")
 _UNCOMPARED = ("weights.file",)
 
 
-def list_images(inputs: Sequence[str]) -> list[str]:
+def list_images(inputs: Sequence[str], flag: str = "--input") -> list[str]:
     """Return the images that the names stand for, each name once, in their order.
 
     Args:
         inputs: text files that end in .txt, with one path in each line, relative to the working directory; and the
             files, folders and patterns of `find_images`.
+        flag: of the command that names them, for messages.
 
     Raises:
         ValueError: a list cannot be read or has no line, or a name matches no image.
@@ -41,9 +42,9 @@ def list_images(inputs: Sequence[str]) -> list[str]:
     names: list[str] = []
     for name in inputs:
         if name.lower().endswith(LIST_SUFFIX):
-            names += _read_list(Path(name))
+            names += _read_list(Path(name), flag)
         else:
-            names += map(str, find_images([name]))
+            names += map(str, find_images([name], flag))
     return list(dict.fromkeys(names))
 
 
@@ -118,16 +119,16 @@ def error_line(file_name: str, error: Exception) -> str:
     return json.dumps({"file_name": file_name, "error": " ".join(str(error).split()) or type(error).__name__})
 
 
-def _read_list(path: Path) -> list[str]:
+def _read_list(path: Path, flag: str) -> list[str]:
     try:
         # File names can be any bytes, and editors of Windows write a mark at the start.
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
-        raise ValueError(f"--input: the list {path} cannot be read: {error.strerror or error}") from error
+        raise ValueError(f"{flag}: the list {path} cannot be read: {error.strerror or error}") from error
     # splitlines would also split at characters that names may hold, such as U+2028.
     names = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not names:
-        raise ValueError(f"--input: the list {path} is empty; expected one image path in each line")
+        raise ValueError(f"{flag}: the list {path} is empty; expected one image path in each line")
     return names
 
 

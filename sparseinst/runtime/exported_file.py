@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import os
+import types
+import typing
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -120,9 +122,24 @@ def read_metadata(path: str | os.PathLike) -> ExportMetadata:
         raise ValueError(foreign)
     try:
         metadata = ExportMetadata(**json.loads(text))
+        for name, hint in typing.get_type_hints(ExportMetadata).items():
+            if not _is_of_type(getattr(metadata, name), hint):
+                raise ValueError(f"{name} is {repr(getattr(metadata, name))[:100]}")
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{foreign} of this version ({error})") from error
     return metadata
+
+
+def _is_of_type(value: object, hint: Any) -> bool:
+    """Return whether a value from JSON fits the type of a field of ExportMetadata."""
+    inner = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_is_of_type(value, each) for each in inner)
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_is_of_type(each, inner[1]) for each in value.values())
+    if inner:
+        return isinstance(value, list) and all(_is_of_type(each, inner[0]) for each in value)
+    return hint is Any or type(value) is hint or (hint is float and type(value) is int)
 
 
 def _read_onnx(path: Path) -> str | None:

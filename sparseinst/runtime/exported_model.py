@@ -84,7 +84,8 @@ def config_of_run(config_file: str, opts: Sequence[str], imports: Sequence[str] 
         imports: as of `load_config`.
 
     Raises:
-        ValueError: as `load_config` and `exported_config`; or neither a config file nor an exported file is given.
+        ValueError: as `load_config` and `exported_config`; neither a config file nor an exported file is given; or
+            there are imports without a config file.
     """
     weights = dict(zip(opts[::2], opts[1::2])).get("MODEL.WEIGHTS", "")
     if config_file:
@@ -94,6 +95,8 @@ def config_of_run(config_file: str, opts: Sequence[str], imports: Sequence[str] 
             "--config-file is missing: a YAML file, or a name such as sparse_inst_r50_giam. Only an exported file "
             "(MODEL.WEIGHTS model.onnx) needs none"
         )
+    if imports:
+        raise ValueError("--import needs --config-file: the config inside an exported file runs no modules")
     return exported_config(weights, opts)
 
 

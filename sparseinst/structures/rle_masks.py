@@ -51,12 +51,17 @@ class RLEMasks:
         return RLEMasks([self.rles[index] for index in chosen], self.image_size, self.max_mask_gib)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        """Return all masks, (n, height, width) bool. Raise MaskMemoryError where they take more than max_mask_gib."""
-        check_mask_memory(len(self), self.image_size, self.max_mask_gib, _REMEDY)
-        masks = np.zeros((len(self), *self.image_size), dtype=bool)
+        """Return all masks, (n, height, width), by default bool.
+
+        Raises:
+            MaskMemoryError: they take more than max_mask_gib.
+        """
+        dtype = np.dtype(bool if dtype is None else dtype)
+        check_mask_memory(len(self), self.image_size, self.max_mask_gib, _REMEDY, dtype.itemsize)
+        masks = np.zeros((len(self), *self.image_size), dtype)
         for index, mask in enumerate(self):
             masks[index] = mask
-        return masks if dtype is None else masks.astype(dtype)
+        return masks
 
     def __repr__(self) -> str:
         return f"RLEMasks(num_instances={len(self)}, image_size={self.image_size})"

@@ -249,6 +249,9 @@ def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, tuple[nn
     from sparseinst.runtime.optimize import optimize_as_configured
 
     files = [setting for setting in settings if is_exported(setting) and Path(setting).is_file()]
+    for setting in settings:
+        if is_exported(setting) and "=" not in setting and setting not in files:
+            raise ValueError(f"--compare: the file {setting} does not exist")
     # A setting's name ends at its "=".
     names = {file: name.replace("=", "-") for file, name in zip(files, short_names([Path(file) for file in files]))}
     check_distinct("--compare", [names.get(setting, setting.partition("=")[0]) for setting in settings])

@@ -45,6 +45,15 @@ def _check_end_to_end(args: argparse.Namespace) -> None:
         )
 
 
+def split_size(given: list[str]) -> tuple[list[str], list[str]]:
+    """Return the values of --size, and the KEY VALUE pairs that follow them."""
+    number = 1 if given[0] == DYNAMIC else 2
+    size = given[:number]
+    if size != [DYNAMIC] and (len(size) < 2 or not all(map(str.isdecimal, size))):
+        raise ValueError(f"--size is {' '.join(size)}; it must be dynamic, or HEIGHT WIDTH in pixels, such as 640 864")
+    return size, given[number:]
+
+
 def chosen_size(given: list[str], rule: InputRule) -> tuple[int, int] | None:
     """Read --size. None: dynamic."""
     if rule.fixed_size is not None:

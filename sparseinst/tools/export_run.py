@@ -51,8 +51,8 @@ from sparseinst.runtime.self_check import (
     end_to_end_differences,
     output_differences,
 )
-from sparseinst.tools.export import DYNAMIC, MOST_DETECTIONS
-from sparseinst.tools.export_arguments import check_arguments, chosen_batch, chosen_number, chosen_size
+from sparseinst.tools.export import MOST_DETECTIONS
+from sparseinst.tools.export_arguments import check_arguments, chosen_batch, chosen_number, chosen_size, split_size
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +75,14 @@ def run(args: argparse.Namespace) -> int:
     log_to_console(logging.INFO)
     try:
         # --size takes all that follows it, --end-to-end one value.
-        num_sizes = 1 if args.size[0] == DYNAMIC else 2
-        args.size, leading = args.size[:num_sizes], args.size[num_sizes:]
+        args.size, leading = split_size(args.size)
         if args.end_to_end is not None and args.end_to_end[:1].isalpha():
             leading, args.end_to_end = [*leading, args.end_to_end], MOST_DETECTIONS
         args.end_to_end = chosen_number(args.end_to_end)
-        opts = [*leading, *args.opts, "MODEL.DEVICE", "cpu", "DATASETS.TEST_JSON", args.test_json]
-        cfg = load_config(args.config_file, [*opts, "DATASETS.TEST_IMAGES", args.test_images], imports=args.imports)
+        opts = [*leading, *args.opts, "MODEL.DEVICE", "cpu"]
+        # A path such as 2024 would be read as a number.
+        opts += ["DATASETS.TEST_JSON", repr(args.test_json), "DATASETS.TEST_IMAGES", repr(args.test_images)]
+        cfg = load_config(args.config_file, opts, imports=args.imports)
         path, metadata = export(cfg, args)
     except SelfCheckError as error:
         return report_error(f"{error}. Nothing was written")
@@ -135,12 +136,12 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     names = _output_names(network, size or usual)
     float_model = ExportedSegmenter(model, model.network, metadata)
     is_compared = args.end_to_end and args.test_images
-    compared = _images(cfg, float_model, args.test_images, _COMPARED_IMAGES) if is_compared else []
+    compared = _images(cfg, float_model, "--test-images", args.test_images, _COMPARED_IMAGES) if is_compared else []
     # The file computes what RUNTIME.FUSE computes; the comparisons are with the model as it is.
     source = ExportableNetwork(fused_copy(model), network.takes_pixels, network.max_detections)
     quantization = None
     if args.precision == "int8":
-        images = _images(cfg, float_model, args.calibration, CALIBRATION_IMAGES)
+        images = _images(cfg, float_model, "--calibration", args.calibration, CALIBRATION_IMAGES)
         quantization = Quantization(source.model, images)
     logger.info("Exporting the network by torch.export")
     program = export_program(source, rule.divisibility, size, batch)
@@ -207,19 +208,20 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     return args.output / target.file_name, metadata
 
 
-def _images(cfg: CfgNode, model: ExportedSegmenter, name: str, most: int) -> list[torch.Tensor]:
+def _images(cfg: CfgNode, model: ExportedSegmenter, flag: str, name: str, most: int) -> list[torch.Tensor]:
     """Return up to ``most`` images as the file takes them, each (B, 3, h, w), where B is the file's batch size or 1.
 
     Args:
         cfg: of the model.
         model: preprocesses as the file asks for.
-        name: of a folder, a pattern, or a text file with one path in each line.
+        flag: of the command, for messages.
+        name: its value: a folder, a pattern, or a text file with one path in each line.
         most: evenly spaced ones are taken.
 
     Raises:
         ValueError: no image matches, or an image cannot be read.
     """
-    paths = list_images([name])
+    paths = list_images([name], flag)
     paths = paths[:: -(-len(paths) // most)]
     resize = T.AugmentationList(build_test_augmentations(_resizing_to_fit(cfg, model.metadata)))
     inputs = [model_input(read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.MAX_IMAGE_PIXELS), resize) for path in paths]

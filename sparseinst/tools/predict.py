@@ -84,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
         ranks = {"rank": int(os.environ["RANK"]), "num_ranks": int(os.environ["WORLD_SIZE"])}
     log_to_console(logging.INFO, ranks.get("rank", 0))
     cfg = config_of_run(args.config_file, args.opts, args.imports)
-    # Files for TensorRT hold another device.
-    if ranks and (cfg.MODEL.DEVICE == "cuda" or ENGINES.get(Path(cfg.MODEL.WEIGHTS).suffix) == "tensorrt"):
+    engine = ENGINES.get(Path(cfg.MODEL.WEIGHTS).suffix)
+    # Exported files do not run on MODEL.DEVICE. Ranks may share a GPU in ONNX Runtime.
+    if ranks and (engine == "tensorrt" if engine else cfg.MODEL.DEVICE == "cuda"):
         take_gpu_of_rank()
     cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
     cfg.MODEL.OUTPUT.SCORE_THRESHOLD = max(cfg.MODEL.OUTPUT.SCORE_THRESHOLD, args.confidence_threshold)

@@ -52,8 +52,19 @@ def test_folders_patterns_and_lists_together(tmp_path):
 def test_a_list_that_is_missing_or_empty(tmp_path, content, message):
     if content is not None:
         (tmp_path / "list.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=f"--input: the list .*list.txt .*{message}"):
-        list_images([str(tmp_path / "list.txt")])
+    for arguments, flag in (((), "--input"), (("--calibration",), "--calibration")):
+        with pytest.raises(ValueError, match=f"^{flag}: the list .*list.txt .*{message}"):
+            list_images([str(tmp_path / "list.txt")], *arguments)
+
+
+def test_messages_name_the_flag(tmp_path, caplog):
+    with pytest.raises(ValueError, match="^--test-images: The folder .* matches no image"):
+        list_images([str(tmp_path)], "--test-images")
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "b.heic").write_bytes(b"")
+    with caplog.at_level("WARNING", "sparseinst"):
+        list_images([str(tmp_path)], "--test-images")
+    assert caplog.messages[0].startswith(f"--test-images {tmp_path}: 1 files of formats")
 
 
 def test_the_header_identifies_images_weights_classes_and_config(cfg):

@@ -178,6 +178,21 @@ def test_metadata_of_others(tmp_path, text):
         read_metadata(onnx_file(tmp_path / "m.onnx", text))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config", 5), ("class_names", "abc"), ("category_ids", ["1", "5", "7"]), ("pixel_mean", None), ("size", 640),
+        ("size_divisibility", 32.5), ("has_deform_conv", "no"), ("postprocessing_weights", {"a": 1}),
+    ],
+)  # fmt: skip
+def test_metadata_of_a_wrong_type(tmp_path, name, value):
+    path = onnx_file(tmp_path / "m.onnx", **{name: value})
+    with pytest.raises(ValueError) as error:
+        Predictor(path)
+    assert "m.onnx has no metadata of `sparseinst export`" in str(error.value)
+    assert f"{name} is {value!r}" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_file_runs_no_code(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     config = METADATA.config.replace("IMPORTS: []", f"IMPORTS: [{tmp_path / 'evil.py'}]")
@@ -194,6 +209,8 @@ def test_the_config_of_a_file(tmp_path):
     assert cfg.MODEL.SPARSE_INST.DECODER.NUM_CLASSES == NUM_CLASSES
     with pytest.raises(ValueError, match="--config-file is missing"):
         config_of_run("", ["MODEL.WEIGHTS", "model.pth"])
+    with pytest.raises(ValueError, match="--import needs --config-file"):
+        config_of_run("", ["MODEL.WEIGHTS", str(path)], ["mine.py"])
     with pytest.raises(ValueError, match="which does not exist"):
         exported_config(tmp_path / "other.onnx")
     with pytest.raises(ValueError, match="'model.pth' is neither"):

@@ -101,5 +101,12 @@ def test_decoding_all_masks_respects_the_limit(encoded):
     assert np.asarray(RLEMasks(encoded.rles, encoded.image_size, 19_200 / 2**30)).shape == (4, 60, 80)
 
 
+def test_the_limit_counts_the_bytes_of_a_pixel(masks, encoded):
+    limited = RLEMasks(encoded.rles, encoded.image_size, max_mask_gib=4 * 19_200 / 2**30)
+    assert np.array_equal(np.asarray(limited, dtype=np.float32), masks.numpy())
+    with pytest.raises(MaskMemoryError, match="4 masks with 8 bytes a pixel of 60x80 pixels.*MAX_MASK_GIB"):
+        np.asarray(limited, dtype=np.float64)
+
+
 def test_read_as_a_tensor(masks, encoded):
     assert np.array_equal(encoded.cpu().numpy(), masks.cpu().numpy()) and encoded.cpu().numpy().dtype == bool

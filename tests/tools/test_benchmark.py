@@ -204,6 +204,7 @@ def test_on_the_cpu_the_peak_is_that_of_a_single_row(config, tmp_path, args, is_
     ("args", "message"),
     [
         (["--compare", "fastest"], "--compare fastest: there are configured, eager"),
+        (["--compare", "eager", "exported/modle.onnx"], "--compare: the file exported/modle.onnx does not exist"),
         (["--compare", "mine=FUSED True"], "--compare mine=FUSED True"),
         (
             ["--compare", "RUNTIME.ENGINE=openvino"],

@@ -316,6 +316,8 @@ def test_a_size_that_was_frozen_is_found(folder, tmp_path, monkeypatch, capsys):
         (("--format", "onnx", "--end-to-end", 5, "--precision", "int8"), f"with --precision int8; {SUPPORTED}"),
         (("--format", "onnx", "--end-to-end", 5, "--test-json", "x"), f"of the network's outputs; {SUPPORTED}"),
         (("--format", "onnx", "--size", 50, 64), "--size is 50 64; it must be dynamic, or HEIGHT WIDTH in multiples"),
+        (("--format", "onnx", "--end-to-end", 5, "--test-images", "none/"), "error: --test-images: The file or"),
+        (("--format", "onnx", "--end-to-end", 5, "--test-images", 2024), "The file or pattern '2024' matches no image"),
         (("--format", "onnx", "--batch", 0), "--batch is 0; it must be dynamic"),
         (("--format", "onnx", "--test-json", "x"), "--test-json and --test-images go together"),
         (("--format", "onnx", "--precision", "int8"), "--precision int8 needs --calibration"),
@@ -329,6 +331,12 @@ def test_refused_with_one_line(folder, tmp_path, capsys, monkeypatch, flags, mes
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["640", "640x864", "auto"])
+def test_a_size_without_a_width_is_named(folder, tmp_path, capsys, size):
+    assert run_export(folder, "--format", "onnx", "--output", tmp_path / "out", "--size", size) == 2
+    assert capsys.readouterr().err.startswith(f"error: --size is {size} MODEL.WEIGHTS; it must be dynamic, or HEIGHT")
 
 
 def test_the_example_pads_a_narrow_image_as_the_predictor(exported):

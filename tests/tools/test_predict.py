@@ -241,6 +241,9 @@ def test_ranks_and_gpus(images, config_file, tmp_path, capsys, monkeypatch):
     assert run(config_file, *arguments, "--opts", "MODEL.DEVICE", "cuda") == 2 and not taken
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "torchrun started 2 processes on this machine, which has 1 GPUs" in line and "--nproc_per_node" in line
+    # The file is not there: an exported file for the CPU asks for no GPU before it is read.
+    assert run(config_file, *arguments, "--opts", "MODEL.DEVICE", "cuda", "MODEL.WEIGHTS", "none.onnx") == 2
+    assert "'none.onnx', which does not exist" in capsys.readouterr().err and not taken
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     take_gpu_of_rank()
     assert taken == [1]
