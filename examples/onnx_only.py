@@ -43,9 +43,9 @@ class Model:
             fits = list(zip(fit_size, (height, width)))
             scale = min(most / side for most, side in fits)
             return tuple(max(1, min(most, round(scale * side))) for most, side in fits)
-        short, long = self.metadata["short_side"], self.metadata["long_side"]
-        if short == 0:
+        if (short := self.metadata["short_side"]) == 0:
             return height, width
+        long = self.metadata["long_side"]
         scale = short / min(height, width)
         new_height, new_width = (short, scale * width) if height < width else (scale * height, short)
         if max(new_height, new_width) > long:
@@ -59,10 +59,9 @@ class Model:
         multiple, least = self.metadata["size_divisibility"], self.metadata.get("min_side", 0)
         sides = (-(-max(side, least) // multiple) * multiple for side in image.shape[:2])
         height, width = self.metadata["size"] or sides
+        padding, pixels = np.zeros(3, np.float32), (image - mean) / std
         if self.metadata["input"] == "image":
             padding, pixels = np.round(mean).astype(np.uint8), image
-        else:
-            padding, pixels = np.zeros(3, np.float32), (image - mean) / std
         padded = np.tile(padding, (height, width, 1))
         padded[: image.shape[0], : image.shape[1]] = pixels
         return np.ascontiguousarray(np.repeat(padded.transpose(2, 0, 1)[None], self.metadata["batch"] or 1, axis=0))
@@ -91,8 +90,8 @@ class Model:
                 masks.append(mask)
                 boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
                 found.append(index)
-        masks = np.array(masks, bool).reshape(-1, *output_size)
-        return scores[found], classes[found], np.array(boxes, float).reshape(-1, 4), masks
+        boxes, masks = np.array(boxes, float).reshape(-1, 4), np.array(masks, bool).reshape(-1, *output_size)
+        return scores[found], classes[found], boxes, masks
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -114,8 +113,7 @@ def resize_as_pillow(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     for axis in (1, 0):
         if size[axis] != image.shape[axis]:
             weights = resize_weights(image.shape[axis], size[axis])
-            # Whole numbers below 2 ** 53 are exact.
-            sums = np.tensordot(weights, image.astype(np.float64), (1, axis))
+            sums = np.tensordot(weights, image.astype(np.float64), (1, axis))  # exact: whole, below 2 ** 53
             resized = np.clip((np.moveaxis(sums, 0, axis).astype(np.int64) + (1 << (BITS - 1))) >> BITS, 0, 255)
             image = resized.astype(np.uint8)
     return image
@@ -126,8 +124,7 @@ def resize_weights(old: int, new: int) -> np.ndarray:
     scale = old / new
     support = max(scale, 1.0)
     weights = np.zeros((new, old))
-    for index in range(new):
-        center = (index + 0.5) * scale
+    for index, center in enumerate(scale * (np.arange(new) + 0.5)):
         pixels = np.arange(max(int(center - support + 0.5), 0), min(int(center + support + 0.5), old))
         row = np.maximum(1 - np.abs((pixels - center + 0.5) / support), 0)
         weights[index, pixels] = np.floor(row / row.sum() * (1 << BITS) + 0.5)
@@ -136,19 +133,17 @@ def resize_weights(old: int, new: int) -> np.ndarray:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "image"):
-        parser.add_argument(name)
+    parser.add_argument("model"), parser.add_argument("image")
     parser.add_argument("--threshold", type=float, default=0.4, help="lowest score that is shown (default 0.4)")
     parser.add_argument("--draw", help="file to write the image with masks to")
     args = parser.parse_args()
-    photo = cv2.imread(args.image)
-    if photo is None:
+    if (photo := cv2.imread(args.image)) is None:
         raise SystemExit(f"error: {args.image} cannot be read as an image")
     model = Model(args.model)
     for score, label, box, mask in zip(*model.detect(photo)):
         if score >= args.threshold:
-            name = model.metadata["class_names"][label]
-            print(json.dumps({"class": name, "score": float(score), "box": box.tolist(), "area": int(mask.sum())}))
+            found = {"class": model.metadata["class_names"][label], "score": float(score), "box": box.tolist()}
+            print(json.dumps({**found, "area": int(mask.sum())}))
             photo[mask] = photo[mask] // 2 + np.array([0, 100, 0], np.uint8)
     if args.draw:
         cv2.imwrite(args.draw, photo)
