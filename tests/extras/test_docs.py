@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -138,13 +139,19 @@ def test_a_data_set_of_fiftyone(workplace, monkeypatch, tmp_path):
 
 
 def test_ray(workplace):
+    """The program reads the images that `sparseinst predict` reads in that folder."""
     ray = pytest.importorskip("ray")
+    for name in ("_MG_1234.png", "more/3.png"):
+        Path("photos", name).parent.mkdir(exist_ok=True)
+        Path("photos", name).write_bytes(Path("photos/0.png").read_bytes())
+    Path("photos/notes.txt").write_text("no image")
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         exec(example("many_images.md", "PredictStage"), {})
     finally:
         ray.shutdown()
-    assert len(Path("found.jsonl").read_text().splitlines()) == 3
+    found = [json.loads(line)["file_name"] for line in Path("found.jsonl").read_text().splitlines()]
+    assert sorted(found) == [f"photos/{name}.png" for name in ("0", "1", "2", "_MG_1234")]
 
 
 def test_reading_the_lines(workplace):
