@@ -1,9 +1,10 @@
 """Predict images as a stage of Ray Data, with one model in each actor (extra "ray").
 
 import ray
+from sparseinst.inference.prediction_lines import list_images
 from sparseinst.inference.ray_stage import PredictStage
 
-files = ray.data.read_binary_files("photos", include_paths=True)
+files = ray.data.read_binary_files(list_images(["photos"]), include_paths=True)
 lines = files.map_batches(PredictStage, fn_constructor_args=(cfg,), concurrency=2, batch_size=8)
 for row in lines.iter_rows():
     print(row["line"])

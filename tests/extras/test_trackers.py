@@ -2,11 +2,16 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from detectron2.utils.events import EventStorage
 
 from sparseinst.engine.trackers import build_trackers
+from sparseinst.tools import train_net
+from tests.loggers import loggers_restored
+from tests.shapes_data import write_shapes
+from tests.tiny_model import tiny_cfg
 
 
 @pytest.fixture
@@ -61,6 +66,27 @@ def test_wandb_stores_the_scalars_offline(tmp_path, monkeypatch, wandb):
     (stored,) = (tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
     content = stored.read_bytes()
     assert b"segm/AP-a+b" in content and b"SEED" in content
+
+
+def test_a_training_with_both(tmp_path, monkeypatch, wandb):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    opts = ("MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.STEPS", ())
+    (tmp_path / "tiny.yaml").write_text(tiny_cfg(*opts, "SOLVER.MAX_ITER", 2).dump())
+    train_json, train_images = write_shapes(tmp_path, 4)
+    arguments = ["--config-file", "tiny.yaml", "--train-json", train_json, "--train-images", train_images]
+    with loggers_restored():
+        train_net.cli([*arguments, "OUTPUT_DIR", "out", "TRACKERS", "['mlflow', 'wandb']"])
+    wandb.teardown()
+    runs = json.loads(Path("out/trackers.json").read_text())
+    *_, last = map(json.loads, Path("out/metrics.json").read_text().splitlines())
+    assert last["iteration"] == 1
+    stored = mlflow.MlflowClient().get_run(runs["mlflow"]).data.metrics
+    assert stored["total_loss"] == last["total_loss"] and stored["lr"] == last["lr"]
+    (offline,) = Path("out/wandb").glob(f"offline-run-*-{runs['wandb']}/run-{runs['wandb']}.wandb")
+    assert b"total_loss" in offline.read_bytes()
 
 
 def test_wandb_without_a_login_is_a_warning(tmp_path, monkeypatch, caplog, wandb):
