@@ -76,8 +76,8 @@ def append_whole(path: str | os.PathLike, text: str) -> None:
 def output_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary folder; after the with statement move its content into ``folder``, or nothing after an error.
 
-    A file replaces the old file; a folder replaces all of the old folder. Where the process is killed between the two
-    moves of a folder, the old folder is left with the suffix ``.old``.
+    A file replaces the old file. A folder replaces the old folder, whose other files are copied into it first. Where
+    the process is killed between the two moves of a folder, the old folder is left in the temporary one.
 
     Args:
         folder: is made where it does not exist.
@@ -110,16 +110,29 @@ def as_output_error(path: str | os.PathLike) -> Iterator[None]:
 
 def _move_content(source: Path, folder: Path) -> None:
     for new in sorted(source.iterdir()):
+        old, target = source / f"{new.name}.old", folder / new.name
+        is_folder = new.is_dir() and target.is_dir()
+        if is_folder:
+            _copy_missing(target, new)
         for file in [path for path in (new, *new.rglob("*")) if path.is_file()]:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        old, target = folder / f"{new.name}.old", folder / new.name
-        if new.is_dir() and target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if is_folder:
             os.replace(target, old)
-        os.replace(new, target)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            os.replace(new, target)
+        except OSError:
+            # The temporary folder is removed.
+            if is_folder:
+                os.replace(old, target)
+            raise
     _sync_folder(folder)
+
+
+def _copy_missing(source: Path, folder: Path) -> None:
+    present = {path.name for path in folder.iterdir()}
+    ignored = lambda path, _: present if Path(path) == source else ()  # noqa: E731
+    shutil.copytree(source, folder, symlinks=True, ignore=ignored, dirs_exist_ok=True)
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:

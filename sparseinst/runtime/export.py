@@ -233,8 +233,11 @@ def converter(
         return lambda _: lambda path, metadata: _write_tensorrt(path, engine, metadata)
 
     def write(path: Path, metadata: ExportMetadata) -> None:
+        # On a full disk PyTorch's own writer ends the process.
+        content = io.BytesIO()
         with _quiet():
-            torch.export.save(program, path, extra_files={METADATA_KEY: metadata.to_json()})
+            torch.export.save(program, content, extra_files={METADATA_KEY: metadata.to_json()})
+        path.write_bytes(content.getbuffer())
 
     return lambda _: write
 
@@ -350,7 +353,11 @@ def _openvino_writer(model: "openvino.Model", precision: str) -> FileWriter:
 
     def write(path: Path, metadata: ExportMetadata) -> None:
         model.set_rt_info(metadata.to_json(), METADATA_KEY)
-        openvino.save_model(model, path, compress_to_fp16=precision == "float16")
+        try:
+            openvino.save_model(model, path, compress_to_fp16=precision == "float16")
+        except RuntimeError as error:
+            # For example "basic_ios::clear: iostream error" on a full disk.
+            raise OSError(f"OpenVINO fails, {' '.join(str(error).split())}") from error
 
     return write
 

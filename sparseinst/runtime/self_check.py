@@ -1,6 +1,7 @@
 """Compare an exported file with the model that it was made from."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,10 +16,12 @@ from sparseinst.runtime.output_difference import relative_differences
 # Largest difference over the largest value of the same output, by precision of the file. INT8 has no bound: rounding
 # changes the order of almost equal peaks, and so the order of instances in the outputs.
 BOUNDS = {"float32": 1e-4, "float16": 0.02, "int8": None}
+# Largest 1 - Dice of the masks of one detection, see `dice_coefficients`.
+MASK_BOUNDS = {"float32": 0.01, "float16": 0.1}
 # Detections are compared where outputs with noise, this part of the bound over their largest value, give them too: a
 # probability or an overlap at its threshold makes or drops a detection, a pixel at its threshold changes a score.
 _NOISE, _NUM_NOISES = 0.1, 4
-# Least Dice coefficient of a detection's masks with noise and without it.
+# Least Dice coefficient of two masks of one detection.
 _SAME_MASK = 0.9
 
 
@@ -39,7 +42,7 @@ def check_shapes(
         batch: of a static file; None: dynamic.
         usual_size: (height, width) of the images that the model is made for, multiples of the divisibility.
     """
-    cells = [(MIN_CELLS, MIN_CELLS), (MIN_CELLS + 1, MIN_CELLS + 3), (MIN_CELLS + 4, MIN_CELLS)]
+    cells = [(MIN_CELLS, MIN_CELLS), (MIN_CELLS + 1, MIN_CELLS + 4), (MIN_CELLS + 4, MIN_CELLS)]
     dynamic = [*((divisibility * y, divisibility * x) for y, x in cells), tuple(usual_size)]
     sizes = [tuple(size)] * 2 if size else dynamic
     # The export saw a batch of 2.
@@ -91,7 +94,7 @@ def end_to_end_differences(
     """Compare the detections of an end-to-end file with those of the model's own `postprocess`.
 
     Each detection that the model finds for certain, with small noise on the network's outputs too, must be in the file
-    with its class and its score. The file may have as many others as the model finds with noise or without it only.
+    with its class, its score and its mask. The file may have as many others as the model finds in all runs together.
 
     Args:
         network, exported, shapes: as in `output_differences`.
@@ -101,13 +104,15 @@ def end_to_end_differences(
 
     Returns:
         Of the worst image ``scores``: largest difference; ``masks``: share of the pixels in all its masks that differ;
-        ``boxes``: largest difference over the longer side. Then the number of detections that were compared.
+        ``worst_mask``: largest 1 - Dice, see `dice_coefficients`; ``boxes``: largest difference over the longer side,
+        from the model's box, or from that of the file's mask where boxes are tight. Then the number of detections that
+        were compared.
 
     Raises:
         SelfCheckError: the engine fails, the file lacks a certain detection or has too many others, or its detections
             are not sorted.
     """
-    worst = {"scores": 0.0, "masks": 0.0, "boxes": 0.0}
+    worst = {"scores": 0.0, "masks": 0.0, "worst_mask": 0.0, "boxes": 0.0}
     num_compared = 0
     model = network.model
     limit = min(network.max_detections, model.postprocessing_options.get("max_detections", network.max_detections))
@@ -123,7 +128,8 @@ def end_to_end_differences(
             noisy = (_with_noise(outputs, _NOISE * bound, seed) for seed in range(_NUM_NOISES))
             runs = [model.postprocess(each, inputs, padded) for each in (outputs, *noisy)]
         for index, results in enumerate(zip(*runs)):
-            expected, *others = (result["instances"] for result in results)
+            expected = results[0]["instances"]
+            first, *others = (result["instances"][:limit] for result in results)
             kept = found["scores"][index] > 0
             scores, classes, boxes, masks = (
                 found[name][index, kept] for name in ("scores", "classes", "boxes", "masks")
@@ -131,16 +137,15 @@ def end_to_end_differences(
             if (scores.diff() > 0).any():
                 raise SelfCheckError("The detections of the exported file are not sorted by their scores")
             in_file = Instances(size, scores=scores, pred_classes=classes, pred_masks=masks.bool())
-            certain = expected[:limit]
+            certain = first
             if len(expected) >= limit:
                 # A score within the bound of the cut's may be on its other side.
                 certain = certain[certain.scores > expected.scores[min(limit, len(expected) - 1)] + bound]
             for other in others:
                 # The file's own rounding takes the rest of the bound.
-                certain = certain[_pairs(certain, other[:limit], bound / 2, _SAME_MASK)[0]]
-            num_others = sum(min(len(each), limit) - len(certain) for each in (expected, *others))
-            rows, columns = _pairs(certain, in_file, bound)
-            if len(rows) < len(certain) or len(in_file) - len(rows) > num_others:
+                certain = certain[_pairs(certain, other, bound / 2)[0]]
+            rows, columns, dice = _pairs(certain, in_file, bound)
+            if len(rows) < len(certain) or _has_too_many(in_file, [first, *others], bound):
                 raise SelfCheckError(
                     f"The exported file has {len(in_file)} detections for images {tuple(batch.shape)}, and lacks "
                     f"{len(certain) - len(rows)} of {len(certain)} that the model finds for certain; classes and "
@@ -151,6 +156,7 @@ def end_to_end_differences(
                 certain, masks = certain[rows], in_file.pred_masks[columns]
                 worst["scores"] = _larger(worst["scores"], float((scores[columns] - certain.scores).abs().max()))
                 worst["masks"] = _larger(worst["masks"], float((masks != certain.pred_masks).double().mean()))
+                worst["worst_mask"] = _larger(worst["worst_mask"], float(1 - dice.min()))
                 wanted = certain.pred_boxes.tensor
                 if torch.equal(wanted, masks_to_boxes(certain.pred_masks)):
                     # A pixel at the threshold moves a tight box: the file's boxes belong to its own masks.
@@ -168,21 +174,32 @@ def _with_noise(outputs: Mapping[str, torch.Tensor], amount: float, seed: int) -
     }
 
 
-def _pairs(
-    first: Instances, second: Instances, bound: float, least_dice: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices of pairs of one class, of scores within the bound and of masks that are as equal as possible.
+def _pairs(first: Instances, second: Instances, bound: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return pairs of one class, of scores within the bound and of masks that are as equal as possible.
 
-    Each detection is in one pair at most; ``least_dice`` is the least Dice coefficient of the masks.
+    Each detection is in one pair at most. Return the indices, and the Dice coefficients, which are at least
+    `_SAME_MASK`.
     """
-    masks, others = (each.pred_masks.flatten(1).float() for each in (first, second))
-    dice = 2 * masks @ others.T / (masks.sum(1)[:, None] + others.sum(1)).clamp(min=1)
+    dice = dice_coefficients(first.pred_masks, second.pred_masks)
     is_pair = (first.scores[:, None] - second.scores).abs() <= bound
-    is_pair &= (first.pred_classes[:, None] == second.pred_classes) & (dice >= least_dice)
+    is_pair &= (first.pred_classes[:, None] == second.pred_classes) & (dice >= _SAME_MASK)
     # One pair more is worth more than equal masks of all others.
     rows, columns = linear_sum_assignment(torch.where(is_pair, len(first) + 1 + dice, 0.0).numpy(), maximize=True)
     is_kept = is_pair[rows, columns].numpy()
-    return torch.from_numpy(rows[is_kept]), torch.from_numpy(columns[is_kept])
+    rows, columns = torch.from_numpy(rows[is_kept]), torch.from_numpy(columns[is_kept])
+    return rows, columns, dice[rows, columns]
+
+
+def _has_too_many(in_file: Instances, runs: Sequence[Instances], bound: float) -> bool:
+    """Return whether a file has more detections than all runs together."""
+    if len(in_file) <= max(map(len, runs)):
+        return False
+    together = runs[0]
+    for run in runs[1:]:
+        is_new = torch.ones(len(run), dtype=torch.bool)
+        is_new[_pairs(together, run, bound)[1]] = False
+        together = Instances.cat([together, run[is_new]])
+    return len(in_file) > len(together)
 
 
 def _described(instances: Instances) -> str:
@@ -190,13 +207,29 @@ def _described(instances: Instances) -> str:
     return ", ".join(shown[:5]) + ("..." if len(shown) > 5 else "") or "none"
 
 
-def check_differences(worst: Mapping[str, float], bound: float) -> None:
-    """Raise SelfCheckError, which names the worst output, where a difference is above the bound or NaN."""
-    name = max(worst, key=lambda key: float("inf") if worst[key] != worst[key] else worst[key])
-    if not worst[name] <= bound:
+def dice_coefficients(masks: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the Dice coefficients (m, n) of masks (m, h, w) and (n, h, w), where one pixel may differ.
+
+    Rounding moves a pixel across its threshold, which is much of a tiny mask.
+    """
+    masks, others = (each.flatten(1).float() for each in (masks, others))
+    return ((2 * masks @ others.T + 1) / (masks.sum(1)[:, None] + others.sum(1)).clamp(min=1)).clamp(max=1)
+
+
+def check_differences(worst: Mapping[str, float], bound: float, mask_bound: float | None = None) -> None:
+    """Raise SelfCheckError, which names the worst output, where a difference is above the bound, NaN or Inf.
+
+    Args:
+        worst: largest difference by output.
+        bound: of all outputs.
+        mask_bound: of ``worst_mask`` of an end-to-end file.
+    """
+    bounds = dict.fromkeys(worst, bound) | ({} if mask_bound is None else {"worst_mask": mask_bound})
+    name = max(worst, key=lambda key: worst[key] / bounds[key] if math.isfinite(worst[key]) else math.inf)
+    if not (math.isfinite(worst[name]) and worst[name] <= bounds[name]):
+        allowed = f"at most {bounds[name]:g} is allowed" if math.isfinite(bound) else "all values must be finite"
         raise SelfCheckError(
-            f"The exported file differs from the model in eager float32: {name} by {worst[name]:.2g}; at most "
-            f"{bound:g} is allowed"
+            f"The exported file differs from the model in eager float32: {name} by {worst[name]:.2g}; {allowed}"
         )
 
 

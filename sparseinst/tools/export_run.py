@@ -45,6 +45,7 @@ from sparseinst.runtime.quantize import ADDITIONS, Quantization, by_error, quant
 from sparseinst.runtime.rewrites.fuse import fused_copy
 from sparseinst.runtime.self_check import (
     BOUNDS,
+    MASK_BOUNDS,
     SelfCheckError,
     check_differences,
     check_shapes,
@@ -129,7 +130,8 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     classes = find_classes(cfg, content.get("classes"), model.class_names)
     rule = input_rule(model)
     size, batch = chosen_size(args.size, rule), chosen_batch(args.batch)
-    usual = tuple(model.preprocess([photograph_input(cfg)]).tensor.shape[-2:])
+    least = MIN_CELLS * rule.divisibility
+    usual = tuple(max(side, least) for side in model.preprocess([photograph_input(cfg)]).tensor.shape[-2:])
 
     metadata = _metadata(cfg, own_datasets, model, classes, args, rule, size, batch)
     network = ExportableNetwork(model, args.input == "image", args.end_to_end)
@@ -151,7 +153,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     channels = len(metadata.pixel_mean)
     largest = -(-cfg.INPUT.MAX_SIZE_TEST // rule.divisibility) * rule.divisibility if rule.divisibility else 0
     shapes = [(batch or number, channels, *(size or sides)) for number, sides in
-              ((1, (2 * rule.divisibility,) * 2), (1, usual), (_MAX_BATCH, (max(*usual, largest),) * 2))]  # fmt: skip
+              ((1, (least,) * 2), (1, usual), (_MAX_BATCH, (max(*usual, largest),) * 2))]  # fmt: skip
     checked = check_shapes(rule.divisibility, size, batch, usual)
     with output_folder(args.output) as folder:
         path = folder / target.file_name
@@ -317,19 +319,23 @@ def _check_outputs(
 ) -> tuple[dict[str, float], int | None]:
     """Compare and print, and raise SelfCheckError above the precision's bound.
 
-    Return the figures with the bound, and the number of compared detections where the network returns detections.
+    Return the figures with the bounds, and the number of compared detections where the network returns detections.
     """
-    num_compared, bound = None, BOUNDS[precision]
+    bound, mask_bound, num_compared = BOUNDS[precision], None, None
     if network.max_detections:
+        mask_bound = MASK_BOUNDS[precision]
         worst, num_compared = end_to_end_differences(network, exported, shapes, bound, images)
     else:
         worst = output_differences(network, exported, shapes, precision)
     shown = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
     allowed = "their AP decides" if bound is None else f"at most {bound:g}"
+    if mask_bound is not None:
+        allowed += f", worst_mask {mask_bound:g}"
     others = f" and {len(images)} batches of --test-images" if images else ""
     print(f"Largest differences from eager float32 at {_shown(shapes)}{others}: {shown} ({allowed})")
-    check_differences(worst, float("inf") if bound is None else bound)
-    return worst if bound is None else {**worst, "bound": bound}, num_compared
+    check_differences(worst, float("inf") if bound is None else bound, mask_bound)
+    bounds = {"bound": bound, "mask_bound": mask_bound}
+    return worst | {name: value for name, value in bounds.items() if value is not None}, num_compared
 
 
 def _mask_ap(cfg: CfgNode, model: ExportedSegmenter) -> float:

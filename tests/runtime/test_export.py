@@ -12,7 +12,10 @@ from torch.export import Dim
 
 from sparseinst import get_config_file
 from sparseinst.config import load_config
+from sparseinst.runtime.export import converter
+from sparseinst.runtime.exported_file import ExportMetadata
 from sparseinst.runtime.optimize import optimize_for_inference
+from tests.disk import little_room
 from tests.tiny_model import random_input, tiny_model
 
 EXAMPLE = (2, 3, 64, 96)
@@ -98,6 +101,17 @@ def test_a_whole_model_is_refused_with_one_line(is_optimized, export):
             torch.export.export(adapter, adapter.flattened_inputs, strict=False)
     assert "\n" not in str(caught.value)
     assert Path(traceback.extract_tb(caught.value.__traceback__)[-1].filename).parent.name == "modeling"
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, name):
+    """The writers in C++ raise a RuntimeError; PyTorch's also ends the process."""
+    if name == "openvino":
+        pytest.importorskip("openvino", reason="the package openvino is not installed")
+    program = torch.export.export(nn.ReLU(), (torch.zeros(1),))
+    write = converter(name, program, ["a"], "float32", ())(None)
+    with little_room(10), pytest.raises(OSError):
+        write(tmp_path / "model.xml", ExportMetadata(*[None] * 20))
 
 
 def test_a_traced_postprocessing_is_refused():

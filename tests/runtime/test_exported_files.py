@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import logging
+import os
 import zipfile
 from types import SimpleNamespace
 from unittest import mock
@@ -341,19 +342,30 @@ def test_pixels_of_a_file_that_takes_images(family, most):
     assert 0.8 * most <= difference <= most + 1e-4
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path):
-    with output_folder(tmp_path) as folder:
-        (folder / "model").mkdir()
-        (folder / "model" / "a").write_text("old")
-        (folder / "single").write_text("old")
+def test_files_are_replaced_and_others_stay(tmp_path):
+    def write(name, text):
+        with output_folder(tmp_path) as folder:
+            (folder / "model").mkdir()
+            (folder / "model" / name).write_text(text)
+
+    def contents():
+        return {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+
+    write("a", "old")
+    users = {"single": "1", "model/user": "2", "model/backup/a": "3", "model.old/a": "4"}
+    for name, text in users.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
     with pytest.raises(ValueError), output_folder(tmp_path) as folder:
         (folder / "single").write_text("new")
         raise ValueError
-    assert (tmp_path / "single").read_text() == "old"
-    with output_folder(tmp_path) as folder:
-        (folder / "model").mkdir()
-        (folder / "model" / "b").write_text("new")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", "model", "single"]
+    replace = mock.Mock(wraps=os.replace, side_effect=[mock.DEFAULT, OSError(errno.EIO, "broken"), mock.DEFAULT])
+    with mock.patch("os.replace", replace), pytest.raises(OutputError, match="cannot be written"):
+        write("a", "new")
+    assert contents() == users | {"model/a": "old"}
+    write("a", "new")
+    assert contents() == users | {"model/a": "new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.old", "single"]
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"), output_folder(tmp_path / "file" / "out"):
         pass

@@ -180,6 +180,7 @@ def test_half_weights_end_to_end(folder, tmp_path):
     assert run_export(folder, "--format", "onnx", "--output", tmp_path, *flags) == 0
     metadata = read_metadata(tmp_path / "model.onnx")
     assert metadata.self_check["bound"] == 0.02 and metadata.self_check["scores"] > 1e-6
+    assert metadata.self_check["mask_bound"] == 0.1 and metadata.self_check["worst_mask"] < 0.1
     assert metadata.compared_detections > 2
 
 
@@ -284,10 +285,13 @@ def test_a_deformable_network_is_not_for_cuda(folder, tmp_path, unconverted, mon
         assert ("Note: deformable convolutions need ONNX of opset 19" in capsys.readouterr().out) is (name == "onnx")
 
 
-def test_tensorrt_gets_the_largest_resized_image(folder, tmp_path, unconverted):
-    assert run_export(folder, "--format", "torch", "--output", tmp_path) == 0
-    # The short side is 64, the long one at most 1333.
-    assert unconverted[0][4] == ((1, 3, 64, 64), (1, 3, 64, 96), (4, 3, 1344, 1344))
+@pytest.mark.parametrize(("short_side", "usual"), [(64, (64, 96)), (20, (64, 64))])
+def test_shapes_of_tensorrt_and_of_the_self_check(folder, tmp_path, unconverted, capsys, short_side, usual):
+    """The smallest side is 64; a photograph with a short side of 20 pixels is padded to 32x32 by the model."""
+    assert run_export(folder, "--format", "torch", "--output", tmp_path, opts=["INPUT.MIN_SIZE_TEST", short_side]) == 0
+    # The long side is at most 1333.
+    assert unconverted[0][4] == ((1, 3, 64, 64), (1, 3, *usual), (4, 3, 1344, 1344))
+    assert f"192x64, 1x{usual[0]}x{usual[1]}:" in capsys.readouterr().out
 
 
 def test_a_missing_engine_is_found_before_the_work(folder, tmp_path, monkeypatch, capsys):

@@ -239,7 +239,7 @@ class SOLO(InstanceSegmenter):
             outputs,
             self.detection,
             padded_size=padded_size,
-            max_detections=min(max_detections, self.detection.max_detections),
+            max_detections=max_detections,
             score_threshold=self.output.score_threshold,
         )
 

@@ -176,7 +176,7 @@ def dense_detections(
         head, outputs: as in `detect`.
         options: thresholds and limits, with matrix NMS.
         padded_size: size of the masks that are returned.
-        max_detections: most detections.
+        max_detections: most detections that are returned, the best of the options' ``max_detections``.
         score_threshold: as in `detect`.
 
     Returns:
@@ -195,9 +195,10 @@ def dense_detections(
     intersections = chosen(intersections.transpose(1, 2), order)
     decayed = matrix_nms(scores, classes, intersections, options.nms_kernel, options.nms_sigma)
     is_kept = (scores > 0) & (decayed >= options.update_threshold) & (decayed > score_threshold)
-    scores, second = torch.where(is_kept, decayed, 0.0).topk(min(max_detections, scores.shape[1]))
+    scores, second = torch.where(is_kept, decayed, 0.0).topk(min(options.max_detections, scores.shape[1]))
     masks = chosen(mask_probs, order.gather(1, second))
-    return dense_output(scores, classes.gather(1, second), masks, padded_size, options.mask_threshold)
+    classes = classes.gather(1, second)
+    return dense_output(scores, classes, masks, padded_size, options.mask_threshold, max_detections)
 
 
 def _score_masks(

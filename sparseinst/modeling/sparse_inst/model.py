@@ -283,7 +283,8 @@ class SparseInst(InstanceSegmenter):
             padded_size=padded_size,
             cls_threshold=self.cls_threshold,
             mask_threshold=self.mask_threshold,
-            max_detections=min(max_detections, self.max_detections),
+            max_detections=self.max_detections,
+            num_rows=max_detections,
             mask_nms_threshold=self.mask_nms_threshold,
             score_threshold=self.output.score_threshold,
         )

@@ -94,6 +94,7 @@ def dense_detections(
     cls_threshold: float,
     mask_threshold: float,
     max_detections: int,
+    num_rows: int,
     mask_nms_threshold: float = 0.0,
     score_threshold: float = 0.0,
 ) -> dict[str, torch.Tensor]:
@@ -105,9 +106,11 @@ def dense_detections(
         mask_logits: (B, N, Hm, Wm).
         padded_size: size of the masks that are returned.
         cls_threshold, mask_threshold, max_detections, mask_nms_threshold, score_threshold: as in `detect`.
+        num_rows: most detections that are returned.
 
     Returns:
-        The dict of `InstanceSegmenter.dense_detections`, with n the smaller one of N and ``max_detections``.
+        The dict of `InstanceSegmenter.dense_detections`, with n the smallest one of N, ``max_detections`` and
+        ``num_rows``.
     """
     scores, classes = class_scores(class_logits, objectness_logits)
     mask_probs = mask_logits.float().sigmoid()
@@ -126,4 +129,5 @@ def dense_detections(
         scores, second_order = (scores * remains).topk(scores.shape[1])
         order = order.gather(1, second_order)
     scores, order = scores[:, :max_detections], order[:, :max_detections]
-    return dense_output(scores, classes.gather(1, order), chosen(mask_probs, order), padded_size, mask_threshold)
+    classes, mask_probs = classes.gather(1, order), chosen(mask_probs, order)
+    return dense_output(scores, classes, mask_probs, padded_size, mask_threshold, num_rows)

@@ -302,7 +302,7 @@ class YOLACT(InstanceSegmenter):
             self.anchors,
             self.detection,
             padded_size=padded_size,
-            max_detections=min(max_detections, self.detection.max_detections),
+            max_detections=max_detections,
             mask_iou_head=self.mask_iou_head,
             score_threshold=self.output.score_threshold,
         )

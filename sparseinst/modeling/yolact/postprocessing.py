@@ -205,7 +205,7 @@ def dense_detections(
         outputs, anchors, mask_iou_head, score_threshold: as in `detect`.
         options: thresholds and limits, with Fast NMS or its variant across classes.
         padded_size: of the square input, and of the masks that are returned.
-        max_detections: most detections.
+        max_detections: most detections that are returned, the best of the options' ``max_detections``.
 
     Returns:
         The dict of `InstanceSegmenter.dense_detections`.
@@ -228,7 +228,7 @@ def dense_detections(
     ranks = torch.arange(num_ranks, device=scores.device)
     is_dropped = (overlaps & (ranks[:, None] < ranks)).any(2)
     scores = torch.where((scores > least) & ~is_dropped, scores, 0.0).flatten(1)
-    scores, position = scores.topk(min(max_detections, scores.shape[1]))
+    scores, position = scores.topk(min(options.max_detections, scores.shape[1]))
     used = order.gather(1, position)
     classes = position // num_ranks if is_fast else best_classes.gather(1, used)
     boxes = chosen(boxes, used)
@@ -242,4 +242,4 @@ def dense_detections(
     scores = torch.where(scores > score_threshold, scores, 0.0)
     height, width = padded_size
     boxes = boxes.clamp(0, 1) * boxes.new_tensor([width, height, width, height])
-    return dense_output(scores, classes, masks, padded_size, options.mask_threshold, boxes)
+    return dense_output(scores, classes, masks, padded_size, options.mask_threshold, max_detections, boxes)

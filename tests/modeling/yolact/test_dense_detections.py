@@ -29,6 +29,15 @@ def test_it_finds_what_detect_finds(opts):
     assert min(assert_dense_equals_postprocess(model, images)) > 1
 
 
+@pytest.mark.parametrize("opts", [(), PLUS], ids=["yolact", "plus"])
+def test_fewer_than_max_detections(opts):
+    """Rescored by mask IoU and without the empty masks, of which random weights make many."""
+    model = spread_scores(tiny_yolact(*opts))
+    side = 256 if opts else SIDE
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    assert assert_dense_equals_postprocess(model, images, max_detections=10) == [10, 10]
+
+
 def test_no_candidates():
     model = tiny_yolact(f"{NODE}.SCORE_THRESHOLD", 1.0)
     assert assert_dense_equals_postprocess(model, torch.randn(2, 3, SIDE, SIDE)) == [0, 0]
