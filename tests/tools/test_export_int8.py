@@ -86,7 +86,7 @@ def test_a_batch_has_different_images(tmp_path):
     model = SimpleNamespace(
         metadata=SimpleNamespace(batch=2, fit_size=None, size=None), preprocess=build_model(cfg).preprocess
     )
-    batches = export_run._images(cfg, model, str(tmp_path / "*.png"), 8)
+    batches = export_run._images(cfg, model, "--calibration", str(tmp_path / "*.png"), 8)
     levels = [[int(image.mean()) for image in images] for images in batches]
     assert [len(row) for row in levels] == [2, 2]
     assert levels[0][0] < levels[0][1] < levels[1][0] and levels[1][1] == levels[0][0]
