@@ -270,6 +270,15 @@ def test_an_object_that_vanishes_on_the_grid_is_not_learned():
     assert all(torch.isfinite(loss) for loss in model(inputs).values())
 
 
+def test_a_batch_without_objects_gives_every_parameter_a_gradient():
+    """Ranks that train together wait for the gradients of all parameters."""
+    model = placed_model(*DETAIL).train()
+    losses = model([random_input(64, 96, num_instances=0, seed=seed) for seed in range(2)])
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert [name for name, loss in losses.items() if loss > 0] == ["loss_heatmap"]
+
+
 def test_the_criterion_of_another_decoder_is_refused():
     with pytest.raises(ValueError, match="LOSS.NAME is SparseInstCriterion.*set it to PlacedCriterion"):
         placed_model("MODEL.SPARSE_INST.LOSS.NAME", "SparseInstCriterion")
