@@ -28,8 +28,8 @@ INPUT_NAME = "images"
 # ONNX Runtime's CPU kernels have DeformConv from opset 19 on; CUDA's lack Resize of 19.
 OPSET, DEFORMABLE_OPSET = 18, 19
 DEFORMABLE_NOTE = (
-    "deformable convolutions need ONNX of opset 19, whose Resize ONNX Runtime has no CUDA kernel for: run the file "
-    "with CPUExecutionProvider, or in OpenVINO by --format openvino"
+    "deformable convolutions need ONNX of opset 19, whose Resize ONNX Runtime has no CUDA kernel for: use "
+    "CPUExecutionProvider, or OpenVINO (for a file, export with --format openvino)"
 )
 # Smallest side of dynamic images, in multiples of the divisibility; smaller maps have no bilinear neighbors.
 MIN_CELLS = 2
