@@ -27,9 +27,11 @@ FileWriter = Callable[[Path, ExportMetadata], None]
 INPUT_NAME = "images"
 # ONNX Runtime's CPU kernels have DeformConv from opset 19 on; CUDA's lack Resize of 19.
 OPSET, DEFORMABLE_OPSET = 18, 19
+# The first PyTorch whose exporter takes translations of operators.
+ONNX_TORCH = "2.6"
 DEFORMABLE_NOTE = (
-    "deformable convolutions need ONNX of opset 19, whose Resize ONNX Runtime has no CUDA kernel for: run the file "
-    "with CPUExecutionProvider, or in OpenVINO by --format openvino"
+    "deformable convolutions need ONNX of opset 19, whose Resize ONNX Runtime has no CUDA kernel for: use "
+    "CPUExecutionProvider, or OpenVINO (for a file, export with --format openvino)"
 )
 # Smallest side of dynamic images, in multiples of the divisibility; smaller maps have no bilinear neighbors.
 MIN_CELLS = 2
@@ -65,7 +67,7 @@ def check_packages(format: str) -> None:
     """Check that a format can be written and run here.
 
     Raises:
-        ImportError: a package is missing.
+        ImportError: a package is missing, or PyTorch is too old.
         ValueError: TensorRT without a CUDA device.
     """
     if format == "tensorrt":
@@ -75,6 +77,11 @@ def check_packages(format: str) -> None:
     if format == "openvino":
         import_openvino()
     if format in ("onnx", "tensorrt"):
+        if torch.__version__ < ONNX_TORCH:
+            raise ImportError(
+                f"An export to ONNX needs PyTorch {ONNX_TORCH} or later, and {torch.__version__} is installed: update "
+                "torch and torchvision"
+            )
         # The exporter of PyTorch needs onnxscript, the self-check onnxruntime.
         names = ["onnx", "onnxscript", *(["onnxruntime"] if format == "onnx" else [])]
         try:

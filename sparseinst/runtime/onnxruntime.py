@@ -8,8 +8,6 @@ import torch
 from sparseinst.runtime.batches import in_batches
 
 CPU_PROVIDER = "CPUExecutionProvider"
-# Their default is the first GPU.
-_GPU_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 
 
 class ONNXRuntimeNetwork:
@@ -24,7 +22,7 @@ class ONNXRuntimeNetwork:
 
     Raises:
         ImportError: ONNX Runtime is not installed.
-        ValueError: a provider is not available, or the model cannot be read.
+        ValueError: a provider is not available or does not start, or the model cannot be read.
     """
 
     def __init__(
@@ -54,11 +52,19 @@ class ONNXRuntimeNetwork:
         options.log_severity_level = 3
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=with_gpu_of_rank(providers))
+            self._session = onnxruntime.InferenceSession(source, options, providers=with_options(providers))
         # Its own errors have no common class besides Exception.
         except Exception as error:
             name = "the model" if isinstance(model, bytes) else source
             raise ValueError(f"ONNX Runtime cannot read {name}: {' '.join(str(error).split())[:300]}") from error
+        started = self._session.get_providers()
+        if missing := [provider for provider in providers if provider not in started]:
+            raise ValueError(
+                f"RUNTIME.PROVIDERS is {list(providers)}; ONNX Runtime cannot start {', '.join(missing)} and would use "
+                f"{', '.join(started)}. Its log names the reason, mostly a missing version of CUDA or cuDNN"
+            )
+        # By default a provider that fails on an image is replaced by the CPU's.
+        self._session.disable_fallback()
         (images,) = self._session.get_inputs()
         self._input_name = images.name
         self._batch_size = batch_size
@@ -82,11 +88,11 @@ class ONNXRuntimeNetwork:
         return {name: torch.from_numpy(result) for name, result in zip(self._names, results)}
 
 
-def with_gpu_of_rank(providers: Sequence[str]) -> list[str | tuple[str, dict[str, int]]]:
-    """Return the providers as ONNX Runtime takes them, those of GPUs with the number of this rank of torchrun."""
+def with_options(providers: Sequence[str]) -> list[tuple[str, dict[str, int]]]:
+    """Return the providers with their options: CUDA computes in float32, and a rank of torchrun has its own GPU."""
     rank = os.environ.get("LOCAL_RANK")
-    if rank is None:
-        return list(providers)
-    # More ranks than GPUs share them.
-    gpu = int(rank) % (torch.cuda.device_count() or int(rank) + 1)
-    return [(name, {"device_id": gpu}) if name in _GPU_PROVIDERS else name for name in providers]
+    # The default is the first GPU. More ranks than GPUs share them.
+    gpu = {} if rank is None else {"device_id": int(rank) % (torch.cuda.device_count() or int(rank) + 1)}
+    # The default is TF32. The option is untested: no machine with onnxruntime-gpu was available.
+    options = {"CUDAExecutionProvider": {"use_tf32": 0, **gpu}, "TensorrtExecutionProvider": gpu}
+    return [(name, options.get(name, {})) for name in providers]

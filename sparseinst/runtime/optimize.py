@@ -201,13 +201,15 @@ def _engine_network(
         from sparseinst.runtime.openvino import OpenVINONetwork, convert_network
 
         return OpenVINONetwork(convert_network(model.network, example), threads, precision, batch_size=1)
-    from sparseinst.runtime.export import ExportableNetwork, check_packages, export_program, input_rule, onnx_bytes
+    from sparseinst.runtime import export
     from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
 
-    check_packages("onnx")
-    rule = input_rule(model)
-    program = export_program(ExportableNetwork(model), rule.divisibility, rule.fixed_size, None)
-    return ONNXRuntimeNetwork(onnx_bytes(program, list(model.network(example))), threads, providers)
+    export.check_packages("onnx")
+    rule = export.input_rule(model)
+    program = export.export_program(export.ExportableNetwork(model), rule.divisibility, rule.fixed_size, None)
+    if "CUDAExecutionProvider" in providers and export.has_deform_conv(program):
+        logger.warning("RUNTIME.PROVIDERS %s: %s", list(providers), export.DEFORMABLE_NOTE)
+    return ONNXRuntimeNetwork(export.onnx_bytes(program, list(model.network(example))), threads, providers)
 
 
 def _torch_network(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # The config node of inference.
 RUNTIME = "RUNTIME"
+# Of PyTorch's network; an exported file has none of them.
+PYTORCH_KEYS = [f"{RUNTIME}.{key}" for key in ("FUSE", "CHANNELS_LAST", "WINOGRAD", "COMPILE")]
 # Options that --suite does not have, by attribute.
 NOT_OF_SUITES = {
     "compare": "--compare",
@@ -237,7 +239,7 @@ def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, tuple[nn
     A setting that names an exported file by its path, or by MODEL.WEIGHTS, runs that file.
 
     Raises:
-        ValueError: a setting is unknown, or the model is not an InstanceSegmenter.
+        ValueError: a setting is unknown or does not apply to its file, or the model is not an InstanceSegmenter.
         ImportError: a setting needs a package that is not installed.
     """
     import torch
@@ -264,7 +266,12 @@ def build_models(cfg: "CfgNode", settings: Sequence[str]) -> "dict[str, tuple[nn
         if setting in names:
             own_setting = f"{names[setting]}=MODEL.WEIGHTS {shlex.quote(setting)}"
         name, own_cfg, keys = apply_setting(cfg, own_setting, NAMED_SETTINGS, RUNTIME)
-        if is_exported(own_cfg.MODEL.WEIGHTS):
+        if is_exported(file := own_cfg.MODEL.WEIGHTS):
+            if unused := [key for key in keys if key in PYTORCH_KEYS]:
+                raise ValueError(
+                    f"--compare {name}: the exported file {file} of MODEL.WEIGHTS has no {', '.join(unused)}. Leave "
+                    f"MODEL.WEIGHTS out, and name the file: --compare ... {file}"
+                )
             follow_exported(own_cfg)
             models[name] = load_exported(own_cfg), own_cfg
             continue

@@ -2,7 +2,8 @@
 
 With --video the demo runs on the first frames of the video, with --input `predict` on images, in turn with the model
 alone on the same decoded images, to masks on the host ("end to end" in tools.benchmark). Weights are not needed,
-because post-processing gets drawn objects. With --video drawing alone is timed too, on a random image.
+because post-processing gets drawn objects; an exported file (--opts MODEL.WEIGHTS model.onnx) runs in its engine. With
+--video drawing alone is timed too, on a random image.
 """
 
 import argparse
@@ -77,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
     from sparseinst.config import load_config
     from sparseinst.engine.host_memory import keep_freed_memory_for_inference
     from sparseinst.inference import Predictor
+    from sparseinst.runtime.exported_file import is_exported
+    from sparseinst.runtime.exported_model import follow_exported, load_exported
     from sparseinst.runtime.optimize import optimize_as_configured
     from sparseinst.visualization import draw_instances
 
@@ -89,9 +92,13 @@ def run(args: argparse.Namespace) -> None:
         cfg.MODEL.OUTPUT.MASK_FORMAT = "rle"
     keep_freed_memory_for_inference(cfg)
     torch.manual_seed(0)
-    model = build_model(cfg).eval()
+    if is_exported(cfg.MODEL.WEIGHTS):
+        follow_exported(cfg)
+        model = load_exported(cfg)
+    else:
+        model = optimize_as_configured(cfg, build_model(cfg).eval())
     check_segmenter(model)
-    drawn = DrawnObjects(optimize_as_configured(cfg, model), args.detections).eval()
+    drawn = DrawnObjects(model, args.detections).eval()
     predictor = Predictor(cfg, model=drawn)
     if args.video:
         height, width = args.image or (1080, 1920)

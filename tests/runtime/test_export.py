@@ -1,5 +1,6 @@
 """`torch.export.export` of networks with dynamic batch, height and width gives the numbers of the model itself."""
 
+import contextlib
 import traceback
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 from torch import nn
 from torch.export import Dim
+from torch.torch_version import TorchVersion
 
 from sparseinst import get_config_file
 from sparseinst.config import load_config
-from sparseinst.runtime.export import converter
+from sparseinst.runtime.export import check_packages, converter
 from sparseinst.runtime.exported_file import ExportMetadata
 from sparseinst.runtime.optimize import optimize_for_inference
 from tests.disk import little_room
@@ -112,6 +114,17 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, name):
     write = converter(name, program, ["a"], "float32", ())(None)
     with little_room(10), pytest.raises(OSError):
         write(tmp_path / "model.xml", ExportMetadata(*[None] * 20))
+
+
+@pytest.mark.parametrize(("version", "is_enough"), [("2.4.0", False), ("2.5.1+cpu", False), ("2.6.0+cu124", True)])
+def test_an_older_pytorch_writes_no_onnx(monkeypatch, version, is_enough):
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name, reason=f"the package {name} is not installed")
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    expected = pytest.raises(ImportError, match=f"^An export to ONNX needs PyTorch 2.6 or later, and {version[:5]}")
+    with contextlib.nullcontext() if is_enough else expected:
+        check_packages("onnx")
+    check_packages("torch")
 
 
 def test_a_traced_postprocessing_is_refused():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork, with_gpu_of_rank
+from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork, with_options
 
 
 def network_that_raises(monkeypatch, error: Exception) -> ONNXRuntimeNetwork:
@@ -19,6 +19,12 @@ def network_that_raises(monkeypatch, error: Exception) -> ONNXRuntimeNetwork:
 
         def get_outputs(self):
             return []
+
+        def get_providers(self):
+            return ["CPUExecutionProvider"]
+
+        def disable_fallback(self):
+            pass
 
         name = "images"
 
@@ -43,10 +49,12 @@ def test_an_error_of_the_session_is_a_runtime_error_of_one_line(monkeypatch, nam
 def test_a_rank_of_torchrun_takes_its_own_gpu(monkeypatch):
     providers = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert with_gpu_of_rank(providers) == list(providers)
+    # In TF32, the default, float32 would have three digits.
+    float32 = {"use_tf32": 0}
+    assert with_options(providers) == [(providers[0], {}), (providers[1], float32), (providers[2], {})]
     monkeypatch.setenv("LOCAL_RANK", "2")
     gpu = {"device_id": 2}
-    assert with_gpu_of_rank(providers) == [(providers[0], gpu), (providers[1], gpu), providers[2]]
+    assert with_options(providers) == [(providers[0], gpu), (providers[1], float32 | gpu), (providers[2], {})]
 
 
 def test_the_session_gets_the_gpu_of_the_rank(monkeypatch):
@@ -62,4 +70,4 @@ def test_the_session_gets_the_gpu_of_the_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match="cannot read the model: no device"):
         ONNXRuntimeNetwork(b"", providers=["CUDAExecutionProvider"])
-    assert given == [[("CUDAExecutionProvider", {"device_id": 1})]]
+    assert given == [[("CUDAExecutionProvider", {"use_tf32": 0, "device_id": 1})]]

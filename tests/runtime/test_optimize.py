@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from sparseinst import get_config_file
 from sparseinst.config import load_config
 from sparseinst.modeling.sparse_inst.fused import FusedDecoder
+from sparseinst.runtime import export, onnxruntime
 from sparseinst.runtime import optimize as optimization
 from sparseinst.runtime.optimize import OptimizedSegmenter, optimize_as_configured, optimize_for_inference
 from sparseinst.runtime.rewrites import winograd
@@ -66,6 +68,20 @@ def test_onnx_runtime_takes_a_single_row_of_cells(model):
         for height, width in ((32, 32), (32, 320), (224, 32)):
             images = torch.randn(1, 3, height, width)
             assert_close(optimized.network(images), model.network(images))
+
+
+def test_a_deformable_network_on_cuda_is_a_warning(monkeypatch, caplog):
+    pytest.importorskip("onnxscript", reason="the package onnxscript is not installed")
+    model = tiny_model()
+    monkeypatch.setattr(onnxruntime, "ONNXRuntimeNetwork", lambda *args: model.network)
+    monkeypatch.setattr(export, "onnx_bytes", lambda *args: b"")
+    for is_deformable, providers in ((True, []), (False, ["CUDAExecutionProvider"]), (True, ["CUDAExecutionProvider"])):
+        assert not caplog.messages
+        target = "torchvision.deform_conv2d.default" if is_deformable else "aten.convolution.default"
+        program = SimpleNamespace(graph=SimpleNamespace(nodes=[SimpleNamespace(target=target)]))
+        monkeypatch.setattr(export, "export_program", lambda *args, program=program: program)
+        optimize_for_inference(model, engine="onnxruntime", providers=providers)
+    assert len(caplog.messages) == 1 and "Resize ONNX Runtime has no CUDA kernel for" in caplog.text
 
 
 def test_predictions_are_those_of_the_plain_model(model):

@@ -210,6 +210,11 @@ def test_on_the_cpu_the_peak_is_that_of_a_single_row(config, tmp_path, args, is_
             ["--compare", "RUNTIME.ENGINE=openvino"],
             "openvino: expected NAME='KEY VALUE ...', such as mine='RUNTIME.KEY",
         ),
+        (
+            ["--compare", "winograd", "--opts", "MODEL.WEIGHTS", "a.onnx"],
+            "--compare winograd: the exported file a.onnx of MODEL.WEIGHTS has no RUNTIME.FUSE",
+        ),
+        (["--compare", "mine=ENGINE openvino WINOGRAD False MODEL.WEIGHTS a.onnx"], "has no RUNTIME.WINOGRAD"),
         (["--compare", "a=FUSE True", "eager", "a=FUSE False"], "--compare: a is given more than once"),
         (["--compare", "eager", "eager"], "--compare: eager is given more than once"),
         (["--detections", "7"], "7 objects in an image: MODEL.SPARSE_INST.DECODER.NUM_MASKS allows 0 to 6"),
@@ -238,6 +243,8 @@ def test_files_of_one_name_are_told_apart_by_their_folders(config, tmp_path, mon
     models = benchmark.build_models(tiny_cfg(), ["eager", *map(str, files)])
     assert list(models) == ["eager", "fp32/model.onnx", "a/model.onnx", "b/model.onnx", "other.onnx"]
     assert [models[name][0] for name in list(models)[1:]] == list(map(str, files))
+    on_file = benchmark.build_models(tiny_cfg("MODEL.WEIGHTS", "other.onnx"), ["configured", "openvino"])
+    assert [model for model, _ in on_file.values()] == ["other.onnx"] * 2
     with pytest.raises(ValueError, match="--compare: fp32/model.onnx is given more than once"):
         benchmark.build_models(tiny_cfg(), ["fp32/model.onnx", "./fp32/model.onnx"])
 

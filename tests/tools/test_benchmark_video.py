@@ -6,7 +6,9 @@ from PIL import Image
 from sparseinst.benchmarks.inference import DrawnObjects
 from sparseinst.data import images
 from sparseinst.inference import VideoWriter
+from sparseinst.runtime import exported_model
 from sparseinst.tools import benchmark_video
+from tests.runtime.test_exported_files import onnx_file
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 
@@ -46,6 +48,22 @@ def test_predict_on_images(tmp_path, image_arguments, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[0:1] == "|"]
     assert [row[0] for row in rows[2:]] == ["model alone", "predict"] and float(rows[3][1]) > 0
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("source", ["video", "images"])
+def test_an_exported_file_runs_in_its_engine_at_its_size(tmp_path, request, monkeypatch, source):
+    arguments = request.getfixturevalue({"video": "arguments", "images": "image_arguments"}[source])
+    path = onnx_file(tmp_path / "model.onnx", size=[96, 128])
+    network, seen = tiny_model().network, []
+
+    def run(images):
+        # The padding is 0, the images are not.
+        seen.append((tuple(images.shape), (images != 0).float().mean().item()))
+        return network(images)
+
+    monkeypatch.setattr(exported_model, "open_network", lambda *args: run)
+    assert benchmark_video.main([*arguments, "--frames", "1", "--opts", "MODEL.WEIGHTS", str(path)]) == 0
+    assert {shape for shape, _ in seen} == {(1, 3, 96, 128)} and max(filled for _, filled in seen) == 1
 
 
 @pytest.mark.parametrize(

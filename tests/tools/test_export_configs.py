@@ -138,6 +138,9 @@ def test_in_an_environment_with_onnxruntime_only(tmp_path):
     found = [json.loads(line) for line in run.stdout.splitlines()]
     assert [line["class"] for line in found] == [CLASSES["names"][index] for index in expected.pred_classes]
     assert np.allclose([line["score"] for line in found], expected.scores, atol=1e-4)
+    # A pixel at the threshold may differ.
+    assert np.allclose([line["box"] for line in found], expected.pred_boxes.tensor, atol=1)
+    assert np.allclose([line["area"] for line in found], expected.pred_masks.sum((1, 2)), atol=3)
 
 
 def test_end_to_end_in_onnxruntime(tmp_path):
