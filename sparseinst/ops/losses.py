@@ -97,8 +97,12 @@ def masks_on_grid(gt_masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
 
 @torch.no_grad()
 def center_heatmap(
-    gt_masks: torch.Tensor, gt_classes: torch.Tensor, num_classes: int, num_cells: int = 1
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gt_masks: torch.Tensor,
+    gt_classes: torch.Tensor,
+    num_classes: int,
+    num_cells: int = 1,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the heat map of the centers of one image's instances.
 
     The center is the covered cell that is nearest to the center of mass, so that it lies inside of rings, too.
@@ -108,15 +112,15 @@ def center_heatmap(
         gt_classes: (M,) int64 in [0, K).
         num_classes: K.
         num_cells: C.
+        weights: (M,) in [0, 1], the height of each instance's Gaussian; None: 1.
 
     Returns:
-        (K, H, W) float32 in [0, 1]: Gaussians around the centers, the largest where they overlap; (K, H, W) bool: True
-        at the centers; (M, C) int64 in [0, H * W): the covered cells that are nearest to the center of mass, the center
-        first, and again where the instance covers fewer.
+        (K, H, W) float32 in [0, 1]: Gaussians around the centers, the largest where they overlap; (M, C) int64 in
+        [0, H * W): the covered cells that are nearest to the center of mass, the center first, and again where the
+        instance covers fewer.
     """
     height, width = gt_masks.shape[1:]
     heat = gt_masks.new_zeros((num_classes, height, width))
-    is_center = torch.zeros_like(heat, dtype=torch.bool)
     area = gt_masks.sum((1, 2)).clamp(min=IOU_EPS)
     distances, falls = [], []
     for marginal in (gt_masks.sum(2), gt_masks.sum(1)):
@@ -141,9 +145,10 @@ def center_heatmap(
         for (steps, spread), center in zip(falls, (cells // width, cells % width))
     )
     gaussians = torch.exp(-0.5 * (fall_y[:, :, None] + fall_x[:, None]))
+    if weights is not None:
+        gaussians = gaussians * weights[:, None, None]
     heat.scatter_reduce_(0, gt_classes[:, None, None].expand_as(gaussians), gaussians, "amax")
-    is_center[gt_classes, cells // width, cells % width] = True
-    return heat, is_center, nearest
+    return heat, nearest
 
 
 def center_focal_loss(logits: torch.Tensor, heat: torch.Tensor, is_center: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from tests.tiny_model import tiny_cfg, tiny_model
 NUM_CLASSES = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
 NUM_MASKS = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
 MAX_DETECTIONS = "MODEL.SPARSE_INST.MAX_DETECTIONS"
-ELLIPSE_SIZE = "MODEL.SPARSE_INST.DECODER.ELLIPSE_SIZE"
+NUM_LEVELS = "MODEL.SPARSE_INST.DECODER.NUM_LEVELS"
 
 
 def save(path, **content):
@@ -63,16 +63,16 @@ def test_what_a_file_says_counts_less_than_its_tensors(tmp_path):
 
 
 def test_the_size_of_the_ellipses_is_the_checkpoints(tmp_path):
-    path = save(tmp_path / "a.pth", model=tiny_model().state_dict(), model_keys={ELLIPSE_SIZE: 0.08})
+    path = save(tmp_path / "a.pth", model=tiny_model().state_dict(), model_keys={NUM_LEVELS: 2})
     cfg = tiny_cfg()
     (note,) = follow_checkpoint(cfg, path)
-    assert config.value(cfg, ELLIPSE_SIZE) == 0.08 and note.startswith(f"{ELLIPSE_SIZE} 0.08, from the checkpoint")
+    assert config.value(cfg, NUM_LEVELS) == 2 and note.startswith(f"{NUM_LEVELS} 2, from the checkpoint")
     # Another size would spoil every box, so it is not free in an evaluation.
     cfg = tiny_cfg()
-    config.mark_explicit(cfg, [ELLIPSE_SIZE])
-    with pytest.raises(ValueError, match=f"{ELLIPSE_SIZE} is 0.25, but the checkpoint .* was trained with 0.08"):
+    config.mark_explicit(cfg, [NUM_LEVELS])
+    with pytest.raises(ValueError, match=f"{NUM_LEVELS} is 4, but the checkpoint .* was trained with 2"):
         follow_checkpoint(cfg, path)
-    assert config.declared_values(tiny_cfg(ELLIPSE_SIZE, 0.1))[ELLIPSE_SIZE] == 0.1
+    assert config.declared_values(tiny_cfg(NUM_LEVELS, 3))[NUM_LEVELS] == 3
 
 
 def test_a_checkpoint_wins_over_defaults_only(tmp_path):

@@ -11,23 +11,24 @@ from sparseinst.ops.losses import box_loss, center_focal_loss, center_heatmap
 def test_center_of_a_ring_lies_on_it():
     mask = torch.ones(1, 7, 7)
     mask[:, 1:6, 1:6] = 0
-    heat, is_center, cells = center_heatmap(mask, torch.tensor([1]), 3)
-    assert is_center.sum() == 1 and heat[0].sum() == heat[2].sum() == 0
-    (cell,) = is_center[1].nonzero().tolist()
-    assert cells.tolist() == [[7 * cell[0] + cell[1]]]
-    assert mask[0][tuple(cell)] == 1 and heat[1][tuple(cell)] == 1 == heat.max()
+    heat, ((cell,),) = center_heatmap(mask, torch.tensor([1]), 3)
+    assert heat[0].sum() == heat[2].sum() == 0
+    assert mask[0].flatten()[cell] == 1 and heat[1].flatten()[cell] == 1 == heat.max()
 
 
 def test_heat_map_by_hand():
     # Columns 1 to 3 of row 2: variance 2/3 in x, and the least spread, 0.3 cells, in y; both halved.
     mask = torch.zeros(1, 5, 5)
     mask[0, 2, 1:4] = 1
-    heat, is_center, _ = center_heatmap(mask, torch.tensor([0]), 1)
-    assert is_center[0].nonzero().tolist() == [[2, 2]]
+    heat, cells = center_heatmap(mask, torch.tensor([0]), 1)
+    assert cells.tolist() == [[12]]
     assert heat[0, 2, 3].item() == pytest.approx(math.exp(-0.5 / (0.25 * 2 / 3)))
     assert heat[0, 1, 2].item() == pytest.approx(math.exp(-0.5 / (0.25 * 0.09)))
-    overlapping, centers, _ = center_heatmap(torch.cat([mask, mask.roll(1, 2)]), torch.tensor([0, 0]), 1)
-    assert centers.sum() == 2 and overlapping.max() == 1 and (overlapping >= heat).all()
+    both = torch.cat([mask, mask.roll(1, 2)])
+    overlapping, cells = center_heatmap(both, torch.tensor([0, 0]), 1)
+    assert cells.tolist() == [[12], [13]] and overlapping.max() == 1 and (overlapping >= heat).all()
+    lower, _ = center_heatmap(both, torch.tensor([0, 0]), 1, weights=torch.tensor([1.0, 0.25]))
+    assert lower[0, 2, 2] == 1 and lower[0, 2, 4].item() == pytest.approx(0.25 * overlapping[0, 2, 4].item())
 
 
 def test_the_cells_of_instances_by_hand():
@@ -35,16 +36,16 @@ def test_the_cells_of_instances_by_hand():
     masks = torch.zeros(2, 3, 5)
     masks[0, 1, 0:4] = torch.tensor([1.0, 1.0, 1.0, 0.5])
     masks[1, 2, 4] = 1
-    cells = center_heatmap(masks, torch.tensor([0, 0]), 1, num_cells=3)[2]
+    cells = center_heatmap(masks, torch.tensor([0, 0]), 1, num_cells=3)[1]
     assert cells.tolist() == [[6, 7, 5], [14, 14, 14]]
     # More cells than the map has.
-    assert center_heatmap(torch.ones(1, 1, 2), torch.tensor([0]), 1, num_cells=3)[2].shape == (1, 3)
+    assert center_heatmap(torch.ones(1, 1, 2), torch.tensor([0]), 1, num_cells=3)[1].shape == (1, 3)
 
 
 def test_no_instances_make_an_empty_heat_map():
-    heat, is_center, cells = center_heatmap(torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.int64), 2)
+    heat, cells = center_heatmap(torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.int64), 2)
     assert len(cells) == 0
-    assert heat.shape == is_center.shape == (2, 4, 5) and not heat.any() and not is_center.any()
+    assert heat.shape == (2, 4, 5) and not heat.any()
 
 
 def test_focal_loss_by_hand():

@@ -10,7 +10,7 @@ MAX_INSTANCES_KEY = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
 MAX_DETECTIONS_KEY = "MODEL.SPARSE_INST.MAX_DETECTIONS"
 MASK_NMS_KEY = "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD"
 ACTIVATION_MAPS_KEY = "MODEL.SPARSE_INST.DECODER.OUTPUT_IAM"
-ELLIPSE_SIZE_KEY = "MODEL.SPARSE_INST.DECODER.ELLIPSE_SIZE"
+NUM_LEVELS_KEY = "MODEL.SPARSE_INST.DECODER.NUM_LEVELS"
 LOSSLESS_TARGETS_KEY = "MODEL.SPARSE_INST.ANTIALIASED_TARGETS"
 _RANGES = {
     "CLS_THRESHOLD": Range(lambda value: value <= 1, "at most 1 (below 0 keeps all predictions)"),
@@ -21,7 +21,7 @@ _RANGES = {
     "ENCODER.NUM_CHANNELS": COUNT,
     **{f"DECODER.{name}": COUNT for name in ("NUM_MASKS", "NUM_CLASSES", "KERNEL_DIM", "GROUPS")},
     "DECODER.SCALE_FACTOR": POSITIVE,
-    "DECODER.ELLIPSE_SIZE": Range(lambda value: 0 < value <= 1, "in (0, 1]"),
+    "DECODER.NUM_LEVELS": Range(lambda value: 1 <= value <= 6, "from 1 to 6"),
     "DECODER.NORM": NORM,
     **{f"DECODER.{branch}.{name}": COUNT for branch in ("INST", "MASK") for name in ("DIM", "CONVS")},
     **{
@@ -54,6 +54,9 @@ RENAMED_KEYS = {
         f"MODEL.SPARSE_INST.{key}": RenamedKey(None, _only_off, "PlacedIAMDecoder replaces the options of learned maps")
         for key in ("DECODER.LOCATION_PRIOR", "DECODER.MASK_WINDOW", "LOSS.IAM_WEIGHT", "MATCHER.GAMMA")
     },
+    "MODEL.SPARSE_INST.DECODER.ELLIPSE_SIZE": RenamedKey(
+        None, reason="the first size of a box follows from its level, see DECODER.NUM_LEVELS"
+    ),
     "MODEL.SPARSE_INST.DECODER.IAM_INIT_STD": RenamedKey(None, reason="it counted at the start of a training alone"),
 }
 
@@ -99,8 +102,9 @@ def add_keys(cfg: CfgNode) -> None:
     sparse_inst.DECODER.GROUPS = 4
     # Norm of the 3x3 convolutions of both branches. Published models have none.
     sparse_inst.DECODER.NORM = ""
-    # PlacedIAMDecoder: initial height and width of an object's box, as a share of the image's; in (0, 1].
-    sparse_inst.DECODER.ELLIPSE_SIZE = 0.25
+    # PlacedIAMDecoder: most levels of cells, each of twice the size of the one before, for larger objects; none of more
+    # than 32 pixels.
+    sparse_inst.DECODER.NUM_LEVELS = 4
     sparse_inst.DECODER.INST = CfgNode()
     sparse_inst.DECODER.INST.DIM = 256
     sparse_inst.DECODER.INST.CONVS = 4

@@ -59,7 +59,7 @@ class SparseInst(InstanceSegmenter):
     mask_nms_key: ClassVar[str] = config.MASK_NMS_KEY
     activation_maps_key: ClassVar[str] = config.ACTIVATION_MAPS_KEY
     lossless_targets_key: ClassVar[str] = config.LOSSLESS_TARGETS_KEY
-    unshaped_keys: ClassVar[tuple[str, ...]] = (config.ELLIPSE_SIZE_KEY,)
+    unshaped_keys: ClassVar[tuple[str, ...]] = (config.NUM_LEVELS_KEY,)
     float_layers: ClassVar[tuple[str, ...]] = ("iam_conv", "heatmap", "saliency", "displacement")
 
     @configurable

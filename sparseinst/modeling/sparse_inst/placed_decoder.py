@@ -3,10 +3,12 @@
 Learned maps must find the objects, and matching tells each map which one: on a few hundred images that takes most of
 the training. Here a heat map with a loss on every cell, that of CenterNet (arXiv 1904.07850), finds the centers of the
 objects and their classes. Each of its highest peaks places one activation map; in training the center of each object
-and the cell next to it do, so nothing is matched. placed_masks.py makes the masks. Letters: sparseinst.structures.
+and the cell next to it do, so nothing is matched. placed_levels.py has the cells of all sizes, T, and placed_masks.py
+makes the masks. Letters: sparseinst.structures.
 """
 
 import math
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -24,6 +26,17 @@ from sparseinst.modeling.sparse_inst.decoder import (
     normalize_iams,
     pool_instances,
 )
+from sparseinst.modeling.sparse_inst.placed_levels import (
+    COARSEST_STRIDE,
+    LevelCells,
+    halved_maps,
+    heatmap_of_levels,
+    highest_peaks,
+    levels_of,
+    on_finest_level,
+    placed_maps,
+    split_levels,
+)
 from sparseinst.modeling.sparse_inst.placed_masks import (
     SubpixelMaskBranch,
     crop,
@@ -32,22 +45,17 @@ from sparseinst.modeling.sparse_inst.placed_masks import (
     map_size,
     placed_masks,
 )
-from sparseinst.ops.coordinates import append_coordinates, relative_centers
-from sparseinst.ops.losses import center_heatmap, masks_on_grid
+from sparseinst.ops.coordinates import append_coordinates
 from sparseinst.ops.masks import masks_to_boxes
 from sparseinst.ops.precision import no_autocast
 from sparseinst.structures.targets import InstanceTargets
 
-# Standard deviation of the Gaussian of each activation map, in cells.
-MAP_RADIUS = 1.5
 # Initial factors of 1, v, u, v ** 2, u ** 2, u * v, see `ellipse_forms`: 0 on the ellipse in the box, 2 in its center.
 ELLIPSE = (2.0, 0.0, 0.0, -2.0, -2.0, 0.0)
 # Logarithm of a box's size over its initial size, in both directions: the quadratic of a smaller box loses digits.
 MAX_LOG_SIZE = 4.0
 # Cells at which an instance is trained: its center, and those next to it, where its peak may be found, too.
 NUM_CELLS = 2
-# Subtracted from other cells, so that they rank behind the peaks.
-NOT_A_PEAK = 100.0
 # Logit of the classes that a peak is not of.
 OTHER_CLASS = -30.0
 
@@ -63,7 +71,7 @@ class PlacedInstanceBranch(nn.Module):
         num_classes: K.
         kernel_dim: D.
         norm: norm of the 3x3 convolutions, "" for none.
-        ellipse_size: initial height and width of the boxes, as a share of the map's.
+        num_levels: levels of cells.
     """
 
     iam_normalization = "softmax"
@@ -78,7 +86,7 @@ class PlacedInstanceBranch(nn.Module):
         num_classes: int = 80,
         kernel_dim: int = 128,
         norm: str = "",
-        ellipse_size: float = 0.25,
+        num_levels: int = 4,
     ) -> None:
         super().__init__()
         self.num_masks = num_masks
@@ -88,91 +96,90 @@ class PlacedInstanceBranch(nn.Module):
         self.peak_fc = nn.Linear(dim, dim)
         self.mask_kernel = nn.Linear(dim, kernel_dim)
         self.objectness = nn.Linear(dim, 1)
-        self.ellipse_size = ellipse_size
-        self.box = nn.Linear(dim, 4)
+        self.num_levels = num_levels
+        self.level_box = nn.Linear(dim, 4)
         self.ellipse = nn.Linear(dim, len(ELLIPSE))
 
-        for layer in (self.heatmap, self.saliency, self.mask_kernel, self.box, self.ellipse):
+        for layer in (self.heatmap, self.saliency, self.mask_kernel, self.level_box, self.ellipse):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
         self.ellipse.bias.data = torch.tensor(ELLIPSE)
         nn.init.constant_(self.heatmap.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
 
-    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return features (B, dim, H, W) and the heat map's logits (B, K, H, W) of a map (B, 2 + C, H, W)."""
-        features = self.inst_convs(features)
-        return features, self.heatmap(features)
-
-    def predict(
-        self, features: torch.Tensor, heat_logits: torch.Tensor, cells: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Predict the instances at cells of the map.
-
-        Args:
-            features, heat_logits: what `forward` returned.
-            cells: (B, N) int64, in [0, H * W).
+    def forward(self, features: torch.Tensor) -> dict[str, Any]:
+        """Run the convolutions on all levels of a map (B, 2 + C, H, W).
 
         Returns:
-            ``pred_logits`` and ``pred_scores`` of `SparseInst.network` with ``pred_iam`` (B, N, H, W); the mask kernels
+            ``features`` (B, dim, T), ``heat_logits`` (B, K, T), ``saliency`` (B, 1, T), and ``sizes``, height and width
+            of each level.
+        """
+        levels = halved_maps(features, self.num_levels)
+        sizes = [level.shape[-2:] for level in levels]
+        # Convolutions, each with a ReLU.
+        for conv in self.inst_convs[::2]:
+            levels = convolve(conv, levels)
+        joined = {
+            name: torch.cat([layer(level).flatten(2) for level in levels], dim=2)
+            for name, layer in (("features", nn.Identity()), ("heat_logits", self.heatmap), ("saliency", self.saliency))
+        }
+        return {**joined, "sizes": sizes}
+
+    def predict(
+        self,
+        features: torch.Tensor,
+        heat_logits: torch.Tensor,
+        saliency: torch.Tensor,
+        sizes: list[tuple[int, int]],
+        cells: torch.Tensor,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Predict the instances at cells of the levels.
+
+        Args:
+            features, heat_logits, saliency, sizes: what `forward` returned.
+            cells: (B, N) int64, in [0, T).
+
+        Returns:
+            ``pred_logits`` and ``pred_scores`` of `SparseInst.network` with ``pred_iam`` (B, N, T); the mask kernels
             (B, N, D); the ellipses (B, N, 10) of `ellipse_forms`.
         """
-        iam_logits = self.saliency(features) + placed_maps(cells, *features.shape[-2:])
+        grid = LevelCells.of(sizes, cells.device)
+        iam_logits = saliency + placed_maps(cells, grid)
         own, class_logits = (
-            maps.flatten(2).gather(2, cells[:, None].expand(-1, maps.shape[1], -1)).transpose(1, 2)
+            maps.gather(2, cells[:, None].expand(-1, maps.shape[1], -1)).transpose(1, 2)
             for maps in (features, heat_logits)
         )
-        pooled = pool_instances(normalize_iams(iam_logits, self.iam_normalization), features)
-        vectors = F.relu(pooled + self.peak_fc(own))
-        ellipses = torch.cat([self._boxes(vectors, cells, *features.shape[-2:]), self.ellipse(vectors).float()], dim=2)
+        # All cells form one row.
+        weights = normalize_iams(iam_logits[:, :, None], self.iam_normalization)
+        vectors = F.relu(pool_instances(weights, features[:, :, None]) + self.peak_fc(own))
+        ellipses = torch.cat([self._boxes(vectors, cells, grid), self.ellipse(vectors).float()], dim=2)
         outputs = {"pred_logits": class_logits, "pred_scores": self.objectness(vectors), "pred_iam": iam_logits}
         return outputs, self.mask_kernel(vectors), ellipses
 
-    def _boxes(self, vectors: torch.Tensor, cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def _boxes(self, vectors: torch.Tensor, cells: torch.Tensor, grid: LevelCells) -> torch.Tensor:
         """Return boxes (B, N, 4) float32: center y, x, height, width in shares of the map, near the cells."""
         with no_autocast(vectors.device):
-            y, x = (relative_centers(size, cells.device) for size in (height, width))
-            rows, columns = rows_and_columns(cells, height, width)
-            centers = torch.stack([y[rows], x[columns]], dim=2)
             # RUNTIME.PRECISION stores the weights in 16 bits.
-            boxes = F.linear(vectors.float(), self.box.weight.float(), self.box.bias.float())
+            boxes = F.linear(vectors.float(), self.level_box.weight.float(), self.level_box.bias.float())
             offsets, log_sizes = boxes.split(2, dim=2)
-            sizes = self.ellipse_size * log_sizes.clamp(-MAX_LOG_SIZE, MAX_LOG_SIZE).exp()
-            return torch.cat([centers + self.ellipse_size * offsets, sizes], dim=2)
+            unit = grid.object_size[cells]
+            sizes = unit * log_sizes.clamp(-MAX_LOG_SIZE, MAX_LOG_SIZE).exp()
+            return torch.cat([grid.centers[cells] + unit * offsets, sizes], dim=2)
 
 
-@torch.no_grad()
-def highest_peaks(heat_logits: torch.Tensor, num_peaks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the N highest peaks of a heat map (B, K, H, W), best first: cells and classes (B, N) int64.
+def convolve(conv: nn.Module, levels: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Run a convolution with its norm and a ReLU on each level (B, C, h, w).
 
-    A peak is not lower than its eight neighbors in the map of its class, so one cell can have peaks of several classes.
-    Where there are too few, the highest other values follow, and where the map has fewer than N, its last value again.
+    In training a norm of batches takes the statistics of all levels together: those that it uses in inference.
     """
-    heat_logits = heat_logits.float()
-    is_peak = F.max_pool2d(heat_logits, 3, stride=1, padding=1) == heat_logits
-    ranked = torch.where(is_peak, heat_logits, heat_logits - NOT_A_PEAK).flatten(1)
-    # Padded, so that an exported graph holds for small images, too.
-    peaks = F.pad(ranked, (0, num_peaks), value=-torch.inf).topk(num_peaks, dim=1).indices
-    num_classes, height, width = heat_logits.shape[1:]
-    classes, cells = rows_and_columns(peaks.clamp(max=ranked.shape[1] - 1), num_classes, height * width)
-    return cells, classes
-
-
-def rows_and_columns(cells: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows and the columns of cells (int64, any shape) of a map.
-
-    Looked up: ONNX's exporter has no remainder by a size that is data.
-    """
-    rows, columns = (torch.arange(size, device=cells.device) for size in (height, width))
-    return rows[:, None].expand(-1, width).flatten()[cells], columns.expand(height, -1).flatten()[cells]
-
-
-def placed_maps(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return logits (B, N, height, width) that fall with the squared distance from each cell; cells (B, N) int64."""
-    rows, columns = rows_and_columns(cells, height, width)
-    y = torch.arange(height, device=cells.device) - rows[..., None]
-    x = torch.arange(width, device=cells.device) - columns[..., None]
-    scale = -1 / (2 * MAP_RADIUS**2)
-    return scale * y.square()[..., :, None] + scale * x.square()[..., None, :]
+    # Optimization for inference replaces the convolution.
+    norm = getattr(conv, "norm", None)
+    if not (conv.training and isinstance(norm, nn.modules.batchnorm._BatchNorm)):
+        return [F.relu(conv(level)) for level in levels]
+    maps = [F.conv2d(level, conv.weight, padding=conv.padding) for level in levels]
+    # Channels last, the order in memory that SOLVER.CHANNELS_LAST gives the maps.
+    rows = torch.cat([each.permute(0, 2, 3, 1).flatten(1, 2) for each in maps], dim=1)
+    joined = F.relu(norm(rows.transpose(1, 2)[:, :, None]))
+    return split_levels(joined[:, :, 0], [each.shape[-2:] for each in maps])
 
 
 @SPARSE_INST_DECODER_REGISTRY.register()
@@ -205,10 +212,11 @@ class PlacedIAMDecoder(BaseIAMDecoder):
                 f"MODEL.SPARSE_INST.LOSS.NAME is SparseInstCriterion with DECODER.NAME {decoder.NAME}; set it to "
                 "PlacedCriterion"
             )
+        # A backbone of a user may not know its strides.
+        levels_of_stride = 1 + int(math.log2(max(COARSEST_STRIDE / (input_shape.stride or 1), 1)))
+        num_levels = min(decoder.NUM_LEVELS, levels_of_stride)
         return {
-            "inst_branch": PlacedInstanceBranch(
-                **instance_branch_arguments(cfg, input_shape), ellipse_size=decoder.ELLIPSE_SIZE
-            ),
+            "inst_branch": PlacedInstanceBranch(**instance_branch_arguments(cfg, input_shape), num_levels=num_levels),
             "mask_branch": SubpixelMaskBranch(
                 **mask_branch_arguments(cfg, input_shape),
                 upscale=decoder.SCALE_FACTOR,
@@ -226,23 +234,19 @@ class PlacedIAMDecoder(BaseIAMDecoder):
         """
         features = append_coordinates(features)
         mask_features, displacements = self.mask_branch(features, detail)
-        features, heat_logits = self.inst_branch(features)
+        levels = self.inst_branch(features)
         if self.training:
-            return {
-                "inst_features": features,
-                "heat_logits": heat_logits,
-                "mask_features": mask_features,
-                "displacements": displacements,
-            }
-        cells, classes = highest_peaks(heat_logits, self.num_masks)
-        outputs, mask_kernels, ellipses = self.inst_branch.predict(features, heat_logits, cells)
-        is_of_peak = torch.arange(heat_logits.shape[1], device=classes.device) == classes[..., None]
+            return {"levels": levels, "mask_features": mask_features, "displacements": displacements}
+        cells, classes = highest_peaks(levels["heat_logits"], levels["sizes"], self.num_masks)
+        outputs, mask_kernels, ellipses = self.inst_branch.predict(**levels, cells=cells)
+        is_of_peak = torch.arange(levels["heat_logits"].shape[1], device=classes.device) == classes[..., None]
         outputs["pred_logits"] = torch.where(is_of_peak, outputs["pred_logits"], OTHER_CLASS)
         iam_logits = outputs.pop("pred_iam")
         mask_logits = placed_masks(mask_kernels, ellipses, mask_features, displacements)
         outputs["pred_masks"] = cut_to_windows(mask_logits, ellipses)
         if with_iams:
-            outputs["pred_iam"] = self._to_mask_grid(iam_logits)
+            grid = LevelCells.of(levels["sizes"], cells.device)
+            outputs["pred_iam"] = self._to_mask_grid(on_finest_level(iam_logits, cells, grid, levels["sizes"]))
         return outputs
 
     def training_outputs(
@@ -258,20 +262,31 @@ class PlacedIAMDecoder(BaseIAMDecoder):
             For P cells of all instances of all images, one image after another: ``pred_scores`` (P,); ``boxes`` and
             ``gt_boxes`` (P, 4) float32 x0, y0, x1, y1 in shares of the map; ``pred_masks`` and ``gt_masks`` (P, S, S)
             float32 logits and targets on a grid over the true box, enlarged. ``heat_logits``, ``heat`` and
-            ``is_center`` (B, K, H, W), see `center_heatmap`.
+            ``is_center`` (B, K, T), see `center_heatmap`.
         """
-        heat_logits = outputs["heat_logits"]
-        heats, cells = [], []
+        heat_logits, sizes = (outputs["levels"][name] for name in ("heat_logits", "sizes"))
+        heats, cells, boxes = [], [], []
         with no_autocast(heat_logits.device):
             for target in targets:
+                gt_masks = target.gt_masks
+                # An object that covers no cell by half has a box, too.
+                is_inside = gt_masks > 0.5 * gt_masks.flatten(1).amax(1)[:, None, None]
+                gt_boxes = masks_to_boxes(is_inside) / map_size(gt_masks)
                 # The heat map learns all instances: the others would be its background.
-                coarse = masks_on_grid(target.gt_masks, tuple(heat_logits.shape[-2:]))
-                heat, is_center, nearest = center_heatmap(coarse, target.gt_classes, heat_logits.shape[1], NUM_CELLS)
-                heats.append((heat, is_center))
-                cells.append(nearest[: self.num_masks].flatten())
+                *heat, of_instances = heatmap_of_levels(
+                    gt_masks,
+                    target.gt_classes,
+                    levels_of(gt_boxes, sizes[0], len(sizes)),
+                    sizes,
+                    heat_logits.shape[1],
+                    NUM_CELLS,
+                )
+                heats.append(heat)
+                cells.append(of_instances[: self.num_masks].flatten())
+                boxes.append(gt_boxes[: self.num_masks])
         most = max(map(len, cells))
         padded = torch.stack([F.pad(each, (0, most - len(each))) for each in cells])
-        decoded, mask_kernels, ellipses = self.inst_branch.predict(outputs["inst_features"], heat_logits, padded)
+        decoded, mask_kernels, ellipses = self.inst_branch.predict(**outputs["levels"], cells=padded)
         pairs = []
         for image, target in enumerate(targets):
             of_image = slice(image, image + 1), slice(len(cells[image]))
@@ -283,10 +298,7 @@ class PlacedIAMDecoder(BaseIAMDecoder):
                 in_training=True,
             )
             with no_autocast(heat_logits.device):
-                gt_masks = target.gt_masks[: self.num_masks]
-                # An object that covers no cell by half has a box, too.
-                is_inside = gt_masks > 0.5 * gt_masks.flatten(1).amax(1)[:, None, None]
-                gt_boxes = masks_to_boxes(is_inside) / map_size(gt_masks)
+                gt_masks, gt_boxes = target.gt_masks[: self.num_masks], boxes[image]
                 windows = enlarged(gt_boxes, map_size(gt_masks))
                 gt_crops = crop(gt_masks[None], windows[None])[0]
                 gt_boxes, windows, gt_crops = (

@@ -50,14 +50,12 @@ class SubpixelMaskBranch(MaskBranch):
                 f"MODEL.SPARSE_INST.DECODER.SCALE_FACTOR is {upscale}; a PlacedIAMDecoder needs a whole number"
             )
         self.upscale = int(upscale)
-        # Before the last convolution there are as many channels as all outputs have.
-        hidden = kernel_dim + 2 if detail_channels else kernel_dim
-        super().__init__(kernel_dim=hidden * self.upscale**2, norm=norm, **kwargs)
+        super().__init__(kernel_dim=kernel_dim * self.upscale**2, norm=norm, **kwargs)
         if detail_channels:
-            self.detail = nn.Sequential(*conv_stack(hidden + detail_channels, hidden, 1, norm))
-            self.detail_projection = nn.Conv2d(hidden, kernel_dim, 1)
+            self.detail = nn.Sequential(*conv_stack(kernel_dim + detail_channels, kernel_dim, 1, norm))
+            self.detail_projection = nn.Conv2d(kernel_dim, kernel_dim, 1)
             c2_msra_fill(self.detail_projection)
-            self.displacement = nn.Conv2d(hidden, 2, 1)
+            self.displacement = nn.Conv2d(kernel_dim, 2, 1)
         else:
             self.detail = None
             self.displacement = nn.Conv2d(self.projection.in_channels, 2 * self.upscale**2, 1)

@@ -12,7 +12,8 @@ from sparseinst.modeling.sparse_inst import placed_decoder
 from sparseinst.modeling.sparse_inst import placed_masks as placed_masks_module
 from sparseinst.modeling.sparse_inst.decoder import dynamic_masks
 from sparseinst.modeling.sparse_inst.model import SparseInst
-from sparseinst.modeling.sparse_inst.placed_decoder import ELLIPSE, NUM_CELLS, highest_peaks
+from sparseinst.modeling.sparse_inst.placed_decoder import ELLIPSE, NUM_CELLS
+from sparseinst.modeling.sparse_inst.placed_levels import heatmap_of_levels, highest_peaks, levels_of
 from sparseinst.modeling.sparse_inst.placed_masks import (
     CROP_SIZE,
     OUTSIDE,
@@ -24,7 +25,6 @@ from sparseinst.modeling.sparse_inst.placed_masks import (
     placed_masks,
 )
 from sparseinst.ops.coordinates import relative_centers
-from sparseinst.ops.losses import center_heatmap
 from sparseinst.runtime.optimize import optimize_for_inference
 from sparseinst.structures.targets import InstanceTargets
 from tests.runtime.test_export import check_export
@@ -48,7 +48,7 @@ def placed_model(*opts, seed=0):
     torch.nn.init.zeros_(model.decoder.inst_branch.heatmap.bias)
     # Without norms of a batch the features are large.
     torch.nn.init.zeros_(model.decoder.inst_branch.objectness.weight)
-    torch.nn.init.zeros_(model.decoder.inst_branch.box.weight)
+    torch.nn.init.zeros_(model.decoder.inst_branch.level_box.weight)
     return model
 
 
@@ -141,12 +141,13 @@ def test_the_windows_of_masks_by_hand():
 
 
 def test_masks_end_at_their_windows():
-    model = placed_model().eval()
+    model = placed_model("MODEL.SPARSE_INST.DECODER.NUM_LEVELS", 1).eval()
     with torch.no_grad():
         found = model.network(model.preprocess([random_input(64, 96)]).tensor)["pred_masks"]
-    # Boxes are a quarter of the map, windows three eighths: of 24 and 36 cells of 32 and 48.
-    is_inside = found > OUTSIDE
-    assert 0.05 < is_inside.float().mean() < 0.2 and is_inside.flatten(2).any(2).all()
+    # Boxes have 6 of 8 rows and 6 of 12 columns of cells, windows half of that more: 18 of the masks' 24 columns, and
+    # fewer at the edge.
+    columns = (found > OUTSIDE).any(2).sum(2)
+    assert columns.min() >= 9 and columns.max() == 18
 
 
 def test_a_crop_of_a_plane_is_the_plane():
@@ -168,7 +169,8 @@ def test_training_predicts_at_the_centers_what_inference_predicts_at_peaks(monke
     inputs = [random_input(64, 96, num_instances=count, seed=count) for count in (2, 0, 9)]
     images = model.preprocess(inputs)
     targets = model.prepare_targets(inputs, images)
-    outputs = model.decoder.training_outputs(model.network(images.tensor), targets)
+    outputs_of_network = model.network(images.tensor)
+    outputs = model.decoder.training_outputs(outputs_of_network, targets)
     # Of nine instances the first six have masks. The heat map learns all.
     assert outputs["is_center"][2].sum() == 9
     assert outputs["pred_masks"].shape == outputs["gt_masks"].shape == (8 * NUM_CELLS, CROP_SIZE, CROP_SIZE)
@@ -178,9 +180,9 @@ def test_training_predicts_at_the_centers_what_inference_predicts_at_peaks(monke
     crops = crop(masks[None].repeat_interleave(NUM_CELLS, 1), windows)
     torch.testing.assert_close(outputs["gt_masks"][of_image], crops[0])
     # The same cells as peaks.
-    coarse = torch.nn.functional.avg_pool2d(masks[:, None], 2)[:, 0]
-    classes = targets[2].gt_classes[:6]
-    cells = center_heatmap(coarse, classes, 3, NUM_CELLS)[2]
+    classes, sizes = targets[2].gt_classes[:6], outputs_of_network["levels"]["sizes"]
+    levels = levels_of(outputs["gt_boxes"][of_image][::NUM_CELLS], sizes[0], len(sizes))
+    cells = heatmap_of_levels(masks, classes, levels, sizes, 3, NUM_CELLS)[2]
     assert (cells[:, 0] != cells[:, 1]).any()
     peaks = cells.view(1, -1), classes.repeat_interleave(NUM_CELLS)[None]
     monkeypatch.setattr(placed_decoder, "highest_peaks", lambda *args: peaks)
@@ -261,7 +263,7 @@ def test_an_object_that_vanishes_on_the_grid_is_not_learned():
     classes = inputs[0]["instances"].gt_classes
     assert target.gt_classes.tolist() == classes[[0, 2]].tolist() and target.gt_masks.flatten(1).any(1).all()
     outputs = model.decoder.training_outputs(model.network(images.tensor), [target])
-    assert outputs["is_center"].sum() == 2 and not outputs["is_center"][:, :, 0, 0].any()
+    assert outputs["is_center"].sum() == 2 and not outputs["is_center"][:, :, 0].any()
     # The published decoder has all of them.
     (published,) = tiny_model().prepare_targets(inputs, images)
     assert len(published.gt_classes) == len(published.gt_masks) == 3
@@ -320,7 +322,20 @@ def test_boxes_need_a_whole_scale_factor():
         placed_model("MODEL.SPARSE_INST.DECODER.SCALE_FACTOR", 1.5)
 
 
-@pytest.mark.parametrize(("counts", "opts"), [((2, 1), ()), ((0, 3), DETAIL), ((0, 0), DETAIL)])
+NORM = ("MODEL.SPARSE_INST.DECODER.NORM", "BN")
+
+
+def test_optimization_keeps_the_numbers_of_a_model_with_norms():
+    model = placed_model(*NORM, *DETAIL)
+    model.train()([random_input(64, 96, num_instances=2, seed=seed) for seed in range(2)])
+    images = model.eval().preprocess([random_input(64, 96)]).tensor
+    with torch.no_grad():
+        expected = model.network(images)
+        found = optimize_for_inference(copy.deepcopy(model)).network(images)
+    torch.testing.assert_close(found["pred_masks"], expected["pred_masks"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("counts", "opts"), [((2, 1), NORM), ((0, 3), DETAIL), ((0, 0), DETAIL)])
 def test_every_parameter_has_a_gradient(counts, opts):
     model = placed_model(*opts).train()
     losses = model([random_input(64, 96, num_instances=count, seed=count) for count in counts])
@@ -347,9 +362,12 @@ def test_scores_are_those_of_the_peaks():
     model.decoder.inst_branch.heatmap.register_forward_hook(lambda module, args, output: heat.append(output))
     with torch.no_grad():
         outputs = model.network(images)
-    cells, classes = highest_peaks(heat[0], 6)
+    sizes = [level.shape[-2:] for level in heat]
+    assert sizes == [(8, 12), (4, 6), (2, 3)]
+    joined = torch.cat([level.flatten(2) for level in heat], dim=2)
+    cells, classes = highest_peaks(joined, sizes, 6)
     rows = torch.arange(6)
-    assert torch.equal(outputs["pred_logits"][0, rows, classes[0]], heat[0][0].flatten(1)[classes[0], cells[0]])
+    assert torch.equal(outputs["pred_logits"][0, rows, classes[0]], joined[0][classes[0], cells[0]])
     # The other classes have no score.
     others = torch.ones(6, 3, dtype=torch.bool)
     others[rows, classes[0]] = False
