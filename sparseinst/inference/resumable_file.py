@@ -44,8 +44,8 @@ class ResumableFile:
         rank, num_ranks: of this process.
 
     Raises:
-        ValueError: a file of another run is there, or another process writes this one; with one process also where
-            another one writes a shard.
+        ValueError: a file of another run is there, lines follow a damaged one, or another process writes this one;
+            with one process also where another one writes a shard.
         OSError: the file cannot be written.
     """
 
@@ -160,7 +160,11 @@ def _all_places(output: Path, header: dict) -> dict[str, Place]:
 
 
 def _scan(path: Path, header: dict) -> _Scan:
-    """Read a file up to the first line that is torn. Raise ValueError where it belongs to another run."""
+    """Read the lines of a file; skip blank lines and a torn or damaged last line.
+
+    Raises:
+        ValueError: the file belongs to another run, or lines follow a damaged one.
+    """
     places: dict[str, Place] = {}
     try:
         file = path.open("rb")
@@ -172,10 +176,24 @@ def _scan(path: Path, header: dict) -> _Scan:
         if not line.endswith(b"\n") and (line.startswith(_START) or _START.startswith(line)):
             return _Scan(places, 0)
         _check_header(path, line, header)
-        end = len(line)
-        while (name := _file_name(line := file.readline())) is not None:
-            places[name] = Place(path, end, len(line))
-            end += len(line)
+        end = position = len(line)
+        damaged = 0
+        # A torn line is the last one, also where another process writes its rest meanwhile.
+        for number, line in enumerate(iter(file.readline, b""), 2):
+            if damaged and line.strip():
+                raise ValueError(
+                    f"--output {path}: line {damaged} is damaged, and lines follow it: remove line {damaged} to predict "
+                    "its image again"
+                )
+            name = _file_name(line)
+            if name is not None:
+                places[name] = Place(path, position, len(line))
+                end = position + len(line)
+            elif not line.endswith(b"\n"):
+                break
+            elif line.strip():
+                damaged = number
+            position += len(line)
     return _Scan(places, end)
 
 
