@@ -21,11 +21,12 @@ _START = b'{"sparseinst": '
 
 
 class Place(NamedTuple):
-    """Hold the position of an image's line: its file, and its start and length in bytes."""
+    """Hold an image's line: its file, its start and length in bytes, and whether it has an error."""
 
     path: Path
     start: int
     length: int
+    has_error: bool
 
 
 class _Scan(NamedTuple):
@@ -73,10 +74,10 @@ class ResumableFile:
     def __exit__(self, *error: object) -> None:
         self._lock.close()
 
-    def done(self) -> set[str]:
+    def done(self) -> dict[str, Place]:
         """Return the images that had a line in any file of the run when this one was opened."""
-        others = [path for path in _files(self._output) if path != self.path]
-        return set(self._scan.places).union(*(_scan(path, self._header).places for path in others))
+        scans = (self._scan if path == self.path else _scan(path, self._header) for path in _files(self._output))
+        return {name: place for scan in scans for name, place in scan.places.items()}
 
     def append(self, line: str) -> None:
         """Append a line atomically. Raise OSError on a full disk; the file then stays as it was."""
@@ -182,12 +183,13 @@ def _scan(path: Path, header: dict) -> _Scan:
         for number, line in enumerate(iter(file.readline, b""), 2):
             if damaged and line.strip():
                 raise ValueError(
-                    f"--output {path}: line {damaged} is damaged, and lines follow it: remove line {damaged} to predict "
-                    "its image again"
+                    f"--output {path}: line {damaged} is damaged, and lines follow it: remove line {damaged} to "
+                    "predict its image again"
                 )
-            name = _file_name(line)
-            if name is not None:
-                places[name] = Place(path, position, len(line))
+            result = _parsed(line) or {}
+            name = result.get("file_name")
+            if isinstance(name, str):
+                places[name] = Place(path, position, len(line), "error" in result)
                 end = position + len(line)
             elif not line.endswith(b"\n"):
                 break
@@ -209,13 +211,8 @@ def _check_header(path: Path, line: bytes, header: dict) -> None:
         )
 
 
-def _file_name(line: bytes) -> str | None:
-    """Return the image of a line; None where the line is torn."""
-    name = (_parsed(line) or {}).get("file_name")
-    return name if isinstance(name, str) else None
-
-
 def _parsed(line: bytes) -> dict | None:
+    """Return the JSON object of a line; None where the line is torn or damaged."""
     try:
         value = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

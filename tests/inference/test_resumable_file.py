@@ -21,7 +21,7 @@ def write(output, names, rank=0, num_ranks=1, header=HEADER):
         for name in names:
             file.append(line(name))
     with ResumableFile(output, header, rank, num_ranks) as file:
-        return file.done()
+        return set(file.done())
 
 
 def text_of(names):
