@@ -152,6 +152,8 @@ class Comparison:
             for recipe in recipes
         ]
         self.folder, self._iterations, self._imports = folder, iterations, imports
+        # Folders of recipes whose time could not be measured.
+        self._failed: set[Path] = set()
         folders = Counter(map(self.folder_of, self.runs))
         if shared := [str(path) for path, count in folders.items() if count > 1]:
             raise ValueError(f"{shared[0]} belongs to several runs; give each --data and each --recipe another name")
@@ -221,6 +223,8 @@ class Comparison:
             return self._iterations
         folder = self._recipe_folder(run)
         path = folder / "pace.json"
+        if folder in self._failed:
+            return 0
         if not path.is_file():
             overrides = ["SOLVER.MAX_ITER", PACE_ITERATIONS, "SOLVER.STEPS", "()", "DATASETS.TEST", "()"]
             arguments = run.data.arguments[:4]
@@ -229,6 +233,7 @@ class Comparison:
             error = self._run_training(run, folder / "pace", arguments, overrides)
             seconds = _seconds_of_iteration(folder / "pace")
             if error or math.isnan(seconds):
+                self._failed.add(folder)
                 return 0
             path.write_text(json.dumps({"seconds": seconds}))
         return max(1, round(60 * run.minutes / json.loads(path.read_text())["seconds"]))

@@ -210,6 +210,17 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, trainings, cap
     assert "no time of an iteration, see" in output and "| cells | fast | 1 | 1.0 | 30 |" in output
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_time_that_cannot_be_measured_is_tried_once_for_all_seeds(tmp_path, trainings, capsys, jobs):
+    arguments = (*RECIPES[:2], "--seeds", "1", "2", "3", "--jobs", jobs)
+    assert run(tmp_path, "--recipe", "broken: small_data/efficientnet_lite0", *arguments) == 1
+    assert sum("cells/broken" in " ".join(command) for command in trainings) == 1
+    assert capsys.readouterr().out.count("no time of an iteration, see") == 3
+    # The next start of the command tries again.
+    run(tmp_path, "--recipe", "broken: small_data/efficientnet_lite0", *arguments)
+    assert sum("cells/broken" in " ".join(command) for command in trainings) == 2
+
+
 def test_without_test_data_a_part_of_the_training_data_is_kept():
     data = compare_recipes.parse_data(["mine", "a.json", "a"])
     assert data.arguments == ["--train-json", "a.json", "--train-images", "a", "--val-share", "0.25"]
