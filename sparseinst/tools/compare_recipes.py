@@ -250,6 +250,28 @@ class Comparison:
         """Return how long the iterations of a finished run took: their mean time, times their number; or NaN."""
         return self.iterations(run) * _seconds_of_iteration(self.folder_of(run)) / 60
 
+    def print_limits(self) -> None:
+        """Print a line for each data set where AP counts more detections of an image for some recipes than for others.
+
+        A run's own config is read where it exists, because a training raises the limit for crowded data.
+        """
+        from sparseinst import config, load_config
+        from sparseinst.evaluation.coco_evaluation import MAX_DETECTIONS
+
+        limits: dict[str, dict[str, tuple[int, str]]] = {}
+        for run in self.runs:
+            found, recipe = limits.setdefault(run.data.name, {}), run.recipe
+            if recipe.name not in found:
+                saved = self.folder_of(run) / "config.yaml"
+                given = (str(saved),) if saved.is_file() else (recipe.config_file, recipe.overrides)
+                key, most = config.max_detections(load_config(*given, imports=self._imports)) or ("no key", 0)
+                found[recipe.name] = max(most, MAX_DETECTIONS), key
+        for data, found in limits.items():
+            if len({limit for limit, _ in found.values()}) > 1:
+                counts = ", ".join(f"{limit} of {name} ({key})" for name, (limit, key) in found.items())
+                print(f"Note: on {data}, AP counts the best detections of an image: {counts}. For a fair comparison, "
+                      "set these keys to one value", flush=True)  # fmt: skip
+
     def table(self) -> tuple[list[dict], str]:
         """Return the means over the finished seeds of each recipe and data set, as rows and as a Markdown table."""
         groups: dict[tuple, list[Run]] = {}
@@ -334,10 +356,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     prepare_console()
     comparison = _checked_comparison(args)
+    comparison.print_limits()
     failed = comparison.train_all(args.jobs)
     rows, table = comparison.table()
     (args.output / "comparison.json").write_text(json.dumps({"rows": rows}, indent=2) + "\n")
     print(table)
+    comparison.print_limits()
     if args.plot and rows:
         from sparseinst.visualization.plots import draw_ap_over_time
 
