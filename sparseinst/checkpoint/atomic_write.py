@@ -99,13 +99,21 @@ def output_folder(folder: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_writable(folder: str | os.PathLike) -> None:
+    """Raise OutputError where `output_folder` could not make its temporary folder. Make no folder."""
+    folder = Path(folder)
+    with as_output_error(folder):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryDirectory(PARTIAL_SUFFIX, ".", nearest).cleanup()
+
+
 @contextlib.contextmanager
 def as_output_error(path: str | os.PathLike) -> Iterator[None]:
-    """Raise OutputError, which names the path that cannot be written, in place of an OSError of the with statement."""
+    """Raise OutputError, which names the path of ``--output``, in place of an OSError of the with statement."""
     try:
         yield
     except OSError as error:
-        raise _output_error(Path(path), error) from error
+        raise _output_error(Path(path), error, " (--output)") from error
 
 
 def _move_content(source: Path, folder: Path) -> None:
@@ -152,12 +160,13 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _output_error(path: Path, error: OSError) -> OutputError:
+def _output_error(path: Path, error: OSError, key: str = "") -> OutputError:
     try:
         free = f"; {shutil.disk_usage(path.parent).free / 1e9:.2f} GB are free there"
     except OSError:
         free = ""
+    remedy = "Make room, or write" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Write"
     return OutputError(
-        f"{path} cannot be written: {error.strerror or error}{free}. Existing files are unchanged. Make "
-        "room, or write to another folder (OUTPUT_DIR)"
+        f"{path} cannot be written: {error.strerror or error}{free}. Existing files are unchanged. {remedy} to another "
+        f"folder{key}"
     )

@@ -73,8 +73,8 @@ def add_sparse_inst_config(cfg: CfgNode) -> None:
     # Run through torch.compile, which takes seconds to minutes at the first image, and once more, for all sizes, at the
     # first image of another size. The compiler itself may need another round for images below about 256x256 pixels.
     cfg.RUNTIME.COMPILE = False
-    # Evaluation, demo and benchmark on the CPU: the process reuses freed memory, which is faster. Other programs call
-    # sparseinst.engine.host_memory.keep_freed_memory(True).
+    # Evaluation, demo, predict and benchmark on the CPU: the process reuses freed memory, which is faster. `serve` does
+    # not. Other programs call sparseinst.engine.host_memory.keep_freed_memory(True).
     cfg.RUNTIME.KEEP_FREED_MEMORY = True
 
     # "SparseInstDatasetMapper" or Detectron2's "DatasetMapper".

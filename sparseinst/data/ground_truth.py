@@ -1,11 +1,13 @@
 """Find the ground truth of an image by its file name, for drawings next to a model's predictions."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
+import torch
 from detectron2.structures import Instances
 
-from sparseinst.data.coco_json import load_checked_json, to_dataset_dicts
+from sparseinst.data.coco_json import ClassInfo, load_checked_json, to_dataset_dicts
 from sparseinst.data.dataset_mapper import SparseInstDatasetMapper
 from sparseinst.data.image_files import spellings
 from sparseinst.data.images import MAX_IMAGE_PIXELS
@@ -17,18 +19,25 @@ class GroundTruth:
     Args:
         json_file: in COCO's instances format.
         max_image_pixels: larger images are refused before they are decoded (``INPUT.MAX_IMAGE_PIXELS``).
-
-    Attributes:
-        class_names: in the order of the class indices.
+        class_names: of a model, in the order of its class indices; None: those of the json, by category id.
 
     Raises:
-        ValueError: the file does not exist, or has a flaw that stops (see sparseinst.data.coco_checks).
+        ValueError: the file does not exist, has a flaw that stops (see sparseinst.data.coco_checks), or has other
+            classes than the model.
     """
 
-    def __init__(self, json_file: str | os.PathLike, max_image_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    def __init__(
+        self,
+        json_file: str | os.PathLike,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         content, _ = load_checked_json(Path(json_file))
         categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.class_names = [category["name"] for category in categories]
+        classes = ClassInfo(*([category[key] for category in categories] for key in ("name", "id")))
+        ids = classes.category_ids if class_names is None else classes.category_ids_of(class_names, str(json_file))
+        # From the json's class indices.
+        self._class_indices = torch.tensor([ids.index(id) for id in classes.category_ids])
         self._images_of_name: dict[str, list[dict]] = {}
         for image in to_dataset_dicts(content, ""):
             for name in {PurePath(name).name for name in spellings(image["file_name"])}:
@@ -58,6 +67,6 @@ class GroundTruth:
                     instances.image_size,
                     pred_boxes=instances.gt_boxes,
                     pred_masks=instances.gt_masks.tensor,
-                    pred_classes=instances.gt_classes,
+                    pred_classes=self._class_indices[instances.gt_classes],
                 )
         return None

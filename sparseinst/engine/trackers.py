@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,12 +25,15 @@ class TrackerWriter(EventWriter):
 
     Args:
         log: called with an iteration and its scalars.
-        close: ends the run.
+        close: ends the run; called with the error that ended the training, or None.
         run_id: of the tracker.
     """
 
     def __init__(
-        self, log: Callable[[int, Mapping[str, float]], object], close: Callable[[], object], run_id: str
+        self,
+        log: Callable[[int, Mapping[str, float]], object],
+        close: Callable[[BaseException | None], object],
+        run_id: str,
     ) -> None:
         self.run_id = run_id
         self._log = log
@@ -43,8 +47,8 @@ class TrackerWriter(EventWriter):
             self._last = iteration
 
     def close(self) -> None:
-        """End the run."""
-        self._close()
+        """End the run, as failed where an error ends the training: hooks are called while it is raised."""
+        self._close(sys.exc_info()[1])
 
 
 def wandb_writer(output_dir: str, config: str, run_id: str | None) -> TrackerWriter:
@@ -55,7 +59,11 @@ def wandb_writer(output_dir: str, config: str, run_id: str | None) -> TrackerWri
     import yaml
 
     run = wandb.init(dir=output_dir, config=yaml.safe_load(config), id=run_id, resume="allow")
-    return TrackerWriter(lambda iteration, scalars: run.log(dict(scalars), step=iteration), run.finish, run.id)
+
+    def close(error: BaseException | None) -> None:
+        run.finish(exit_code=0 if error is None else 1)
+
+    return TrackerWriter(lambda iteration, scalars: run.log(dict(scalars), step=iteration), close, run.id)
 
 
 def mlflow_writer(output_dir: str, config: str, run_id: str | None) -> TrackerWriter:
@@ -72,7 +80,11 @@ def mlflow_writer(output_dir: str, config: str, run_id: str | None) -> TrackerWr
         # The names of classes can have characters that MLflow refuses.
         mlflow.log_metrics({re.sub(r"[^\w\-./ ]", "_", name): scalars[name] for name in scalars}, step=iteration)
 
-    return TrackerWriter(log, mlflow.end_run, run.info.run_id)
+    def close(error: BaseException | None) -> None:
+        # KeyboardInterrupt and TrainingInterrupted are not Exceptions.
+        mlflow.end_run("FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED")
+
+    return TrackerWriter(log, close, run.info.run_id)
 
 
 TRACKERS = {"wandb": wandb_writer, "mlflow": mlflow_writer}

@@ -22,6 +22,7 @@ class Summary(NamedTuple):
 
     Attributes:
         num_before: images of this process that had a line at the start.
+        num_failed_before: those whose line has an error.
         num_done: images that got a line now.
         failures: the errors of those that could not be used.
         is_interrupted: Ctrl-C ended the work.
@@ -30,6 +31,7 @@ class Summary(NamedTuple):
     """
 
     num_before: int
+    num_failed_before: int
     num_done: int
     failures: list[str]
     is_interrupted: bool
@@ -63,6 +65,7 @@ def predict_many(
         done = file.done()
         share = names[rank::num_ranks]
         remaining = [name for name in share if name not in done]
+        num_failed_before = sum(done[name].has_error for name in share if name in done)
 
         def write(predicted: tuple[str, Instances | Exception]) -> None:
             name, result = predicted
@@ -78,7 +81,8 @@ def predict_many(
         speed = timed.speed(num_done, "images")
     # The lock held off other processes, so one process knows the content of its file.
     is_complete = num_done == len(remaining) if num_ranks == 1 and not shards(output) else merge(output, run, names)
-    return Summary(len(share) - len(remaining), num_done, failures, interruption.requested, is_complete, speed)
+    num_before = len(share) - len(remaining)
+    return Summary(num_before, num_failed_before, num_done, failures, interruption.requested, is_complete, speed)
 
 
 def _predict_each(

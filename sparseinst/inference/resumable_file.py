@@ -21,11 +21,12 @@ _START = b'{"sparseinst": '
 
 
 class Place(NamedTuple):
-    """Hold the position of an image's line: its file, and its start and length in bytes."""
+    """Hold an image's line: its file, its start and length in bytes, and whether it has an error."""
 
     path: Path
     start: int
     length: int
+    has_error: bool
 
 
 class _Scan(NamedTuple):
@@ -44,8 +45,8 @@ class ResumableFile:
         rank, num_ranks: of this process.
 
     Raises:
-        ValueError: a file of another run is there, or another process writes this one; with one process also where
-            another one writes a shard.
+        ValueError: a file of another run is there, lines follow a damaged one, or another process writes this one;
+            with one process also where another one writes a shard.
         OSError: the file cannot be written.
     """
 
@@ -73,10 +74,10 @@ class ResumableFile:
     def __exit__(self, *error: object) -> None:
         self._lock.close()
 
-    def done(self) -> set[str]:
+    def done(self) -> dict[str, Place]:
         """Return the images that had a line in any file of the run when this one was opened."""
-        others = [path for path in _files(self._output) if path != self.path]
-        return set(self._scan.places).union(*(_scan(path, self._header).places for path in others))
+        scans = (self._scan if path == self.path else _scan(path, self._header) for path in _files(self._output))
+        return {name: place for scan in scans for name, place in scan.places.items()}
 
     def append(self, line: str) -> None:
         """Append a line atomically. Raise OSError on a full disk; the file then stays as it was."""
@@ -160,7 +161,11 @@ def _all_places(output: Path, header: dict) -> dict[str, Place]:
 
 
 def _scan(path: Path, header: dict) -> _Scan:
-    """Read a file up to the first line that is torn. Raise ValueError where it belongs to another run."""
+    """Read the lines of a file; skip blank lines and a torn or damaged last line.
+
+    Raises:
+        ValueError: the file belongs to another run, or lines follow a damaged one.
+    """
     places: dict[str, Place] = {}
     try:
         file = path.open("rb")
@@ -172,10 +177,25 @@ def _scan(path: Path, header: dict) -> _Scan:
         if not line.endswith(b"\n") and (line.startswith(_START) or _START.startswith(line)):
             return _Scan(places, 0)
         _check_header(path, line, header)
-        end = len(line)
-        while (name := _file_name(line := file.readline())) is not None:
-            places[name] = Place(path, end, len(line))
-            end += len(line)
+        end = position = len(line)
+        damaged = 0
+        # A torn line is the last one, also where another process writes its rest meanwhile.
+        for number, line in enumerate(iter(file.readline, b""), 2):
+            if damaged and line.strip():
+                raise ValueError(
+                    f"--output {path}: line {damaged} is damaged, and lines follow it: remove line {damaged} to "
+                    "predict its image again"
+                )
+            result = _parsed(line) or {}
+            name = result.get("file_name")
+            if isinstance(name, str):
+                places[name] = Place(path, position, len(line), "error" in result)
+                end = position + len(line)
+            elif not line.endswith(b"\n"):
+                break
+            elif line.strip():
+                damaged = number
+            position += len(line)
     return _Scan(places, end)
 
 
@@ -191,13 +211,8 @@ def _check_header(path: Path, line: bytes, header: dict) -> None:
         )
 
 
-def _file_name(line: bytes) -> str | None:
-    """Return the image of a line; None where the line is torn."""
-    name = (_parsed(line) or {}).get("file_name")
-    return name if isinstance(name, str) else None
-
-
 def _parsed(line: bytes) -> dict | None:
+    """Return the JSON object of a line; None where the line is torn or damaged."""
     try:
         value = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

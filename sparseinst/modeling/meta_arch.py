@@ -327,9 +327,9 @@ class InstanceSegmenter(nn.Module, ABC):
             max_detections: n, the detections of each image.
 
         Returns:
-            ``scores`` (B, n) float32, best first, 0 in rows without a detection; ``classes`` (B, n) int64; ``boxes``
-            (B, n, 4) float32, x0, y0, x1, y1 in pixels of the padded image; ``masks`` (B, n, *padded_size) uint8, 0 or
-            1. `postprocess` returns the same detections.
+            ``scores`` (B, n) float32, best first, then 0 in rows without a detection; ``classes`` (B, n) int64;
+            ``boxes`` (B, n, 4) float32, x0, y0, x1, y1 in pixels of the padded image, 0 in rows without a detection;
+            ``masks`` (B, n, *padded_size) uint8, 0 or 1. `postprocess` returns the same detections.
 
         Raises:
             ValueError: the model has no such post-processing; the default.

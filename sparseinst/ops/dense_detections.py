@@ -21,10 +21,10 @@ def dense_output(
     num_rows: int,
     boxes: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Resize the masks to the network's size; set the scores of masks that are empty there to 0; return the best.
+    """Resize the masks to the network's size; return the best detections whose masks are not empty there.
 
     Args:
-        scores: (B, n), descending; 0: no detection.
+        scores: (B, n); 0: no detection.
         classes: (B, n) int64.
         mask_probs: (B, n, Hm, Wm) in [0, 1], over the padded input.
         padded_size: size of the masks that are returned.
@@ -36,19 +36,16 @@ def dense_output(
         The dict of `InstanceSegmenter.dense_detections`.
     """
 
-    def resized(mask_probs: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(mask_probs, size=padded_size, mode="bilinear", align_corners=False) > mask_threshold
-
-    if num_rows < scores.shape[1]:
-        scores, order = (scores * resized(mask_probs).flatten(2).any(2)).topk(num_rows)
-        classes, mask_probs = classes.gather(1, order), chosen(mask_probs, order)
-        boxes = boxes if boxes is None else chosen(boxes, order)
-    masks = resized(mask_probs)
-    if boxes is None:
-        boxes = masks_to_boxes(masks.flatten(0, 1)).unflatten(0, scores.shape)
+    masks = F.interpolate(mask_probs, size=padded_size, mode="bilinear", align_corners=False) > mask_threshold
+    num_images, num_masks = scores.shape
+    scores, order = (scores * masks.flatten(2).any(2)).topk(min(num_rows, num_masks))
+    # Rows of one list: `chosen` would make an index for each pixel.
+    rows = order + num_masks * torch.arange(num_images, device=order.device)[:, None]
+    masks = masks.flatten(0, 1).index_select(0, rows.flatten())
+    boxes = masks_to_boxes(masks).unflatten(0, rows.shape) if boxes is None else chosen(boxes, order)
     return {
-        "scores": scores * masks.flatten(2).any(2),
-        "classes": classes,
-        "boxes": boxes,
-        "masks": masks.to(torch.uint8),
+        "scores": scores,
+        "classes": classes.gather(1, order),
+        "boxes": boxes * (scores > 0)[..., None],
+        "masks": masks.unflatten(0, rows.shape).to(torch.uint8),
     }

@@ -123,6 +123,15 @@ def exported_config(path: str | os.PathLike, opts: Sequence[str] = ()) -> CfgNod
             raise ValueError(f"{str(error).replace(str(file), str(path))}. Pass your own config file too") from error
 
 
+def has_imports(path: str | os.PathLike) -> bool:
+    """Return whether the config that an exported file holds has IMPORTS. Raise ValueError where it cannot be read."""
+    try:
+        content = yaml.safe_load(read_metadata(path).config)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The config inside {path} is not YAML") from error
+    return isinstance(content, dict) and bool(content.get("IMPORTS"))
+
+
 def follow_exported(cfg: CfgNode) -> None:
     """Resize test images to the fixed size of the exported file that MODEL.WEIGHTS names, in place.
 

@@ -32,7 +32,7 @@ from sparseinst.data.images import DataError, ImageReadError, read_image, read_i
 from sparseinst.data.json_file import read_json
 from sparseinst.data.mask_decoding import read_mask
 from sparseinst.data.other_formats import describe_path
-from sparseinst.data.recipes import choose_recipe
+from sparseinst.data.recipes import check_recipe_packages, choose_recipe
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.structures.image_objects import ImageObjects
 from sparseinst.structures.mask_window import MaskWindow
@@ -260,6 +260,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = ""
     if args.recipe:
         args.config_file, recipe = choose_recipe(args.recipe, str(args.json), args.config_file)
+        check_recipe_packages()
     cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts, imports=args.imports)
     file_names = _file_names(content)
     files = find_files(file_names, args.images)

@@ -152,6 +152,8 @@ class Comparison:
             for recipe in recipes
         ]
         self.folder, self._iterations, self._imports = folder, iterations, imports
+        # Folders of recipes whose time could not be measured.
+        self._failed: set[Path] = set()
         folders = Counter(map(self.folder_of, self.runs))
         if shared := [str(path) for path, count in folders.items() if count > 1]:
             raise ValueError(f"{shared[0]} belongs to several runs; give each --data and each --recipe another name")
@@ -221,6 +223,8 @@ class Comparison:
             return self._iterations
         folder = self._recipe_folder(run)
         path = folder / "pace.json"
+        if folder in self._failed:
+            return 0
         if not path.is_file():
             overrides = ["SOLVER.MAX_ITER", PACE_ITERATIONS, "SOLVER.STEPS", "()", "DATASETS.TEST", "()"]
             arguments = run.data.arguments[:4]
@@ -229,6 +233,7 @@ class Comparison:
             error = self._run_training(run, folder / "pace", arguments, overrides)
             seconds = _seconds_of_iteration(folder / "pace")
             if error or math.isnan(seconds):
+                self._failed.add(folder)
                 return 0
             path.write_text(json.dumps({"seconds": seconds}))
         return max(1, round(60 * run.minutes / json.loads(path.read_text())["seconds"]))
@@ -244,6 +249,28 @@ class Comparison:
     def measured_minutes(self, run: Run) -> float:
         """Return how long the iterations of a finished run took: their mean time, times their number; or NaN."""
         return self.iterations(run) * _seconds_of_iteration(self.folder_of(run)) / 60
+
+    def print_limits(self) -> None:
+        """Print a line for each data set where AP counts more detections of an image for some recipes than for others.
+
+        A run's own config is read where it exists, because a training raises the limit for crowded data.
+        """
+        from sparseinst import config, load_config
+        from sparseinst.evaluation.coco_evaluation import MAX_DETECTIONS
+
+        limits: dict[str, dict[str, tuple[int, str]]] = {}
+        for run in self.runs:
+            found, recipe = limits.setdefault(run.data.name, {}), run.recipe
+            if recipe.name not in found:
+                saved = self.folder_of(run) / "config.yaml"
+                given = (str(saved),) if saved.is_file() else (recipe.config_file, recipe.overrides)
+                key, most = config.max_detections(load_config(*given, imports=self._imports)) or ("no key", 0)
+                found[recipe.name] = max(most, MAX_DETECTIONS), key
+        for data, found in limits.items():
+            if len({limit for limit, _ in found.values()}) > 1:
+                counts = ", ".join(f"{limit} of {name} ({key})" for name, (limit, key) in found.items())
+                print(f"Note: on {data}, AP counts the best detections of an image: {counts}. For a fair comparison, "
+                      "set these keys to one value", flush=True)  # fmt: skip
 
     def table(self) -> tuple[list[dict], str]:
         """Return the means over the finished seeds of each recipe and data set, as rows and as a Markdown table."""
@@ -329,10 +356,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     prepare_console()
     comparison = _checked_comparison(args)
+    comparison.print_limits()
     failed = comparison.train_all(args.jobs)
     rows, table = comparison.table()
     (args.output / "comparison.json").write_text(json.dumps({"rows": rows}, indent=2) + "\n")
     print(table)
+    comparison.print_limits()
     if args.plot and rows:
         from sparseinst.visualization.plots import draw_ap_over_time
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from sparseinst import config
 from sparseinst.data.broken_images import describe_failure
-from sparseinst.data.coco_json import ClassInfo
 from sparseinst.data.ground_truth import GroundTruth
 from sparseinst.data.images import DataError
 from sparseinst.engine.console import EXIT_INTERRUPTED
@@ -95,7 +94,9 @@ def run_images(args: argparse.Namespace, cfg: CfgNode) -> int:
         check_image_folder(args.output, paths)
     check_json(args, cfg, paths)
     predictor = Predictor(cfg)
-    truth = load_ground_truth(args.ground_truth, predictor.classes, cfg.INPUT.MAX_IMAGE_PIXELS)
+    truth = None
+    if args.ground_truth is not None:
+        truth = GroundTruth(args.ground_truth, cfg.INPUT.MAX_IMAGE_PIXELS, predictor.classes.names)
     timed = TimedPredictor(predictor, args.confidence_threshold)
     results = CocoResults(predictor.classes)
     failures: list[str] = []
@@ -220,19 +221,6 @@ def predict_frames(
                 failures.append(describe_failure(f"frame {number}", result))
                 return
             yield frame, result
-
-
-def load_ground_truth(path: Path | None, classes: ClassInfo, max_pixels: int) -> GroundTruth | None:
-    """Load the json of --ground-truth, if given. Raise ValueError where it has other classes than the model."""
-    if path is None:
-        return None
-    truth = GroundTruth(path, max_pixels)
-    if truth.class_names != classes.names:
-        raise ValueError(
-            f"--ground-truth {path} has the classes {truth.class_names[:5]}, ..., the model {classes.names[:5]}, ...: "
-            "give the json of the data that the model was trained on"
-        )
-    return truth
 
 
 def check_json(args: argparse.Namespace, cfg: CfgNode, paths: Sequence[Path] = ()) -> None:

@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 
 import sparseinst
 from sparseinst.checkpoint import checkpointer_from_config
-from sparseinst.checkpoint.atomic_write import as_output_error, output_folder
+from sparseinst.checkpoint.atomic_write import as_output_error, check_writable, output_folder
 from sparseinst.checkpoint.trained_keys import follow_checkpoint
 from sparseinst.config import load_config
 from sparseinst.data.augmentations import build_test_augmentations, model_input, photograph_input
@@ -116,6 +116,7 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
     # Errors come before the work.
     check_arguments(args)
     check_packages(args.format)
+    check_writable(args.output)
     own_datasets = cfg.DATASETS.TEST
     if args.test_json:
         # The config of a training with --val-share would evaluate on a part of its training data.

@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        Exit code: 0; 1 where an image could not be used, unless torchrun started the process, because torchrun would
-        end the other processes; 2 where the arguments, the config, the weights or the output prevent a run; 130 after
-        Ctrl-C. The output is kept in all cases.
+        Exit code: 0; 1 where an image could not be used, now or before, unless torchrun started the process, because
+        torchrun would end the other processes; 2 where the arguments, the config, the weights or the output prevent a
+        run; 130 after Ctrl-C. The output is kept in all cases.
     """
     args = build_parser().parse_args(argv)
     prepare_console()
@@ -96,6 +96,11 @@ def run(args: argparse.Namespace) -> int:
     summary = predict_many(cfg, Predictor(cfg), names, output, **ranks)
     for failure in summary.failures:
         print(failure, file=sys.stderr)
+    if summary.num_failed_before:
+        print(
+            f"{summary.num_failed_before} images had an error before: remove their lines to predict them again",
+            file=sys.stderr,
+        )
     process = f"rank {ranks['rank']}: " if ranks else ""
     before = f"{summary.num_before} images had a line already; " if summary.num_before else ""
     print(f"{process}{before}{summary.speed}")
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if summary.is_interrupted:
         print("Interrupted. The same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 1 if summary.failures and not ranks else 0
+    return 1 if (summary.failures or summary.num_failed_before) and not ranks else 0
 
 
 class _OfDemo(argparse.Action):

@@ -18,7 +18,7 @@ from sparseinst.engine.console import report_error
 from sparseinst.engine.run_setup import log_to_console
 from sparseinst.inference import Predictor
 from sparseinst.runtime.exported_file import is_exported
-from sparseinst.runtime.exported_model import exported_config
+from sparseinst.runtime.exported_model import exported_config, has_imports
 
 if TYPE_CHECKING:
     import uvicorn
@@ -62,7 +62,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def predictor_loader(weights: str, config_file: str | None, opts: Sequence[str]) -> Callable[[], Predictor]:
     """Return a function that builds the Predictor of a checkpoint or of an exported model.
 
-    A config file is read at once, the weights by the function.
+    A config file is read at once, the weights by the function. IMPORTS in an exported model are refused by both.
 
     Args:
         weights: the checkpoint's path or address, or the exported model, which needs no config.
@@ -74,7 +74,8 @@ def predictor_loader(weights: str, config_file: str | None, opts: Sequence[str])
             latter: the service runs no code of others.
     """
     if config_file is None and is_exported(weights):
-        return lambda: Predictor(exported_config(weights, opts))
+        _refuse_imports(weights)
+        return functools.partial(_exported_predictor, weights, opts)
     if config_file is None:
         config_file = str(Path(weights).parent / "config.yaml")
         if not Path(config_file).is_file():
@@ -86,6 +87,25 @@ def predictor_loader(weights: str, config_file: str | None, opts: Sequence[str])
             "weights, add --opts MODEL.TRUSTED_WEIGHTS True; else set it to False in the file"
         )
     return functools.partial(Predictor, cfg)
+
+
+def _exported_predictor(weights: str, opts: Sequence[str]) -> Predictor:
+    # The file may have changed.
+    _refuse_imports(weights)
+    return Predictor(exported_config(weights, opts))
+
+
+def _refuse_imports(weights: str) -> None:
+    """Raise ValueError where an exported file has IMPORTS. Its other flaws are for the loader, which reads it again."""
+    try:
+        refused = has_imports(weights)
+    except ValueError:
+        return
+    if refused:
+        raise ValueError(
+            f"The config of {weights} has IMPORTS, and the service runs no code of others. "
+            "sparseinst.inference.Predictor runs such a model, with your own config file"
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -6,7 +6,13 @@ from unittest import mock
 
 import pytest
 
-from sparseinst.checkpoint.atomic_write import PARTIAL_SUFFIX, OutputError, as_output_error, output_folder
+from sparseinst.checkpoint.atomic_write import (
+    PARTIAL_SUFFIX,
+    OutputError,
+    as_output_error,
+    check_writable,
+    output_folder,
+)
 
 
 def test_files_are_replaced_and_others_stay(tmp_path):
@@ -46,6 +52,30 @@ def test_two_writers_with_one_process_id(tmp_path):
         (first / "a").write_text("first")
         (second / "b").write_text("second")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Make room, or write to another folder (--output)"),
+        (errno.EDQUOT, "Make room, or write to another folder (--output)"),
+        (errno.EROFS, "Write to another folder (--output)"),
+    ],
+)
+def test_room_is_asked_for_where_it_helps(tmp_path, number, remedy):
+    with pytest.raises(OutputError) as caught, as_output_error(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value).endswith(f". Existing files are unchanged. {remedy}")
+
+
+@pytest.mark.parametrize("name", ["file", "file/new", "file/new/newer"])
+def test_a_check_makes_no_folder(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=f"{name} cannot be written: "):
+        check_writable(tmp_path / name)
+    for missing in ("new", "new/newer", "."):
+        check_writable(tmp_path / missing)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_error_of_reading_is_not_one_of_writing(tmp_path, monkeypatch):

@@ -36,13 +36,22 @@ def json_file(tmp_path):
 
 def test_finds_an_images_own_instances_with_their_classes(json_file):
     truth = GroundTruth(json_file)
-    assert truth.class_names == ["nut", "bolt"]  # by category id, as the model's classes are
     one, two = (truth.find(json_file.parent / folder / "a.png") for folder in ("one", "two"))
+    # By category id: nut, bolt.
     assert one.pred_classes.tolist() == [1] and one.pred_boxes.tensor.tolist() == [[0, 0, 10, 5]]
     assert two.pred_classes.tolist() == [0, 1]  # without the crowd
     assert two.pred_boxes.tensor.tolist() == [[5, 10, 15, 15], [15, 2, 25, 7]]
     assert two.image_size == (20, 30) and two.pred_masks.flatten(1).sum(1).tolist() == [50, 50]
     assert two.pred_masks[0, 10:15, 5:15].all() and not two.has("scores")
+
+
+def test_classes_are_those_of_the_model_by_name(json_file):
+    truth = GroundTruth(json_file, class_names=["bolt", "nut"])
+    one, two = (truth.find(json_file.parent / folder / "a.png") for folder in ("one", "two"))
+    assert one.pred_classes.tolist() == [0] and two.pred_classes.tolist() == [1, 0]
+    for names in (["nut"], ["nut", "screw"], ["nut", "bolt", "screw"]):
+        with pytest.raises(ValueError, match=r"'.*truth\.json' has the 2 classes \[nut, bolt\]"):
+            GroundTruth(json_file, class_names=names)
 
 
 def test_an_image_that_the_json_does_not_have(json_file):

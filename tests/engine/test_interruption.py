@@ -1,7 +1,10 @@
-"""A signal that ends the data workers too, as clusters send it to all processes of a training."""
+"""Trainings that end early: by a signal that ends the data workers too, as clusters send it, or by an error."""
 
+import contextlib
 import itertools
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +21,13 @@ def shapes(tmp_path_factory):
     return register_shapes(tmp_path_factory.mktemp("shapes"), "interruption_train")
 
 
-def make_trainer(shapes, output_dir, resume=False):
+def make_trainer(shapes, output_dir, *opts, resume=False):
     torch.manual_seed(0)
     trainer = Trainer(
         tiny_cfg(
             "DATASETS.TRAIN", (shapes,), "DATASETS.TEST", (), "MODEL.SPARSE_INST.DECODER.NUM_CLASSES", 4,
             "INPUT.MIN_SIZE_TRAIN", (32,), "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4, "SOLVER.BASE_LR", 1e-3,
-            "OUTPUT_DIR", str(output_dir), "SEED", 3,
+            "OUTPUT_DIR", str(output_dir), "SEED", 3, *opts,
         )
     )  # fmt: skip
     trainer.resume_or_load(resume=resume)
@@ -73,3 +76,42 @@ def test_workers_that_die_without_a_signal(shapes, tmp_path):
     trainer.data_loader.batches = no_batches
     with pytest.raises(WorkerDiedError):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (None, ["FINISHED", 0]),
+        (RuntimeError("out of memory"), ["FAILED", 1]),
+        (TrainingInterrupted(signal.SIGTERM), ["KILLED", 1]),
+        (KeyboardInterrupt(), ["KILLED", 1]),
+    ],
+)
+def test_trackers_get_how_a_training_ended(shapes, tmp_path, monkeypatch, error, ends):
+    found = []
+
+    def ignore(*args, **kwargs):
+        return run
+
+    run = SimpleNamespace(
+        id="8",
+        info=SimpleNamespace(run_id="7"),
+        log=ignore,
+        finish=lambda exit_code=0: found.append(exit_code),
+    )
+    mlflow = {
+        **dict.fromkeys(("start_run", "log_text", "log_metrics"), ignore),
+        "end_run": lambda status="FINISHED": found.append(status),
+    }
+    for name, package in {"mlflow": mlflow, "wandb": {"init": ignore}}.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__spec__=SimpleNamespace(origin=name), **package))
+
+    def end(self):
+        if error:
+            raise error
+
+    monkeypatch.setattr(Trainer, "run_step", end)
+    trainer = make_trainer(shapes, tmp_path / "run", "TRACKERS", ["mlflow", "wandb"])
+    with pytest.raises(type(error)) if error else contextlib.nullcontext():
+        trainer.train()
+    assert found == ends

@@ -24,7 +24,9 @@ def runs(monkeypatch):
             calls.append((name, *values))
 
         call("start", config, run_id)
-        return TrackerWriter(lambda iteration, scalars: call("log", iteration, scalars), lambda: call("close"), "7")
+        return TrackerWriter(
+            lambda iteration, scalars: call("log", iteration, scalars), lambda error: call("close"), "7"
+        )
 
     monkeypatch.setitem(trackers.TRACKERS, "wandb", start)
     return calls, failing

@@ -22,7 +22,7 @@ def wandb():
     return package
 
 
-def train(folder, losses, start=0, name="mlflow"):
+def train(folder, losses, start=0, name="mlflow", error=None):
     with EventStorage(start) as storage:
         writers = build_trackers([name], str(folder), "SEED: 1\n", is_resumed=start > 0)
         for loss in losses:
@@ -30,8 +30,12 @@ def train(folder, losses, start=0, name="mlflow"):
             for writer in writers:
                 writer.write()
             storage.step()
-        for writer in writers:
-            writer.close()
+        try:
+            if error is not None:
+                raise error
+        finally:
+            for writer in writers:
+                writer.close()
     return writers
 
 
@@ -46,6 +50,19 @@ def test_mlflow_stores_the_scalars_and_goes_on_with_a_resumed_run(tmp_path, monk
     assert [(metric.step, metric.value) for metric in history] == [(0, 3.0), (1, 2.0), (2, 1.0)]
     assert len(mlflow.MlflowClient().get_metric_history(run_id, "segm/AP-a_b")) == 3
     assert mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml") == "SEED: 1\n"
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError(), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_mlflow_stores_how_a_training_ended(tmp_path, monkeypatch, error, status):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(type(error)):
+        train(tmp_path, [3.0], error=error)
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["mlflow"]
+    assert mlflow.MlflowClient().get_run(run_id).info.status == status
+    train(tmp_path, [1.0], start=1)
+    assert mlflow.MlflowClient().get_run(run_id).info.status == "FINISHED"
 
 
 def test_mlflow_without_its_server_is_a_warning(tmp_path, monkeypatch, caplog):

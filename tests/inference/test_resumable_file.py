@@ -21,7 +21,7 @@ def write(output, names, rank=0, num_ranks=1, header=HEADER):
         for name in names:
             file.append(line(name))
     with ResumableFile(output, header, rank, num_ranks) as file:
-        return file.done()
+        return set(file.done())
 
 
 def text_of(names):
@@ -50,12 +50,34 @@ def test_cut_after_any_byte(tmp_path):
         assert output.read_bytes() == whole
 
 
-@pytest.mark.parametrize("damage", [b"\0" * 30, b"\0\0\n", b"[1]\n", b'{"file_name": 3}\n', b"\xff\xfe\n"])
-def test_lines_after_a_damaged_one_are_redone(tmp_path, damage):
+DAMAGE = [b"\0\0\n", b"[1]\n", b'{"file_name": 3}\n', b"\xff\xfe\n", b'{"file_name": "a", "detections": [1}\n']
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_last_line_is_redone(tmp_path, damage):
     output = tmp_path / "out.jsonl"
-    output.write_bytes(text_of("c").encode() + damage + line("a").encode() + b"\n")
+    output.write_bytes(text_of("c").encode() + damage)
     assert write(output, []) == {"c"}
     assert output.read_text() == text_of("c")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["out.jsonl", "out.rank1.jsonl"])
+def test_lines_after_a_damaged_one_are_not_lost(tmp_path, damage, name):
+    content = text_of("c").encode() + damage + line("a").encode() + b"\n"
+    (tmp_path / name).write_bytes(content)
+    message = rf"{name}: line 3 is damaged, and lines follow it: remove line 3 to predict its image again"
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "out.jsonl", [])
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    output, blank = tmp_path / "out.jsonl", "\n \r\n"
+    header, *lines = text_of(NAMES).splitlines(keepends=True)
+    output.write_text(header + blank + lines[0] + blank + lines[1] + blank)
+    assert write(output, ["b"]) == set(NAMES)
+    assert [text for text in output.read_text().splitlines() if text.strip()] == text_of(NAMES).splitlines()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ def assert_dense_equals_postprocess(model, images, max_detections=100, network=N
         dense = network(images) if network else model.dense_detections(outputs, size, max_detections)
         inputs = [{"height": size[0], "width": size[1]}] * len(images)
         results = model.postprocess(outputs, inputs, ImageList(images, [size] * len(images)))
+    assert_empty_rows_are_last(dense)
     counts = []
     for index, expected in enumerate(result["instances"][:max_detections] for result in results):
         found = dense["scores"][index] > 0
@@ -29,3 +30,9 @@ def assert_dense_equals_postprocess(model, images, max_detections=100, network=N
         assert differs.sum() <= 1e-3 * differs.numel()
     assert dense["masks"].shape[2:] == size and dense["masks"].dtype == torch.uint8
     return counts
+
+
+def assert_empty_rows_are_last(dense) -> None:
+    """Check that rows without a detection follow those with one, and have no box."""
+    assert (dense["scores"].diff(dim=1) <= 0).all()
+    assert not dense["boxes"][dense["scores"] == 0].any()

@@ -114,6 +114,13 @@ def without(row):
     return drop
 
 
+def with_an_empty_row(outputs):
+    return {
+        name: torch.cat([value[:, :1], torch.zeros_like(value[:, :1]), value[:, 1:]], 1)
+        for name, value in outputs.items()
+    }
+
+
 def with_a_wrong_class(outputs):
     is_best = outputs["scores"] == outputs["scores"].amax()
     return {**outputs, "classes": (outputs["classes"] + is_best) % 3}
@@ -129,11 +136,24 @@ def with_a_wrong_class(outputs):
         (lambda outputs: {**outputs, "scores": outputs["scores"] * 0.99}, "lacks . of"),
         (lambda outputs: {**outputs, "scores": outputs["scores"] * torch.nan}, "has 0 detections"),
         (lambda outputs: {name: value.flip(1) for name, value in outputs.items()}, "are not sorted by their scores"),
+        (with_an_empty_row, "are not sorted by their scores"),
         (lambda outputs: {name: value.repeat_interleave(2, 1) for name, value in outputs.items()}, "and lacks 0 of"),
         (without(0), "lacks 1 of"),
         (without(2), "lacks 1 of"),
     ],
-    ids=["order of classes", "a class", "order of masks", "masks", "scores", "nan", "order", "twice", "first", "third"],
+    ids=[
+        "order of classes",
+        "a class",
+        "order of masks",
+        "masks",
+        "scores",
+        "nan",
+        "order",
+        "gap",
+        "twice",
+        "first",
+        "third",
+    ],
 )
 def test_wrong_detections_are_found(wrong, message):
     network = ExportableNetwork(tiny_model(*FINDS, seed=2).requires_grad_(False), max_detections=6)

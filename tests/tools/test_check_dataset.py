@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from sparseinst.data import recipes
 from sparseinst.modeling.sparse_inst.target_check import is_on_grid
 from sparseinst.structures.mask_window import MaskWindow
 from sparseinst.tools import check_dataset
@@ -135,6 +136,14 @@ def test_the_recipe_is_that_of_a_training(tmp_path, capsys):
     both = ["--recipe", "auto", "--config-file", "small_data/yolact"]
     assert check_dataset.main([*map(str, files), *both]) == 2
     assert "both given" in capsys.readouterr().err
+
+
+def test_the_packages_of_a_recipe_are_named_as_by_a_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recipes, "PACKAGES", ("torch", "no_such_package"))
+    json_file, images = write(tmp_path, flawed("none"))
+    assert check_dataset.main([str(json_file), str(images), "--quick", "--recipe", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert "error: --recipe needs the packages no_such_package, " in error and "'sparseinst[small-data]'" in error
 
 
 def test_the_number_of_classes_counts_where_a_config_is_given(config_file, tmp_path, capsys):

@@ -210,6 +210,45 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, trainings, cap
     assert "no time of an iteration, see" in output and "| cells | fast | 1 | 1.0 | 30 |" in output
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_time_that_cannot_be_measured_is_tried_once_for_all_seeds(tmp_path, trainings, capsys, jobs):
+    arguments = (*RECIPES[:2], "--seeds", "1", "2", "3", "--jobs", jobs)
+    assert run(tmp_path, "--recipe", "broken: small_data/efficientnet_lite0", *arguments) == 1
+    assert sum("cells/broken" in " ".join(command) for command in trainings) == 1
+    assert capsys.readouterr().out.count("no time of an iteration, see") == 3
+    # The next start of the command tries again.
+    run(tmp_path, "--recipe", "broken: small_data/efficientnet_lite0", *arguments)
+    assert sum("cells/broken" in " ".join(command) for command in trainings) == 2
+
+
+LIMITS = ("--recipe", "crowded: small_data/efficientnet_lite0_crowded", "--recipe")
+
+
+def test_recipes_whose_ap_counts_other_numbers_of_detections_are_named(tmp_path, trainings, capsys):
+    assert run(tmp_path, *LIMITS, "Mask R-CNN: small_data/mask_rcnn", "--seeds", "1", "2") == 0
+    note = (
+        "Note: on cells, AP counts the best detections of an image: 400 of crowded (MODEL.SPARSE_INST.MAX_DETECTIONS), "
+        "{} of Mask R-CNN (TEST.DETECTIONS_PER_IMAGE). For a fair comparison, set these keys to one value\n"
+    )
+    output = capsys.readouterr().out
+    # Before the first training, and below the table.
+    assert output.startswith(note.format(100)) and output.endswith("|\n" + note.format(100))
+    # A training raises the limit for its data, and records it.
+    saved = tmp_path / "cells" / "Mask_R-CNN" / "1min" / "seed1" / "config.yaml"
+    for limit in (250, 400):
+        saved.write_text(f"_BASE_: {get_config_file('small_data/mask_rcnn')}\nTEST: {{DETECTIONS_PER_IMAGE: {limit}}}")
+        run(tmp_path, *LIMITS, "Mask R-CNN: small_data/mask_rcnn", "--seeds", "1", "2")
+        assert capsys.readouterr().out.count(note.format(limit)) == 2 * (limit != 400)
+
+
+def test_recipes_with_one_limit_have_no_note(tmp_path, trainings, capsys):
+    recipes = (*LIMITS, "Mask R-CNN: small_data/mask_rcnn TEST.DETECTIONS_PER_IMAGE 400")
+    assert run(tmp_path, *recipes, "--seeds", "1") == 0
+    # COCO's AP counts 100.
+    assert run(tmp_path / "other", *RECIPES[:2], "--recipe", f"few: {BASE} MODEL.SPARSE_INST.MAX_DETECTIONS 50") == 0
+    assert "Note" not in capsys.readouterr().out
+
+
 def test_without_test_data_a_part_of_the_training_data_is_kept():
     data = compare_recipes.parse_data(["mine", "a.json", "a"])
     assert data.arguments == ["--train-json", "a.json", "--train-images", "a", "--val-share", "0.25"]

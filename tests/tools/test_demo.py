@@ -81,6 +81,9 @@ def test_ground_truth_of_other_classes_is_refused(tmp_path, config_file, capsys)
     truth = ground_truth_json(tmp_path, ("red thing", "green thing"))
     assert run(config_file, "--input", path, "--output", tmp_path / "out", "--ground-truth", truth) == 2
     assert "green thing" in capsys.readouterr().err
+    # Another order of the ids is not.
+    truth = ground_truth_json(tmp_path, ("blue thing", "red thing"))
+    assert run(config_file, "--input", path, "--output", tmp_path / "out", "--ground-truth", truth) == 0
 
 
 def test_nothing_found_is_the_plain_picture(tmp_path, config_file):

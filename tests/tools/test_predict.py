@@ -149,7 +149,8 @@ def test_an_image_that_cannot_be_read_has_a_line(images, config_file, tmp_path, 
     assert "none.png: No such file" in none["error"]
     assert "b.png: it is not an image" in capsys.readouterr().err
     predicted.clear()
-    assert run(config_file, *arguments) == 0 and not predicted
+    assert run(config_file, *arguments) == 1 and not predicted
+    assert "2 images had an error before: remove their lines to predict them again\n" in capsys.readouterr().err
     # torchrun would end the other processes.
     for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(key, str(value))
@@ -201,8 +202,8 @@ def test_an_image_that_the_model_fails_on_has_a_line(
     lines = lines_of(tmp_path / "out.jsonl")[1:]
     assert [index for index, line in enumerate(lines) if "error" in line] == [0, 3]
     assert message in lines[0]["error"] and f"{images / 'a.png'}: " in capsys.readouterr().err
-    # Resuming does not stop at them.
-    assert run(config_file, *arguments) == 0
+    # A second start does not predict them again.
+    assert run(config_file, *arguments) == 1 and lines_of(tmp_path / "out.jsonl")[1:] == lines
 
 
 def test_an_image_that_onnx_runtime_fails_on_has_a_line(images, config_file, tmp_path, capsys, monkeypatch):

@@ -85,6 +85,21 @@ def test_code_of_others_is_refused(weights, capsys, tmp_path):
     assert not marker.exists()
 
 
+def test_an_exported_file_with_imports_is_refused_at_the_start(tmp_path):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    path = tmp_path / "m.onnx"
+    # A file that is damaged or appears later is read again by the service, and refused there.
+    path.write_bytes(b"damaged")
+    load = serve_run.predictor_loader(str(path), None, [])
+    onnx_file(path, config=tiny_cfg("IMPORTS", [str(tmp_path / "evil.py")]).dump())
+    for refused in (lambda: serve_run.predictor_loader(str(path), None, []), load):
+        with pytest.raises(
+            ValueError, match=r"m\.onnx has IMPORTS, and the service runs no code of others\. .*Predictor"
+        ):
+            refused()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_only_the_command_line_trusts_weights(weights, capsys):
     config = weights.parent / "config.yaml"
     config.write_text(config.read_text().replace("TRUSTED_WEIGHTS: false", "TRUSTED_WEIGHTS: true"))

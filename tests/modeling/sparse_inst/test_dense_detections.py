@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparseinst.modeling.sparse_inst.postprocessing import dense_detections, detect
+from tests.modeling.dense import assert_empty_rows_are_last
 from tests.modeling.sparse_inst.test_postprocessing import random_outputs
 
 SIZE = (32, 64)
@@ -22,6 +23,7 @@ def test_it_finds_what_detect_finds(mask_nms_threshold, max_detections, score_th
     images[1]["objectness_logits"] = images[1]["objectness_logits"] - 30
     batch = {name: torch.stack([image[name] for image in images]) for name in images[0]}
     dense = dense_detections(**batch, padded_size=SIZE, num_rows=100, **options)
+    assert_empty_rows_are_last(dense)
     num_found = []
     for index, image in enumerate(images):
         expected = detect(**image, padded_size=SIZE, image_size=SIZE, output_size=SIZE, **options)
@@ -49,8 +51,8 @@ def test_mask_nms_by_hand():
     assert found["boxes"][0, :2].tolist() == [[0, 0, 4, 4], [4, 0, 8, 4]]
 
 
-@pytest.mark.parametrize(("max_detections", "num_found"), [(3, 2), (2, 1)])
-def test_empty_masks_take_no_row(max_detections, num_found):
+@pytest.mark.parametrize(("max_detections", "num_rows", "num_found"), [(3, 3, 2), (3, 2, 2), (2, 2, 1)])
+def test_empty_masks_take_no_row(max_detections, num_rows, num_found):
     """The best mask is a single cell of 0.6; the pixels around its center have 0.6 * 0.75 * 0.75."""
     logits = torch.full((3, 4, 8), -9.0)
     logits[0, 1, 1] = torch.tensor(0.6).logit()
@@ -62,7 +64,9 @@ def test_empty_masks_take_no_row(max_detections, num_found):
     options = {"cls_threshold": 0.1, "mask_threshold": 0.5, "max_detections": max_detections}
     expected = detect(**image, padded_size=(8, 16), image_size=(8, 16), output_size=(8, 16), **options)
     batch = {name: value[None] for name, value in image.items()}
-    dense = dense_detections(**batch, padded_size=(8, 16), num_rows=2, **options)
+    dense = dense_detections(**batch, padded_size=(8, 16), num_rows=num_rows, **options)
+    assert_empty_rows_are_last(dense)
+    assert dense["scores"].shape == (1, num_rows)
     found = dense["scores"][0] > 0
     assert int(found.sum()) == len(expected.scores) == num_found
     assert torch.allclose(dense["scores"][0, found], expected.scores)
