@@ -113,7 +113,7 @@ def as_output_error(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _output_error(Path(path), error, " (--output)") from error
+        raise _output_error(Path(path), error, "--output") from error
 
 
 def _move_content(source: Path, folder: Path) -> None:
@@ -160,7 +160,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _output_error(path: Path, error: OSError, key: str = "") -> OutputError:
+def _output_error(path: Path, error: OSError, key: str = "OUTPUT_DIR") -> OutputError:
     try:
         free = f"; {shutil.disk_usage(path.parent).free / 1e9:.2f} GB are free there"
     except OSError:
@@ -168,5 +168,5 @@ def _output_error(path: Path, error: OSError, key: str = "") -> OutputError:
     remedy = "Make room, or write" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Write"
     return OutputError(
         f"{path} cannot be written: {error.strerror or error}{free}. Existing files are unchanged. {remedy} to another "
-        f"folder{key}"
+        f"folder ({key})"
     )

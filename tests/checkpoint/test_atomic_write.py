@@ -84,7 +84,7 @@ def test_a_full_disk(tmp_path):
         path.write_bytes(b"old")
         with pytest.raises(OutputError, match="No space left on device; 0.00 GB are free") as caught:
             save(path)
-        assert str(caught.value).endswith("Make room, or write to another folder")
+        assert str(caught.value).endswith("Make room, or write to another folder (OUTPUT_DIR)")
         assert path.read_bytes() == b"old" and list(disk.iterdir()) == [path]
     finally:
         subprocess.run(["umount", disk], check=True)
