@@ -5,8 +5,10 @@ import re
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
+from torch import nn
 
 from sparseinst.backbones.timm_backbone import TimmBackbone, select_strides
+from sparseinst.ops.pooling import AdaptiveAveragePool
 
 SIZES = ("b0", "b1", "b2", "b3", "b4", "b5")
 STRIDES = {"p1": 4, "p2": 8, "p3": 16, "p4": 32}
@@ -25,7 +27,7 @@ def build_pyramid_vision_transformer(cfg: CfgNode, input_shape: ShapeSpec) -> Ti
     pvt = cfg.MODEL.PVT
     if pvt.NAME not in SIZES:
         raise ValueError(f"MODEL.PVT.NAME is {pvt.NAME!r}; it must be one of {', '.join(SIZES)}")
-    return TimmBackbone(
+    backbone = TimmBackbone(
         "pvt_v2_b2_li" if pvt.LINEAR else f"pvt_v2_{pvt.NAME}",
         select_strides("MODEL.PVT.OUT_FEATURES", pvt.OUT_FEATURES, STRIDES),
         in_channels=input_shape.channels,
@@ -34,6 +36,11 @@ def build_pyramid_vision_transformer(cfg: CfgNode, input_shape: ShapeSpec) -> Ti
         from_published=timm_name,
         model_args={"drop_path_rate": DROP_PATH_RATE},
     )
+    for module in list(backbone.modules()):
+        if isinstance(pool := getattr(module, "pool", None), nn.AdaptiveAvgPool2d):
+            # Of linear attention. It has no tensors, and exports to ONNX at any size.
+            module.pool = AdaptiveAveragePool(pool.output_size)
+    return backbone
 
 
 def published_name(name: str) -> str:

@@ -1,16 +1,20 @@
 """PVTv2 against timm's, and the published names."""
 
+import copy
+
 import pytest
 import torch
 from detectron2.modeling import build_backbone
 from torch import nn
 
 from sparseinst.backbones.pvt import published_name, timm_name
+from sparseinst.runtime.optimize import optimize_for_inference
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
 timm = pytest.importorskip("timm", reason="the package timm is not installed (pip install 'sparseinst[timm]')")
 
 PVT = ("MODEL.BACKBONE.NAME", "build_pyramid_vision_transformer", "MODEL.PVT.NAME", "b0")
+ENCODER = ("MODEL.SPARSE_INST.ENCODER.IN_FEATURES", ["p2", "p3", "p4"])
 MODELS = ["pvt_v2_b0", "pvt_v2_b1", "pvt_v2_b2", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5", "pvt_v2_b2_li"]
 
 
@@ -47,6 +51,21 @@ def test_it_is_timms(opts, model):
             torch.testing.assert_close(found[name], feature)
             shape = ours.output_shape()[name]
             assert (shape.channels, 64 // shape.stride) == feature.shape[1:3]
+
+
+def test_linear_attention_exports_to_onnx_at_other_sizes(caplog):
+    """PyTorch's exporter writes adaptive average pooling wrong, but for the size of the example."""
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"the package {package} is not installed")
+    model = tiny_model(*PVT, "MODEL.PVT.LINEAR", True, "MODEL.PVT.OUT_FEATURES", ["p2", "p3", "p4"], *ENCODER)
+    optimized = optimize_for_inference(copy.deepcopy(model), engine="onnxruntime")
+    # A graph with other numbers would be replaced by PyTorch's network.
+    assert not caplog.messages
+    for size in ((64, 64), (96, 224)):
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            found, expected = (each.network(images)["pred_masks"] for each in (optimized, model))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_published_constants():
