@@ -38,7 +38,7 @@ def build_pyramid_vision_transformer(cfg: CfgNode, input_shape: ShapeSpec) -> Ti
     )
     for module in list(backbone.modules()):
         if isinstance(pool := getattr(module, "pool", None), nn.AdaptiveAvgPool2d):
-            # Of linear attention. It has no tensors, and exports to ONNX at any size.
+            # Of linear attention: without tensors, and its export to ONNX is right at any size.
             module.pool = AdaptiveAveragePool(pool.output_size)
     return backbone
 
