@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from sparseinst.data.findings import Finding, class_findings, crowd_findings, mask_findings
+from sparseinst.data.findings import Finding, class_findings, crowd_findings, mask_findings, measure_masks
 from sparseinst.data.images import DataError
 from sparseinst.data.mask_decoding import (
     NO_PIXEL,
@@ -67,11 +67,13 @@ class JsonReport(NamedTuple):
         num_instances: by image id, the number of annotations that are used: no crowds, none that are left out.
             Complete only where no finding stops.
         usable: by image id, each image of a valid size with its annotations, without crowds and those with findings.
+        sides: of these objects, the root of the box's area over the image's short side.
     """
 
     findings: list[Finding]
     num_instances: Counter[int]
     usable: dict[int, ImageEntry]
+    sides: list[float]
 
     def add(self, kind: str, message: str, stops: bool = True) -> None:
         """Append a finding."""
@@ -89,7 +91,7 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
         content: the parsed json; may be anything.
         for_evaluation: also check the fields that only COCO's evaluation reads.
     """
-    report = JsonReport([], Counter(), {})
+    report = JsonReport([], Counter(), {}, [])
     if other_format := describe_other_format(content):
         report.add("another format", other_format)
         return report
@@ -154,7 +156,10 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
     with_class = [annotation for annotation in annotations.values() if is_whole(annotation["category_id"])]
     report.findings.extend(class_findings(categories, with_class, for_evaluation))
     report.findings.extend(crowd_findings(categories, images, usable))
-    report.findings.extend(mask_findings(images, objects))
+    if objects:
+        shapes = measure_masks(images, objects)
+        report.sides.extend(shapes.sides())
+        report.findings.extend(mask_findings(shapes, images, objects))
     return report
 
 

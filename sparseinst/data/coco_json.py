@@ -304,6 +304,7 @@ def _register(
         thing_dataset_id_to_contiguous_id={category["id"]: index for index, category in enumerate(categories)},
         data_warnings=[f"{json_file}: {line}" for line in describe_warnings(report.findings, for_evaluation)],
         num_instances=report.num_instances,
+        object_sides=report.sides,
     )
     DatasetCatalog.register(
         name, lambda: to_dataset_dicts(with_found_names(read_json(json_file), files.found), image_root)

@@ -49,6 +49,11 @@ class Shapes(NamedTuple):
     sizes: np.ndarray
     are_polygons: np.ndarray
 
+    def sides(self) -> np.ndarray:
+        """Return the root of the area of each mask's box over the short side of its image, (N,)."""
+        widths, heights = (self.bounds[:, 2:] - self.bounds[:, :2]).T
+        return np.sqrt(widths * heights) / self.sizes.min(axis=1)
+
 
 def class_findings(categories: dict[int, dict], annotations: Sequence[dict], for_evaluation: bool) -> Iterator[Finding]:
     """Yield findings about categories (by id): names used twice, and in training, categories without annotations."""
@@ -99,16 +104,14 @@ def crowd_findings(
         yield Finding(kind, message, False)
 
 
-def mask_findings(images: dict[int, dict], annotations: Sequence[dict]) -> Iterator[Finding]:
+def mask_findings(shapes: Shapes, images: dict[int, dict], annotations: Sequence[dict]) -> Iterator[Finding]:
     """Yield findings about masks and boxes.
 
     Args:
+        shapes: what `measure_masks` returned for them.
         images: by id, with valid height and width.
-        annotations: no crowds; with valid masks, checked by `check_segmentation`.
+        annotations: at least one, no crowds; with valid masks, checked by `check_segmentation`.
     """
-    if not annotations:
-        return
-    shapes = measure_masks(images, annotations)
 
     def found(kind: str, is_affected: np.ndarray, text: str, stops: bool = False) -> Iterator[Finding]:
         if is_affected.any():

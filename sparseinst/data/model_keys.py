@@ -1,19 +1,27 @@
-"""Set the model's number of classes and of instances to what the training data need."""
+"""Set the model's numbers of classes and instances, and keys for their sizes, to what the training data need."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
 from sparseinst import config
 from sparseinst.data.coco_json import class_info
 from sparseinst.data.crowded_images import MOST_INSTANCES, instances_of_images
 
 
+def keys_for_sides(cfg: CfgNode, sides: Sequence[float]) -> dict[str, tuple[int, str]]:
+    """Return what the model's `InstanceSegmenter.keys_for_sides` returns; nothing for models of Detectron2."""
+    model = config.meta_architecture(cfg)
+    return model.keys_for_sides(cfg, sides) if hasattr(model, "keys_for_sides") else {}
+
+
 def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[str]:
     """Set the keys that the model declares to what DATASETS.TRAIN and TEST need, in place, where the user set none.
 
     The number of classes is that of the training data. The numbers of instances and of detections are raised, up to
-    MOST_INSTANCES, only where the decoder starts from random weights, because other numbers do not fit a trained one.
+    MOST_INSTANCES, only where the decoder starts from random weights, because other numbers do not fit a trained one;
+    so are the keys that the model's `keys_for_sides` returns.
 
     Args:
         cfg: not frozen; its data sets are registered.
@@ -37,6 +45,12 @@ def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[
     names = class_info(cfg.DATASETS.TRAIN[0]).names
     if classes and classes[1] != len(names) and not config.is_explicit(cfg, classes[0]):
         change(classes, len(names), f"the classes of DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]!r}")
+
+    sides = [side for name in cfg.DATASETS.TRAIN for side in MetadataCatalog.get(name).get("object_sides", ())]
+    for key, (value, reason) in keys_for_sides(cfg, sides).items():
+        now = config.value(cfg, key)
+        if now != value and not config.is_explicit(cfg, key) and key not in trained():
+            change((key, now), value, reason)
 
     needed = min(MOST_INSTANCES, max(instances_of_images(cfg).values(), default=0))
     instances, detections = config.max_instances(cfg), config.max_detections(cfg)

@@ -43,9 +43,8 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         if self.mask_format not in MASK_FORMATS:
-            raise ValueError(
-                f"MODEL.OUTPUT.MASK_FORMAT is {self.mask_format!r}; it must be one of {', '.join(MASK_FORMATS)}"
-            )
+            known = ", ".join(MASK_FORMATS)
+            raise ValueError(f"MODEL.OUTPUT.MASK_FORMAT is {self.mask_format!r}; it must be one of {known}")
         if not self.max_mask_gib > 0:
             raise ValueError(f"MODEL.OUTPUT.MAX_MASK_GIB is {self.max_mask_gib}; it must be above 0")
         if not 0 <= self.score_threshold <= 1:
@@ -77,9 +76,8 @@ def _value_of_thread(values: dict[int, Any], value: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del values[thread]
-        else:
+        del values[thread]
+        if before is not None:
             values[thread] = before
 
 
@@ -176,19 +174,21 @@ class InstanceSegmenter(nn.Module, ABC):
         yield from ()
 
     @classmethod
+    def keys_for_sides(cls, cfg: CfgNode, sides: Sequence[float]) -> dict[str, tuple[int, str]]:
+        """Return keys that suit objects of these sides, shares of the short side: value and reason. Default: none."""
+        return {}
+
+    @classmethod
     def training_warnings(cls, cfg: CfgNode) -> Iterator[str]:
         """Yield what a training's log warns of at its start; nothing by default."""
         yield from ()
 
     @classmethod
     def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Return the config keys that the shapes of a weights file determine, with their values.
+        """Return the config keys, with values, that the shapes of a weights file's tensors (by name) determine.
 
         Commands use them to build the model of a checkpoint. An empty dict, the default, says nothing about the file; a
         subclass returns one as well where the tensors are a backbone's.
-
-        Args:
-            tensors: of the file, by the model's names.
         """
         return {}
 

@@ -13,6 +13,7 @@ from tests.shapes_data import write_shapes
 
 NUM_CLASSES = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
 NUM_MASKS = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
+NUM_LEVELS = "MODEL.SPARSE_INST.DECODER.NUM_LEVELS"
 MAX_DETECTIONS = "MODEL.SPARSE_INST.MAX_DETECTIONS"
 
 
@@ -78,6 +79,46 @@ def test_limits_are_raised_where_the_decoder_is_random(data, caplog, num_objects
     assert len(warnings) == (min(values) < num_objects)
     for warning in warnings:
         assert f"{NUM_MASKS} {num_objects} and {MAX_DETECTIONS} {num_objects} would hold all" in warning
+
+
+@pytest.mark.parametrize(
+    ("sides", "opts", "trained", "expected"),
+    [
+        ([10, 15, 20], [], [], 1),
+        ([2, 20, 30], [], [], 4),
+        # Large objects need the cells of the other levels.
+        ([20, 40, 60], [], [], 4),
+        ([10, 15, 20], [NUM_LEVELS, "3"], [], 3),
+        # A fine-tuning keeps the levels of its checkpoint.
+        ([10, 15, 20], [], [NUM_LEVELS], 4),
+    ],
+)
+def test_objects_of_about_one_size_get_one_level(tmp_path, sides, opts, trained, expected):
+    json_file, images = write_shapes(tmp_path, 2)
+    content = json.loads(open(json_file).read())
+    entry = content["annotations"][0]
+    # Images are resized to one size, so the same objects in a larger image change nothing.
+    first, second = content["images"]
+    second.update(height=20 * 64, width=30 * 64)
+    content["annotations"] = [
+        {**entry, "id": len(sides) * image["id"] + index, "image_id": image["id"], "iscrowd": 0,
+         "segmentation": [[0, 0, side * scale, 0, side * scale, side * scale, 0, side * scale]]}
+        for image, scale in ((first, 1), (second, 20)) for index, side in enumerate(sides)
+    ]  # fmt: skip
+    with open(json_file, "w") as file:
+        json.dump(content, file)
+    opts = [*opts, "DATASETS.TRAIN_JSON", repr(json_file), "DATASETS.TRAIN_IMAGES", repr(images)]
+    _, notes, cfg = follow([*opts, "DATASETS.TEST", "()"], trained, "small_data/efficientnet_lite0")
+    assert config.value(cfg, NUM_LEVELS) == expected
+    levels = [note for note in notes if note.startswith(NUM_LEVELS)]
+    assert len(levels) == (expected == 1)
+    for note in levels:
+        expected = "because 90 % of the objects have sides of 0.16 to 0.31 of the image's short side (the config file's"
+        assert expected in note
+
+
+def test_decoders_without_levels_have_no_level_to_set(data):
+    assert not any(NUM_LEVELS in note for note in follow(data(3))[1])
 
 
 def test_data_sets_of_which_nothing_is_known_change_nothing():

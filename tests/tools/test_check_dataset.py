@@ -49,6 +49,16 @@ def test_counts_by_hand(config_file, tmp_path, capsys):
     assert output.endswith("Nothing here stops a training.\n")
 
 
+def test_the_levels_that_a_training_sets(tmp_path, capsys):
+    content = flawed("none")
+    content["annotations"][1:3] = [annotation(2, 1, 3, 30, 8, 15), annotation(3, 2, 17, 2, 2, 15)]
+    files = write(tmp_path, content)
+    line = "A training sets MODEL.SPARSE_INST.DECODER.NUM_LEVELS 1 by itself, because 90 % of the objects have sides of"
+    assert line in check(capsys, *files, "--recipe", "ordinary")[1]
+    for others in (["--evaluation"], ["--opts", "MODEL.SPARSE_INST.DECODER.NUM_LEVELS", "4"]):
+        assert "NUM_LEVELS" not in check(capsys, *files, "--recipe", "ordinary", *others)[1]
+
+
 def test_a_model_of_another_interface(tmp_path, capsys):
     path = tmp_path / "red.yaml"
     path.write_text(red_segmenter_config().dump())

@@ -19,6 +19,7 @@ from sparseinst.modeling.sparse_inst.criterion import build_sparse_inst_criterio
 from sparseinst.modeling.sparse_inst.decoder import build_sparse_inst_decoder
 from sparseinst.modeling.sparse_inst.encoder import build_sparse_inst_encoder
 from sparseinst.modeling.sparse_inst.example_outputs import draw_outputs
+from sparseinst.modeling.sparse_inst.placed_levels import why_one_level
 from sparseinst.modeling.sparse_inst.postprocessing import dense_detections, detect
 from sparseinst.modeling.sparse_inst.target_check import target_check
 from sparseinst.ops.losses import masks_on_grid
@@ -144,6 +145,13 @@ class SparseInst(InstanceSegmenter):
         # The class layer reads G * dim channels, and a group of iam_conv dim / G: the quotient is G ** 2.
         num_groups = math.isqrt(class_weight.shape[1] // iam_weight.shape[1]) or 1
         return {cls.num_classes_key: len(class_weight), cls.max_instances_key: len(iam_weight) // num_groups}
+
+    @classmethod
+    def keys_for_sides(cls, cfg: CfgNode, sides: Sequence[float]) -> dict[str, tuple[int, str]]:
+        """Return one level for objects of about one size, where the decoder has levels; see the base class."""
+        has_levels = cfg.MODEL.SPARSE_INST.DECODER.NAME == "PlacedIAMDecoder"
+        reason = why_one_level(sides) if has_levels else ""
+        return {config.NUM_LEVELS_KEY: (1, reason)} if reason else {}
 
     @classmethod
     def target_check(cls, cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
