@@ -8,6 +8,8 @@ from detectron2.structures import BitMasks, Instances
 from sparseinst import add_sparse_inst_config
 
 NUM_CLASSES = 3
+# The tiny model's maps have stride 8, its masks with a factor of 2 stride 4: that of res2.
+DETAIL = ("MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE", "res2")
 
 
 def tiny_cfg(*opts) -> CfgNode:
@@ -54,6 +56,39 @@ def tiny_model(*opts, seed: int = 0) -> torch.nn.Module:
     torch.nn.init.normal_(model.decoder.inst_branch.mask_kernel.weight, std=1.0)
     torch.nn.init.zeros_(model.decoder.inst_branch.cls_score.bias)
     return model
+
+
+def placed_cfg(*opts) -> CfgNode:
+    """Return a config with a PlacedIAMDecoder, which has three levels of cells, with KEY, VALUE, ... on top."""
+    return tiny_cfg(
+        "MODEL.RESNETS.NORM", "FrozenBN",
+        "MODEL.SPARSE_INST.DECODER.NAME", "PlacedIAMDecoder",
+        "MODEL.SPARSE_INST.LOSS.NAME", "PlacedCriterion",
+        *opts,
+    )  # fmt: skip
+
+
+def placed_model(*opts, seed: int = 0) -> torch.nn.Module:
+    """Return the model of `placed_cfg` in eval mode, with random weights whose heat map has peaks."""
+    torch.manual_seed(seed)
+    model = build_model(placed_cfg(*opts)).eval()
+    branch = model.decoder.inst_branch
+    torch.nn.init.normal_(branch.heatmap.weight, std=0.3)
+    torch.nn.init.zeros_(branch.heatmap.bias)
+    # Without norms of a batch the features are large.
+    torch.nn.init.zeros_(branch.objectness.weight)
+    torch.nn.init.zeros_(branch.level_box.weight)
+    return model
+
+
+def normed_placed_model(*opts) -> torch.nn.Module:
+    """Return a `placed_model` with a step's statistics of norms, and random weights of the layers that begin at 0."""
+    model = placed_model(*opts)
+    model.train()([random_input(64, 96, num_instances=2, seed=seed) for seed in range(2)])
+    inst_branch, mask_branch = model.decoder.inst_branch, model.decoder.mask_branch
+    for layer in (inst_branch.objectness, inst_branch.level_box, inst_branch.saliency, mask_branch.displacement):
+        torch.nn.init.normal_(layer.weight, std=0.03)
+    return model.eval()
 
 
 def random_input(height=50, width=70, num_instances=None, seed=0) -> dict:

@@ -16,7 +16,7 @@ from sparseinst.runtime.quantize import Quantization, by_error, float_layers, qu
 from sparseinst.runtime.rewrites.fuse import fused_copy
 from tests.modeling.solo.tiny_solo import tiny_solo
 from tests.modeling.yolact.tiny_yolact import tiny_yolact
-from tests.tiny_model import tiny_model
+from tests.tiny_model import DETAIL, normed_placed_model, tiny_model
 
 IAM = "decoder.inst_branch.iam_conv"
 # In a fused model, whose decoder is wrapped.
@@ -104,11 +104,19 @@ def test_errors_of_an_engine_have_one_line(tmp_path, monkeypatch, engine):
     assert "\n" not in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def quantized():
-    """The tiny model's layers that can be quantized, and its ONNX in INT8 with one of them skipped."""
+@pytest.fixture(scope="module", params=["GroupIAMDecoder", "PlacedIAMDecoder"])
+def quantized(request):
+    """The tiny model's layers that can be quantized, and its ONNX in INT8 with one of them skipped.
+
+    The PlacedIAMDecoder has three levels of cells, norms, and takes a feature of the backbone.
+    """
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    model = fused_copy(tiny_model().requires_grad_(False))
+    is_placed = request.param == "PlacedIAMDecoder"
+    model = fused_copy(
+        (
+            normed_placed_model(*DETAIL, "MODEL.SPARSE_INST.DECODER.NORM", "BN") if is_placed else tiny_model()
+        ).requires_grad_(False)
+    )
     program = export_program(ExportableNetwork(model), 32, (64, 96), 1)
     quantization = Quantization(model, [images], ["backbone.res3.0.conv1"])
     content = quantize_onnx(onnx_bytes(program, list(model.network(images))), "images", quantization)
@@ -117,11 +125,20 @@ def quantized():
 
 def test_layers_behind_the_activation_maps_are_not_quantized(quantized):
     model, layers, _ = quantized
-    assert float_layers(model) == [FUSED_IAM]
-    branch = "decoder.decoder.inst_branch."
-    assert {"decoder.conv", "decoder.decoder.mask_branch.projection", "backbone.stem.conv1"} <= set(layers)
-    last = ("fc", "cls_score", "mask_kernel", "objectness")
-    assert not {FUSED_IAM, *(branch + name for name in last)} & set(layers)
+    if FUSED_IAM in float_layers(model):
+        decoder, first = "decoder.decoder.", ["inst_branch.iam_conv"]
+        last, others = ("fc", "cls_score", "mask_kernel", "objectness"), ("mask_branch.projection",)
+        assert "decoder.conv" in layers
+    else:
+        decoder = "decoder."
+        first = ["inst_branch.heatmap", "inst_branch.saliency", "mask_branch.displacement"]
+        last = ("peak_fc", "mask_kernel", "objectness", "level_box", "ellipse")
+        others = ("inst_branch.inst_convs.0", "mask_branch.projection", "mask_branch.detail_projection")
+    assert float_layers(model) == [decoder + name for name in first]
+    assert {"backbone.stem.conv1", *(decoder + name for name in others)} <= set(layers)
+    branch = f"{decoder}inst_branch."
+    assert all(hasattr(model.get_submodule(branch[:-1]), name) for name in last)
+    assert not {*float_layers(model), *(branch + name for name in last)} & set(layers)
 
 
 def test_an_onnx_file_holds_eight_bits_but_for_layers_in_float(quantized):
@@ -133,11 +150,15 @@ def test_an_onnx_file_holds_eight_bits_but_for_layers_in_float(quantized):
     assert all(-64 <= values.min() and 60 <= np.abs(values).max() <= 64 for values in bits)
     floats = [values for values in weights.values() if values.dtype == np.float32 and values.ndim == 4]
     modules = dict(model.named_modules())
-    for name in (FUSED_IAM, "backbone.res3.0.conv1"):
+    for name in (*float_layers(model), "backbone.res3.0.conv1"):
         assert any(np.array_equal(values, modules[name].weight.numpy()) for values in floats), name
     # Nothing that reads the activation maps is rounded, directly or not.
-    (iam,) = (name for name, values in weights.items() if np.array_equal(values, modules[FUSED_IAM].weight.numpy()))
-    tail = {name for node in proto.graph.node if iam in node.input for name in node.output}
+    first = {
+        name for name, values in weights.items() for layer in float_layers(model)
+        if np.array_equal(values, modules[layer].weight.numpy())
+    }  # fmt: skip
+    assert len(first) == len(float_layers(model))
+    tail = {name for node in proto.graph.node if first & set(node.input) for name in node.output}
     # The nodes of an ONNX graph are sorted.
     for node in proto.graph.node:
         if tail & set(node.input):

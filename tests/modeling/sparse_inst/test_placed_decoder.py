@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from detectron2.modeling import build_model
 from detectron2.structures import BitMasks
 
 from sparseinst.modeling.sparse_inst import placed_decoder
@@ -28,28 +27,13 @@ from sparseinst.ops.coordinates import relative_centers
 from sparseinst.runtime.optimize import optimize_for_inference
 from sparseinst.structures.targets import InstanceTargets
 from tests.runtime.test_export import check_export
-from tests.tiny_model import random_input, tiny_cfg, tiny_model
-
-PLACED = (
-    "MODEL.SPARSE_INST.DECODER.NAME", "PlacedIAMDecoder", "MODEL.SPARSE_INST.LOSS.NAME", "PlacedCriterion",
-)  # fmt: skip
+from tests.tiny_model import DETAIL, placed_model, random_input, tiny_model
 
 
 def positions_on_map(height, width):
     """Return y and x (1, height, width) of the pixels in shares of the map."""
     y, x = map(relative_centers, (height, width))
     return y[None, :, None].expand(1, -1, width), x.expand(1, height, -1)
-
-
-def placed_model(*opts, seed=0):
-    torch.manual_seed(seed)
-    model = build_model(tiny_cfg("MODEL.RESNETS.NORM", "FrozenBN", *PLACED, *opts)).eval()
-    torch.nn.init.normal_(model.decoder.inst_branch.heatmap.weight, std=0.3)
-    torch.nn.init.zeros_(model.decoder.inst_branch.heatmap.bias)
-    # Without norms of a batch the features are large.
-    torch.nn.init.zeros_(model.decoder.inst_branch.objectness.weight)
-    torch.nn.init.zeros_(model.decoder.inst_branch.level_box.weight)
-    return model
 
 
 def test_an_ellipse_fills_its_box():
@@ -286,10 +270,6 @@ def test_the_criterion_of_another_decoder_is_refused():
         placed_model("MODEL.SPARSE_INST.LOSS.NAME", "SparseInstCriterion")
     with pytest.raises(ValueError, match="PlacedCriterion with DECODER.NAME GroupIAMDecoder; set it to SparseInst"):
         tiny_model("MODEL.SPARSE_INST.LOSS.NAME", "PlacedCriterion")
-
-
-# The tiny model's maps have stride 8, its masks with a factor of 2 stride 4: that of res2.
-DETAIL = ("MODEL.SPARSE_INST.DECODER.MASK.DETAIL_FEATURE", "res2")
 
 
 def test_masks_see_the_detail_feature():
