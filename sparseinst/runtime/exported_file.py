@@ -53,7 +53,8 @@ class ExportMetadata:
         version: of this package.
         postprocessing_weights: float32 tensors that the post-processing needs, by name in the model, as base64.
         self_check: largest difference from the model in eager float32 over the largest value, by output; "bound", the
-            largest difference that is allowed; with ``--end-to-end`` also "mask_bound", that of "worst_mask".
+            largest difference that is allowed; with ``--end-to-end`` also "mask_bound", that of "worst_mask";
+            "compared_share", the least share of the instances that were compared, where it is not 1.
         compared_detections: with ``--end-to-end``, detections whose classes, masks and boxes the self-check compared;
             0: the model found nothing certain in its images.
         ap: with ``--test-json``, mask AP in percent of the "model" in eager float32 and of the "file".

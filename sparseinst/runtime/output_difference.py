@@ -14,6 +14,11 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 _NUM_VALUES = 1024
 
 
+def compared_share(ranks_instances: bool, precision: str) -> float:
+    """Return the least share of the instances that `relative_differences` compares; 1: all instances."""
+    return _SHARES_IN_COMMON[precision] if ranks_instances else 1.0
+
+
 def relative_differences(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], ranks_instances: bool, precision: str
 ) -> dict[str, float]:
@@ -39,7 +44,7 @@ def relative_differences(
         rows, columns = (torch.as_tensor(indices) for indices in linear_sum_assignment(costs.cpu().numpy()))
         # (outputs, N)
         differences = torch.stack([(ones[name][rows] - other[columns]).abs().amax(1) for name, other in others.items()])
-        kept = differences.amax(0).argsort()[: math.ceil(_SHARES_IN_COMMON[precision] * len(rows))]
+        kept = differences.amax(0).argsort()[: math.ceil(compared_share(ranks_instances, precision) * len(rows))]
         for name, difference in zip(others, differences[:, kept].amax(1)):
             worst[name] = max(worst[name], float(difference))
     return worst

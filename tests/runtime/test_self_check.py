@@ -19,6 +19,7 @@ from sparseinst.runtime.self_check import (
     end_to_end_differences,
     output_differences,
 )
+from sparseinst.tools import export_run
 from tests.modeling.solo.tiny_solo import tiny_solo
 from tests.modeling.yolact.tiny_yolact import spread_scores, tiny_yolact
 from tests.tiny_model import tiny_model
@@ -294,3 +295,18 @@ def test_a_batch_that_was_frozen_is_found(tmp_path, engine):
     assert differences(2) == {"masks": 0.0}
     with pytest.raises(SelfCheckError, match="The engine fails for images .1, 3, 64, 64."):
         differences(None)
+
+
+@pytest.mark.parametrize(
+    ("ranks_instances", "precision", "share", "end"),
+    [
+        (False, "float32", None, "(at most 0.0001)"),
+        (True, "float32", 0.95, "(at most 0.0001; of the 95 % of the instances that differ least)"),
+        (True, "int8", 0.1, "(their AP decides; of the 10 % of the instances that differ least)"),
+    ],
+)
+def test_the_share_of_compared_instances_is_printed_and_stored(capsys, ranks_instances, precision, share, end):
+    network = ExportableNetwork(tiny_model().requires_grad_(False))
+    network.model.ranks_instances = ranks_instances
+    figures, _ = export_run._check_outputs(network, network, [(1, 64, 64)], precision, [])
+    assert figures.get("compared_share") == share and capsys.readouterr().out.endswith(f"{end}\n")
