@@ -47,6 +47,7 @@ SLOW = (
     "test_export_configs.py::", "test_export_families.py::", "test_export_int8.py::",
     "test_quantize.py::test_a", "test_quantize.py::test_layers_behind", "test_quantize.py::test_predictions_of",
     "test_export.py::test_half_weights",
+    "test_export.py::test_the_*torch]", "test_export.py::test_the_*openvino]",
     "test_export.py::test_a_file_predicts*torch", "test_export.py::test_a_file_predicts*openvino",
     "test_export.py::test_a_narrow_image*torch", "yolact/test_commands.py::test_an_exported_mask_iou_head",
     "test_optimize.py::test_openvino_gives_the_same_numbers_at_any_size[False",

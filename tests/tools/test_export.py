@@ -2,7 +2,6 @@
 
 import errno
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 from sparseinst import load_config
-from sparseinst.inference import Predictor
+from sparseinst.inference import Predictor, to_coco_results
 from sparseinst.runtime.export import ExportableNetwork
 from sparseinst.runtime.exported_file import read_metadata
 from sparseinst.tools import benchmark, demo, export_run, predict
@@ -22,7 +21,17 @@ from tests.loggers import loggers_restored
 from tests.runtime.test_threads import in_threads
 from tests.shapes_data import write_shapes
 from tests.tiny_model import tiny_model
-from tests.tools.exported import CLASSES, OPTS, assert_same_detections, photos, run_export, save_tiny
+from tests.tools.exported import (
+    CLASSES,
+    EXAMPLE,
+    OPTS,
+    assert_example_finds_the_same,
+    assert_same_detections,
+    load_example,
+    photos,
+    run_export,
+    save_tiny,
+)
 
 for package in ("onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"the package {package} is not installed")
@@ -105,12 +114,15 @@ def test_the_file_describes_itself(exported, folder):
     assert str(folder).encode() not in content and str(ROOT).encode() not in content
 
 
-def test_the_demo_needs_no_config_file(exported, tmp_path):
+@pytest.mark.parametrize("name", FILES)
+def test_the_demo_needs_no_config_file(exported, expected, tmp_path, name):
     Image.fromarray(photos()[0]).save(tmp_path / "a.png")
     results = tmp_path / "found.json"
     arguments = ["--input", str(tmp_path / "a.png"), "--json", str(results), "--confidence-threshold", "0"]
-    assert demo.main([*arguments, "--opts", "MODEL.WEIGHTS", str(exported("onnx"))]) == 0
-    assert {result["category_id"] for result in json.loads(results.read_text())} <= {3, 8, 9} != set()
+    assert demo.main([*arguments, "--opts", "MODEL.WEIGHTS", str(exported(name))]) == 0
+    found, (wanted,) = json.loads(results.read_text()), expected(photos()[:1], "RGB")
+    assert [each["category_id"] for each in found] == [CLASSES["category_ids"][i] for i in wanted.pred_classes] != []
+    assert [each["score"] for each in found] == pytest.approx(wanted.scores.tolist(), abs=1e-4)
 
 
 def test_many_images_need_no_config_file(exported, expected, tmp_path, capsys):
@@ -138,12 +150,29 @@ def test_many_images_need_no_config_file(exported, expected, tmp_path, capsys):
     assert predict.main(arguments) == 2 and "--config-file is missing" in capsys.readouterr().err
 
 
-def test_the_benchmark_compares_a_file(exported, folder, capsys):
+@pytest.mark.parametrize("name", FILES)
+def test_the_benchmark_compares_a_file(exported, folder, capsys, name):
     arguments = ["--config-file", str(folder / "config.yaml"), "--size", "40", "60", "--repetitions", "1"]
-    compared = ["--compare", "eager", str(exported("onnx")), f"mine=MODEL.WEIGHTS {exported('onnx')}"]
+    compared = ["--compare", "eager", str(exported(name)), f"mine=MODEL.WEIGHTS {exported(name)}"]
     assert benchmark.main([*arguments, "--detections", "3", *compared]) == 0
     table = capsys.readouterr().out
-    assert "model.onnx" in table and "mine" in table and "times as fast as eager" in table
+    assert Path(FILES[name]).name in table and "mine" in table and "times as fast as eager" in table
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_service_answers_what_a_file_predicts(exported, tmp_path, name):
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    from sparseinst.tools.serve_run import predictor_loader
+    from tests.serving.service import image_bytes, running
+
+    path = exported(name)
+    (tmp_path / "photo.png").write_bytes(image_bytes())
+    (found,) = Predictor(path)([tmp_path / "photo.png"])
+    with running(predictor_loader(str(path), None, []), file=path) as client:
+        answer = client.post("/predict?threshold=0", content=image_bytes()).json()["instances"]
+    names = dict(zip(CLASSES["category_ids"], CLASSES["names"]))
+    results = to_coco_results(found, 1, CLASSES["category_ids"])
+    assert answer == [{**result, "category_name": names[result["category_id"]]} for result in results] != []
 
 
 def test_a_static_file_of_pixels(folder, tmp_path):
@@ -159,7 +188,8 @@ def test_a_static_file_of_pixels(folder, tmp_path):
     whole = photos()[1]
     assert_same_detections(predictor([whole], "RGB")[0], plain([whole], "RGB")[0])
     # The portrait is 64x34 pixels in 64x96.
-    assert len(predictor([photos()[2]], "RGB")[0])
+    for image in photos()[1:3]:
+        assert_example_finds_the_same(tmp_path / "model.onnx", image)
     inputs = [{"image": torch.from_numpy(np.roll(whole, shift, 1).transpose(2, 0, 1).copy())} for shift in range(3)]
     with torch.no_grad():
         for found, wanted in zip(predictor.model(inputs), plain.model(inputs), strict=True):
@@ -173,15 +203,6 @@ def test_half_weights(folder, exported, tmp_path, name):
                  and file.suffix != ".pt2") for root in (tmp_path, folder) if exported(name)]  # fmt: skip
     assert 0.4 < sizes[0] / sizes[1] < 0.65
     assert read_metadata(tmp_path / FILES[name]).self_check["pred_masks"] > 1e-5
-
-
-def test_half_weights_end_to_end(folder, tmp_path):
-    flags = ("--precision", "float16", "--size", 64, 96, "--end-to-end")
-    assert run_export(folder, "--format", "onnx", "--output", tmp_path, *flags) == 0
-    metadata = read_metadata(tmp_path / "model.onnx")
-    assert metadata.self_check["bound"] == 0.02 and metadata.self_check["scores"] > 1e-6
-    assert metadata.self_check["mask_bound"] == 0.5 and metadata.self_check["worst_mask"] < 0.1
-    assert metadata.compared_detections > 2
 
 
 def test_a_file_that_differs_is_not_written(folder, tmp_path, monkeypatch, capsys):
@@ -350,30 +371,9 @@ def test_a_size_without_a_width_is_named(folder, tmp_path, capsys, size):
 
 
 def test_the_example_pads_a_narrow_image_as_the_predictor(exported):
-    example = runpy.run_path(str(ROOT / "examples" / "onnx_only.py"))["Model"](str(exported("onnx")))
+    example = load_example(exported("onnx"))
     assert example.normalize_and_pad(np.zeros((300, 20, 3), np.uint8)).shape == (1, 3, 320, 64)
     assert example.normalize_and_pad(np.zeros((65, 64, 3), np.uint8)).shape == (1, 3, 96, 64)
-
-
-def test_a_file_of_dynamic_size_keeps_the_size_that_images_fit_into(folder, tmp_path):
-    """FIT_SIZE_TEST of the config takes the place of the short side, in the Predictor and in the example."""
-    opts = ("INPUT.FIT_SIZE_TEST", "(70, 80)")
-    assert run_export(folder, "--format", "onnx", "--output", tmp_path, opts=opts) == 0
-    path = tmp_path / "model.onnx"
-    assert (read_metadata(path).size, read_metadata(path).fit_size) == (None, [70, 80])
-    example = runpy.run_path(str(ROOT / "examples" / "onnx_only.py"))["Model"](str(path))
-    predictor = Predictor(str(path))
-    # Each of these would have a short side of 64 pixels.
-    for image, size in zip(photos(), ((57, 80), (53, 80), (70, 37), (70, 70)), strict=True):
-        assert example.network_size(*image.shape[:2]) == size
-        (expected,) = predictor([image], "RGB")
-        scores, classes, _, masks = example.detect(image[:, :, ::-1])
-        assert len(expected) and classes.tolist() == expected.pred_classes.tolist()
-        assert np.allclose(scores, expected.scores, atol=1e-4)
-        assert (masks != expected.pred_masks.numpy()).mean() <= 0.001
-    # As earlier versions wrote their files.
-    example.metadata |= {"fit_size": None, "size": [64, 96]}
-    assert example.network_size(50, 70) == (64, 90)
 
 
 def test_the_example_without_torch_finds_the_same(exported, expected, tmp_path):
@@ -382,7 +382,7 @@ def test_the_example_without_torch_finds_the_same(exported, expected, tmp_path):
         "import runpy, sys\n"
         "for name in ('torch', 'detectron2', 'sparseinst', 'PIL'): sys.modules[name] = None\n"
         f"sys.argv = ['x', {str(exported('onnx'))!r}, {str(tmp_path / 'a.png')!r}, '--threshold', '0']\n"
-        f"runpy.run_path({str(ROOT / 'examples' / 'onnx_only.py')!r}, run_name='__main__')\n"
+        f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')\n"
     )
     for image in photos()[:2]:
         Image.fromarray(image).save(tmp_path / "a.png")
@@ -396,4 +396,4 @@ def test_the_example_without_torch_finds_the_same(exported, expected, tmp_path):
             assert line["class"] == CLASSES["names"][index] and line["score"] == pytest.approx(float(score), abs=1e-4)
             assert abs(line["area"] - int(mask.sum())) <= 3
             assert np.abs(np.array(line["box"]) - box.numpy()).max() <= 1
-    assert len((ROOT / "examples" / "onnx_only.py").read_text().splitlines()) < 150
+    assert len(EXAMPLE.read_text().splitlines()) < 150

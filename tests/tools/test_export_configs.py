@@ -1,5 +1,6 @@
 """Exports of the published configs, and of what they are for: evaluation, C++, an environment without PyTorch. Slow."""
 
+import itertools
 import json
 import re
 import shutil
@@ -20,7 +21,8 @@ from sparseinst.runtime.exported_file import read_metadata
 from sparseinst.tools import export, train_net
 from tests.modeling.solo.tiny_solo import spread_predictions
 from tests.shapes_data import write_shapes
-from tests.tools.exported import CLASSES, photos, run_export, save_tiny
+from tests.tiny_model import DETAIL
+from tests.tools.exported import CLASSES, assert_example_finds_the_same, photos, run_export, save_placed, save_tiny
 
 for package in ("onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"the package {package} is not installed")
@@ -31,6 +33,15 @@ CONFIGS = (
     "sparse_inst_mobilenetv3_giam", "quick/shapes", "solov2/solov2_light_448_r18_3x",
     "solo/decoupled_solo_light_r50_3x",
 )  # fmt: skip
+DECODER = "MODEL.SPARSE_INST.DECODER"
+# Tiny models with a PlacedIAMDecoder of three and of four levels.
+PLACED = {
+    "placed_3_levels": (*DETAIL, f"{DECODER}.NORM", "BN"),
+    "placed_4_levels": (
+        "MODEL.SPARSE_INST.ENCODER.IN_FEATURES", ["res2", "res3", "res4"], f"{DECODER}.NORM", "GN",
+        f"{DECODER}.INST.DIM", 32, f"{DECODER}.MASK.DIM", 32,
+    ),
+}  # fmt: skip
 
 
 def assert_same_set(found, expected):
@@ -65,16 +76,24 @@ def write_predictions_as_truth(folder, predictor):
     return str(folder / "truth.json"), str(folder)
 
 
-@pytest.mark.parametrize("name", ["onnx", "openvino"])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [*itertools.product(CONFIGS, ["onnx", "openvino"]), ("placed_3_levels", "onnx"), ("placed_4_levels", "openvino")],
+)
 def test_exported_checked_and_evaluated(config, name, tmp_path, capsys):
     """The file's detections are the model's, and its AP on them is near 100."""
     opts = ["INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TEST", "160", "MODEL.DEVICE", "cpu"]
     # Of hundreds of candidates many have equal scores, whose order rounding changes, and with it what NMS keeps.
     opts += ["MODEL.SPARSE_INST.CLS_THRESHOLD", "0.0", "MODEL.SOLOV2.NMS.PRE", "20", "MODEL.WEIGHTS"]
+    is_placed = config in PLACED
+    if is_placed:
+        _, config = save_placed(tmp_path, *PLACED[config])
     cfg = load_config(config, [*opts, ""])
     torch.manual_seed(0)
     model = build_model(cfg).eval()
+    if is_placed:
+        model.load_state_dict(torch.load(tmp_path / "model.pth")["model"])
+        assert model.decoder.inst_branch.num_levels > 2
     if cfg.MODEL.META_ARCHITECTURE.startswith("SOLO"):
         spread_predictions(model)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
@@ -87,9 +106,18 @@ def test_exported_checked_and_evaluated(config, name, tmp_path, capsys):
     printed = capsys.readouterr().out
     path = printed.split("Written: ")[1].split(",")[0]
     metadata = read_metadata(path)
-    assert all(value <= 1e-4 for output, value in metadata.self_check.items())
+    assert all(metadata.self_check[output] <= 1e-4 for output in metadata.outputs)
     assert metadata.has_deform_conv is ("dcn" in config)
+    if name == "onnx":
+        import onnx
+
+        # ONNX Runtime has a CPU kernel of deformable convolutions from 19 on, and CUDA kernels of Resize up to 18.
+        opsets = {entry.domain: entry.version for entry in onnx.load(path).opset_import}
+        assert opsets[""] == (19 if metadata.has_deform_conv else 18), opsets
     print(json.dumps({"config": config, "format": name, "line": printed.splitlines()[-1], **metadata.self_check}))
+    assert metadata.self_check.get("compared_share") == (0.95 if is_placed else None)
+    if is_placed and name == "onnx":
+        assert_example_finds_the_same(path, photos()[0])
     for found, wanted in zip(Predictor(path)(photos()[:2]), expected, strict=True):
         assert_same_set(found, wanted)
     aps = re.search(r"AP of the masks: (.*) in eager float32, (.*) of the exported file", printed).groups()
@@ -143,12 +171,15 @@ def test_in_an_environment_with_onnxruntime_only(tmp_path):
     assert np.allclose([line["area"] for line in found], expected.pred_masks.sum((1, 2)), atol=3)
 
 
-def test_end_to_end_in_onnxruntime(tmp_path):
+@pytest.mark.parametrize(
+    ("save", "mask_nms", "flags"), [(save_tiny, 0.5, ()), (save_placed, 0.0, ("--size", 64, 96))], ids=["maps", "peaks"]
+)
+def test_end_to_end_in_onnxruntime(tmp_path, save, mask_nms, flags):
     """The self-check compares with the model's own post-processing at several sizes; so does this, by hand, at one."""
     import onnxruntime
 
-    save_tiny(tmp_path, "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD", 0.5)
-    assert run_export(tmp_path, "--format", "onnx", "--output", tmp_path, "--end-to-end", 4) == 0
+    save(tmp_path, "MODEL.SPARSE_INST.MASK_NMS_THRESHOLD", mask_nms)
+    assert run_export(tmp_path, "--format", "onnx", "--output", tmp_path, "--end-to-end", 4, *flags) == 0
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     opts = ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
     predictor = Predictor(load_config(str(tmp_path / "config.yaml"), opts))
@@ -163,6 +194,16 @@ def test_end_to_end_in_onnxruntime(tmp_path):
     assert classes[: len(expected)].tolist() == expected.pred_classes.tolist()
     assert np.abs(boxes[: len(expected)] - expected.pred_boxes.tensor.numpy()).max() <= 1
     assert (masks[: len(expected)] != expected.pred_masks.numpy()).mean() < 1e-3
+
+
+def test_half_weights_end_to_end(tmp_path):
+    save_tiny(tmp_path)
+    flags = ("--precision", "float16", "--size", 64, 96, "--end-to-end")
+    assert run_export(tmp_path, "--format", "onnx", "--output", tmp_path, *flags) == 0
+    metadata = read_metadata(tmp_path / "model.onnx")
+    assert metadata.self_check["bound"] == 0.02 and metadata.self_check["scores"] > 1e-6
+    assert metadata.self_check["mask_bound"] == 0.5 and metadata.self_check["worst_mask"] < 0.1
+    assert metadata.compared_detections > 2
 
 
 @pytest.mark.parametrize("mask_nms", [0.0, 0.5])

@@ -14,13 +14,12 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 import httpx2  # noqa: E402
 
-from sparseinst.inference import Predictor, read_image, to_coco_results  # noqa: E402
+from sparseinst.inference import Predictor, read_image  # noqa: E402
 from sparseinst.runtime import exported_model  # noqa: E402
 from sparseinst.tools import serve, serve_run  # noqa: E402
 from tests.runtime.test_exported_files import onnx_file  # noqa: E402
-from tests.serving.service import image_bytes, running, wait_until  # noqa: E402
+from tests.serving.service import image_bytes, wait_until  # noqa: E402
 from tests.tiny_model import tiny_cfg, tiny_model  # noqa: E402
-from tests.tools.exported import CLASSES, run_export, save_tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("loggers_as_before")
 OPTS = ("MODEL.SPARSE_INST.CLS_THRESHOLD", 0.0)
@@ -108,21 +107,6 @@ def test_only_the_command_line_trusts_weights(weights, capsys):
         assert f"{config} sets MODEL.TRUSTED_WEIGHTS to True" in line and "--opts MODEL.TRUSTED_WEIGHTS True" in line
     assert serve_run.predictor_loader(str(weights), None, ["MODEL.TRUSTED_WEIGHTS", "True"])()
     assert serve_run.predictor_loader(str(weights), None, ["MODEL.TRUSTED_WEIGHTS", "False"])()
-
-
-def test_an_exported_file_is_served(tmp_path):
-    for package in ("onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"the package {package} is not installed")
-    save_tiny(tmp_path)
-    assert run_export(tmp_path, "--format", "onnx", "--output", tmp_path) == 0
-    path = tmp_path / "model.onnx"
-    (tmp_path / "photo.png").write_bytes(image_bytes())
-    (expected,) = Predictor(path)([tmp_path / "photo.png"])
-    with running(serve_run.predictor_loader(str(path), None, []), file=path) as client:
-        answer = client.post("/predict?threshold=0", content=image_bytes()).json()["instances"]
-    results = to_coco_results(expected, 1, CLASSES["category_ids"])
-    names = dict(zip(CLASSES["category_ids"], CLASSES["names"]))
-    assert answer == [{**result, "category_name": names[result["category_id"]]} for result in results] != []
 
 
 def test_wrong_arguments_are_one_line(weights, capsys, monkeypatch):
