@@ -19,6 +19,7 @@ from sparseinst.benchmarks.settings import Measurement, check_segmenter
 from sparseinst.config import meta_architecture, register_models
 from sparseinst.data.coco_json import register_user_datasets
 from sparseinst.data.loader import TrainLoader
+from sparseinst.data.model_keys import follow_data
 from sparseinst.engine.trainer import Trainer
 from sparseinst.evaluation.stage_timer import StageTimer, now, peak_bytes, resident_bytes
 from sparseinst.modeling.meta_arch import InstanceSegmenter
@@ -150,6 +151,7 @@ def as_training(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     register_user_datasets(cfg, ("TRAIN",))
+    follow_data(cfg, dict)
     cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST, cfg.VIS_PERIOD, cfg.TRACKERS = "", (), 0, []
     cfg.SEED = max(cfg.SEED, 0)
     return cfg

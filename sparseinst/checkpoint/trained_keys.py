@@ -60,7 +60,6 @@ def follow_checkpoint(cfg: CfgNode, weights: str, *, for_training: bool = False)
     detections = config.max_detections(cfg)
     # Where no shape is known, any other key may determine one.
     free = said.keys() - of_shapes.keys() if of_shapes else {detections[0]} if detections else set()
-    free -= config.unshaped_values(cfg).keys()
     for key, trained in {**said, **of_shapes}.items():
         value = config.value(cfg, key)
         if value == trained:

@@ -18,7 +18,6 @@ _MODULES = {
         "num_classes",
         "registered",
         "set_declared",
-        "unshaped_values",
         "value",
     ),
     "values": ("check_keys", "check_value", "check_values"),

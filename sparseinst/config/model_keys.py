@@ -62,17 +62,12 @@ def max_detections(cfg: CfgNode) -> tuple[str, int] | None:
     return _declared(cfg, "max_detections_key")
 
 
-def unshaped_values(cfg: CfgNode) -> dict[str, float]:
-    """Return the keys that the weights depend on and no tensor's shape shows (``unshaped_keys``), with their values."""
-    return {key: value(cfg, key) for key in getattr(meta_architecture(cfg), "unshaped_keys", ())}
-
-
 def declared_values(cfg: CfgNode) -> dict[str, float]:
-    """Return the keys of the numbers of classes, instances and detections, and `unshaped_values`, with their values.
+    """Return the keys of the numbers of classes, instances and detections, with their values.
 
     A checkpoint holds them, see :mod:`sparseinst.checkpoint.trained_keys`.
     """
-    return dict(filter(None, (num_classes(cfg), max_instances(cfg), max_detections(cfg)))) | unshaped_values(cfg)
+    return dict(filter(None, (num_classes(cfg), max_instances(cfg), max_detections(cfg))))
 
 
 def set_declared(cfg: CfgNode, attribute: str, value: object) -> None:

@@ -67,13 +67,13 @@ class JsonReport(NamedTuple):
         num_instances: by image id, the number of annotations that are used: no crowds, none that are left out.
             Complete only where no finding stops.
         usable: by image id, each image of a valid size with its annotations, without crowds and those with findings.
-        sides: of these objects, the root of the box's area over the image's short side.
+        sides: by image id, the sides of these objects, see `Shapes.sides`.
     """
 
     findings: list[Finding]
     num_instances: Counter[int]
     usable: dict[int, ImageEntry]
-    sides: list[float]
+    sides: dict[int, list[float]]
 
     def add(self, kind: str, message: str, stops: bool = True) -> None:
         """Append a finding."""
@@ -91,7 +91,7 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
         content: the parsed json; may be anything.
         for_evaluation: also check the fields that only COCO's evaluation reads.
     """
-    report = JsonReport([], Counter(), {}, [])
+    report = JsonReport([], Counter(), {}, {})
     if other_format := describe_other_format(content):
         report.add("another format", other_format)
         return report
@@ -158,7 +158,8 @@ def check_content(content: Any, for_evaluation: bool = False) -> JsonReport:
     report.findings.extend(crowd_findings(categories, images, usable))
     if objects:
         shapes = measure_masks(images, objects)
-        report.sides.extend(shapes.sides())
+        for annotation, side in zip(objects, shapes.sides().tolist()):
+            report.sides.setdefault(annotation["image_id"], []).append(side)
         report.findings.extend(mask_findings(shapes, images, objects))
     return report
 

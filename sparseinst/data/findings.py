@@ -50,9 +50,13 @@ class Shapes(NamedTuple):
     are_polygons: np.ndarray
 
     def sides(self) -> np.ndarray:
-        """Return the root of the area of each mask's box over the short side of its image, (N,)."""
-        widths, heights = (self.bounds[:, 2:] - self.bounds[:, :2]).T
+        """Return the root of the area of each mask's box inside the image over the image's short side, (N,)."""
+        widths, heights = (self.inside()[:, 2:] - self.inside()[:, :2]).T
         return np.sqrt(widths * heights) / self.sizes.min(axis=1)
+
+    def inside(self) -> np.ndarray:
+        """Return the bounds, cut at the edges of the image."""
+        return np.clip(self.bounds, 0, np.concatenate([self.sizes[:, ::-1]] * 2, axis=1))
 
 
 def class_findings(categories: dict[int, dict], annotations: Sequence[dict], for_evaluation: bool) -> Iterator[Finding]:
@@ -181,8 +185,7 @@ def measure_masks(images: dict[int, dict], annotations: Sequence[dict]) -> Shape
 
 def _are_empty(shapes: Shapes, images: dict[int, dict], annotations: Sequence[dict]) -> np.ndarray:
     """Return which polygons have no pixel, bool (N,); only those that are thin inside of the image are drawn."""
-    limits = np.concatenate([shapes.sizes[:, ::-1]] * 2, axis=1)
-    inside = np.clip(shapes.bounds, 0, limits)
+    inside = shapes.inside()
     sides = inside[:, 2:] - inside[:, :2]
     is_thin = (sides.min(axis=1) < 1) | (shapes.areas < (shapes.bounds[:, 2:] - shapes.bounds[:, :2]).max(axis=1))
     are_empty = np.zeros(len(annotations), dtype=bool)

@@ -1,6 +1,8 @@
-"""Set the model's numbers of classes and instances, and keys for their sizes, to what the training data need."""
+"""Set the model's keys to what the training data need."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
+from itertools import chain
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -10,18 +12,12 @@ from sparseinst.data.coco_json import class_info
 from sparseinst.data.crowded_images import MOST_INSTANCES, instances_of_images
 
 
-def keys_for_sides(cfg: CfgNode, sides: Sequence[float]) -> dict[str, tuple[int, str]]:
-    """Return what the model's `InstanceSegmenter.keys_for_sides` returns; nothing for models of Detectron2."""
-    model = config.meta_architecture(cfg)
-    return model.keys_for_sides(cfg, sides) if hasattr(model, "keys_for_sides") else {}
-
-
 def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[str]:
     """Set the keys that the model declares to what DATASETS.TRAIN and TEST need, in place, where the user set none.
 
     The number of classes is that of the training data. The numbers of instances and of detections are raised, up to
-    MOST_INSTANCES, only where the decoder starts from random weights, because other numbers do not fit a trained one;
-    so are the keys that the model's `keys_for_sides` returns.
+    MOST_INSTANCES, only where the decoder starts from random weights, because other numbers do not fit a trained one.
+    The keys of the model's `keys_for_sides` follow the weights, or else the data, where their objects are known.
 
     Args:
         cfg: not frozen; its data sets are registered.
@@ -46,10 +42,14 @@ def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[
     if classes and classes[1] != len(names) and not config.is_explicit(cfg, classes[0]):
         change(classes, len(names), f"the classes of DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]!r}")
 
-    sides = [side for name in cfg.DATASETS.TRAIN for side in MetadataCatalog.get(name).get("object_sides", ())]
+    trained = functools.cache(trained)
+    sides = [MetadataCatalog.get(name).get("object_sides") for name in cfg.DATASETS.TRAIN]
+    sides = [] if None in sides else [*chain.from_iterable(chain.from_iterable(each.values()) for each in sides)]
+    keys_for_sides = getattr(config.meta_architecture(cfg), "keys_for_sides", lambda *_: {})
     for key, (value, reason) in keys_for_sides(cfg, sides).items():
-        now = config.value(cfg, key)
-        if now != value and not config.is_explicit(cfg, key) and key not in trained():
+        if key in trained():
+            value, reason = trained()[key], "as in MODEL.WEIGHTS"
+        if (now := config.value(cfg, key)) != value and not config.is_explicit(cfg, key):
             change((key, now), value, reason)
 
     needed = min(MOST_INSTANCES, max(instances_of_images(cfg).values(), default=0))

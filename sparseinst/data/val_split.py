@@ -137,7 +137,7 @@ def _register_part(part: str, whole: str, images: list[dict], warnings: list[str
     ids = {image["image_id"] for image in images}
     entries = MetadataCatalog.get(whole).as_dict()
     entries.pop("name", None)
-    num_instances = entries.pop("num_instances", {})
+    num_instances, sides = (entries.pop(name, {}) for name in ("num_instances", "object_sides"))
     # Metadata cannot be changed once set.
     DatasetCatalog.pop(part, None)
     MetadataCatalog.pop(part, None)
@@ -147,6 +147,7 @@ def _register_part(part: str, whole: str, images: list[dict], warnings: list[str
             **entries,
             "image_ids": sorted(ids),
             "num_instances": Counter({key: count for key, count in num_instances.items() if key in ids}),
+            "object_sides": {key: each for key, each in sides.items() if key in ids},
             "data_warnings": warnings,
             "data_notes": notes,
         }

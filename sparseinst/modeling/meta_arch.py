@@ -115,7 +115,6 @@ class InstanceSegmenter(nn.Module, ABC):
         mask_nms_key: config key of the IoU above which the worse of two masks of a class is dropped.
         activation_maps_key: config key that makes the model return activation maps.
         lossless_targets_key: config key that makes the targets keep every object; see `target_check`.
-        unshaped_keys: config keys of numbers that the weights depend on and no tensor's shape shows.
         float_layers: names of modules that INT8 exports leave in float32, with all that reads their results.
         ranks_instances: whether the network puts its N instances in an order that its own numbers decide.
         postprocessing_modules: names of submodules that `postprocess` calls; exported files hold their weights.
@@ -129,7 +128,6 @@ class InstanceSegmenter(nn.Module, ABC):
     mask_nms_key: ClassVar[str | None] = None
     activation_maps_key: ClassVar[str | None] = None
     lossless_targets_key: ClassVar[str | None] = None
-    unshaped_keys: ClassVar[tuple[str, ...]] = ()
     float_layers: ClassVar[tuple[str, ...]] = ()
     ranks_instances: bool = False
     postprocessing_modules: ClassVar[tuple[str, ...]] = ()
@@ -175,7 +173,10 @@ class InstanceSegmenter(nn.Module, ABC):
 
     @classmethod
     def keys_for_sides(cls, cfg: CfgNode, sides: Sequence[float]) -> dict[str, tuple[int, str]]:
-        """Return keys that suit objects of these sides, shares of the short side: value and reason. Default: none."""
+        """Return the keys that depend on the objects' sizes, each with value and reason; none by default.
+
+        ``sides`` are the roots of the areas of the objects' boxes, over the short side of their image.
+        """
         return {}
 
     @classmethod

@@ -285,8 +285,9 @@ def run(args: argparse.Namespace) -> int:
     remedy = model.lossless_targets_key and f"{model.lossless_targets_key} True"
     for line in describe_content(content, surveys, cfg, remedy, is_in_target is None):
         print(line)
-    for key, (value, reason) in model.keys_for_sides(cfg, report.sides).items():
-        if not args.evaluation and not config.is_explicit(cfg, key):
+    sides = [side for of_image in report.sides.values() for side in of_image]
+    for key, (value, reason) in model.keys_for_sides(cfg, sides).items():
+        if value != config.value(cfg, key) and not args.evaluation and not config.is_explicit(cfg, key):
             print(f"A training sets {key} {value} by itself, {reason}, unless MODEL.WEIGHTS determines it")
     for line in model.describe_objects(cfg, [survey.objects for survey in surveys if survey.objects is not None]):
         print(line)

@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import torch
+from detectron2.data import MetadataCatalog
 
 from sparseinst import config
+from sparseinst.checkpoint.trained_keys import trained_keys
 from sparseinst.config import load_config
 from sparseinst.data import register_user_datasets
 from sparseinst.data.coco_json import check_num_classes, log_data_warnings
 from sparseinst.data.model_keys import follow_data
-from tests.shapes_data import write_shapes
+from tests.shapes_data import register_shapes, write_shapes
+from tests.tiny_model import placed_model
 
 NUM_CLASSES = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
 NUM_MASKS = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
@@ -82,19 +86,28 @@ def test_limits_are_raised_where_the_decoder_is_random(data, caplog, num_objects
 
 
 @pytest.mark.parametrize(
-    ("sides", "opts", "trained", "expected"),
+    ("sides", "opts", "expected"),
     [
-        ([10, 15, 20], [], [], 1),
-        ([2, 20, 30], [], [], 4),
+        ([10, 15, 20], [], 1),
+        ([2, 20, 30], [], 4),
         # Large objects need the cells of the other levels.
-        ([20, 40, 60], [], [], 4),
-        ([10, 15, 20], [NUM_LEVELS, "3"], [], 3),
-        # A fine-tuning keeps the levels of its checkpoint.
-        ([10, 15, 20], [], [NUM_LEVELS], 4),
+        ([20, 30, 40], [], 4),
+        ([10, 15, 20], [NUM_LEVELS, "3"], 3),
     ],
 )
-def test_objects_of_about_one_size_get_one_level(tmp_path, sides, opts, trained, expected):
-    json_file, images = write_shapes(tmp_path, 2)
+def test_objects_of_about_one_size_get_one_level(tmp_path, sides, opts, expected):
+    _, notes, cfg = follow([*squares(tmp_path, sides), *opts], file="small_data/efficientnet_lite0")
+    assert config.value(cfg, NUM_LEVELS) == expected
+    levels = [note for note in notes if note.startswith(NUM_LEVELS)]
+    assert len(levels) == (expected == 1)
+    for note in levels:
+        expected = "because for 90 % of the objects sqrt(width * height) is 45 to 90 pixels in training (the config"
+        assert expected in note
+
+
+def squares(folder, sides, past_the_edge=0):
+    """Return the overrides of a data set of squares in two images of two sizes."""
+    json_file, images = write_shapes(folder, 2)
     content = json.loads(open(json_file).read())
     entry = content["annotations"][0]
     # Images are resized to one size, so the same objects in a larger image change nothing.
@@ -102,19 +115,40 @@ def test_objects_of_about_one_size_get_one_level(tmp_path, sides, opts, trained,
     second.update(height=20 * 64, width=30 * 64)
     content["annotations"] = [
         {**entry, "id": len(sides) * image["id"] + index, "image_id": image["id"], "iscrowd": 0,
-         "segmentation": [[0, 0, side * scale, 0, side * scale, side * scale, 0, side * scale]]}
+         "segmentation": [[scale * x for x in (-past_the_edge, 0, side, 0, side, side, -past_the_edge, side)]]}
         for image, scale in ((first, 1), (second, 20)) for index, side in enumerate(sides)
     ]  # fmt: skip
     with open(json_file, "w") as file:
         json.dump(content, file)
-    opts = [*opts, "DATASETS.TRAIN_JSON", repr(json_file), "DATASETS.TRAIN_IMAGES", repr(images)]
-    _, notes, cfg = follow([*opts, "DATASETS.TEST", "()"], trained, "small_data/efficientnet_lite0")
-    assert config.value(cfg, NUM_LEVELS) == expected
-    levels = [note for note in notes if note.startswith(NUM_LEVELS)]
-    assert len(levels) == (expected == 1)
-    for note in levels:
-        expected = "because 90 % of the objects have sides of 0.16 to 0.31 of the image's short side (the config file's"
-        assert expected in note
+    return ["DATASETS.TRAIN_JSON", repr(json_file), "DATASETS.TRAIN_IMAGES", repr(images), "DATASETS.TEST", "()"]
+
+
+def test_what_lies_outside_of_the_image_is_not_part_of_the_size(tmp_path):
+    opts = squares(tmp_path, [10, 15, 20], past_the_edge=100)
+    assert config.value(follow(opts, file="small_data/efficientnet_lite0")[2], NUM_LEVELS) == 1
+
+
+@pytest.mark.parametrize(("sides", "trained"), [([10, 15, 20], 4), ([2, 20, 30], 1)])
+def test_a_fine_tuning_keeps_the_levels_of_its_checkpoint(tmp_path, sides, trained):
+    weights = tmp_path / "a.pth"
+    torch.save({"model": placed_model(NUM_LEVELS, trained).state_dict()}, weights)
+    cfg = load_config("small_data/efficientnet_lite0", squares(tmp_path, sides))
+    cfg.DATASETS.TEST_JSON = cfg.DATASETS.TEST_IMAGES = ""
+    register_user_datasets(cfg)
+    follow_data(cfg, lambda: trained_keys(cfg, str(weights)))
+    assert config.value(cfg, NUM_LEVELS) == trained
+
+
+def test_data_sets_of_unknown_sizes_change_no_level(tmp_path):
+    cfg = load_config("small_data/efficientnet_lite0", squares(tmp_path, [10, 15, 20]))
+    cfg.DATASETS.TEST_JSON = cfg.DATASETS.TEST_IMAGES = ""
+    register_user_datasets(cfg)
+    other = register_shapes(tmp_path / "other", "shapes_of_unknown_sizes")
+    metadata = MetadataCatalog.get(other)
+    del metadata.object_sides
+    cfg.DATASETS.TRAIN = (*cfg.DATASETS.TRAIN, other)
+    follow_data(cfg, dict)
+    assert config.value(cfg, NUM_LEVELS) == 4
 
 
 def test_decoders_without_levels_have_no_level_to_set(data):

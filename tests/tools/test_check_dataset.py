@@ -53,10 +53,11 @@ def test_the_levels_that_a_training_sets(tmp_path, capsys):
     content = flawed("none")
     content["annotations"][1:3] = [annotation(2, 1, 3, 30, 8, 15), annotation(3, 2, 17, 2, 2, 15)]
     files = write(tmp_path, content)
-    line = "A training sets MODEL.SPARSE_INST.DECODER.NUM_LEVELS 1 by itself, because 90 % of the objects have sides of"
-    assert line in check(capsys, *files, "--recipe", "ordinary")[1]
-    for others in (["--evaluation"], ["--opts", "MODEL.SPARSE_INST.DECODER.NUM_LEVELS", "4"]):
-        assert "NUM_LEVELS" not in check(capsys, *files, "--recipe", "ordinary", *others)[1]
+    small = ["--recipe", "ordinary", "--opts", "INPUT.MIN_SIZE_TRAIN", "(128,)"]
+    line = "A training sets MODEL.SPARSE_INST.DECODER.NUM_LEVELS 1 by itself, because for 90 % of the objects sqrt("
+    assert line in check(capsys, *files, *small)[1]
+    assert "NUM_LEVELS" not in check(capsys, *files, "--evaluation", *small)[1]
+    assert "NUM_LEVELS" not in check(capsys, *files, *small, "MODEL.SPARSE_INST.DECODER.NUM_LEVELS", "4")[1]
 
 
 def test_a_model_of_another_interface(tmp_path, capsys):

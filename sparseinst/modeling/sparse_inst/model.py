@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
@@ -11,12 +12,12 @@ from detectron2.structures import ImageList, Instances
 from torch import nn
 from torch.nn import functional as F
 
-from sparseinst.config import check_values
+from sparseinst.config import check_values, registered
 from sparseinst.modeling.auxiliary import SemSegHead, build_backbone
 from sparseinst.modeling.meta_arch import InstanceSegmenter, OutputOptions, check_not_traced
 from sparseinst.modeling.sparse_inst import config, placed_criterion, placed_decoder  # noqa: F401 (registers them)
 from sparseinst.modeling.sparse_inst.criterion import build_sparse_inst_criterion
-from sparseinst.modeling.sparse_inst.decoder import build_sparse_inst_decoder
+from sparseinst.modeling.sparse_inst.decoder import SPARSE_INST_DECODER_REGISTRY, build_sparse_inst_decoder
 from sparseinst.modeling.sparse_inst.encoder import build_sparse_inst_encoder
 from sparseinst.modeling.sparse_inst.example_outputs import draw_outputs
 from sparseinst.modeling.sparse_inst.placed_levels import why_one_level
@@ -60,7 +61,6 @@ class SparseInst(InstanceSegmenter):
     mask_nms_key: ClassVar[str] = config.MASK_NMS_KEY
     activation_maps_key: ClassVar[str] = config.ACTIVATION_MAPS_KEY
     lossless_targets_key: ClassVar[str] = config.LOSSLESS_TARGETS_KEY
-    unshaped_keys: ClassVar[tuple[str, ...]] = (config.NUM_LEVELS_KEY,)
     float_layers: ClassVar[tuple[str, ...]] = ("iam_conv", "heatmap", "saliency", "displacement")
 
     @configurable
@@ -135,7 +135,8 @@ class SparseInst(InstanceSegmenter):
         heatmap = tensors.get(f"{branch}heatmap.weight")
         if heatmap is not None and heatmap.dim() == 4 and len(heatmap):
             # The number of peaks is free.
-            return {cls.num_classes_key: len(heatmap)}
+            levels = tensors.get(f"{branch}levels", ())
+            return {cls.num_classes_key: len(heatmap), **({config.NUM_LEVELS_KEY: len(levels)} if len(levels) else {})}
         names = [f"{branch}{name}.weight" for name in ("cls_score", "iam_conv")]
         if any(name not in tensors for name in names):
             return {}
@@ -148,10 +149,13 @@ class SparseInst(InstanceSegmenter):
 
     @classmethod
     def keys_for_sides(cls, cfg: CfgNode, sides: Sequence[float]) -> dict[str, tuple[int, str]]:
-        """Return one level for objects of about one size, where the decoder has levels; see the base class."""
-        has_levels = cfg.MODEL.SPARSE_INST.DECODER.NAME == "PlacedIAMDecoder"
-        reason = why_one_level(sides) if has_levels else ""
-        return {config.NUM_LEVELS_KEY: (1, reason)} if reason else {}
+        """Return the levels of a `PlacedIAMDecoder`: one for objects of about one size; see the base class."""
+        decoder = registered(SPARSE_INST_DECODER_REGISTRY, cfg, "MODEL.SPARSE_INST.DECODER.NAME")
+        if not (isinstance(decoder, type) and issubclass(decoder, placed_decoder.PlacedIAMDecoder)):
+            return {}
+        short_side = cfg.INPUT.SQUARE_SIZE or np.max(cfg.INPUT.MIN_SIZE_TRAIN)
+        reason = why_one_level(short_side * np.array(sides))
+        return {config.NUM_LEVELS_KEY: (1, reason) if reason else (cfg.MODEL.SPARSE_INST.DECODER.NUM_LEVELS, "")}
 
     @classmethod
     def target_check(cls, cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:

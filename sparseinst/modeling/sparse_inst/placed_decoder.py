@@ -71,7 +71,8 @@ class PlacedInstanceBranch(nn.Module):
         num_classes: K.
         kernel_dim: D.
         norm: norm of the 3x3 convolutions, "" for none.
-        num_levels: levels of cells.
+        num_levels: most levels of cells, DECODER.NUM_LEVELS.
+        max_levels: most levels whose cells are not too large.
     """
 
     iam_normalization = "softmax"
@@ -87,6 +88,7 @@ class PlacedInstanceBranch(nn.Module):
         kernel_dim: int = 128,
         norm: str = "",
         num_levels: int = 4,
+        max_levels: int = 4,
     ) -> None:
         super().__init__()
         self.num_masks = num_masks
@@ -96,7 +98,9 @@ class PlacedInstanceBranch(nn.Module):
         self.peak_fc = nn.Linear(dim, dim)
         self.mask_kernel = nn.Linear(dim, kernel_dim)
         self.objectness = nn.Linear(dim, 1)
-        self.num_levels = num_levels
+        self.num_levels = min(num_levels, max_levels)
+        # In the state dict, because no other tensor's shape tells the DECODER.NUM_LEVELS of a checkpoint.
+        self.register_buffer("levels", torch.arange(num_levels))
         self.level_box = nn.Linear(dim, 4)
         self.ellipse = nn.Linear(dim, len(ELLIPSE))
 
@@ -214,9 +218,9 @@ class PlacedIAMDecoder(BaseIAMDecoder):
             )
         # A backbone of a user may not know its strides.
         levels_of_stride = 1 + int(math.log2(max(COARSEST_STRIDE / (input_shape.stride or 1), 1)))
-        num_levels = min(decoder.NUM_LEVELS, levels_of_stride)
+        levels = {"num_levels": decoder.NUM_LEVELS, "max_levels": levels_of_stride}
         return {
-            "inst_branch": PlacedInstanceBranch(**instance_branch_arguments(cfg, input_shape), num_levels=num_levels),
+            "inst_branch": PlacedInstanceBranch(**instance_branch_arguments(cfg, input_shape), **levels),
             "mask_branch": SubpixelMaskBranch(
                 **mask_branch_arguments(cfg, input_shape),
                 upscale=decoder.SCALE_FACTOR,

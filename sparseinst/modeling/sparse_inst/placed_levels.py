@@ -5,7 +5,6 @@ An object belongs to the level on which it is about `OBJECT_CELLS` cells large, 
 one row, finest level first: T cells. Letters: sparseinst.structures.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +20,9 @@ COARSEST_STRIDE = 32
 OBJECT_CELLS = 6.0
 # On a level this far from its own size an instance is background in full. Neighboring levels have a distance of 1.
 FAR_LEVEL = 1.5
-# One level alone suits objects whose sides differ by less than this factor, and are below this share of the image's
-# short side. Measured in docs/own_data.md: factors of 3.6 and 4.1 against 24, shares of up to 0.5.
-ONE_LEVEL_SPREAD, ONE_LEVEL_SIDE = 8.0, 0.6
+# One level suits objects whose sides differ by less than this factor, and are below this number of pixels in training.
+# It was better for factors of 3.6 and 4.1 and up to 105 pixels, and worse for a factor of 24 (docs/own_data.md).
+ONE_LEVEL_SPREAD, ONE_LEVEL_SIDE = 8.0, 150.0
 # Standard deviation of the Gaussian of each activation map, in cells of its level.
 MAP_RADIUS = 1.5
 # Logit of an activation map on the other levels.
@@ -145,12 +144,12 @@ def levels_of(gt_boxes: torch.Tensor, size: tuple[int, int], num_levels: int) ->
     return (sides.prod(1).sqrt() / OBJECT_CELLS).log2().clamp(0, num_levels - 1)
 
 
-def why_one_level(sides: Sequence[float]) -> str:
-    """Return why one level suits objects with these sides, in shares of the image's short side; "": it does not."""
+def why_one_level(sides: np.ndarray) -> str:
+    """Return why one level suits objects with these sides (N,), in pixels; an empty text where it does not."""
     small, large = np.percentile(sides, (5, 95)) if len(sides) else (0, 0)
-    if not small or large >= min(ONE_LEVEL_SPREAD * small, ONE_LEVEL_SIDE):
+    if not large < min(ONE_LEVEL_SPREAD * small, ONE_LEVEL_SIDE):
         return ""
-    return f"because 90 % of the objects have sides of {small:.2f} to {large:.2f} of the image's short side"
+    return f"because for 90 % of the objects sqrt(width * height) is {small:.0f} to {large:.0f} pixels in training"
 
 
 def heatmap_of_levels(
