@@ -1,4 +1,4 @@
-"""Read class names and numbers of classes and instances from the checkpoint of a trained model."""
+"""Read class names and the keys that a model declares from the checkpoint of a trained model."""
 
 import math
 from collections.abc import Mapping

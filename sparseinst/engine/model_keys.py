@@ -11,7 +11,7 @@ from sparseinst.runtime.exported_model import follow_exported
 
 
 def set_model_keys(cfg: CfgNode, *, eval_only: bool, resume: bool) -> list[str]:
-    """Set the numbers of classes, instances and detections that the user left out, in place.
+    """Set the keys of classes, instances, detections and levels that the user left out, in place.
 
     A resumed or evaluated model has those of its checkpoint; a new training those of its data.
 

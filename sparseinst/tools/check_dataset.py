@@ -1,7 +1,7 @@
 """Report the problems and the content of a data set: ``python -m sparseinst.tools.check_dataset JSON IMAGES``.
 
-Reads a COCO json and all of its images, reports all problems at once, and prints the numbers of classes and masks that
-a training sets for the data. Exit code 0: a training runs, perhaps with warnings; 1: the data would stop a training;
+Reads a COCO json and all of its images, reports all problems at once, and prints the keys that a training sets for
+the data. Exit code 0: a training runs, perhaps with warnings; 1: the data would stop a training;
 2: the arguments are wrong.
 """
 

@@ -10,7 +10,8 @@ Each recipe gets the iterations that fit into the time, measured by a short trai
 --iterations; its schedule is scaled to them. With several --minutes, --plot draws AP over time. Each training runs in a
 process of one thread; evaluations do not count. Runs that have results are not repeated, and interrupted ones are
 continued, so the command can be given again with more times, seeds, recipes or data. A recipe or data that
-changed under their name are refused; changed images or modules of --import are not noticed.
+changed under their name are refused; changed images, modules of --import or versions of this package
+are not noticed.
 """
 
 import argparse

@@ -21,7 +21,7 @@ OBJECT_CELLS = 6.0
 # On a level this far from its own size an instance is background in full. Neighboring levels have a distance of 1.
 FAR_LEVEL = 1.5
 # One level suits objects whose sides differ by less than this factor, and are below this number of pixels in training.
-# It was better for factors of 3.6 and 4.1 and up to 105 pixels, and worse for a factor of 24 (docs/own_data.md).
+# Measured in docs/own_data.md: better for factors of 3.6 and 4.1 and up to 105 pixels, worse for a factor of 24.
 ONE_LEVEL_SPREAD, ONE_LEVEL_SIDE = 8.0, 150.0
 # Standard deviation of the Gaussian of each activation map, in cells of its level.
 MAP_RADIUS = 1.5
