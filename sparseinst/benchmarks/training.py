@@ -19,7 +19,6 @@ from sparseinst.benchmarks.settings import Measurement, check_segmenter
 from sparseinst.config import meta_architecture, register_models
 from sparseinst.data.coco_json import register_user_datasets
 from sparseinst.data.loader import TrainLoader
-from sparseinst.data.model_keys import follow_data
 from sparseinst.engine.trainer import Trainer
 from sparseinst.evaluation.stage_timer import StageTimer, now, peak_bytes, resident_bytes
 from sparseinst.modeling.meta_arch import InstanceSegmenter
@@ -147,11 +146,13 @@ class _CachedLoader:
 
 
 def as_training(cfg: CfgNode) -> CfgNode:
-    """Return a copy of a config that trains on its own data from random weights, without evaluation and trackers."""
+    """Return a copy of a config that trains on its own data from random weights, without evaluation and trackers.
+
+    Keys that follow the data in a training, such as the number of levels, keep the config's values.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     register_user_datasets(cfg, ("TRAIN",))
-    follow_data(cfg, dict)
     cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST, cfg.VIS_PERIOD, cfg.TRACKERS = "", (), 0, []
     cfg.SEED = max(cfg.SEED, 0)
     return cfg

@@ -73,7 +73,7 @@ class JsonReport(NamedTuple):
     findings: list[Finding]
     num_instances: Counter[int]
     usable: dict[int, ImageEntry]
-    sides: dict[int, list[float]]
+    sides: dict[int, list[list[float]]]
 
     def add(self, kind: str, message: str, stops: bool = True) -> None:
         """Append a finding."""

@@ -50,9 +50,9 @@ class Shapes(NamedTuple):
     are_polygons: np.ndarray
 
     def sides(self) -> np.ndarray:
-        """Return the root of the area of each mask's box inside the image over the image's short side, (N,)."""
-        widths, heights = (self.inside()[:, 2:] - self.inside()[:, :2]).T
-        return np.sqrt(widths * heights) / self.sizes.min(axis=1)
+        """Return (N, 3): the root of the area of each mask's box inside the image, the image's short and long side."""
+        boxes = self.inside()[:, 2:] - self.inside()[:, :2]
+        return np.stack([np.sqrt(boxes.prod(axis=1)), self.sizes.min(axis=1), self.sizes.max(axis=1)], axis=1)
 
     def inside(self) -> np.ndarray:
         """Return the bounds, cut at the edges of the image."""

@@ -1,15 +1,29 @@
 """Set the model's keys to what the training data need."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from sparseinst import config
 from sparseinst.data.coco_json import class_info
 from sparseinst.data.crowded_images import MOST_INSTANCES, instances_of_images
+
+
+def sides_in_training(cfg: CfgNode, sides: Iterable[list[list[float]]]) -> np.ndarray:
+    """Return the sides of objects in pixels at the training's largest size, (N,).
+
+    Args:
+        cfg: INPUT is read.
+        sides: of the objects of each image, see `Shapes.sides`.
+    """
+    sides, shorts, longs = np.array([*chain.from_iterable(sides)]).reshape(-1, 3).T
+    if cfg.INPUT.SQUARE_SIZE:
+        return sides * cfg.INPUT.SQUARE_SIZE / np.sqrt(shorts * longs)
+    return sides * np.minimum(np.max(cfg.INPUT.MIN_SIZE_TRAIN) / shorts, cfg.INPUT.MAX_SIZE_TRAIN / longs)
 
 
 def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[str]:
@@ -44,9 +58,9 @@ def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[
 
     trained = functools.cache(trained)
     sides = [MetadataCatalog.get(name).get("object_sides") for name in cfg.DATASETS.TRAIN]
-    sides = [] if None in sides else [*chain.from_iterable(chain.from_iterable(each.values()) for each in sides)]
+    sides = [] if None in sides else chain.from_iterable(each.values() for each in sides)
     keys_for_sides = getattr(config.meta_architecture(cfg), "keys_for_sides", lambda *_: {})
-    for key, (value, reason) in keys_for_sides(cfg, sides).items():
+    for key, (value, reason) in keys_for_sides(cfg, sides_in_training(cfg, sides)).items():
         if key in trained():
             value, reason = trained()[key], "as in MODEL.WEIGHTS"
         if (now := config.value(cfg, key)) != value and not config.is_explicit(cfg, key):

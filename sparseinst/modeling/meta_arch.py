@@ -175,7 +175,7 @@ class InstanceSegmenter(nn.Module, ABC):
     def keys_for_sides(cls, cfg: CfgNode, sides: Sequence[float]) -> dict[str, tuple[int, str]]:
         """Return the keys that depend on the objects' sizes, each with value and reason; none by default.
 
-        ``sides`` are the roots of the areas of the objects' boxes, over the short side of their image.
+        ``sides`` are the roots of the areas of the objects' boxes, in pixels at the training's largest size.
         """
         return {}
 

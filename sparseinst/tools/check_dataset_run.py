@@ -31,6 +31,7 @@ from sparseinst.data.image_files import (
 from sparseinst.data.images import DataError, ImageReadError, read_image, read_image_size
 from sparseinst.data.json_file import read_json
 from sparseinst.data.mask_decoding import read_mask
+from sparseinst.data.model_keys import sides_in_training
 from sparseinst.data.other_formats import describe_path
 from sparseinst.data.recipes import check_recipe_packages, choose_recipe
 from sparseinst.modeling.meta_arch import InstanceSegmenter
@@ -285,7 +286,7 @@ def run(args: argparse.Namespace) -> int:
     remedy = model.lossless_targets_key and f"{model.lossless_targets_key} True"
     for line in describe_content(content, surveys, cfg, remedy, is_in_target is None):
         print(line)
-    sides = [side for of_image in report.sides.values() for side in of_image]
+    sides = sides_in_training(cfg, report.sides.values())
     for key, (value, reason) in model.keys_for_sides(cfg, sides).items():
         if value != config.value(cfg, key) and not args.evaluation and not config.is_explicit(cfg, key):
             print(f"A training sets {key} {value} by itself, {reason}, unless MODEL.WEIGHTS determines it")

@@ -11,7 +11,7 @@ from sparseinst.checkpoint.trained_keys import trained_keys
 from sparseinst.config import load_config
 from sparseinst.data import register_user_datasets
 from sparseinst.data.coco_json import check_num_classes, log_data_warnings
-from sparseinst.data.model_keys import follow_data
+from sparseinst.data.model_keys import follow_data, sides_in_training
 from tests.shapes_data import register_shapes, write_shapes
 from tests.tiny_model import placed_model
 
@@ -101,7 +101,7 @@ def test_objects_of_about_one_size_get_one_level(tmp_path, sides, opts, expected
     levels = [note for note in notes if note.startswith(NUM_LEVELS)]
     assert len(levels) == (expected == 1)
     for note in levels:
-        expected = "because for 90 % of the objects sqrt(width * height) is 45 to 90 pixels in training (the config"
+        expected = "because for 90 % of the objects sqrt(width * height) is 41 to 88 pixels in training (the config"
         assert expected in note
 
 
@@ -110,7 +110,7 @@ def squares(folder, sides, past_the_edge=0):
     json_file, images = write_shapes(folder, 2)
     content = json.loads(open(json_file).read())
     entry = content["annotations"][0]
-    # Images are resized to one size, so the same objects in a larger image change nothing.
+    # Images are resized to a short side of 288 (times 4.5) and a long side of at most 384 (times 0.2).
     first, second = content["images"]
     second.update(height=20 * 64, width=30 * 64)
     content["annotations"] = [
@@ -121,6 +121,21 @@ def squares(folder, sides, past_the_edge=0):
     with open(json_file, "w") as file:
         json.dump(content, file)
     return ["DATASETS.TRAIN_JSON", repr(json_file), "DATASETS.TRAIN_IMAGES", repr(images), "DATASETS.TEST", "()"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        # By the short side; by the long side, which is at most 320; the square of 256, whose sides are 4 and 2 times.
+        (["INPUT.MIN_SIZE_TRAIN", "(64, 96)", "INPUT.MAX_SIZE_TRAIN", "1000"], 15),
+        (["INPUT.MIN_SIZE_TRAIN", "(512,)", "INPUT.MAX_SIZE_TRAIN", "320"], 25),
+        (["INPUT.SQUARE_SIZE", "256"], 10 * 8**0.5),
+    ],
+)
+def test_sides_at_the_largest_size_of_the_training(opts, expected):
+    cfg = load_config("small_data/efficientnet_lite0", opts)
+    assert sides_in_training(cfg, [[[10, 64, 128]]]) == pytest.approx([expected])
+    assert len(sides_in_training(cfg, [])) == 0
 
 
 def test_what_lies_outside_of_the_image_is_not_part_of_the_size(tmp_path):

@@ -12,5 +12,6 @@ KEY_HINTS = (
     KeyHint(r"^decoder\..*\biam_conv\.\w+$", f"{_DECODER}NUM_MASKS or GROUPS", first_axis=True),
     KeyHint(r"^decoder\..*\b(mask_kernel|projection)\.\w+$", f"{_DECODER}KERNEL_DIM", first_axis=True),
     KeyHint(r"^decoder\..*\b(cls_score|iam_conv|mask_kernel|objectness|fc)\.\w+$", f"{_DECODER}GROUPS or INST.DIM"),
+    KeyHint(r"^decoder\.inst_branch\.levels$", f"{_DECODER}NUM_LEVELS", first_axis=True),
     KeyHint(r"^decoder\.", f"{_DECODER}INST.DIM or MASK.DIM, or {_NUM_CHANNELS}"),
 )

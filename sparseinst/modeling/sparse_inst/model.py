@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
@@ -130,13 +129,16 @@ class SparseInst(InstanceSegmenter):
 
     @classmethod
     def trained_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Return the numbers of classes and of masks; see the base class."""
+        """Return the numbers of classes, masks and levels; see the base class."""
         branch = "decoder.inst_branch."
         heatmap = tensors.get(f"{branch}heatmap.weight")
         if heatmap is not None and heatmap.dim() == 4 and len(heatmap):
             # The number of peaks is free.
-            levels = tensors.get(f"{branch}levels", ())
-            return {cls.num_classes_key: len(heatmap), **({config.NUM_LEVELS_KEY: len(levels)} if len(levels) else {})}
+            keys = {cls.num_classes_key: len(heatmap)}
+            levels = tensors.get(f"{branch}levels")
+            if levels is not None and levels.dim() == 1 and len(levels):
+                keys[config.NUM_LEVELS_KEY] = len(levels)
+            return keys
         names = [f"{branch}{name}.weight" for name in ("cls_score", "iam_conv")]
         if any(name not in tensors for name in names):
             return {}
@@ -153,8 +155,7 @@ class SparseInst(InstanceSegmenter):
         decoder = registered(SPARSE_INST_DECODER_REGISTRY, cfg, "MODEL.SPARSE_INST.DECODER.NAME")
         if not (isinstance(decoder, type) and issubclass(decoder, placed_decoder.PlacedIAMDecoder)):
             return {}
-        short_side = cfg.INPUT.SQUARE_SIZE or np.max(cfg.INPUT.MIN_SIZE_TRAIN)
-        reason = why_one_level(short_side * np.array(sides))
+        reason = why_one_level(sides)
         return {config.NUM_LEVELS_KEY: (1, reason) if reason else (cfg.MODEL.SPARSE_INST.DECODER.NUM_LEVELS, "")}
 
     @classmethod

@@ -88,7 +88,7 @@ class PlacedInstanceBranch(nn.Module):
         kernel_dim: int = 128,
         norm: str = "",
         num_levels: int = 4,
-        max_levels: int = 4,
+        max_levels: int = 6,
     ) -> None:
         super().__init__()
         self.num_masks = num_masks

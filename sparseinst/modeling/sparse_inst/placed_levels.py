@@ -21,7 +21,8 @@ OBJECT_CELLS = 6.0
 # On a level this far from its own size an instance is background in full. Neighboring levels have a distance of 1.
 FAR_LEVEL = 1.5
 # One level suits objects whose sides differ by less than this factor, and are below this number of pixels in training.
-# Measured in docs/own_data.md: better for factors of 3.6 and 4.1 and up to 105 pixels, worse for a factor of 24.
+# Measured in docs/own_data.md: better for factors of 3.6 and 4.1, objects of up to 105 pixels; worse for factors of 24
+# and 32. Between them nothing was measured.
 ONE_LEVEL_SPREAD, ONE_LEVEL_SIDE = 8.0, 150.0
 # Standard deviation of the Gaussian of each activation map, in cells of its level.
 MAP_RADIUS = 1.5
@@ -145,7 +146,7 @@ def levels_of(gt_boxes: torch.Tensor, size: tuple[int, int], num_levels: int) ->
 
 
 def why_one_level(sides: np.ndarray) -> str:
-    """Return why one level suits objects with these sides (N,), in pixels; an empty text where it does not."""
+    """Return why one level suits objects with these sides, (N,) pixels in training; an empty text where it does not."""
     small, large = np.percentile(sides, (5, 95)) if len(sides) else (0, 0)
     if not large < min(ONE_LEVEL_SPREAD * small, ONE_LEVEL_SIDE):
         return ""
