@@ -357,9 +357,14 @@ def test_scores_are_those_of_the_peaks():
     assert len(instances["instances"]) > 0
 
 
-def test_a_checkpoint_tells_the_number_of_classes_alone():
-    keys = SparseInst.trained_keys(placed_model().state_dict())
-    assert keys == {"MODEL.SPARSE_INST.DECODER.NUM_CLASSES": 3}
+def test_a_checkpoint_tells_the_numbers_of_classes_and_of_levels():
+    state = placed_model("MODEL.SPARSE_INST.DECODER.NUM_LEVELS", 2).state_dict()
+    keys = {"MODEL.SPARSE_INST.DECODER.NUM_CLASSES": 3, "MODEL.SPARSE_INST.DECODER.NUM_LEVELS": 2}
+    assert SparseInst.trained_keys(state) == keys
+    # The number of a config counts, which the decoder's stride may bound.
+    assert SparseInst.trained_keys(placed_model().state_dict()) == {**keys, "MODEL.SPARSE_INST.DECODER.NUM_LEVELS": 4}
+    state["decoder.inst_branch.levels"] = torch.tensor(1)
+    assert len(SparseInst.trained_keys(state)) == 1
 
 
 def test_the_network_exports_with_any_size():
