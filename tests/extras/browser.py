@@ -1,6 +1,7 @@
 """What tests of the page do in the browser."""
 
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 
 
 def choose(page, *contents, name="photo.png", kind="image/png"):

@@ -12,11 +12,9 @@ playwright = pytest.importorskip("playwright.sync_api", reason="make test-extras
 from sparseinst.inference import Predictor  # noqa: E402
 from sparseinst.serving.answers import answer  # noqa: E402
 from sparseinst.serving.limits import Limits  # noqa: E402
-from tests.extras.browser import DESKTOP, center_of, choose, wait_for_objects  # noqa: E402
+from tests.extras.browser import DESKTOP, PHONE, center_of, choose, wait_for_objects  # noqa: E402
 from tests.serving.service import image_bytes, metric, running, stub_predictor  # noqa: E402
 from tests.tiny_model import tiny_cfg, tiny_model  # noqa: E402
-
-PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 
 
 def test_masks_are_decoded_as_pycocotools_decodes_them(service, open_page):
