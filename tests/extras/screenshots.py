@@ -14,13 +14,13 @@ from tests.extras.browser import DESKTOP, PHONE
 from tests.extras.conftest import find_chromium
 from tests.serving.service import running
 
-NUM_IMAGES = 6
+FIRST, NUM_IMAGES = 22, 6
 
 
 def main(weights: str, images: str, output: str) -> None:
     """Save serving.jpg and serving_phone.jpg in a folder."""
     load = predictor_loader(weights, None, [])
-    files = sorted(map(str, Path(images).iterdir()))[:NUM_IMAGES]
+    files = sorted(map(str, Path(images).iterdir()))[FIRST : FIRST + NUM_IMAGES]
     with running(load, Limits(), file=Path(weights).name) as client, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
         for name, size in (("serving", DESKTOP), ("serving_phone", PHONE)):
