@@ -22,6 +22,10 @@ def assert_close(found, expected, tolerance=TOLERANCE):
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
+def arguments(module, x):
+    return x, module.weight, module.bias, module.transform, module.transform_back
+
+
 def in_float64(conv, x):
     bias = None if conv.bias is None else conv.bias.double()
     return F.conv2d(x.double(), conv.weight.double(), bias, padding=1)
@@ -45,18 +49,17 @@ def test_the_way_of_engines(size, batch):
     fast = WinogradConv2d(conv)
     x = torch.randn(batch, 7, *size)
     with torch.no_grad():
-        found = winograd.winograd_convolution_of_products(x, fast.weight, fast.bias, *fast.matrices)
+        found = winograd.winograd_convolution(*arguments(fast, x), chunk_bytes=None)
         assert_close(found, in_float64(conv, x))
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 40_000, 2**30])
-def test_chunks_give_the_same(monkeypatch, chunk_bytes):
+def test_chunks_give_the_same(chunk_bytes):
     x = torch.randn(2, 16, 37, 22)
     conv = WinogradConv2d(make_conv(16, 8))
     with torch.no_grad():
-        expected = in_float64(conv.conv, x)
-        monkeypatch.setattr(winograd, "_CHUNK_BYTES", chunk_bytes)
-        assert_close(conv(x), expected)
+        found = winograd.winograd_convolution(*arguments(conv, x), chunk_bytes=chunk_bytes)
+        assert_close(found, in_float64(conv.conv, x))
 
 
 def test_large_values_and_layouts():
@@ -119,6 +122,6 @@ def test_replaced_in_place_and_once():
 def test_what_a_compiler_is_told_of_it(size):
     module = WinogradConv2d(make_conv(6, 5))
     x = torch.randn(2, 6, *size)
-    arguments = (x, module.weight, module.bias, module.pixel_scale)
-    library.opcheck(winograd._opaque_convolution, arguments)
-    assert torch.equal(winograd._opaque_convolution(*arguments), winograd.winograd_convolution(*arguments))
+    library.opcheck(winograd._opaque_convolution, arguments(module, x))
+    found = winograd._opaque_convolution(*arguments(module, x))
+    assert torch.equal(found, winograd.winograd_convolution(*arguments(module, x)))
