@@ -89,6 +89,8 @@ class OpenVINONetwork:
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+            # A thread that is pinned to a core waits there for another program while the other cores are idle.
+            "ENABLE_CPU_PINNING": False,
         }
         self._names = [output.get_any_name() for output in program.outputs]
         self._batch_size = batch_size

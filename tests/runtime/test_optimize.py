@@ -325,6 +325,21 @@ def test_openvino_gives_the_same_numbers_at_any_size(model, monkeypatch, winogra
             assert_close(optimized.network(images), model.network(images))
 
 
+def test_threads_of_openvino_are_not_pinned(model, monkeypatch):
+    openvino = pytest.importorskip("openvino", reason="the package openvino (extra 'openvino') is not installed")
+    found = []
+    compile_model = openvino.Core.compile_model
+
+    def compile_and_look(*arguments):
+        program = compile_model(*arguments)
+        found.append(program.get_property("ENABLE_CPU_PINNING"))
+        return program
+
+    monkeypatch.setattr(openvino.Core, "compile_model", compile_and_look)
+    optimize_for_inference(model, engine="openvino")
+    assert found == [False]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
