@@ -145,6 +145,11 @@ def optimize_for_inference(
             f"RUNTIME.ENGINE {engine} runs on the CPU in {' or '.join(precisions)}, without RUNTIME.COMPILE; set "
             f"MODEL.DEVICE cpu, PRECISION {precisions[0]} and COMPILE False, or ENGINE torch"
         )
+    if precision == "float16" and model.device.type == "cpu":
+        logger.warning(
+            "RUNTIME.PRECISION float16 is slower than float32 on a CPU: set it to float32, or to bfloat16 where the "
+            "processor has such instructions"
+        )
     original, model = model, inference_copy(model)
     example = example_images(model)
     with torch.no_grad():

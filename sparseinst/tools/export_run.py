@@ -125,6 +125,9 @@ def export(cfg: CfgNode, args: argparse.Namespace) -> tuple[Path, ExportMetadata
         register_user_datasets(cfg, ("TEST",))
     for note in follow_checkpoint(cfg, cfg.MODEL.WEIGHTS):
         logger.info("%s", note)
+    if not cfg.MODEL.WEIGHTS:
+        # Random weights may give scores near 0 everywhere, whose relative rounding is large: a refusal can be repeated.
+        torch.manual_seed(0)
     model = build_model(cfg).eval().requires_grad_(False)
     if not isinstance(model, InstanceSegmenter):
         raise ValueError(f"MODEL.META_ARCHITECTURE is {type(model).__name__}; expected an InstanceSegmenter")

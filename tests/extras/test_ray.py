@@ -1,7 +1,10 @@
 """A local Ray with two actors writes the lines that one process of `sparseinst predict` writes."""
 
 import json
+import os
+import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,11 +49,20 @@ def lines_of_one_process(folder):
     return [json.loads(line) for line in output.read_text().splitlines()[1:]]
 
 
+class NotingStage(PredictStage):
+    """Also returns the process of the actor, after a pause in which the other actor gets a batch."""
+
+    def __call__(self, batch):
+        time.sleep(0.5)
+        return super().__call__(batch) | {"process": np.full(len(batch["path"]), os.getpid())}
+
+
 def test_two_actors_give_the_lines_of_one_process(local_ray, workspace):
     cfg = load_config(str(workspace / "config.yaml"))
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     files = ray.data.read_binary_files(list_images([str(workspace / "in")]), include_paths=True)
-    rows = files.map_batches(PredictStage, fn_constructor_args=(cfg,), concurrency=2, batch_size=2).take_all()
+    rows = files.map_batches(NotingStage, fn_constructor_args=(cfg,), concurrency=2, batch_size=2).take_all()
+    assert len({row["process"] for row in rows}) == 2
     found = {row["path"]: json.loads(row["line"]) for row in rows}
     expected = {line["file_name"]: line for line in lines_of_one_process(workspace)}
     assert list(found) == list(expected) and len(found) == NUM_IMAGES + 2

@@ -118,6 +118,14 @@ def test_half_precision_within_its_rounding(model, precision, tolerance):
         assert_close({name: value.float() for name, value in outputs.items()}, model.network(images), tolerance)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_float16_on_a_cpu_is_a_warning(model, caplog, precision):
+    logging.getLogger("sparseinst").propagate = True
+    with caplog.at_level(logging.WARNING):
+        optimize_for_inference(model, precision=precision)
+    assert ("float16 is slower than float32 on a CPU" in caplog.text) == (precision == "float16")
+
+
 def test_half_weights_are_what_autocast_makes_of_them(model, monkeypatch):
     images = torch.randn(2, 3, 64, 96)
     held = optimize_for_inference(model, precision="bfloat16")

@@ -228,9 +228,15 @@ def test_end_to_end_in_cpp(tmp_path, mask_nms):
     (expected,) = Predictor(load_config(str(tmp_path / "config.yaml"), opts))([image], "RGB")
     expected = expected[:4]
     assert len(lines) == len(expected) > 0
-    for line, score, index, mask in zip(lines, expected.scores, expected.pred_classes, expected.pred_masks):
+    fields = (expected.scores, expected.pred_classes, expected.pred_boxes.tensor, expected.pred_masks)
+    for line, score, index, box, mask in zip(lines, *fields):
         values = line.split()
         assert float(values[0]) == pytest.approx(float(score), abs=1e-4) and int(values[1]) == index
+        assert [int(value) for value in values[2:6]] == pytest.approx(box.tolist(), abs=1)
         assert abs(int(values[6]) - int(mask.sum())) <= 3
+    # An image of swapped channels, and the argument that swaps them.
+    (tmp_path / "a.ppm").write_bytes(b"P6\n96 64\n255\n" + image[:, :, ::-1].tobytes())
+    swapped = subprocess.run([*map(str, arguments), "bgr"], check=True, capture_output=True, text=True).stdout
+    assert swapped.splitlines() == lines
     wrong = subprocess.run([*map(str, arguments[:2]), str(tmp_path / "none.ppm"), "0"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: ")
