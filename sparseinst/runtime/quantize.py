@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import nncf
     import openvino
 
+logger = logging.getLogger(__name__)
+
 # Names in the lines of progress.
 _CALIBRATION, _ERRORS = "Calibration images", "Errors of single layers"
 _Node = TypeVar("_Node", bound=Hashable)
@@ -278,8 +280,11 @@ class _LayerFinder:
         return [node for name in names for node in self._nodes[name]]
 
     def skipped_nodes(self) -> set[str]:
-        """Return the nodes of the skipped layers."""
-        return {node for name in self._quantization.skipped for node in self._nodes.get(name, ())}
+        """Return the nodes of the skipped layers, and warn of a layer that was not noted."""
+        names = set(self._quantization.skipped) - {ADDITIONS}
+        if missing := sorted(names - self._nodes.keys()):
+            logger.warning("Quantized, because the exported network has no such weight: %s", ", ".join(missing))
+        return {node for name in names for node in self._nodes.get(name, ())}
 
 
 def _digest(values: np.ndarray) -> bytes:

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -16,8 +15,10 @@ from sparseinst.modeling.sparse_inst.fused import FusedDecoder
 from sparseinst.runtime import export, onnxruntime
 from sparseinst.runtime import optimize as optimization
 from sparseinst.runtime.optimize import OptimizedSegmenter, optimize_as_configured, optimize_for_inference
+from sparseinst.runtime.output_difference import is_close
 from sparseinst.runtime.rewrites import winograd
 from sparseinst.runtime.rewrites.fold_norms import fold_norms
+from sparseinst.runtime.rewrites.fuse import fused_copy
 from tests.runtime.optimized import assert_close, assert_optimized_equals
 from tests.tiny_model import random_input, tiny_cfg, tiny_model
 
@@ -26,7 +27,7 @@ def give_character(model, seed=0):
     """Norms and biases that are neither 0 nor 1, so that leaving one out is seen."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+        if isinstance(getattr(module, "running_mean", None), torch.Tensor):
             module.running_mean.copy_(0.1 * torch.randn(module.running_mean.shape, generator=generator))
             module.running_var.copy_(0.8 + 0.4 * torch.rand(module.running_var.shape, generator=generator))
         if isinstance(getattr(module, "bias", None), torch.Tensor):
@@ -163,6 +164,19 @@ def test_a_convolution_that_feeds_more_than_a_norm_keeps_it():
         assert fold_norms(module, lambda: module(x)) == 1
         assert torch.allclose(module(x), expected, atol=1e-5)
     assert isinstance(module.norm, nn.BatchNorm2d) and isinstance(module.its_norm, nn.Identity)
+
+
+def test_frozen_norms_of_timm_are_folded():
+    """Unfolded, they hid the backbone's layers from the quantization, whose weights OpenVINO folds."""
+    pytest.importorskip("timm", reason="the package timm (extra 'small-data') is not installed")
+    model = build_model(load_config("small_data/efficientnet_lite0", ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]))
+    give_character(model)
+    model.eval()
+    fused = fused_copy(model)
+    assert not [name for name, _ in fused.named_buffers() if name.endswith("running_var")]
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert is_close(fused.network(images), model.network(images), model.ranks_instances)
 
 
 def test_a_network_that_would_change_stays_as_it_is(model, caplog):

@@ -1,5 +1,6 @@
 """Quantization: which layers stay in float32, and the order of the others by their errors."""
 
+import logging
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -12,7 +13,14 @@ from torch import nn
 from sparseinst.runtime import quantize
 from sparseinst.runtime.export import ExportableNetwork, export_program, onnx_bytes
 from sparseinst.runtime.onnxruntime import ONNXRuntimeNetwork
-from sparseinst.runtime.quantize import Quantization, by_error, float_layers, quantizable_layers, quantize_onnx
+from sparseinst.runtime.quantize import (
+    ADDITIONS,
+    Quantization,
+    by_error,
+    float_layers,
+    quantizable_layers,
+    quantize_onnx,
+)
 from sparseinst.runtime.rewrites.fuse import fused_copy
 from tests.modeling.solo.tiny_solo import tiny_solo
 from tests.modeling.yolact.tiny_yolact import tiny_yolact
@@ -47,6 +55,15 @@ def test_layers_are_ordered_by_their_error():
     assert by_error(network, ["exact", "rounded"], [images]) == ["rounded", "exact"]
     assert torch.equal(network.model.rounded.weight, before)
     assert not network.model.rounded._forward_pre_hooks
+
+
+def test_a_layer_that_is_not_in_the_exported_network_is_a_warning(caplog):
+    finder = quantize._LayerFinder(Quantization(tiny_model(), [], skipped=("encoder.ppm.missing", IAM, ADDITIONS)))
+    finder.note("node", dict(tiny_model().named_modules())[IAM].weight.numpy(force=True))
+    logging.getLogger("sparseinst").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert finder.skipped_nodes() == {"node"}
+    assert caplog.messages == ["Quantized, because the exported network has no such weight: encoder.ppm.missing"]
 
 
 class Borrowing(nn.Module):

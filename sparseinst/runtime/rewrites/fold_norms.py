@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
+# What a batch norm holds. The frozen norms of Detectron2 and timm have no base class in common with nn.BatchNorm2d.
+_STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 def fold_norms(module: nn.Module, run: Callable[[], object]) -> int:
@@ -25,7 +25,7 @@ def fold_norms(module: nn.Module, run: Callable[[], object]) -> int:
     count = 0
     for conv in module.modules():
         norm = getattr(conv, "norm", None)
-        if _is_conv(conv) and isinstance(norm, _NORMS):
+        if _is_conv(conv) and _is_norm(norm):
             _fold(conv, norm)
             conv.norm = None
             count += 1
@@ -45,7 +45,7 @@ def fold_norms(module: nn.Module, run: Callable[[], object]) -> int:
         consumers.setdefault(conv, [])
         alive.append(output)
 
-    leaves = [part for part in module.modules() if not any(part.children()) or isinstance(part, _NORMS)]
+    leaves = [part for part in module.modules() if not any(part.children()) or _is_norm(part)]
     handles = [part.register_forward_pre_hook(note_input) for part in leaves]
     handles += [part.register_forward_hook(note_output) for part in module.modules() if _is_conv(part)]
     try:
@@ -54,11 +54,15 @@ def fold_norms(module: nn.Module, run: Callable[[], object]) -> int:
         for handle in handles:
             handle.remove()
     for conv, users in consumers.items():
-        if len(users) == 1 and isinstance(users[0], _NORMS):
+        if len(users) == 1 and _is_norm(users[0]):
             _fold(conv, users[0])
             _replace(module, users[0], _without_norm(users[0]))
             count += 1
     return count
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    return all(isinstance(getattr(module, name, None), torch.Tensor) for name in _STATISTICS)
 
 
 def _is_conv(module: nn.Module) -> bool:
