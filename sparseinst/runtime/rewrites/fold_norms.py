@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-# What a batch norm holds. The frozen norms of Detectron2 and timm have no base class in common with nn.BatchNorm2d.
+# Tensors of a batch norm. The frozen norms of Detectron2 and timm have no base class in common with nn.BatchNorm2d.
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
