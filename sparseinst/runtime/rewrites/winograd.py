@@ -93,8 +93,8 @@ def winograd_convolution(
     rows, columns = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height))
 
-    def tiles(strip: torch.Tensor) -> torch.Tensor:
-        # (B, rows, columns, C, 6, 6)
+    def convolve(strip: torch.Tensor) -> torch.Tensor:
+        # Windows (B, rows, columns, C, 6, 6) to tiles (B, rows, 4, columns, 4, O).
         windows = strip.unfold(1, WINDOW, TILE).unfold(2, WINDOW, TILE)
         windows = windows.permute(4, 5, 0, 1, 2, 3).reshape(WINDOW**2, -1)
         products = torch.bmm((transform @ windows).reshape(WINDOW**2, -1, channels), weight)
@@ -102,14 +102,14 @@ def winograd_convolution(
         return tiles.reshape(TILE, TILE, batch, -1, columns, weight.shape[-1]).permute(2, 3, 0, 4, 1, 5)
 
     if chunk_bytes is None:
-        output = tiles(padded) + bias
+        output = convolve(padded) + bias
     else:
         output = x.new_empty(batch, rows, TILE, columns, TILE, len(bias))
         row_bytes = len(weight) * batch * columns * max(weight.shape[1:]) * x.element_size()
         step = -(-rows // -(-rows * row_bytes // chunk_bytes))
         for first in range(0, rows, step):
             strip = padded[:, TILE * first : TILE * (first + step) + 2]
-            torch.add(tiles(strip), bias, out=output[:, first : first + step])
+            torch.add(convolve(strip), bias, out=output[:, first : first + step])
     output = output.reshape(batch, TILE * rows, TILE * columns, -1)[:, :height, :width]
     return output.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
