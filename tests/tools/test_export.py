@@ -62,17 +62,6 @@ def exported(folder):
     return export_once
 
 
-def test_random_weights_are_the_same_in_each_export(tmp_path):
-    save_tiny(tmp_path)
-    hashes = set()
-    for index in range(2):
-        torch.manual_seed(5 + index)
-        flags = ("--format", "torch", "--size", 64, 96, "--output", tmp_path / f"{index}")
-        assert run_export(tmp_path, *flags, opts=("MODEL.WEIGHTS", "")) == 0
-        hashes.add(read_metadata(tmp_path / f"{index}" / "model.pt2").weights_sha256)
-    assert len(hashes) == 1
-
-
 @pytest.fixture(scope="module")
 def expected(folder):
     """The predictor of the weights themselves."""

@@ -240,3 +240,14 @@ def test_end_to_end_in_cpp(tmp_path, mask_nms):
     assert swapped.splitlines() == lines
     wrong = subprocess.run([*map(str, arguments[:2]), str(tmp_path / "none.ppm"), "0"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: ")
+
+
+def test_random_weights_are_the_same_in_each_export(tmp_path):
+    save_tiny(tmp_path)
+    hashes = set()
+    for index in range(2):
+        torch.manual_seed(5 + index)
+        flags = ("--format", "torch", "--size", 64, 96, "--output", tmp_path / f"{index}")
+        assert run_export(tmp_path, *flags, opts=("MODEL.WEIGHTS", "")) == 0
+        hashes.add(read_metadata(tmp_path / f"{index}" / "model.pt2").weights_sha256)
+    assert len(hashes) == 1
