@@ -122,7 +122,8 @@ def optimize_for_inference(
             On the CPU, in float32, with ``fuse``, and with ``channels_last`` where the engine is PyTorch; ignored
             elsewhere.
         precision: "float32"; "bfloat16" or "float16": PyTorch's autocast, with the weights of convolutions and linear
-            layers stored in that type, which saves their conversion for each image.
+            layers stored in that type, which saves their conversion for each image. "float16" on the CPU, where it is
+            slower, is "float32" with a warning.
         compile: run the network through ``torch.compile``, which compiles for the first images' size, and once more for
             all sizes at the first other size. Without a C++ compiler one line in the log says so, and the network runs
             as it is.
@@ -146,10 +147,8 @@ def optimize_for_inference(
             f"MODEL.DEVICE cpu, PRECISION {precisions[0]} and COMPILE False, or ENGINE torch"
         )
     if precision == "float16" and model.device.type == "cpu":
-        logger.warning(
-            "RUNTIME.PRECISION float16 is slower than float32 on a CPU: set it to float32, or to bfloat16 where the "
-            "processor has such instructions"
-        )
+        logger.warning("RUNTIME.PRECISION float16 is slower than float32 on a CPU, so float32 is used")
+        precision = "float32"
     original, model = model, inference_copy(model)
     example = example_images(model)
     with torch.no_grad():
