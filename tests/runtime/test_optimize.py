@@ -167,13 +167,19 @@ def test_a_convolution_that_feeds_more_than_a_norm_keeps_it():
     assert isinstance(module.norm, nn.BatchNorm2d) and isinstance(module.its_norm, nn.Identity)
 
 
+def test_a_norm_without_weights_is_folded():
+    module = give_character(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))).eval()
+    with torch.no_grad():
+        expected = module(x := torch.randn(1, 3, 5, 5))
+        assert fold_norms(module, lambda: module(x)) == 1
+        assert torch.allclose(module(x), expected, atol=1e-5)
+
+
 def test_frozen_norms_of_timm_are_folded():
     """Unfolded, they hid the backbone's layers from the quantization, whose weights OpenVINO folds."""
     pytest.importorskip("timm", reason="the package timm (extra 'small-data') is not installed")
     model = build_model(load_config("small_data/efficientnet_lite0", ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]))
-    give_character(model)
-    model.eval()
-    fused = fused_copy(model)
+    fused = fused_copy(give_character(model).eval())
     assert not [name for name, _ in fused.named_buffers() if name.endswith("running_var")]
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 # Tensors of a batch norm. The frozen norms of Detectron2 and timm have no base class in common with nn.BatchNorm2d.
-_STATISTICS = ("weight", "bias", "running_mean", "running_var")
+_STATISTICS = ("running_mean", "running_var")
 
 
 def fold_norms(module: nn.Module, run: Callable[[], object]) -> int:
