@@ -61,7 +61,7 @@ help:
 quickstart: install
 	@echo '== 1 of 4: generating the data set'
 	"$(VENV_PYTHON)" -m sparseinst.tools.make_shapes --output $(QUICK_DATA)
-	@echo '== 2 of 4: training from random weights, 2 to 3 minutes on 2 idle cores'
+	@echo '== 2 of 4: training from random weights, 1.5 to 3 minutes on 2 idle cores'
 	rm -rf $(QUICK_OUTPUT)
 	"$(VENV_PYTHON)" train_net.py --config-file $(QUICK_CONFIG) OUTPUT_DIR $(QUICK_OUTPUT)
 	@echo '== 3 of 4: evaluation on images of another seed'
