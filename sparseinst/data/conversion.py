@@ -75,7 +75,7 @@ def read_via(file: Path, images: AnnotatedImages) -> Iterator[Object]:
             else:
                 continue
             image = images.find(file_names(PureWindowsPath(entry["filename"])))
-            yield image, str(label), [points.reshape(-1).astype(float).tolist()]
+            yield image, "" if label is None else str(label), [points.reshape(-1).astype(float).tolist()]
 
 
 def read_yolo(file: Path, folder: Path, images: AnnotatedImages, classes: dict[int, str]) -> Iterator[Object]:
@@ -124,7 +124,7 @@ def read_yolo_classes(source: Path, images: Path) -> dict[int, str]:
         raise ValueError(f"{file} has names with a key that is not a number: {error}; expected {{0: cat}}") from error
 
 
-def read_masks(file: Path, folder: Path, images: AnnotatedImages, by_class: bool, max_pixels: int) -> Iterator[Object]:
+def read_masks(file: Path, folder: Path, images: AnnotatedImages, meaning: str, max_pixels: int) -> Iterator[Object]:
     """Yield the objects of a mask below ``folder``; RGB masks have a color for each object or class."""
     image = images.find(mask_names(file.relative_to(folder).with_suffix("")))
     if file.samefile(image):
@@ -138,12 +138,19 @@ def read_masks(file: Path, folder: Path, images: AnnotatedImages, by_class: bool
             f"the mask has {values.shape} pixels (height, width), and its image {image} has {images.sizes[image]}: "
             "resize the mask"
         )
+    if meaning == "files":
+        values = values > 0
     present = np.unique(values[values > 0]).tolist()
+    are_regions = meaning == "classes" or (meaning == "objects" and len(present) == 1)
     for value in present:
-        regions, count = ndimage.label(values == value) if by_class or len(present) == 1 else (values == value, 1)
+        regions, count = ndimage.label(values == value) if are_regions else (values == value, 1)
         for number in range(1, count + 1):
             rle = coco_mask.encode(np.asfortranarray(regions == number, dtype=np.uint8))
-            yield image, f"class {value}" if by_class else "object", {**rle, "counts": rle["counts"].decode()}
+            yield (
+                image,
+                f"class {value}" if meaning == "classes" else "object",
+                {**rle, "counts": rle["counts"].decode()},
+            )
 
 
 def _rectangle(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
@@ -162,7 +169,7 @@ def convert(
     image_root: Path,
     classes: Sequence[str] = (),
     *,
-    by_class: bool = False,
+    values: str = "objects",
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> dict:
     """Return a COCO data set of annotations, with all images of a folder.
@@ -171,7 +178,7 @@ def convert(
         source: file or folder of the annotations.
         image_root: folder of the images.
         classes: all class names in the model's order; empty: as found.
-        by_class: the values of masks are classes.
+        values: meaning of the values of masks: "objects", "classes", or "files": each file is one object.
         max_pixels: larger images are refused.
 
     Raises:
@@ -193,13 +200,16 @@ def convert(
         read = partial(read_yolo, folder=folder, images=images, classes=class_names)
     else:
         suffixes = IMAGE_SUFFIXES
-        read = partial(read_masks, folder=folder, images=images, by_class=by_class, max_pixels=max_pixels)
-    objects, project_of_image = [], {}
+        read = partial(read_masks, folder=folder, images=images, meaning=values, max_pixels=max_pixels)
+    objects, sources = [], {}
     for file in [source] if source.is_file() and kind in (LABELME, VIA) else list_files(folder, suffixes):
         with _named(file):
             for image, label, shape in read(file):
-                if kind == VIA and (other := project_of_image.setdefault(image, file)) != file:
-                    raise ValueError(f"{image} has regions in {other} too, which would double them: remove one project")
+                # An image may have several masks, but not two of one name.
+                if (other := sources.setdefault((image, file.name if kind == MASKS else ""), file)) != file:
+                    raise ValueError(f"{image} has objects in {other} too, which would double them: remove one file")
+                if not (isinstance(label, str) and label.strip()):
+                    raise ValueError(f"an object of {image} has the label {label!r}; expected the name of its class")
                 objects.append((image, label, _encode(shape, images.sizes[image])))
     found = sorted({label for _, label, _ in objects})
     classes = classes or found

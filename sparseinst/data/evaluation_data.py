@@ -3,6 +3,7 @@
 from detectron2.config import CfgNode
 
 from sparseinst import config
+from sparseinst.data.coco_json import USER_PREFIX
 
 
 def choose_evaluation_data(cfg: CfgNode) -> list[str]:
@@ -32,6 +33,12 @@ def choose_evaluation_data(cfg: CfgNode) -> list[str]:
         if is_given("TEST_JSON"):
             raise ValueError(
                 "--val-share (DATASETS.VAL_SHARE) and --test-json (DATASETS.TEST_JSON) are both given: evaluate on a "
+                "part of the training data, or on data of their own"
+            )
+        # The config of a training names its own part.
+        if is_given("TEST") and not all(name.startswith(USER_PREFIX) for name in cfg.DATASETS.TEST):
+            raise ValueError(
+                f"--val-share (DATASETS.VAL_SHARE) and DATASETS.TEST {cfg.DATASETS.TEST} are both given: evaluate on a "
                 "part of the training data, or on data of their own"
             )
         cfg.DATASETS.TEST_JSON = cfg.DATASETS.TEST_IMAGES = ""

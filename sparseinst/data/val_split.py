@@ -81,7 +81,9 @@ def choose_images(file_names: Sequence[str], share: float) -> set[int]:
     num_wanted = min(max(1, round(share * len(file_names))), len(file_names) - 1)
     chosen: set[int] = set()
     for name in sorted(photos, key=lambda name: hashlib.sha1(name.encode()).digest()):
-        if len(chosen) + len(photos[name]) <= num_wanted:
+        # Somewhat more images than wanted are better than a handful, but some must be left to train on.
+        missing, num_images = num_wanted - len(chosen), len(photos[name])
+        if 2 * num_images <= 3 * missing and len(chosen) + num_images < len(file_names):
             chosen.update(photos[name])
     return chosen or set(min(photos.values(), key=len))
 
@@ -108,6 +110,7 @@ def register_parts(name: str, share: float) -> tuple[str, str]:
         "train": [image for index, image in enumerate(images) if index not in chosen],
         "val": [image for index, image in enumerate(images) if index in chosen],
     }
+    num_wanted = max(1, round(share * len(images)))
     note = (
         f"DATASETS.VAL_SHARE {share}: {len(parts['train'])} images of {whole.json_file} are trained on, "
         f"{len(parts['val'])} are evaluated on"
@@ -119,6 +122,8 @@ def register_parts(name: str, share: float) -> tuple[str, str]:
     for part, use in (("train", "to train on"), ("val", "to evaluate on")):
         lacking = [whole.thing_classes[index] for index in classes if index not in num_objects[part]]
         warnings = list(whole.get("data_warnings", ())) if part == "train" else []
+        if part == "val" and not num_wanted / 2 <= len(chosen) <= 2 * num_wanted:
+            warnings.append(f"{note}; images of one photo stay together: give --test-json for other numbers")
         if not num_objects[part]:
             warnings.append(f"{note}; the images {use} have no objects")
         elif lacking:

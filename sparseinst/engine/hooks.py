@@ -104,6 +104,8 @@ class EvaluationHook(HookBase):
             )  # fmt: skip
 
     def _keep_best(self, score: float | None, iteration: int) -> None:
+        # Before the best model is saved with this hook's state.
+        is_repeated, self._last_iteration = iteration == self._last_iteration, iteration
         if score is None:
             logger.warning("The evaluation has no %s, so no best model is saved", BEST_METRIC)
         elif score > self._best:  # False for NaN
@@ -112,11 +114,10 @@ class EvaluationHook(HookBase):
             self._checkpointer.save("model_best", iteration=iteration)
         else:
             # A resumed run repeats the last evaluation, and a model that has found nothing yet (AP 0) may still learn.
-            self._num_worse += iteration != self._last_iteration and self._best > 0
+            self._num_worse += not is_repeated and self._best > 0
             logger.info(
                 "%s %.4f; the best is %.4f, of iteration %d", BEST_METRIC, score, self._best, self._best_iteration
             )
-        self._last_iteration = iteration
 
 
 class VisualizationHook(HookBase):

@@ -92,6 +92,11 @@ class Trainer(SimpleTrainer):
         if self.device.type == "cpu":
             keep_freed_memory()
         optimizer = build_optimizer(cfg, model)
+        if 0 < solver.MAX_ITER <= solver.WARMUP_ITERS:
+            logger.warning(
+                "SOLVER.WARMUP_ITERS %d is not below SOLVER.MAX_ITER %d, so the learning rate never reaches BASE_LR: "
+                "set it to a few hundredths of MAX_ITER", solver.WARMUP_ITERS, solver.MAX_ITER,
+            )  # fmt: skip
         self._scheduler = build_lr_scheduler(cfg, optimizer)
         self._parameter_names = parameter_names(optimizer, model)
         ddp_model = create_ddp_model(
@@ -233,7 +238,8 @@ class Trainer(SimpleTrainer):
                 self.before_train()
                 for iteration in range(self.start_iter, self.max_iter):
                     if self.ends_early:
-                        self.checkpointer.save("model_final", iteration=self.iter)
+                        self.checkpointer.save("model_final", iteration=self.steps_done - 1)
+                        self.max_iter = self.steps_done
                         break
                     self.iter = iteration
                     self.before_step()
@@ -379,6 +385,8 @@ def check_config(cfg: CfgNode) -> None:
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name a data set, or set DATASETS.TRAIN_JSON and TRAIN_IMAGES")
     config.check_keys(cfg, "SOLVER.AMP.DTYPE", "SOLVER.ACCUMULATE_STEPS")
+    if "MultiStep" in solver.LR_SCHEDULER_NAME and solver.MAX_ITER in solver.STEPS:
+        raise ValueError(f"SOLVER.STEPS {solver.STEPS} has SOLVER.MAX_ITER {solver.MAX_ITER}: leave that step out")
     parts = solver.ACCUMULATE_STEPS * comm.get_world_size()
     if solver.IMS_PER_BATCH % parts:
         raise ValueError(

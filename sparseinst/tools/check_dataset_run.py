@@ -33,7 +33,7 @@ from sparseinst.data.json_file import read_json
 from sparseinst.data.mask_decoding import read_mask
 from sparseinst.data.model_keys import sides_in_training
 from sparseinst.data.other_formats import describe_path
-from sparseinst.data.recipes import check_recipe_packages, choose_recipe
+from sparseinst.data.recipes import AUTO, RECIPES, check_recipe_packages, choose_recipe
 from sparseinst.modeling.meta_arch import InstanceSegmenter
 from sparseinst.structures.image_objects import ImageObjects
 from sparseinst.structures.mask_window import MaskWindow
@@ -169,9 +169,9 @@ def broken_images(surveys: list[ImageSurvey], absent: list[str], cfg: CfgNode) -
 
 
 def describe_content(
-    content: Any, surveys: list[ImageSurvey], cfg: CfgNode, remedy: str | None, keeps_all: bool
+    content: Any, surveys: list[ImageSurvey], sides: np.ndarray, cfg: CfgNode, remedy: str | None, keeps_all: bool
 ) -> Iterator[str]:
-    """Yield lines about the content of a data set.
+    """Yield lines about the content of a data set, whose objects have these sides in training.
 
     With the remedy, or where keeps_all, the mask grid loses no object; without a remedy the model has no such grid.
     """
@@ -199,9 +199,7 @@ def describe_content(
         f"  objects by size: {small:.1%} small (below 32 x 32 pixels), {medium:.1%} medium, {large:.1%} large (from "
         f"96 x 96); without a pixel: {(areas == 0).sum()}"
     )
-    boxes = np.concatenate([survey.objects.boxes for survey in surveys if survey.objects is not None])
-    if len(boxes):
-        sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))
+    if len(sides):
         yield (
             f"  objects at the training's largest size, sqrt(width * height): median {np.median(sides):.0f} pixels, a "
             f"twentieth below {np.percentile(sides, 5):.1f}"
@@ -260,7 +258,13 @@ def run(args: argparse.Namespace) -> int:
         return 1
     recipe = ""
     if args.recipe:
-        args.config_file, recipe = choose_recipe(args.recipe, str(args.json), args.config_file)
+        try:
+            args.config_file, recipe = choose_recipe(args.recipe, str(args.json), args.config_file)
+        except ValueError as error:
+            if args.recipe != AUTO or args.config_file:
+                raise
+            # The report says more about the json.
+            args.config_file, recipe = RECIPES["ordinary"], f"Recipe ordinary, because auto fails: {error}"
         check_recipe_packages()
     cfg = load_config(args.config_file or DEFAULT_CONFIG, args.opts, imports=args.imports)
     file_names = _file_names(content)
@@ -284,9 +288,9 @@ def run(args: argparse.Namespace) -> int:
     findings += trait_findings([survey.traits for survey in surveys if survey.traits is not None])
     print(args.json, *filter(None, [recipe]), sep="\n")
     remedy = model.lossless_targets_key and f"{model.lossless_targets_key} True"
-    for line in describe_content(content, surveys, cfg, remedy, is_in_target is None):
-        print(line)
     sides = sides_in_training(cfg, report.sides.values())
+    for line in describe_content(content, surveys, sides, cfg, remedy, is_in_target is None):
+        print(line)
     for key, (value, reason) in model.keys_for_sides(cfg, sides).items():
         if value != config.value(cfg, key) and not args.evaluation and not config.is_explicit(cfg, key):
             print(f"A training sets {key} {value} by itself, {reason}, unless MODEL.WEIGHTS determines it")

@@ -7,11 +7,11 @@
         --output output/comparison
 
 Each recipe gets the iterations that fit into the time, measured by a short training on the same data, or those of
---iterations; its schedule is scaled to them. With several --minutes, --plot draws AP over time. Each training runs in a
-process of one thread; evaluations do not count. Runs that have results are not repeated, and interrupted ones are
-continued, so the command can be given again with more times, seeds, recipes or data. A recipe or data that
-changed under their name are refused; changed images, modules of --import or versions of this package
-are not noticed.
+--iterations; its steps are scaled to them, and a warm-up of more than half of them. With several --minutes, --plot
+draws AP over time. Each training runs in a process of one thread; evaluations do not count. Runs that have results
+are not repeated, interrupted ones are continued, and the command can be given again with more times, seeds, recipes
+or data. A changed recipe or json is refused; changed images, modules of --import or versions of this package are not
+noticed.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="NAME TRAIN_JSON TRAIN_IMAGES [TEST_JSON TEST_IMAGES]",
-        help="a data set; without test data, every fourth training image is held out for evaluation; can be repeated",
+        help="a data set; without test data, a quarter of the images is held out (--val-share 0.25); can be repeated",
     )
     add(
         "--recipe",
@@ -309,7 +309,9 @@ class Comparison:
 
         solver = load_config(recipe.config_file, recipe.overrides, imports=self._imports).SOLVER
         steps = tuple(round(step * iterations / solver.MAX_ITER) for step in solver.STEPS)
-        return ["SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", str(steps)]
+        scale = iterations / solver.MAX_ITER if 2 * solver.WARMUP_ITERS > iterations else 1
+        warmup = round(scale * solver.WARMUP_ITERS)
+        return ["SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", str(steps), "SOLVER.WARMUP_ITERS", warmup]
 
     def _run_training(self, run: Run, folder: Path, arguments: Sequence[str], overrides: Sequence[object]) -> str:
         command = [sys.executable, "-m", "sparseinst.tools.train_net", "--config-file", run.recipe.config_file]

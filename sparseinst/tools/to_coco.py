@@ -3,7 +3,7 @@
 SOURCE is a folder of labelme files, a VIA project or a folder of them, a folder of YOLO segmentation labels, or a
 folder of masks; the format is detected. Masks are named like their image: a.png, a_1.png or a/1.png for a.jpg. Each
 value above 0 is an object; where a mask has one such value, or with --values classes, each connected region is an
-object.
+object. With --values files each mask is one object, also in several parts.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("images", type=Path, help="folder of the images")
     add("--output", type=Path, required=True, help="COCO json to write")
     add("--classes", nargs="+", default=[], help="all class names, in the model's order (default: as found)")
-    add("--values", choices=("objects", "classes"), default="objects", help="meaning of a mask's values")
+    add("--values", choices=("objects", "classes", "files"), default="objects", help="meaning of a mask's values")
     add("--max-image-pixels", type=int, default=200_000_000, metavar="N", help="as INPUT.MAX_IMAGE_PIXELS")
     return parser
 
@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{path} does not exist")
     if args.output.exists():
         raise ValueError(f"{args.output} already exists; remove it, or change --output")
-    by_class = args.values == "classes"
-    content = convert(args.source, args.images, args.classes, by_class=by_class, max_pixels=args.max_image_pixels)
+    content = convert(args.source, args.images, args.classes, values=args.values, max_pixels=args.max_image_pixels)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(args.output, json.dumps(content))
     counts = Counter(annotation["category_id"] for annotation in content["annotations"])

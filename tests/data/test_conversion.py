@@ -212,6 +212,41 @@ def test_via_projects_of_several_annotators(tmp_path):
     ]  # fmt: skip
     # A second version of the same regions would double them.
     save(projects / "backup.json", via(a=["cat"], b=[]))
-    with pytest.raises(ValueError, match="backup.json: .*a.jpg has regions in .*anna.json too"):
+    with pytest.raises(ValueError, match="backup.json: .*a.jpg has objects in .*anna.json too"):
         convert(projects, tmp_path / "images")
     assert len(objects(convert(projects / "backup.json", tmp_path / "images"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("a.json", labelme("a.jpg")), ("a.txt", f"0 {YOLO_SQUARE}"), ("a.png", square_mask())],
+)
+def test_a_copy_of_annotations_would_double_the_objects(file, content, tmp_path):
+    photos(tmp_path / "images", "a.jpg", "old/b.jpg")
+    save(tmp_path / "labels" / file, content)
+    assert len(convert(tmp_path / "labels", tmp_path / "images")["annotations"]) == 1
+    save(tmp_path / "labels" / "old" / file, content)
+    with pytest.raises(ValueError, match=f"old.{file}: .*a.jpg has objects in .*labels.{file} too.*: remove one file"):
+        convert(tmp_path / "labels", tmp_path / "images")
+
+
+@pytest.mark.parametrize("label", [None, "", " "])
+def test_labels_without_a_name_are_refused(label, tmp_path):
+    photos(tmp_path, "a.jpg")
+    content = labelme("a.jpg")
+    content["shapes"].append({**content["shapes"][0], "label": label})
+    save(tmp_path / "a.json", content)
+    with pytest.raises(ValueError, match="a.json: an object of .*a.jpg has the label .*; expected the name"):
+        convert(tmp_path, tmp_path)
+    save(tmp_path / "a.json", via(a=["cat", label]))
+    with pytest.raises(ValueError, match="a.json: an object of .*a.jpg has the label ' ?'; expected the name"):
+        convert(tmp_path, tmp_path)
+
+
+def test_a_mask_file_of_an_occluded_object(tmp_path):
+    photos(tmp_path / "images", "a.jpg")
+    parts = square_mask()
+    parts[3:13, 5:8] = 0
+    save(tmp_path / "masks" / "a_1.png", parts)
+    assert len(convert(tmp_path / "masks", tmp_path / "images")["annotations"]) == 2
+    assert objects(convert(tmp_path / "masks", tmp_path / "images", values="files")) == [("a.jpg", "object", 70)]

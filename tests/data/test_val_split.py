@@ -46,6 +46,27 @@ def test_photos_are_not_divided():
     assert len(choose_images(names[:10], 0.01)) == 5 and len(choose_images(names[:10], 0.99)) == 5
 
 
+def test_a_small_photo_does_not_keep_the_others_out():
+    names = [f"field{photo}_x{x}_y{y}.png" for photo in range(5) for x in range(10) for y in range(5)]
+    for single in "abcdefgh":
+        assert len(choose_images([*names, f"close_up_{single}.png"], 0.2)) in (50, 51)
+
+
+def test_a_split_far_from_the_share_is_named(tmp_path):
+    train_json, train_images = write_shapes(tmp_path, 8)
+    content = json.loads(open(train_json).read())
+    for number, image in enumerate(content["images"]):
+        old, image["file_name"] = image["file_name"], "alone.png" if number == 0 else f"photo_crop{number}.png"
+        (tmp_path / train_images / old).rename(tmp_path / train_images / image["file_name"])
+    with open(train_json, "w") as file:
+        json.dump(content, file)
+    opts = ("DATASETS.TRAIN_JSON", train_json, "DATASETS.TRAIN_IMAGES", train_images, "OUTPUT_DIR", str(tmp_path))
+    cfg = tiny_cfg(*opts, "DATASETS.VAL_SHARE", 0.5)
+    register_user_datasets(cfg)
+    assert any("1 are evaluated on; images of one photo stay" in warning
+               for warning in MetadataCatalog.get(cfg.DATASETS.TEST[0]).data_warnings)  # fmt: skip
+
+
 def test_numbers_in_brackets():
     # Windows numbers copies of a photo and whole series alike.
     series = [f"{name} ({number}).jpg" for name in ("cat", "dog") for number in range(1, 51)]

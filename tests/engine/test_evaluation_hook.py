@@ -65,7 +65,7 @@ def test_a_training_ends_where_it_no_longer_improves(shapes, tmp_path, caplog):
     with_scores(trainer, scores)
     trainer.train()
     # Two evaluations after 30 were not better; the fifth score is not asked for.
-    assert trainer.steps_done == 4 and next(scores) == 40.0
+    assert trainer.steps_done == trainer.max_iter == 4 and next(scores) == 40.0
     assert "ends. model_best.pth has 30.0000, of iteration 1" in caplog.text
     assert torch.load(tmp_path / "model_best.pth")["iteration"] == 1
     final = torch.load(tmp_path / "model_final.pth")
@@ -79,6 +79,8 @@ def test_a_training_ends_where_it_no_longer_improves(shapes, tmp_path, caplog):
         resumed.resume_or_load(resume=True)
         resumed.train()
         assert resumed.steps_done == steps
+        final = torch.load(tmp_path / "model_final.pth")
+        assert final["iteration"] == final["trainer"]["iteration"] == steps - 1
     assert torch.load(tmp_path / "model_best.pth")["iteration"] == 7
 
 
@@ -103,6 +105,17 @@ def test_an_evaluation_that_a_resumed_run_repeats_counts_once(shapes, tmp_path):
     resumed = with_scores(trainer, iter([20.0, 25.0]))
     resumed.load_state_dict(hook.state_dict())
     assert run_evaluations(trainer, resumed, (1, 2)) == [False, True]
+
+
+def test_the_best_model_holds_its_own_evaluation(shapes, tmp_path):
+    trainer = Trainer(make_cfg(shapes, tmp_path, "TEST.EVAL_PERIOD", 1, "TEST.PATIENCE", 1))
+    hook = with_scores(trainer, iter([30.0]))
+    saved = []
+    hook._checkpointer.save = lambda name, **_: saved.append(dict(hook.state_dict()))
+    run_evaluations(trainer, hook, (0,))
+    resumed = with_scores(trainer, iter([30.0]))
+    resumed.load_state_dict(saved[0])
+    assert run_evaluations(trainer, resumed, (0,)) == [False]
 
 
 def test_patience_begins_with_the_first_ap_above_0(shapes, tmp_path):

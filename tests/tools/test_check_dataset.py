@@ -149,6 +149,13 @@ def test_the_recipe_is_that_of_a_training(tmp_path, capsys):
     assert "both given" in capsys.readouterr().err
 
 
+def test_a_broken_json_has_a_report_with_any_recipe(tmp_path, capsys):
+    content = flawed("none")
+    del content["annotations"]
+    code, output = check(capsys, *write(tmp_path, content), "--quick", "--recipe", "auto")
+    assert code == 1 and "Recipe ordinary, because auto fails: " in output and "would stop" in output
+
+
 def test_the_packages_of_a_recipe_are_named_as_by_a_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(recipes, "PACKAGES", ("torch", "no_such_package"))
     json_file, images = write(tmp_path, flawed("none"))

@@ -64,7 +64,13 @@ def test_each_recipe_has_the_iterations_of_its_time(tmp_path, trainings, capsys)
     assert len(paces) == 2 and not any("val.json" in command for command in paces)
     last = dict(zip(trainings[-1], trainings[-1][1:]))
     # The schedule of 500 iterations with steps at 389 and 463 is scaled; the seed is the run's.
-    assert last["SOLVER.STEPS"] == "(12, 14)" and last["SEED"] == "2" and last["--test-images"] == "val"
+    # So is a warm-up (20) of more than half of the training.
+    assert (
+        last["SOLVER.WARMUP_ITERS"] == "1"
+        and last["SOLVER.STEPS"] == "(12, 14)"
+        and last["SEED"] == "2"
+        and last["--test-images"] == "val"
+    )
 
 
 def test_ap_over_time(tmp_path, trainings, capsys):
