@@ -25,9 +25,6 @@ from sparseinst.data.val_split import register_parts
 
 _logger = logging.getLogger(__name__)
 
-# Of the names of data sets that `register_user_datasets` registers.
-USER_PREFIX = "user_"
-
 NOTHING_TO_TRAIN_ON = "has no annotations to train on: no object that is not a crowd and has a mask"
 
 # Most problems, and most class names, in one error message.
@@ -141,7 +138,7 @@ def register_user_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
             raise ValueError(f"DATASETS.{given} is set and DATASETS.{missing} is not; a data set needs both")
         json_file, image_root = (Path(value).expanduser().resolve() for value in values)
         digest = hashlib.sha1(f"{json_file}\n{image_root}".encode()).hexdigest()[:8]
-        name = f"{USER_PREFIX}{re.sub(r'[^A-Za-z0-9_-]+', '_', json_file.stem)}_{digest}"
+        name = f"user_{re.sub(r'[^A-Za-z0-9_-]+', '_', json_file.stem)}_{digest}"
         limit = cfg.DATALOADER.MAX_BROKEN_IMAGES
         sources = [f"DATASETS.{key}" for key in keys]
         report = _register(name, json_file, image_root, split == "TEST" or share > 0, *sources, limit)

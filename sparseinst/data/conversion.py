@@ -205,9 +205,12 @@ def convert(
     for file in [source] if source.is_file() and kind in (LABELME, VIA) else list_files(folder, suffixes):
         with _named(file):
             for image, label, shape in read(file):
-                # An image may have several masks, but not two of one name.
-                if (other := sources.setdefault((image, file.name if kind == MASKS else ""), file)) != file:
-                    raise ValueError(f"{image} has objects in {other} too, which would double them: remove one file")
+                # Objects of one image may have several masks, but not two that are equal.
+                key = image, shape["counts"] if isinstance(shape, dict) else ""
+                if (other := sources.setdefault(key, file)) != file:
+                    raise ValueError(
+                        f"{image} has objects in {other} too, which would double them: remove one file, or merge them"
+                    )
                 if not (isinstance(label, str) and label.strip()):
                     raise ValueError(f"an object of {image} has the label {label!r}; expected the name of its class")
                 objects.append((image, label, _encode(shape, images.sizes[image])))

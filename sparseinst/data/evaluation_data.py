@@ -3,13 +3,12 @@
 from detectron2.config import CfgNode
 
 from sparseinst import config
-from sparseinst.data.coco_json import USER_PREFIX
 
 
 def choose_evaluation_data(cfg: CfgNode) -> list[str]:
     """Leave out the data sets that a config file of the package names where the user gave others, in place.
 
-    A user's training data are evaluated on a user's data, or not at all.
+    A user's training data are evaluated on a user's data, or not at all. DATASETS.VAL_SHARE precedes DATASETS.TEST.
 
     Args:
         cfg: not frozen; before `register_user_datasets`.
@@ -18,7 +17,7 @@ def choose_evaluation_data(cfg: CfgNode) -> list[str]:
         Lines for the log.
 
     Raises:
-        ValueError: DATASETS.VAL_SHARE comes with other data to evaluate on, or without training data.
+        ValueError: DATASETS.VAL_SHARE comes with DATASETS.TEST_JSON, or without training data.
     """
 
     def is_given(name: str) -> bool:
@@ -33,12 +32,6 @@ def choose_evaluation_data(cfg: CfgNode) -> list[str]:
         if is_given("TEST_JSON"):
             raise ValueError(
                 "--val-share (DATASETS.VAL_SHARE) and --test-json (DATASETS.TEST_JSON) are both given: evaluate on a "
-                "part of the training data, or on data of their own"
-            )
-        # The config of a training names its own part.
-        if is_given("TEST") and not all(name.startswith(USER_PREFIX) for name in cfg.DATASETS.TEST):
-            raise ValueError(
-                f"--val-share (DATASETS.VAL_SHARE) and DATASETS.TEST {cfg.DATASETS.TEST} are both given: evaluate on a "
                 "part of the training data, or on data of their own"
             )
         cfg.DATASETS.TEST_JSON = cfg.DATASETS.TEST_IMAGES = ""

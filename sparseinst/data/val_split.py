@@ -81,9 +81,10 @@ def choose_images(file_names: Sequence[str], share: float) -> set[int]:
     num_wanted = min(max(1, round(share * len(file_names))), len(file_names) - 1)
     chosen: set[int] = set()
     for name in sorted(photos, key=lambda name: hashlib.sha1(name.encode()).digest()):
-        # Somewhat more images than wanted are better than a handful, but some must be left to train on.
+        # Somewhat more images than wanted are better than a handful, where at least half of the others stay.
         missing, num_images = num_wanted - len(chosen), len(photos[name])
-        if 2 * num_images <= 3 * missing and len(chosen) + num_images < len(file_names):
+        num_left = len(file_names) - len(chosen) - num_images
+        if num_images <= missing or (2 * num_images <= 3 * missing and 2 * num_left >= len(file_names) - num_wanted):
             chosen.update(photos[name])
     return chosen or set(min(photos.values(), key=len))
 
@@ -122,7 +123,7 @@ def register_parts(name: str, share: float) -> tuple[str, str]:
     for part, use in (("train", "to train on"), ("val", "to evaluate on")):
         lacking = [whole.thing_classes[index] for index in classes if index not in num_objects[part]]
         warnings = list(whole.get("data_warnings", ())) if part == "train" else []
-        if part == "val" and not num_wanted / 2 <= len(chosen) <= 2 * num_wanted:
+        if part == "val" and not 0.5 <= len(chosen) / num_wanted <= 2:
             warnings.append(f"{note}; images of one photo stay together: give --test-json for other numbers")
         if not num_objects[part]:
             warnings.append(f"{note}; the images {use} have no objects")

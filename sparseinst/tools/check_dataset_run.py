@@ -288,9 +288,11 @@ def run(args: argparse.Namespace) -> int:
     findings += trait_findings([survey.traits for survey in surveys if survey.traits is not None])
     print(args.json, *filter(None, [recipe]), sep="\n")
     remedy = model.lossless_targets_key and f"{model.lossless_targets_key} True"
-    sides = sides_in_training(cfg, report.sides.values())
-    for line in describe_content(content, surveys, sides, cfg, remedy, is_in_target is None):
+    read = {image["id"] for (image, _), survey in zip(images, surveys) if survey.finding is None}
+    sides_read = sides_in_training(cfg, [sides for id, sides in report.sides.items() if id in read])
+    for line in describe_content(content, surveys, sides_read, cfg, remedy, is_in_target is None):
         print(line)
+    sides = sides_in_training(cfg, report.sides.values())
     for key, (value, reason) in model.keys_for_sides(cfg, sides).items():
         if value != config.value(cfg, key) and not args.evaluation and not config.is_explicit(cfg, key):
             print(f"A training sets {key} {value} by itself, {reason}, unless MODEL.WEIGHTS determines it")

@@ -308,9 +308,9 @@ class Comparison:
         from sparseinst import load_config
 
         solver = load_config(recipe.config_file, recipe.overrides, imports=self._imports).SOLVER
-        steps = tuple(round(step * iterations / solver.MAX_ITER) for step in solver.STEPS)
-        scale = iterations / solver.MAX_ITER if 2 * solver.WARMUP_ITERS > iterations else 1
-        warmup = round(scale * solver.WARMUP_ITERS)
+        scale, warmup = iterations / solver.MAX_ITER, solver.WARMUP_ITERS
+        steps = tuple(sorted({at for step in solver.STEPS if 0 < (at := round(step * scale)) < iterations}))
+        warmup = round(min(1, scale) * warmup) if 2 * warmup > iterations else warmup
         return ["SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", str(steps), "SOLVER.WARMUP_ITERS", warmup]
 
     def _run_training(self, run: Run, folder: Path, arguments: Sequence[str], overrides: Sequence[object]) -> str:

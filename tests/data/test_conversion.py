@@ -250,3 +250,10 @@ def test_a_mask_file_of_an_occluded_object(tmp_path):
     save(tmp_path / "masks" / "a_1.png", parts)
     assert len(convert(tmp_path / "masks", tmp_path / "images")["annotations"]) == 2
     assert objects(convert(tmp_path / "masks", tmp_path / "images", values="files")) == [("a.jpg", "object", 70)]
+
+
+def test_masks_of_one_name_in_several_folders(tmp_path):
+    photos(tmp_path / "images", "a.jpg")
+    save(tmp_path / "masks" / "cat" / "a.png", square_mask())
+    save(tmp_path / "masks" / "dog" / "a.png", np.roll(square_mask(), 20, axis=1))
+    assert len(convert(tmp_path / "masks", tmp_path / "images")["annotations"]) == 2

@@ -41,9 +41,5 @@ def test_val_share_needs_training_data_and_nothing_else():
     assert choose(*TRAIN, *share, file="quick/shapes")[1:] == ("", [])
     with pytest.raises(ValueError, match="--val-share .* and --test-json .* are both given"):
         choose(*TRAIN, *TEST, *share)
-    with pytest.raises(ValueError, match=r"--val-share .* and DATASETS.TEST \('mine',\) are both given"):
-        choose(*TRAIN, *share, "DATASETS.TEST", "('mine',)")
-    # As in the config of a training with a share.
-    assert choose(*TRAIN, *share, "DATASETS.TEST", "('user_train_val',)")[1:] == ("", [])
     with pytest.raises(ValueError, match="--train-json, which is missing"):
         choose(*share)

@@ -311,3 +311,16 @@ def test_data_without_annotations_have_no_ap(tmp_path, trainings, capsys):
     results.write_text(json.dumps({"results": {}}))
     assert run(tmp_path, *RECIPES[:2], "--seeds", "1") == 0
     assert "| nan (nan) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "iterations", "steps", "warmup"),
+    [("published_recipe", 6, "(5,)", 0), ("published_recipe", 1, "()", 0), ("published_recipe", 500, "(389, 463)", 20),
+     ("published_recipe SOLVER.WARMUP_ITERS 1000", 1900, "(1478, 1759)", 1000)],
+)  # fmt: skip
+def test_the_schedule_of_other_iterations(config, iterations, steps, warmup, tmp_path, trainings):
+    recipe = ("--recipe", f"x: small_data/{config}")
+    assert run(tmp_path, *recipe, "--seeds", "1", "--iterations", str(iterations)) == 0
+    values = dict(zip(trainings[-1], trainings[-1][1:]))
+    # The recipe's own key precedes that of the schedule.
+    assert (values["SOLVER.STEPS"], values["SOLVER.WARMUP_ITERS"]) == (steps, str(warmup))
