@@ -13,7 +13,7 @@ from sparseinst.config import load_config, num_classes
 from tests.tiny_model import random_input
 
 RECIPES = {"efficientnet_lite0": "published_recipe", "efficientnet_lite0_crowded": "published_recipe_crowded"}
-# What a recipe for small data may change: not the backbone, its weights, the widths, the pictures or the batch.
+# What a recipe for small data may change: not the backbone, its weights, the widths, the image sizes or the batch.
 CHANGED = {
     "MODEL.BACKBONE.FREEZE_AT",
     "MODEL.TIMM.OUT_FEATURES",
@@ -33,6 +33,10 @@ CHANGED = {
     "SOLVER.STEPS",
     "TEST.EVAL_PERIOD",
     "TEST.PATIENCE",
+    # Against overfitting, in efficientnet_lite0 alone.
+    "INPUT.CROP.ENABLED",
+    "INPUT.CROP.TYPE",
+    "INPUT.CROP.SIZE",
     "OUTPUT_DIR",
 }
 
@@ -50,6 +54,7 @@ def test_only_the_recipe_differs_from_the_published_one(recipe):
     changed = {key for key in ours if ours[key] != published[key]}
     assert changed <= CHANGED
     assert {"MODEL.SPARSE_INST.DECODER.NAME", "SOLVER.BASE_LR"} <= changed
+    assert ours["INPUT.CROP.ENABLED"] == (recipe == "efficientnet_lite0")
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *RECIPES.values(), "solov2_light", "yolact", "mask_rcnn"])
@@ -85,6 +90,8 @@ def test_other_models_are_for_the_same_images(name):
         # A square with the short side's median.
         assert other.INPUT.SQUARE_SIZE == 256 in sparse_inst.INPUT.MIN_SIZE_TRAIN
     else:
+        # The crops are a part of the recipe: a training disables them by itself, which other models cannot.
+        sparse_inst.INPUT.CROP = other.INPUT.CROP
         assert other.INPUT == sparse_inst.INPUT
     for key in ("OPTIMIZER", "IMS_PER_BATCH", "WEIGHT_DECAY"):
         assert other.SOLVER[key] == sparse_inst.SOLVER[key], key

@@ -48,8 +48,7 @@ def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[
     notes = []
 
     def change(declared: tuple[str, int], value: int, reason: str) -> None:
-        cfg.merge_from_list([declared[0], value])
-        notes.append(f"{declared[0]} {value}, {reason} (the config file's value was {declared[1]})")
+        notes.append(_change(cfg, declared, value, reason))
 
     classes = config.num_classes(cfg)
     names = class_info(cfg.DATASETS.TRAIN[0]).names
@@ -57,14 +56,7 @@ def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[
         change(classes, len(names), f"the classes of DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]!r}")
 
     trained = functools.cache(trained)
-    sides = [MetadataCatalog.get(name).get("object_sides") for name in cfg.DATASETS.TRAIN]
-    sides = [] if None in sides else chain.from_iterable(each.values() for each in sides)
-    keys_for_sides = getattr(config.meta_architecture(cfg), "keys_for_sides", lambda *_: {})
-    for key, (value, reason) in keys_for_sides(cfg, sides_in_training(cfg, sides)).items():
-        if key in trained():
-            value, reason = trained()[key], "as in MODEL.WEIGHTS"
-        if (now := config.value(cfg, key)) != value and not config.is_explicit(cfg, key):
-            change((key, now), value, reason)
+    notes += follow_sides(cfg, trained)
 
     needed = min(MOST_INSTANCES, max(instances_of_images(cfg).values(), default=0))
     instances, detections = config.max_instances(cfg), config.max_detections(cfg)
@@ -79,3 +71,34 @@ def follow_data(cfg: CfgNode, trained: Callable[[], Mapping[str, int]]) -> list[
     if detections and detections[1] < needed and not config.is_explicit(cfg, detections[0]):
         change(detections, needed, reason)
     return notes
+
+
+def follow_sides(cfg: CfgNode, trained: Callable[[], Mapping[str, int]], section: str = "") -> list[str]:
+    """Set the keys of the model's `keys_for_sides` as the data need, in place, where the user set none.
+
+    Args:
+        cfg: as for `follow_data`.
+        trained: as for `follow_data`.
+        section: only keys that begin with this; "": all.
+
+    Returns:
+        Lines for the log, one for each key that was changed.
+    """
+    sides = [MetadataCatalog.get(name).get("object_sides") for name in cfg.DATASETS.TRAIN]
+    sides = [] if None in sides else chain.from_iterable(each.values() for each in sides)
+    keys_for_sides = getattr(config.meta_architecture(cfg), "keys_for_sides", lambda *_: {})
+    notes = []
+    for key, (value, reason) in keys_for_sides(cfg, sides_in_training(cfg, sides)).items():
+        if not key.startswith(section):
+            continue
+        if key in trained():
+            value, reason = trained()[key], "as in MODEL.WEIGHTS"
+        if (now := config.value(cfg, key)) != value and not config.is_explicit(cfg, key):
+            notes.append(_change(cfg, (key, now), value, reason))
+    return notes
+
+
+def _change(cfg: CfgNode, declared: tuple[str, int], value: int, reason: str) -> str:
+    """Set a key, given with its value before, and return the line for the log."""
+    cfg.merge_from_list([declared[0], value])
+    return f"{declared[0]} {value}, {reason} (the config file's value was {declared[1]})"

@@ -5,15 +5,16 @@ from detectron2.config import CfgNode
 from sparseinst.checkpoint import WeightsFileError
 from sparseinst.checkpoint.resumption import find_checkpoint
 from sparseinst.checkpoint.trained_keys import follow_checkpoint, trained_keys
-from sparseinst.data.model_keys import follow_data
+from sparseinst.data.model_keys import follow_data, follow_sides
 from sparseinst.runtime.exported_file import is_exported
 from sparseinst.runtime.exported_model import follow_exported
 
 
 def set_model_keys(cfg: CfgNode, *, eval_only: bool, resume: bool) -> list[str]:
-    """Set the keys of classes, instances, detections and levels that the user left out, in place.
+    """Set the keys that a model or its family declares, and that the user left out, in place.
 
-    A resumed or evaluated model has those of its checkpoint; a new training those of its data.
+    A resumed or evaluated model has the numbers of classes, instances, detections and levels of its checkpoint; a new
+    training those of its data. Whether images are cropped follows the data, also in a resumed training.
 
     Args:
         cfg: not frozen; its data sets are registered.
@@ -29,7 +30,9 @@ def set_model_keys(cfg: CfgNode, *, eval_only: bool, resume: bool) -> list[str]:
     tried = set()
     while resume and (checkpoint := find_checkpoint(cfg.OUTPUT_DIR, tried)[0]):
         try:
-            return follow_checkpoint(cfg, str(checkpoint), for_training=not eval_only)
+            notes = follow_checkpoint(cfg, str(checkpoint), for_training=not eval_only)
+            # No checkpoint holds how images are augmented.
+            return notes if eval_only else notes + follow_sides(cfg, dict, section="INPUT.")
         except WeightsFileError:
             # The checkpointer reports it.
             tried.add(checkpoint)

@@ -295,7 +295,8 @@ def run(args: argparse.Namespace) -> int:
     sides = sides_in_training(cfg, report.sides.values())
     for key, (value, reason) in model.keys_for_sides(cfg, sides).items():
         if value != config.value(cfg, key) and not args.evaluation and not config.is_explicit(cfg, key):
-            print(f"A training sets {key} {value} by itself, {reason}, unless MODEL.WEIGHTS determines it")
+            exception = ", unless MODEL.WEIGHTS determines it" if key.startswith("MODEL.") else ""
+            print(f"A training sets {key} {value} by itself, {reason}{exception}")
     for line in model.describe_objects(cfg, [survey.objects for survey in surveys if survey.objects is not None]):
         print(line)
     for line in describe_findings(findings, args.show):

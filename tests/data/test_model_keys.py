@@ -12,6 +12,7 @@ from sparseinst.config import load_config
 from sparseinst.data import register_user_datasets
 from sparseinst.data.coco_json import check_num_classes, log_data_warnings
 from sparseinst.data.model_keys import follow_data, sides_in_training
+from sparseinst.engine.model_keys import set_model_keys
 from tests.shapes_data import register_shapes, write_shapes
 from tests.tiny_model import placed_model
 
@@ -19,6 +20,7 @@ NUM_CLASSES = "MODEL.SPARSE_INST.DECODER.NUM_CLASSES"
 NUM_MASKS = "MODEL.SPARSE_INST.DECODER.NUM_MASKS"
 NUM_LEVELS = "MODEL.SPARSE_INST.DECODER.NUM_LEVELS"
 MAX_DETECTIONS = "MODEL.SPARSE_INST.MAX_DETECTIONS"
+CROPS = "INPUT.CROP.ENABLED"
 
 
 @pytest.fixture
@@ -105,6 +107,18 @@ def test_objects_of_about_one_size_get_one_level(tmp_path, sides, opts, expected
         assert expected in note
 
 
+@pytest.mark.parametrize(
+    ("sides", "opts", "expected"),
+    [([2, 20, 30], [], True), ([10, 15, 20], [], False), ([10, 15, 20], [CROPS, "True"], True)],
+)
+def test_objects_of_about_one_size_are_not_cropped(tmp_path, sides, opts, expected):
+    _, notes, cfg = follow([*squares(tmp_path, sides), *opts], file="small_data/efficientnet_lite0")
+    assert config.value(cfg, CROPS) == expected
+    notes = [note for note in notes if note.startswith(CROPS)]
+    assert len(notes) == (not expected)
+    assert all("because for 90 % of the objects" in note for note in notes)
+
+
 def squares(folder, sides, past_the_edge=0):
     """Return the overrides of a data set of squares in two images of two sizes."""
     json_file, images = write_shapes(folder, 2)
@@ -152,6 +166,24 @@ def test_a_fine_tuning_keeps_the_levels_of_its_checkpoint(tmp_path, sides, train
     register_user_datasets(cfg)
     follow_data(cfg, lambda: trained_keys(cfg, str(weights)))
     assert config.value(cfg, NUM_LEVELS) == trained
+    assert config.value(cfg, CROPS) == (sides == [2, 20, 30])
+
+
+@pytest.mark.parametrize(("sides", "is_evaluated", "expected"), [
+    ([10, 15, 20], False, False), ([2, 20, 30], False, True), ([10, 15, 20], True, True),
+])  # fmt: skip
+def test_a_resumed_training_crops_as_a_new_one(tmp_path, sides, is_evaluated, expected):
+    output = tmp_path / "output"
+    output.mkdir()
+    torch.save({"model": placed_model(NUM_LEVELS, 3).state_dict()}, output / "model_0000001.pth")
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    cfg = load_config("small_data/efficientnet_lite0", squares(tmp_path, sides))
+    cfg.OUTPUT_DIR = str(output)
+    cfg.DATASETS.TEST_JSON = cfg.DATASETS.TEST_IMAGES = ""
+    register_user_datasets(cfg)
+    notes = set_model_keys(cfg, eval_only=is_evaluated, resume=True)
+    assert (config.value(cfg, CROPS), config.value(cfg, NUM_LEVELS)) == (expected, 3)
+    assert any(note.startswith(CROPS) for note in notes) == (not expected)
 
 
 def test_data_sets_of_unknown_sizes_change_no_level(tmp_path):

@@ -1,6 +1,7 @@
 """Test the counts, suggestions and exit codes of check_dataset; test_flaws.py compares it with training."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -49,14 +50,17 @@ def test_counts_by_hand(config_file, tmp_path, capsys):
     assert output.endswith("Nothing here stops a training.\n")
 
 
-def test_the_levels_that_a_training_sets(tmp_path, capsys):
+def test_the_levels_and_crops_that_a_training_sets(tmp_path, capsys):
     content = flawed("none")
     content["annotations"][1:3] = [annotation(2, 1, 3, 30, 8, 15), annotation(3, 2, 17, 2, 2, 15)]
     files = write(tmp_path, content)
     small = ["--recipe", "ordinary", "--opts", "INPUT.MIN_SIZE_TRAIN", "(128,)"]
-    line = "A training sets MODEL.SPARSE_INST.DECODER.NUM_LEVELS 1 by itself, because for 90 % of the objects sqrt("
-    assert line in check(capsys, *files, *small)[1]
-    assert "NUM_LEVELS" not in check(capsys, *files, "--evaluation", *small)[1]
+    output = check(capsys, *files, *small)[1]
+    reason = r"because for 90 % of the objects sqrt\(width \* height\) is \d+ to \d+ pixels in training"
+    assert re.search(rf"MODEL.SPARSE_INST.DECODER.NUM_LEVELS 1 by itself, {reason}, unless MODEL.WEIGHTS", output)
+    assert re.search(rf"A training sets INPUT.CROP.ENABLED False by itself, {reason}\n", output)
+    evaluation = check(capsys, *files, "--evaluation", *small)[1]
+    assert "NUM_LEVELS" not in evaluation and "INPUT.CROP" not in evaluation
     assert "NUM_LEVELS" not in check(capsys, *files, *small, "MODEL.SPARSE_INST.DECODER.NUM_LEVELS", "4")[1]
 
 

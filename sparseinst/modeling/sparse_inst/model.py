@@ -151,12 +151,17 @@ class SparseInst(InstanceSegmenter):
 
     @classmethod
     def keys_for_sides(cls, cfg: CfgNode, sides: Sequence[float]) -> dict[str, tuple[int, str]]:
-        """Return the levels of a `PlacedIAMDecoder`: one for objects of about one size; see the base class."""
+        """Return the levels of a `PlacedIAMDecoder`, and for objects of about one size that no image is cropped.
+
+        See the base class. Crops vary the objects' sizes and cost AP there: docs/own_data_experiments.md, "Crops".
+        """
         decoder = registered(SPARSE_INST_DECODER_REGISTRY, cfg, "MODEL.SPARSE_INST.DECODER.NAME")
         if not (isinstance(decoder, type) and issubclass(decoder, placed_decoder.PlacedIAMDecoder)):
             return {}
         reason = why_one_level(sides)
-        return {config.NUM_LEVELS_KEY: (1, reason) if reason else (cfg.MODEL.SPARSE_INST.DECODER.NUM_LEVELS, "")}
+        if not reason:
+            return {config.NUM_LEVELS_KEY: (cfg.MODEL.SPARSE_INST.DECODER.NUM_LEVELS, "")}
+        return {config.NUM_LEVELS_KEY: (1, reason), "INPUT.CROP.ENABLED": (False, reason)}
 
     @classmethod
     def target_check(cls, cfg: CfgNode) -> Callable[[MaskWindow], bool] | None:
