@@ -142,7 +142,9 @@ def draw_ap_over_time(rows: Sequence[Mapping]) -> bytes:
             ends = zip(*((values.mean() - values.min(), values.max() - values.mean()) for _, values in points))
             axes.errorbar(minutes, means, yerr=list(ends), marker="o", capsize=3, label=_short(recipe))
         axes.set(title=_short(name), xlabel="minutes of training", ylabel="mask AP", xscale="log", ylim=(0, None))
-        axes.set_xticks(sorted({row["minutes"] for row in shown}))
+        ticks = sorted({row["minutes"] for row in shown})
+        # Numbers that are closer overlap.
+        axes.set_xticks([tick for tick, previous in zip(ticks, [0, *ticks]) if tick > 1.15 * previous])
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
