@@ -124,13 +124,15 @@ def draw_speed(rows: Sequence[Mapping], machine: str) -> bytes:
 
 
 def draw_ap_over_time(rows: Sequence[Mapping]) -> bytes:
-    """Plot mask AP over the minutes of training, the mean of the seeds with their range.
+    """Return `ap_over_time_figure` as a PNG file."""
+    return _png(ap_over_time_figure(rows))
+
+
+def ap_over_time_figure(rows: Sequence[Mapping]) -> Figure:
+    """Plot mask AP over the minutes of training, the mean of the seeds with their range; a diagram for each data set.
 
     Args:
         rows: of `sparseinst.tools.compare_recipes.Comparison.table`.
-
-    Returns:
-        A PNG file with one diagram for each data set.
     """
     names = list(dict.fromkeys(row["data"] for row in rows))
     figure = Figure(figsize=(4.5 * len(names), 3.6), layout="constrained")
@@ -149,7 +151,7 @@ def draw_ap_over_time(rows: Sequence[Mapping]) -> bytes:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    return _png(figure)
+    return figure
 
 
 def draw_precision_recall(

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sparseinst.visualization.comparison import RIGHT, WRONG, WRONG_CLASS, Comparison, draw_comparisons
 from sparseinst.visualization.plots import (
+    ap_over_time_figure,
     confusion_figure,
     confusion_summary,
     draw_confusion_matrix,
@@ -147,3 +148,12 @@ def test_comparison_colors_right_and_wrong(size):
     assert (right[..., 1] - right[..., 0] > 80).sum() > 500  # green
     assert (wrong[..., 0] - wrong[..., 1] > 80).sum() > 500  # red
     assert (other[..., 0] - other[..., 2] > 80).sum() > 500  # yellow
+
+
+def test_ap_over_time_shows_means_and_minutes_that_do_not_overlap():
+    rows = [
+        {"data": "a", "recipe": "b", "minutes": minutes, "AP": [minutes, minutes + 2]} for minutes in (3, 30, 31, 37)
+    ]
+    (axes,) = ap_over_time_figure(rows).axes
+    assert axes.get_xticks().tolist() == [3, 30, 37]
+    assert axes.lines[0].get_xydata().tolist() == [[3, 4], [30, 31], [31, 32], [37, 38]]
